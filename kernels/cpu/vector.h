@@ -1,0 +1,41 @@
+// Vectors of LANES floats in the compiler's own vector extension, so that one text serves AVX-512, AVX2
+// and every other processor. Included inside a namespace, once an instruction set: no include guard.
+// Needs LANES and <cstdint>, <cstring>.
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
+static inline void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }
+static inline vec splat(float x) { return x - (vec){}; }
+static inline vec maximum(vec a, vec b) { return a > b ? a : b; }  // b where a is NaN
+
+static inline bool any(ivec mask) {
+#if LANES == 16 && defined(__x86_64__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LANES == 8 && defined(__x86_64__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t all = 0;
+  for (int i = 0; i < LANES; ++i) all |= mask[i];
+  return all != 0;
+#endif
+}
+
+// 2^x for x <= 127 to 2e-9 relative (a degree-6 minimax fit on [-0.5, 0.5], exact at 0) before rounding;
+// 2^-126 for all smaller x and for NaN.
+static inline vec exp2(vec x) {
+  x = maximum(x, splat(-126.0f));
+  const vec round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const vec shifted = x + round;
+  const vec r = x - (shifted - round);
+  vec p = splat(0.0001534581242594868f);
+  p = p * r + 0.0013399930903688073f;
+  p = p * r + 0.009618489071726799f;
+  p = p * r + 0.05550328642129898f;
+  p = p * r + 0.24022646248340607f;
+  p = p * r + 0.6931471824645996f;
+  p = p * r + 1.0f;
+  return (vec)((ivec)p + ((ivec)shifted << 23));
+}

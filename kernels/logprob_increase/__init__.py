@@ -1,0 +1,208 @@
+"""log p(token) before and after adding a write to the residual stream (arXiv 2411.10950, equation 6).
+
+    S(w) = log p(b | h + w) - log p(b | h),    p(. | x) = softmax(W_U norm(x))
+
+With the norm's scale r0 at h and r at h + w, the logits change by d = r W_U diag(g) w + (r - r0) a, where
+a = W_U diag(g) h, so that S = d_b - log sum_v p_v exp(d_v) with p at h: small numbers are subtracted
+before anything is exponentiated, and no array of rows x vocabulary is stored.
+
+Two ways, equal and tested to be. Direct: d from W_U and the write itself, 2 V d flops a row. Factored: a
+write w = O u of a head (u of d_head numbers) needs only M = W_U diag(g) O, which depends on weights alone:
+2 V d_head flops a row, and 2 V d d_head once for M unless it is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import choose
+from . import cpu_kernel, torch_kernel
+from .operators import OperatorCache, make_operator
+from .unembedding import Unembedding
+
+__all__ = ["OperatorCache", "Unembedding", "logprob_increase"]
+
+NORMS = ("frozen", "own")
+WAYS = ("auto", "direct", "factored")
+_KERNELS = {"cpu": cpu_kernel.log_sum_exp, "torch": torch_kernel.log_sum_exp}
+
+
+def logprob_increase(
+    residual: Tensor,
+    values: Tensor,
+    tokens: Tensor,
+    unembedding: Unembedding,
+    *,
+    projection: Tensor | None = None,
+    norm: str = "frozen",
+    final: Tensor | None = None,
+    way: str = "auto",
+    operators: OperatorCache | None = None,
+    keys: Sequence[Hashable] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The increase of log p(token) by each write, for G residual vectors and R writes to each.
+
+    Args:
+        residual: h, [G, d].
+        values: the writes [G, R, d]; or with `projection`, what it projects, [G, R, k].
+        tokens: b, the explained token of each group, int64 [G].
+        unembedding: final norm and unembedding.
+        projection: O, [G, d, k]: a head's output projection; the write is then O u.
+        norm: "own": the statistics of the final norm are those of h and of h + w themselves (equation 6);
+            "frozen": those of `final` (the paper's released notebook).
+        final: the final layer's output at the explained row, [G, d]; needed for "frozen".
+        way: "direct", "factored", or "auto" for the cheaper one by count of flops.
+        operators, keys: a cache of the factored way's operators, and the G keys there (a head's name).
+        backend: "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
+
+    Returns:
+        S, [G, R], in float32, or float64 where the unembedding is float64.
+
+    Raises:
+        ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
+    """
+    _check(residual, values, tokens, unembedding, projection, norm, final, way, operators, keys)
+    wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
+    backend = choose(residual.device, unembedding.weight.dtype, backend)
+    centred = unembedding.kind == "layer" and norm == "own"
+    full_keys = _full_keys(operators, keys, unembedding, projection, centred)
+    if way == "auto":
+        way = _cheaper_way(values, unembedding, projection, operators, full_keys)
+    residual, values = residual.to(wide), values.to(wide)
+    O = None if projection is None else projection.to(wide)  # noqa: N806 - the paper's name
+    if way == "direct" and O is not None:
+        values, O = values @ O.mT, None
+    scale, rescale = _scales(residual, values, O, unembedding, norm, final)
+    base = _Base(residual, unembedding, norm, final, scale)
+    scaled = values * (scale[:, None] + rescale)[..., None]
+    shift = rescale if norm == "own" else None
+    if way == "direct":
+        if centred:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        if unembedding.gain is not None:
+            scaled = scaled * unembedding.gain.to(wide)
+        return base.increase(_KERNELS[backend], scaled, unembedding.weight, shift, tokens, slice(None))
+    parts = []
+    for g in range(len(residual)):  # each group is a head, and has an operator of its own
+        if operators is not None and keys is not None:
+            operator = operators.get(keys[g], unembedding, projection[g], centred)  # type: ignore[index]
+        else:
+            operator = make_operator(unembedding, projection[g], centred)  # type: ignore[index]
+        one = slice(g, g + 1)
+        moved = None if shift is None else shift[one]
+        parts.append(base.increase(_KERNELS[backend], scaled[one], operator, moved, tokens[one], one))
+    return torch.cat(parts) if parts else values.new_empty(values.shape[:2])
+
+
+class _Base:
+    """The logits at h of each group, and what the increase needs of them."""
+
+    def __init__(self, residual: Tensor, unembedding: Unembedding, norm: str, final: Tensor | None, scale: Tensor):
+        mean = _mean(residual if norm == "own" else final.to(residual.dtype), unembedding)  # type: ignore[union-attr]
+        self.lean = unembedding.times((residual - mean).T).T  # a, [G, V]
+        raw = scale[:, None] * self.lean
+        offset = unembedding.offset(residual.dtype)
+        self.raw = raw if offset is None else raw + offset
+        self.cap = unembedding.softcap
+        logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
+        self.log_probs = torch.log_softmax(logits, -1)
+
+    def increase(self, kernel, writes: Tensor, operand: Tensor, shift: Tensor | None, tokens: Tensor, groups: slice):
+        """S [G', R] of the groups `groups`, for scaled writes [G', R, k] against an operand [V, k]."""
+        lean = None if shift is None else self.lean[groups]
+        raw = None if self.cap is None else self.raw[groups]
+        total = kernel(writes, operand, self.log_probs[groups], lean, shift, raw, self.cap)
+        explained = (writes @ operand[tokens].to(writes.dtype)[..., None])[..., 0]
+        if shift is not None:
+            explained = explained + shift * lean.gather(1, tokens[:, None])  # type: ignore[union-attr]
+        if self.cap is not None:
+            before = raw.gather(1, tokens[:, None]) / self.cap  # type: ignore[union-attr]
+            explained = self.cap * (torch.tanh(before + explained / self.cap) - torch.tanh(before))
+        return explained - total
+
+
+def _mean(x: Tensor, unembedding: Unembedding) -> Tensor:
+    if unembedding.kind == "rms":
+        return x.new_zeros(())
+    return x.mean(-1, keepdim=True)
+
+
+def _scales(
+    residual: Tensor, values: Tensor, O: Tensor | None, unembedding: Unembedding, norm: str, final: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The norm's scale r0 at h, [G], and r - r0 for each write, [G, R].
+
+    r - r0 is computed from the change of the mean square, not as a difference of two scales: for a small
+    write the two agree in all digits but the last. With a projection the change comes from the d_head x
+    d_head Gram matrix, without making the write.
+    """
+    if norm == "frozen":
+        x = final.to(residual.dtype)  # type: ignore[union-attr]
+        square = (x - _mean(x, unembedding)).square().mean(-1)
+        return torch.rsqrt(square + unembedding.eps), values.new_zeros(values.shape[:2])
+    h = residual - _mean(residual, unembedding)
+    width = residual.shape[-1]
+    before = h.square().mean(-1) + unembedding.eps
+    if O is None:
+        w = values - _mean(values, unembedding)
+        change = 2 * (w @ h[..., None])[..., 0] + w.square().sum(-1)
+    else:
+        if unembedding.kind == "layer":
+            O = O - O.mean(-2, keepdim=True)  # noqa: N806
+        change = 2 * (values @ (O.mT @ h[..., None]))[..., 0] + ((values @ (O.mT @ O)) * values).sum(-1)
+    root_before = before.sqrt()[:, None]
+    change = change / width
+    root_after = (before[:, None] + change).clamp_min(0).sqrt()
+    return torch.rsqrt(before), -change / (root_before * root_after * (root_before + root_after))
+
+
+def _full_keys(operators, keys, unembedding: Unembedding, projection: Tensor | None, centred: bool) -> list[Hashable]:
+    if operators is None or keys is None or projection is None:
+        return []
+    return [operators.full_key(key, unembedding, O, centred) for key, O in zip(keys, projection, strict=True)]
+
+
+def _cheaper_way(values, unembedding: Unembedding, projection, operators, full_keys: list[Hashable]) -> str:
+    """By flops a group: direct 2 R V d (and the projection); factored 2 R V k, and 2 V d k where the
+    operator is not at hand."""
+    if projection is None:
+        return "direct"
+    groups, rows, depth = values.shape
+    vocab, width = unembedding.weight.shape
+    direct = groups * rows * width * (vocab + depth)
+    to_make = groups - sum(key in operators for key in full_keys)
+    factored = groups * rows * vocab * depth + to_make * vocab * width * depth
+    return "factored" if factored <= direct else "direct"
+
+
+def _check(residual, values, tokens, unembedding, projection, norm, final, way, operators, keys) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
+    if way not in WAYS:
+        raise ValueError(f"way is one of {', '.join(WAYS)}, got {way!r}")
+    if way == "factored" and projection is None:
+        raise ValueError("way='factored' needs `projection`: without it the values are the writes themselves")
+    if (operators is None) != (keys is None):
+        raise ValueError("operators and keys go together: give both or neither")
+    vocab, width = unembedding.weight.shape
+    if residual.ndim != 2 or residual.shape[1] != width:
+        raise ValueError(f"residual is [G, {width}], got {tuple(residual.shape)}")
+    groups = len(residual)
+    if projection is not None and (projection.ndim != 3 or projection.shape[:2] != (groups, width)):
+        raise ValueError(f"projection is [{groups}, {width}, k], got {tuple(projection.shape)}")
+    depth = width if projection is None else projection.shape[2]
+    if values.ndim != 3 or values.shape[0] != groups or values.shape[2] != depth:
+        raise ValueError(f"values is [{groups}, R, {depth}], got {tuple(values.shape)}")
+    if tokens.shape != (groups,) or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens is int64 [{groups}], got {tokens.dtype} {tuple(tokens.shape)}")
+    if groups and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
+        raise ValueError(f"tokens lie in 0 .. {vocab - 1}, got {int(tokens.min())} .. {int(tokens.max())}")
+    if norm == "frozen" and (final is None or final.shape != residual.shape):
+        got = None if final is None else tuple(final.shape)
+        raise ValueError(f"norm='frozen' needs final [{groups}, {width}], the final layer's output, got {got}")
+    if keys is not None and len(keys) != groups:
+        raise ValueError(f"keys has one entry a group, {groups}, got {len(keys)}")

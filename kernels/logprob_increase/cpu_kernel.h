@@ -1,0 +1,19 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace mllm {
+
+// Instruction sets this processor can use for log_sum_exp, best first; "plain" is always among them.
+std::vector<std::string> instruction_sets();
+
+// Fills p.out; `isa` is one of instruction_sets().
+void log_sum_exp(const Problem& p, const std::string& isa);
+
+// Rate in flop/s of a loop of independent fused multiply-adds that never leaves the registers, on `threads`
+// threads: the ceiling that the benchmarks compare with.
+double fma_rate(int threads, const std::string& isa);
+
+}  // namespace mllm

@@ -1,0 +1,75 @@
+"""The operators M = W_U diag(g) O of the factored way, and a cache of them within a byte budget."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from .unembedding import Unembedding
+
+
+def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
+    """M [V, k] = W_U diag(g) O for a projection O [d, k], with O's columns centred if `centred` (a layer
+    norm with its own statistics takes the mean off). In the unembedding's dtype; computed in float32 or
+    wider."""
+    wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
+    columns = projection.to(wide)
+    if centred:
+        columns = columns - columns.mean(0)
+    return unembedding.times(columns).to(unembedding.weight.dtype).contiguous()
+
+
+class OperatorCache:
+    """Operators by key, at most `budget` bytes of them, least recently used out first.
+
+    A key should name the head; the versions of the weights are added to it, so that an operator made
+    before a training step is not used after it.
+    """
+
+    def __init__(self, budget: int):
+        if budget < 0:
+            raise ValueError(f"budget is a number of bytes >= 0, got {budget}")
+        self.budget = budget
+        self.nbytes = 0
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    @staticmethod
+    def full_key(key: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Hashable:
+        """`key` with the identity and version of every weight that the operator is made of."""
+        weights = [w for w in (unembedding.weight, unembedding.gain, projection) if w is not None]
+        return (key, centred, *((w.data_ptr(), _version(w)) for w in weights))
+
+    def get(self, key: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
+        """The operator, from the cache or made now; kept if it fits the budget at all."""
+        full = self.full_key(key, unembedding, projection, centred)
+        with self._lock:
+            if full in self._entries:
+                self._entries.move_to_end(full)
+                return self._entries[full]
+        operator = make_operator(unembedding, projection, centred)
+        with self._lock:
+            if operator.nbytes <= self.budget and full not in self._entries:
+                self._entries[full] = operator
+                self.nbytes += operator.nbytes
+                while self.nbytes > self.budget:
+                    _, oldest = self._entries.popitem(last=False)
+                    self.nbytes -= oldest.nbytes
+        return operator
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0
+
+
+def _version(tensor: Tensor) -> int:
+    # an inference tensor cannot be changed in place outside inference mode and keeps no version
+    return 0 if tensor.is_inference() else tensor._version

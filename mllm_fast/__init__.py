@@ -1,0 +1,37 @@
+"""mllm-fast: explains which image patches and attention heads made a vision-language model speak.
+
+Importing this package loads neither torch nor a model and patches nothing; names are bound on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "VLM": ".vlm",
+    "Answer": ".vlm",
+    "Explanation": ".explain",
+    "TokenLayout": ".layout",
+    "InputError": ".errors",
+}
+__all__ = ["VLM", "Answer", "Explanation", "InputError", "TokenLayout"]
+
+if TYPE_CHECKING:
+    from .errors import InputError
+    from .explain import Explanation
+    from .layout import TokenLayout
+    from .vlm import VLM, Answer
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

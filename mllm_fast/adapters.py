@@ -1,0 +1,178 @@
+"""What differs between the architectures, as data. To add one: an entry in ADAPTERS and, where its
+processor lays image tokens out in a new way, a function that says how."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError
+from .kernels import Unembedding
+from .layout import Tile
+
+Tiling = tuple[tuple[Tile, ...], tuple[int, int]]  # tiles in token order, and (rows, cols) of the canvas
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where a model keeps its parts (dotted paths from the model), and how its image tokens lie.
+
+    `tiles(processor, inputs, index, size)`: the tiling of the index-th image, (width, height) = size.
+    """
+
+    model_type: str
+    text_types: tuple[str, ...]
+    tiles: Callable[[Any, Any, int, tuple[int, int]], Tiling]
+    decoder: str = "model.language_model"
+    unembedding: str = "lm_head"
+    attention: str = "self_attn"  # from a layer
+    output: str = "o_proj"  # from the attention module
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The text part of one model, found through its adapter. Heads are query heads."""
+
+    config: Any
+    layers: tuple[nn.Module, ...]
+    norm: nn.Module
+    head: nn.Module
+    outputs: tuple[nn.Linear, ...]
+    num_heads: int
+    head_dim: int
+
+    def projection(self, layer: int, head: int) -> torch.Tensor:
+        """O_j: [hidden size, head dim], a view of the output projection's weight."""
+        return self.outputs[layer].weight[:, head * self.head_dim : (head + 1) * self.head_dim]
+
+    def unembedding(self) -> Unembedding:
+        """The final norm and the unembedding, views of the weights."""
+        norm: Any = self.norm
+        layer = isinstance(norm, nn.LayerNorm)
+        return Unembedding(
+            weight=self.head.weight.detach(),  # type: ignore[union-attr, operator]
+            gain=_detached(norm.weight),
+            norm_bias=_detached(getattr(norm, "bias", None)),
+            bias=_detached(getattr(self.head, "bias", None)),
+            eps=norm.eps if layer else norm.variance_epsilon,
+            kind="layer" if layer else "rms",
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+
+
+def _detached(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else parameter.detach()
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        InputError: the architecture, or the language model inside it, is not listed.
+    """
+    config: Any = model.config
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in ADAPTERS:
+        hint = "" if hasattr(config, "vision_config") else " (it has no vision part: a text-only model?)"
+        raise InputError(
+            f"the architecture {kind!r} is not supported{hint}; supported are {', '.join(ADAPTERS)};"
+            " to add one, see CONTRIBUTING.md, 'Add an architecture'"
+        )
+    adapter = ADAPTERS[kind]
+    text = config.get_text_config().model_type
+    if text not in adapter.text_types:
+        raise InputError(
+            f"{kind} with a language model of type {text!r} is not supported; supported are"
+            f" {', '.join(adapter.text_types)}; to add one, see CONTRIBUTING.md, 'Add an architecture'"
+        )
+    return adapter
+
+
+def text_model(model: nn.Module, adapter: Adapter) -> TextModel:
+    """The parts of `model` that the adapter names."""
+    decoder: Any = attrgetter(adapter.decoder)(model)
+    layers = tuple(decoder.layers)
+    attention = [getattr(layer, adapter.attention) for layer in layers]
+    return TextModel(
+        config=decoder.config,
+        layers=layers,
+        norm=decoder.norm,
+        head=attrgetter(adapter.unembedding)(model),
+        outputs=tuple(getattr(module, adapter.output) for module in attention),
+        num_heads=decoder.config.num_attention_heads,
+        head_dim=attention[0].head_dim,
+    )
+
+
+def _llava_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+    height, width = inputs["pixel_values"].shape[-2:]
+    patch = processor.patch_size
+    box = _cropped_box(processor.image_processor, size, (width, height))
+    return (Tile(height // patch, width // patch, box),), (1, 1)
+
+
+def _cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of the original picture that is left after "resize the short edge, crop the centre"."""
+    width, height = size
+    edge = images.size.get("shortest_edge") if getattr(images, "do_resize", False) else None
+    if not getattr(images, "do_center_crop", False):
+        return 0.0, 0.0, float(width), float(height)
+    if edge is not None:
+        short, long = min(width, height), max(width, height)
+        resized = (edge, int(edge * long / short)) if width <= height else (int(edge * long / short), edge)
+    elif getattr(images, "do_resize", False):
+        resized = (images.size["width"], images.size["height"])
+    else:
+        resized = (width, height)
+    # as transformers' center_crop: the odd pixel falls to the right and below
+    left, top = (resized[0] - seen[0]) // 2, (resized[1] - seen[1]) // 2
+    x, y = width / resized[0], height / resized[1]
+    return left * x, top * y, (left + seen[0]) * x, (top + seen[1]) * y
+
+
+def _internvl_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+    side = math.isqrt(processor.image_seq_length)
+    width, height = size
+    images = processor.image_processor
+    crop = processor.images_kwargs.get("crop_to_patches", images.crop_to_patches)
+    whole = (0.0, 0.0, float(width), float(height))
+    if not crop or images.max_patches <= 1:
+        return (Tile(side, side, whole),), (1, 1)
+    # the processor's own choice of canvas, from the module that makes it
+    choose = sys.modules[type(images).__module__].get_optimal_tiled_canvas  # type: ignore[attr-defined]
+    tile_size = (images.size["height"], images.size["width"])
+    cols, rows = choose((height, width), tile_size, images.min_patches, images.max_patches)
+    tiles = [
+        Tile(side, side, (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows))
+        for r in range(rows)
+        for c in range(cols)
+    ]
+    if len(tiles) > 1:
+        tiles.append(Tile(side, side, whole))  # the thumbnail
+    return tuple(tiles), (rows, cols)
+
+
+def _qwen_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+    frames, rows, cols = (int(n) for n in inputs["image_grid_thw"][index])
+    merge = processor.image_processor.merge_size
+    if frames != 1:
+        raise InputError(f"image {index} has {frames} frames; give one still picture")
+    width, height = size
+    return (Tile(rows // merge, cols // merge, (0.0, 0.0, float(width), float(height))),), (1, 1)
+
+
+ADAPTERS = {
+    adapter.model_type: adapter
+    for adapter in (
+        Adapter("llava", ("llama", "mistral", "qwen2"), _llava_tiles),
+        Adapter("internvl", ("qwen2", "llama"), _internvl_tiles),
+        Adapter("qwen2_5_vl", ("qwen2_5_vl_text",), _qwen_tiles),
+    )
+}

@@ -1,0 +1,224 @@
+"""The command line: `mllm-fast explain | generate | info`. stdout carries the result alone, progress and
+errors go to stderr; input that cannot be used ends with one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import InputError
+from .images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+    from .vlm import VLM
+
+SAMPLE = Path(__file__).parent / "shapes" / "sample.png"
+_SAMPLE_QUESTION = "What color is the star?"
+_QUESTION = "Describe the image."
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Which image patches and attention heads made a vision-language model speak.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Images = Annotated[
+    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of one prompt; the sample picture if none.")
+]
+Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
+Model = Annotated[str, typer.Option(help="'shapes' (embedded), a folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxPixels = Annotated[int, typer.Option(help="Largest picture that is read, in pixels.")]
+
+
+@app.command()
+def explain(
+    images: Images = None,
+    question: Question = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
+    norm: Annotated[str, typer.Option(help="Statistics of the final norm: frozen or own.")] = "frozen",
+    max_new_tokens: NewTokens = 32,
+    model: Model = "shapes",
+    device: Device = None,
+    dtype: Dtype = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture and show what made the model say each word."""
+    from .render import check_target, summary
+
+    if out is not None:
+        check_target(out)
+    pictures, prompt = _inputs(images, question)
+    vlm = _load(model, device, dtype, max_pixels)
+    with _progress("explaining"):
+        ex = vlm.explain(pictures, prompt, answer, norm=norm, max_new_tokens=max_new_tokens)
+        chosen = None if token is None else ex.token_index(int(token) if _is_index(token) else token)
+        if out is not None:
+            ex.save(out, chosen)
+    if as_json:
+        result = summary(ex, numbers=False)
+        result["saved"] = None if out is None else str(out)
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    _print_explanation(ex, chosen)
+    if out is not None:
+        _out.print(f"saved {escape(str(out))}", highlight=False)
+
+
+@app.command()
+def generate(
+    images: Images = None,
+    question: Question = None,
+    max_new_tokens: NewTokens = 32,
+    model: Model = "shapes",
+    device: Device = None,
+    dtype: Dtype = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture."""
+    pictures, prompt = _inputs(images, question)
+    vlm = _load(model, device, dtype, max_pixels)
+    with _progress("generating"):
+        said = vlm.generate(pictures, prompt, max_new_tokens=max_new_tokens)
+    if as_json:
+        result = {"question": prompt, "answer": said.text, "tokens": said.tokens, "token_ids": said.token_ids}
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        typer.echo(said.text)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, devices, and what each operation will use on this machine, and why."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from . import __version__
+    from .adapters import ADAPTERS
+    from .kernels import backend_report
+
+    versions = {"mllm-fast": __version__}
+    for package in ("torch", "transformers", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "gpus": gpus,
+        "cpu_threads": torch.get_num_threads(),
+        "architectures": list(ADAPTERS),
+        "operations": backend_report(),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("versions", escape(", ".join(f"{name} {number}" for name, number in versions.items())))
+    table.add_row("python", facts["python"])
+    table.add_row("GPUs", escape(", ".join(gpus) or "none: everything runs on the CPU"))
+    table.add_row("CPU threads", str(facts["cpu_threads"]))
+    table.add_row("architectures", ", ".join(ADAPTERS))
+    for name, line in facts["operations"].items():
+        table.add_row(name, escape(line))
+    _out.print(table, highlight=False)
+
+
+def _inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path], str]:
+    if not images:
+        return [SAMPLE], _SAMPLE_QUESTION if question is None else question
+    return images, _QUESTION if question is None else question
+
+
+def _load(model: str, device: str | None, dtype: str | None, max_pixels: int) -> VLM:
+    with _progress("loading the libraries"):
+        from .vlm import VLM
+    with _progress(f"loading {model}"):
+        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels)
+
+
+def _is_index(token: str) -> bool:
+    return token.lstrip("-").isdigit()
+
+
+def _print_explanation(ex: Explanation, chosen: int | None) -> None:
+    _out.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
+    _out.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)
+    table = Table(title="what made the model say each word", title_justify="left", title_style="bold")
+    table.add_column("token")
+    table.add_column("best heads: layer.head, increase of log p")
+    table.add_column("best patch, pixels", justify="right")
+    for i in range(len(ex.tokens)) if chosen is None else [chosen]:
+        heads = "  ".join(f"{layer}.{head} {score:+.2f}" for layer, head, score in ex.top_heads(i, 4))
+        table.add_row(escape(ex.tokens[i].strip()), heads, _best_patch(ex, i))
+    _out.print(table, highlight=False)
+
+
+def _best_patch(ex: Explanation, token: int) -> str:
+    """Where the map of the ten best heads is highest, as "x 12-20, y 40-48"."""
+    best, words = float("-inf"), ""
+    for i, layout in enumerate(ex.layout.images):
+        grid = ex.heatmap(token, image=i)
+        if float(grid.max()) <= best:
+            continue
+        best = float(grid.max())
+        rows, cols = grid.shape
+        row, col = divmod(int(grid.argmax()), cols)
+        left, top, right, bottom = layout.box
+        x, y = (right - left) / cols, (bottom - top) / rows
+        words = f"x {left + col * x:.0f}-{left + (col + 1) * x:.0f}, y {top + row * y:.0f}-{top + (row + 1) * y:.0f}"
+        if len(ex.images) > 1:
+            words = f"image {i}: {words}"
+    return words
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    if _err.is_terminal:
+        with _err.status(escape(what)):
+            yield
+    else:
+        yield
+
+
+def main() -> None:
+    """The entry point: as typer's, with one line and exit code 2 for input that cannot be used."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InputError as error:
+        line = " ".join(str(error).split())
+        typer.echo(f"mllm-fast: {line}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Explanation: which heads and which positions raised the probability of each answer token.
+
+Scores are log-probability increases (arXiv 2411.10950, equation 6) of head writes and position writes,
+exact, computed from the KV cache and two recorded vectors a layer and token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adapters import TextModel
+from .errors import InputError
+from .kernels import OperatorCache, logprob_increase
+from .layout import TokenLayout
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from .vlm import Answer
+
+Heads = int | str | Sequence[tuple[int, int]]
+METHODS = ("logprob", "attention")
+_WRITE_ELEMENTS = 1 << 24  # of the writes handed to the kernel at a time: 64 MiB of float32
+
+
+class Explanation:
+    """Scores of one answer. A token is named by its index in `tokens`, or by its text where that is unique.
+
+    Attributes:
+        tokens, token_ids: of the answer. layout, input_ids: of the whole sequence, answer included.
+        text: the answer. prompt: the question. images: the pictures, as PIL images. norm: "frozen" or "own".
+    """
+
+    def __init__(
+        self,
+        *,
+        vlm_text: TextModel,
+        operators: OperatorCache,
+        trace: Trace,
+        answer: Answer,
+        prompt: str,
+        images: list[Any],
+        norm: str,
+    ):
+        self.tokens: list[str] = answer.tokens
+        self.token_ids: list[int] = answer.token_ids
+        self.text: str = answer.text
+        self.layout: TokenLayout = answer.layout
+        self.input_ids: Tensor = answer.input_ids
+        self.prompt = prompt
+        self.images = images
+        self.norm = norm
+        self._text = vlm_text
+        self._operators = operators
+        self._trace = trace
+        self._unembedding = vlm_text.unembedding()
+        self._head_scores: Tensor | None = None
+        self._position_scores: dict[tuple[int, int, int], Tensor] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._text.layers)
+
+    @property
+    def num_heads(self) -> int:
+        return self._text.num_heads
+
+    @property
+    @torch.no_grad()
+    def head_scores(self) -> Tensor:
+        """Log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU."""
+        if self._head_scores is None:
+            width = self._trace.residual.shape[-1]
+            step = max(1, _WRITE_ELEMENTS // (self.num_layers * self.num_heads * width))
+            parts = [
+                self._score_heads(range(start, min(start + step, len(self.tokens))))
+                for start in range(0, len(self.tokens), step)
+            ]
+            self._head_scores = torch.cat(parts).float().cpu()
+        return self._head_scores
+
+    def top_heads(self, token: int | str, k: int = 10) -> list[tuple[int, int, float]]:
+        """The k heads of largest score, [(layer, head, score)], largest first."""
+        if k < 1:
+            raise InputError(f"k is at least 1, got {k}")
+        scores = self.head_scores[self.token_index(token)].flatten()
+        best = scores.topk(min(k, len(scores)))
+        return [
+            (int(i) // self.num_heads, int(i) % self.num_heads, float(score))
+            for score, i in zip(best.values, best.indices, strict=True)
+        ]
+
+    @torch.no_grad()
+    def position_scores(self, token: int | str, heads: Heads = 10) -> Tensor:
+        """Log-probability increase of each position's write, float32 [heads, positions], on the CPU.
+
+        heads: a number (that many of the best), a list of (layer, head), or "all" (layer by layer).
+        positions: all of `input_ids`; those the token cannot see have 0.
+        """
+        index = self.token_index(token)
+        wanted = self._heads(index, heads)
+        missing = [head for head in wanted if (index, *head) not in self._position_scores]
+        if missing:
+            for head, scores in zip(missing, self._score_positions(index, missing), strict=True):
+                self._position_scores[index, *head] = scores
+        return torch.stack([self._position_scores[index, *head] for head in wanted])
+
+    @torch.no_grad()
+    def attention(self, token: int | str) -> Tensor:
+        """Attention of the token's row, float32 [layers, heads, positions], on the CPU; it sums to 1 over the
+        positions the row sees, the others have 0."""
+        index = self.token_index(token)
+        out = torch.zeros(self.num_layers, self.num_heads, len(self.input_ids))
+        for layer in range(self.num_layers):
+            alpha = self._trace.attention(index, layer)
+            out[layer, :, : alpha.shape[1]] = alpha.cpu()
+        return out
+
+    def heatmap(self, token: int | str, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
+        """A map over a picture's tokens, float32 [rows, cols] (`layout.images[image].grid`).
+
+        method: "logprob", the sum of the position scores of `heads`; "attention", the mean attention of all
+        layers and heads, the usual baseline. A thumbnail's tokens are spread over the cells they cover.
+        """
+        if method not in METHODS:
+            raise InputError(f"method is one of {', '.join(METHODS)}, got {method!r}")
+        if not 0 <= image < len(self.layout.images):
+            raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
+        where = self.layout.images[image]
+        if method == "logprob":
+            values = self.position_scores(token, heads).sum(0)
+        else:
+            values = self.attention(token).mean((0, 1))
+        return where.to_grid(values[where.positions])
+
+    def token_index(self, token: int | str) -> int:
+        """The index of a token given by index (negative from the end) or by its text."""
+        if isinstance(token, str):
+            found = [i for i, text in enumerate(self.tokens) if text.strip() == token.strip()]
+            if len(found) == 1:
+                return found[0]
+            listed = ", ".join(f"{i}: {text.strip()!r}" for i, text in enumerate(self.tokens))
+            problem = "is not in the answer" if not found else f"stands {len(found)} times; give its index"
+            raise InputError(f"the token {token!r} {problem}; the answer's tokens are {listed}")
+        count = len(self.tokens)
+        if not -count <= token < count:
+            raise InputError(f"the token's index is 0 to {count - 1}, got {token}")
+        return token % count
+
+    def save(self, path: str | os.PathLike[str], token: int | str | None = None) -> None:
+        """Write the explanation: .png (one token's map, or a sheet of all), .html (one page to click
+        through), .json or .safetensors (all numbers). The file appears whole or not at all."""
+        from .render import save
+
+        save(self, path, None if token is None else self.token_index(token))
+
+    def _heads(self, index: int, heads: Heads) -> list[tuple[int, int]]:
+        if heads == "all":
+            return [(layer, head) for layer in range(self.num_layers) for head in range(self.num_heads)]
+        if isinstance(heads, int) and not isinstance(heads, bool):
+            return [(layer, head) for layer, head, _ in self.top_heads(index, heads)]
+        if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
+            raise InputError(f"heads is a number, a list of (layer, head) or 'all', got {heads!r}")
+        wanted = [(int(layer), int(head)) for layer, head in heads]
+        for layer, head in wanted:
+            if not (0 <= layer < self.num_layers and 0 <= head < self.num_heads):
+                raise InputError(
+                    f"head ({layer}, {head}) does not exist: layers are 0 to {self.num_layers - 1},"
+                    f" heads 0 to {self.num_heads - 1}"
+                )
+        return wanted
+
+    def _score_heads(self, tokens: range) -> Tensor:
+        """[len(tokens), L, H]: one row a head, so the direct way, all layers and heads in one call."""
+        writes, residual, final, ids = [], [], [], []
+        for index in tokens:
+            for layer in range(self.num_layers):
+                values = self._trace.head_values(index, layer)  # [H, D]
+                weight = self._text.outputs[layer].weight.detach()
+                split = weight.to(values.dtype).reshape(weight.shape[0], self.num_heads, -1)
+                writes.append(torch.einsum("hk,dhk->hd", values, split))
+                residual.append(self._trace.residual[index, layer])
+                final.append(self._trace.final[index])
+                ids.append(self.token_ids[index])
+        scores = logprob_increase(
+            torch.stack(residual),
+            torch.stack(writes),
+            torch.tensor(ids, device=residual[0].device),
+            self._unembedding,
+            norm=self.norm,
+            final=torch.stack(final),
+        )
+        return scores.reshape(len(tokens), self.num_layers, self.num_heads)
+
+    def _score_positions(self, index: int, heads: list[tuple[int, int]]) -> list[Tensor]:
+        """One [positions] a head: many rows a head, so the factored way where it pays."""
+        stop = int(self._trace.rows[index]) + 1
+        step = max(1, _WRITE_ELEMENTS // (stop * self._text.head_dim))
+        out: list[Tensor] = []
+        for start in range(0, len(heads), step):
+            part = heads[start : start + step]
+            scores = logprob_increase(
+                torch.stack([self._trace.residual[index, layer] for layer, _ in part]),
+                torch.stack([self._trace.position_values(index, layer, head) for layer, head in part]),
+                torch.full((len(part),), self.token_ids[index], device=self._trace.residual.device),
+                self._unembedding,
+                projection=torch.stack([self._text.projection(layer, head).detach() for layer, head in part]),
+                norm=self.norm,
+                final=self._trace.final[index].expand(len(part), -1),
+                operators=self._operators,
+                keys=part,
+            )
+            full = torch.zeros(len(part), len(self.input_ids))
+            full[:, :stop] = scores.float().cpu()
+            out += list(full)
+        return out

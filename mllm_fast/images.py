@@ -1,0 +1,85 @@
+"""Pictures from files, as a person would see them: upright, 8-bit RGB."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import InputError
+
+MAX_PIXELS = 100_000_000  # about 300 MB once decoded; a limit that one can raise
+
+ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture from a path, a PIL image or an array uint8 [H, W, 3] into an RGB image.
+
+    EXIF rotation is applied; transparent parts lie over white; 16-bit values are scaled to 8 bits.
+
+    Raises:
+        InputError: no such file, no picture, a truncated one, or more than `max_pixels` pixels.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise InputError(f"an image array is uint8 [H, W, 3], got {source.dtype} {source.shape}")
+        return _checked(Image.fromarray(source), "the array", max_pixels).convert("RGB")
+    if isinstance(source, Image.Image):
+        return to_rgb(_checked(source, "the image", max_pixels))
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"an image is a path, a PIL image or an array, got {type(source).__name__}")
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of a picture")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty; give a picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            with Image.open(path) as image:
+                return to_rgb(_checked(image, str(path), max_pixels))
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)") from None
+    except Image.DecompressionBombError:
+        raise InputError(_too_large(str(path), "far more", max_pixels)) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: the picture is damaged or truncated ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright: palettes, alpha, CMYK, 16 bits and EXIF rotation read right."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        # Pillow would clip 16-bit values to 255
+        values = np.asarray(image, dtype=np.float64) / 257.0
+        image = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * 255.0
+        image = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(_too_large(name, f"{width} x {height} =", max_pixels))
+    if width == 0 or height == 0:
+        raise InputError(f"{name}: the picture has no pixels")
+    return image
+
+
+def _too_large(name: str, got: str, max_pixels: int) -> str:
+    return (
+        f"{name}: {got} pixels, the limit is {max_pixels:,} in all; make the picture smaller, or raise the limit"
+        " with max_pixels= (--max-pixels)"
+    )

@@ -1,0 +1,186 @@
+"""Save an explanation: .png, .html, .json, .safetensors. A file appears whole or not at all."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save as save_tensors
+
+from .errors import InputError
+from .explain import Explanation
+
+_HEADS = 10
+_PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
+
+
+def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None) -> None:
+    """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
+    target = Path(path)
+    check_target(target)
+    write_whole(target, _FORMATS[target.suffix.lower()](ex, token))
+
+
+def check_target(target: Path) -> None:
+    """Raise InputError if nothing could be saved under this path, before any work is done for it."""
+    if target.suffix.lower() not in _FORMATS:
+        raise InputError(f"{target}: the file's ending is one of {', '.join(_FORMATS)}, got {target.suffix or 'none'!r}")
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; give a file in it")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{target}: the folder {target.parent} cannot be written to; choose another")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write by way of a temporary file beside the target, so that no reader ever sees half a file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = os.umask(0)
+        os.umask(mode)
+        os.chmod(name, 0o666 & ~mode)  # mkstemp's files are private, a saved one should be as any other
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:
+    """Everything of `ex` that is not a picture, ready for JSON. `numbers=False` leaves out the scores of
+    all heads and positions and keeps the ten best heads of each token."""
+    segments = {name: positions.tolist() for name, positions in ex.layout.segments.items()}
+    result: dict[str, Any] = {
+        "question": ex.prompt,
+        "answer": ex.text,
+        "norm": ex.norm,
+        "tokens": [_token_summary(ex, i, numbers) for i in range(len(ex.tokens))],
+        "images": [
+            {"size": list(i.size), "grid": list(i.grid), "box": list(i.box), "tokens": len(i.positions)}
+            for i in ex.layout.images
+        ],
+    }
+    if numbers:
+        result["input_ids"] = ex.input_ids.tolist()
+        result["segments"] = segments
+        result["token_boxes"] = [i.token_boxes().tolist() for i in ex.layout.images]
+        result["head_scores"] = ex.head_scores.tolist()
+    return result
+
+
+def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]:
+    heads = ex.top_heads(token, _HEADS)
+    result: dict[str, Any] = {
+        "text": ex.tokens[token],
+        "id": ex.token_ids[token],
+        "top_heads": [{"layer": layer, "head": head, "score": score} for layer, head, score in heads],
+    }
+    if numbers:
+        scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
+        for entry, row in zip(result["top_heads"], scores, strict=True):
+            entry["position_scores"] = row.tolist()
+        result["heatmaps"] = [ex.heatmap(token, image=i).tolist() for i in range(len(ex.images))]
+        result["attention_maps"] = [ex.heatmap(token, "attention", image=i).tolist() for i in range(len(ex.images))]
+    return result
+
+
+def _png(ex: Explanation, token: int | None) -> bytes:
+    from .picture import draw_sheet, draw_token
+
+    if token is None and len(ex.tokens) > 1:
+        return _encode(draw_sheet(ex))
+    return _encode(draw_token(ex, token or 0))
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _json(ex: Explanation, token: int | None) -> bytes:
+    return json.dumps(summary(ex), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _safetensors(ex: Explanation, token: int | None) -> bytes:
+    count = len(ex.tokens)
+    heads = [[(layer, head) for layer, head, _ in ex.top_heads(i, _HEADS)] for i in range(count)]
+    tensors = {
+        "input_ids": ex.input_ids,
+        "token_ids": torch.tensor(ex.token_ids),
+        "head_scores": ex.head_scores,
+        "top_heads": torch.tensor(heads),
+        "position_scores": torch.stack([ex.position_scores(i, heads[i]) for i in range(count)]),
+        "attention": torch.stack([ex.attention(i) for i in range(count)]),
+    }
+    for i, layout in enumerate(ex.layout.images):
+        tensors[f"image_{i}.positions"] = layout.positions
+        tensors[f"image_{i}.token_boxes"] = torch.from_numpy(layout.token_boxes())
+        tensors[f"image_{i}.heatmaps"] = torch.stack([ex.heatmap(t, image=i) for t in range(count)])
+    about = {"question": ex.prompt, "answer": ex.text, "norm": ex.norm, "tokens": json.dumps(ex.tokens)}
+    return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
+
+
+def _html(ex: Explanation, token: int | None) -> bytes:
+    data = {
+        "question": ex.prompt,
+        "norm": ex.norm,
+        "start": token or 0,
+        "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
+        "tokens": [_page_token(ex, i) for i in range(len(ex.tokens))],
+    }
+    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    # inside a script element only "<" could end it
+    encoded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    title = html.escape(f"{ex.prompt} \u2192 {ex.text}")
+    return page.replace("__TITLE__", title).replace("__DATA__", encoded).encode()
+
+
+def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, ...]) -> dict[str, Any]:
+    small = picture.copy()
+    small.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
+    return {
+        "source": "data:image/png;base64," + base64.b64encode(_encode(small)).decode(),
+        "size": list(size),
+        "box": list(box),
+    }
+
+
+def _page_token(ex: Explanation, token: int) -> dict[str, Any]:
+    heads = ex.top_heads(token, _HEADS)
+    scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
+    layouts = ex.layout.images
+    return {
+        "text": ex.tokens[token].strip(),
+        "maps": [_rounded(i.to_grid(scores.sum(0)[i.positions])) for i in layouts],
+        "attention": [_rounded(ex.heatmap(token, "attention", image=i)) for i in range(len(layouts))],
+        "heads": [
+            {
+                "layer": layer,
+                "head": head,
+                "score": round(score, 4),
+                "maps": [_rounded(i.to_grid(row[i.positions])) for i in layouts],
+            }
+            for (layer, head, score), row in zip(heads, scores, strict=True)
+        ],
+    }
+
+
+def _rounded(grid: torch.Tensor) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in row] for row in grid.tolist()]
+
+
+_FORMATS = {".png": _png, ".html": _html, ".json": _json, ".safetensors": _safetensors}

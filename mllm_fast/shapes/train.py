@@ -1,0 +1,273 @@
+"""Train the embedded model from scratch: `python -m mllm_fast.shapes.train --out FOLDER`.
+
+Three stages. The vision tower learns what each patch shows; the projector and the word embeddings
+learn to name it; then the whole model learns to answer. Two additions to the answers' own loss keep
+the model readable (a model taught by answers alone is right, but its residual stream does not decode
+into words): image tokens stay aligned with the words for what they show, and, early on, the last
+prompt token after layer 2 must decode to the word asked about (the "lens" loss). Question words may
+not look at the picture in most samples, so that the last token fetches the answer from the picture
+itself. Knockout figures of this model follow in part from that construction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .batches import IGNORE, Batch, BatchMaker, PatchTargets, vision_batch
+from .build import build_model, build_processor
+from .scenes import COLORS, SHAPES
+
+_LENS_LAYER = 1  # the lens reads the output of this layer
+
+
+class PatchHeads(nn.Module):
+    """Throw-away heads that read a patch's shape, colour and object centre."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.shape = nn.Linear(width, len(SHAPES) + 1)
+        self.color = nn.Linear(width, len(COLORS) + 1)
+        self.offset = nn.Linear(width, 2)
+
+    def loss(self, hidden: torch.Tensor, targets: PatchTargets) -> torch.Tensor:
+        hidden = hidden.float()
+        inside = ~targets.offset[..., 0].isnan()
+        return (
+            _classify(self.shape(hidden), targets.shape)
+            + _classify(self.color(hidden), targets.color)
+            + 2 * F.smooth_l1_loss(self.offset(hidden)[inside], targets.offset[inside])
+        )
+
+
+class Alignment(nn.Module):
+    """Image tokens, as the language model reads them, classified against the words' embeddings, and
+    a linear read-out of their object's place, without which "left to right" is learned late."""
+
+    def __init__(self, tokenizer, width: int):
+        super().__init__()
+        self.none = nn.Parameter(torch.randn(2, width))
+        self.place = nn.Linear(width, 2)
+        self.words = [
+            torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in group])
+            for group in (SHAPES, COLORS)
+        ]
+
+    def loss(self, image: torch.Tensor, embeddings: torch.Tensor, targets: PatchTargets) -> torch.Tensor:
+        image = image.float()
+        inside = ~targets.place[..., 0].isnan()
+        total = F.smooth_l1_loss(self.place(image)[inside], targets.place[inside], beta=0.1)
+        image = F.normalize(image, dim=-1)
+        table = F.normalize(embeddings.float(), dim=-1)
+        none = F.normalize(self.none, dim=-1)
+        for i, target in enumerate((targets.shape, targets.color)):
+            classes = torch.cat([none[i : i + 1], table[self.words[i]]])
+            total = total + _classify(14 * (image @ classes.T), target)
+        return total
+
+
+def _classify(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
+
+
+class Trainer:
+    """Holds the model under training; `run` goes through the stages."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        torch.manual_seed(args.seed)
+        self.rng = np.random.default_rng(args.seed + 1)
+        self.processor = build_processor()
+        tokenizer = self.processor.tokenizer
+        self.model = build_model(tokenizer)
+        self.model.set_attn_implementation("eager")
+        self.vision = self.model.model.vision_tower
+        self.projector = self.model.model.multi_modal_projector
+        self.language = self.model.model.language_model
+        self.batches = BatchMaker(tokenizer)
+        width = self.model.config.text_config.hidden_size
+        self.heads = PatchHeads(self.model.config.vision_config.hidden_size)
+        self.alignment = Alignment(tokenizer, width)
+        self.start = time.monotonic()
+        if args.compile:
+            for layer in [*self.language.layers, *_vision_layers(self.vision)]:
+                layer.compile()
+
+    def log(self, *words: object) -> None:
+        print(f"[{time.monotonic() - self.start:7.1f} s]", *words, flush=True)
+
+    def run(self) -> None:
+        self.train_vision(self.args.vision_steps)
+        self.train_words(self.args.word_steps)
+        self.train_answers(self.args.steps)
+        self.log("held-out", self.accuracy(16))
+        self.save()
+
+    def image_tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the vision tower and the projector make of the pictures, both [B, 144, width]."""
+        hidden = self.vision(pixels).last_hidden_state[:, 1:]
+        return hidden, self.projector(hidden)
+
+    def train_vision(self, steps: int) -> None:
+        optimizer = _adamw([self.vision, self.heads], 1e-3, 0.02)
+        for step in range(steps):
+            _set_rate(optimizer, 1e-3 * _cosine(step, steps, 50))
+            pixels, targets = vision_batch(self.rng, 64)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = self.vision(pixels).last_hidden_state[:, 1:]
+            loss = self.heads.loss(hidden, targets)
+            self.update(optimizer, loss)
+            if step % 100 == 0 or step == steps - 1:
+                with torch.no_grad():
+                    shown = targets.shape > 0
+                    right = self.heads.shape(hidden.float()).argmax(-1)[shown] == targets.shape[shown]
+                self.log(f"vision {step} loss {loss.item():.3f} patch shape accuracy {right.float().mean():.3f}")
+
+    def train_words(self, steps: int) -> None:
+        embeddings = self.language.embed_tokens
+        optimizer = _adamw([self.vision, self.projector, embeddings, self.alignment], 2e-3, 0.02)
+        for step in range(steps):
+            _set_rate(optimizer, 2e-3 * _cosine(step, steps, 20))
+            pixels, targets = vision_batch(self.rng, 64)
+            with torch.autocast("cpu", torch.bfloat16):
+                _, image = self.image_tokens(pixels)
+            loss = self.alignment.loss(image, embeddings.weight, targets)
+            self.update(optimizer, loss)
+            if step % 40 == 0 or step == steps - 1:
+                self.log(f"words {step} loss {loss.item():.3f}")
+
+    def train_answers(self, steps: int) -> None:
+        args = self.args
+        optimizer = _adamw([self.model, self.alignment], args.rate, 0.05)
+        average = None
+        for step in range(steps):
+            progress = step / steps
+            _set_rate(optimizer, args.rate * _cosine(step, steps, 100))
+            most = 2 if progress < 0.12 else 3 if progress < 0.24 else 4
+            batch = self.batches.draw(self.rng, args.batch, most, chained=args.chained, describe=0.6)
+            visible = self.hide_picture(batch, args.blind_questions)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, image, lens = self.forward(batch, visible)
+            answers = _next_token_loss(logits, batch.labels)
+            loss = answers + 0.2 * self.alignment.loss(image, self.language.embed_tokens.weight, batch.targets)
+            weight = 0.5 * min(1, max(0, 2 * (1 - progress / 0.6)))
+            if weight > 0:
+                spoken = F.log_softmax(lens[batch.last].float(), -1)
+                loss = loss - weight * spoken.gather(1, batch.keywords).mean()
+            self.update(optimizer, loss)
+            average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
+            if step % 200 == 0:
+                self.log(f"answers {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(2))
+
+    def hide_picture(self, batch: Batch, share: float) -> torch.Tensor:
+        """`visible` with the picture hidden from the question words of a random `share` of samples."""
+        blind = batch.question & (torch.rand(len(batch.question), 1) < share)
+        return batch.visible & ~(blind[:, :, None] & (batch.input_ids == self.batches.image_id)[:, None, :])
+
+    def forward(self, batch: Batch, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [B, L, V], image tokens [B, 144, d], and the lens's logits [B, L, V]."""
+        _, image = self.image_tokens(batch.pixel_values)
+        hidden = self.language.embed_tokens(batch.input_ids)
+        slots = (batch.input_ids == self.batches.image_id)[..., None].expand_as(hidden)
+        hidden = hidden.masked_scatter(slots, image.to(hidden.dtype))
+        mask = torch.zeros(visible.shape, dtype=torch.bfloat16).masked_fill(~visible, -1e9)[:, None]
+        rotary = self.language.rotary_emb(hidden, batch.position_ids)
+        lens = hidden
+        for i, layer in enumerate(self.language.layers):
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            if i == _LENS_LAYER:
+                lens = hidden
+        read = lambda h: self.model.lm_head(self.language.norm(h))  # noqa: E731
+        return read(hidden), image, read(lens)
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        loss.backward()
+        for group in optimizer.param_groups:
+            group_parameters = [p for p in group["params"] if p.grad is not None]
+            nn.utils.clip_grad_norm_(group_parameters, 1.0)
+        optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def accuracy(self, batches: int) -> dict[str, float]:
+        """Share of held-out answers whose every token is right, teacher-forced, by task."""
+        self.model.eval()
+        rng = np.random.default_rng(10**6)
+        right: dict[str, list[bool]] = {}
+        for i in range(batches):
+            batch = self.batches.draw(rng, self.args.batch, 4, chained=float(i % 2), describe=0.6)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, _, _ = self.forward(batch, batch.visible)
+            hit = (logits[:, :-1].argmax(-1) == batch.labels[:, 1:]) | (batch.labels[:, 1:] == IGNORE)
+            for b, tasks in enumerate(batch.tasks):
+                for turn, task in enumerate(tasks, 1):
+                    right.setdefault(task, []).append(bool(hit[b][batch.turn[b, 1:] == turn].all()))
+        self.model.train()
+        return {task: round(float(np.mean(hits)), 3) for task, hits in sorted(right.items())}
+
+    def save(self) -> None:
+        self.model.set_attn_implementation("sdpa")
+        self.model.to(torch.bfloat16).save_pretrained(self.args.out)
+        self.processor.save_pretrained(self.args.out)
+        size = sum(entry.stat().st_size for entry in os.scandir(self.args.out))
+        self.log(f"saved to {self.args.out}: {size / 2**20:.1f} MiB")
+
+
+def _vision_layers(vision: nn.Module) -> Iterable[nn.Module]:
+    return getattr(vision, "vision_model", vision).encoder.layers
+
+
+def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def _adamw(modules: list[nn.Module], rate: float, decay: float) -> torch.optim.AdamW:
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _cosine(step: int, steps: int, warm_up: int) -> float:
+    ramp = min(1.0, (step + 1) / warm_up)
+    return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the weights and the processor")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vision-steps", type=int, default=1500, help="batches of 64 for the vision tower")
+    parser.add_argument("--word-steps", type=int, default=150, help="batches of 64 for projector and words")
+    parser.add_argument("--steps", type=int, default=6000, help="batches for the whole model's answers")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
+    parser.add_argument("--chained", type=float, default=0.4, help="share of samples that are conversations")
+    parser.add_argument("--blind-questions", type=float, default=0.8, help="share of blind question words")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    os.makedirs(args.out, exist_ok=True)
+    Trainer(args).run()
+
+
+if __name__ == "__main__":
+    main()

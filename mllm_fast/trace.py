@@ -1,0 +1,111 @@
+"""What one answer left behind: the recorded rows and the KV cache, as the explanation reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Recording
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One sequence. T explained rows, L layers, H query heads, N cached positions.
+
+    residual [T, L, d]: h, each layer's input at the row. query [T, L, H, D], rotated. final [T, d]: the last
+    layer's output at the row. keys, values: one [Hkv, N, D] a layer. rows: the position of each explained
+    row, int64 [T]; a row sees keys up to itself, and where `seen` has an entry for its layer (bool [T, N]),
+    only those. scale: of the attention, one a layer.
+    """
+
+    residual: Tensor
+    query: Tensor
+    final: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    rows: Tensor
+    seen: tuple[Tensor | None, ...]
+    scale: tuple[float, ...]
+
+    def attention(self, token: int, layer: int) -> Tensor:
+        """alpha of one row: float32 or wider [H, N'], N' = its position + 1."""
+        stop = int(self.rows[token]) + 1
+        keys = self.keys[layer][:, :stop]
+        query = self.query[token, layer]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        heads, width = query.shape
+        grouped = query.to(wide).reshape(keys.shape[0], heads // keys.shape[0], width)
+        scores = (grouped @ keys.to(wide).mT * self.scale[layer]).reshape(heads, stop)
+        seen = self.seen[layer]
+        if seen is not None:
+            scores = scores.masked_fill(~seen[token, :stop], -torch.inf)
+        return torch.softmax(scores, -1)
+
+    def head_values(self, token: int, layer: int) -> Tensor:
+        """sum_p alpha_jp v_jp of every head of one row, [H, D]: what the output projection reads."""
+        alpha = self.attention(token, layer)
+        values = self.values[layer][:, : alpha.shape[1]].to(alpha.dtype)
+        grouped = alpha.reshape(values.shape[0], -1, alpha.shape[1]) @ values
+        return grouped.reshape(alpha.shape[0], -1)
+
+    def position_values(self, token: int, layer: int, head: int) -> Tensor:
+        """alpha_jp v_jp of one head for every position, [N', D]."""
+        alpha = self.attention(token, layer)
+        group = head // (alpha.shape[0] // self.values[layer].shape[0])
+        return alpha[head, :, None] * self.values[layer][group, : alpha.shape[1]].to(alpha.dtype)
+
+
+def make_trace(record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int = 0) -> Trace:
+    """Join a recording with the cache that the same passes filled.
+
+    `num_tokens` rows are explained, the first at position `prompt_length` - 1.
+
+    Raises:
+        InputError: the cache does not hold every position (a sliding window, an offloaded or quantised one).
+    """
+    rows = torch.arange(num_tokens) + prompt_length - 1
+    length = int(rows[-1]) + 1
+    keys, values = [], []
+    for i in range(record.num_layers):
+        layer = cache.layers[i]
+        k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.shape[-2] < length:
+            held = k.shape[-2] if isinstance(k, Tensor) else "no"
+            raise InputError(
+                f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
+                " use transformers' default cache and a sequence shorter than the model's sliding window"
+            )
+        keys.append(k[batch_index, :, :length])
+        values.append(v[batch_index, :, :length])
+    return Trace(
+        residual=torch.stack([_rows(r, batch_index, num_tokens) for r in record.residual], 1),
+        query=torch.stack([_rows(q, batch_index, num_tokens) for q in record.query], 1),
+        final=_rows(record.final, batch_index, num_tokens),
+        keys=tuple(keys),
+        values=tuple(values),
+        rows=rows,
+        seen=tuple(_seen(masks, batch_index, num_tokens, length) for masks in record.seen),
+        scale=tuple(record.scale),
+    )
+
+
+def _rows(passes: list[Tensor], batch_index: int, count: int) -> Tensor:
+    return torch.cat([one[batch_index] for one in passes])[:count]
+
+
+def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int) -> Tensor | None:
+    """The masks of the passes as one [T, N], or None if every row sees all before it."""
+    if all(one is None for one in passes):
+        return None
+    rows: list[Tensor] = []
+    for one in passes:
+        if one is None:
+            rows.append(torch.ones(1, length, dtype=torch.bool))
+            continue
+        mask = one[min(batch_index, len(one) - 1), :, :length].cpu()
+        rows.append(torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=True))
+    return torch.cat(rows)[:count]

@@ -1,0 +1,25 @@
+"""The compiled extension. Everything else about the package is in pyproject.toml.
+
+The extension is optional: where no compiler is found, the package installs without it and plain torch
+serves (`mllm-fast info` says so).
+"""
+
+import sys
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+# the text picks its instruction set at run time, so no -march; -ffp-contract lets a * b + c become one fma
+flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"]
+
+extension = Pybind11Extension(
+    "mllm_fast.kernels._cpu",
+    ["kernels/bindings.cpp", "kernels/logprob_increase/cpu_kernel.cpp"],
+    depends=["kernels/cpu", "kernels/logprob_increase"],
+    cxx_std=17,
+    extra_compile_args=flags,
+    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+)
+extension.optional = True
+
+setup(ext_modules=[extension])
