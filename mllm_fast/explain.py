@@ -203,14 +203,17 @@ class Explanation:
         out: list[Tensor] = []
         for start in range(0, len(heads), step):
             part = heads[start : start + step]
+            layers = sorted({layer for layer, _ in part})
+            device = self._trace.residual.device
             scores = logprob_increase(
-                torch.stack([self._trace.residual[index, layer] for layer, _ in part]),
+                self._trace.residual[index, layers],
                 torch.stack([self._trace.position_values(index, layer, head) for layer, head in part]),
-                torch.full((len(part),), self.token_ids[index], device=self._trace.residual.device),
+                torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
                 projection=torch.stack([self._text.projection(layer, head).detach() for layer, head in part]),
                 norm=self.norm,
-                final=self._trace.final[index].expand(len(part), -1),
+                final=self._trace.final[index].expand(len(layers), -1),
+                source=torch.tensor([layers.index(layer) for layer, _ in part], device=device),
                 operators=self._operators,
                 keys=part,
             )

@@ -1,9 +1,15 @@
 """Tiny random models of the real classes, with real processors: one a family, all different in shape.
 
-`vision_layers=0` makes each image token depend on its own patch alone, for tests of the pixel boxes.
+`vision_layers=0` makes each image token depend on its own patch alone, for tests of the pixel boxes. `eager`
+is transformers' own attention in full float64: it casts its softmax to float32, which would hide errors
+below 1e-7 (and gives NaN for padding rows, whose float64 mask value overflows there).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -37,11 +43,27 @@ _TEMPLATE = (
 )
 
 
+@contextmanager
+def eager(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the whole model runs on eager attention, in float64 if the model is; afterwards on SDPA."""
+    softmax = torch.nn.functional.softmax
+
+    def exact(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    model.set_attn_implementation("eager")
+    try:
+        with mock.patch("torch.nn.functional.softmax", exact):
+            yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 def tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
     vocab = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *special, *_WORDS])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.decoder = decoders.WordPiece(prefix="##")
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token="<s>",
@@ -69,6 +91,7 @@ def _finish(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def llava(vision_layers: int = 2, seed: int = 0):
+    no_layers, vision_layers = vision_layers == 0, max(vision_layers, 1)  # LLaVA needs a layer to read from
     tok = tokenizer(["<image>"], image_token="<image>")
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -110,7 +133,12 @@ def llava(vision_layers: int = 2, seed: int = 0):
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE.replace("IMAGE", "<image>"),
     )
-    return _finish(LlavaForConditionalGeneration(config), seed), processor
+    model = _finish(LlavaForConditionalGeneration(config), seed)
+    if no_layers:
+        layer = model.model.vision_tower.encoder.layers[0]
+        for last in (layer.self_attn.out_proj, layer.mlp.fc2):
+            torch.nn.init.zeros_(last.weight)
+    return model, processor
 
 
 def internvl(vision_layers: int = 2, seed: int = 0):

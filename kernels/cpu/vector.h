@@ -12,9 +12,9 @@ static inline vec splat(float x) { return x - (vec){}; }
 static inline vec maximum(vec a, vec b) { return a > b ? a : b; }  // b where a is NaN
 
 static inline bool any(ivec mask) {
-#if LANES == 16 && defined(__x86_64__)
+#if LANES == 16 && defined(MLLM_X86)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif LANES == 8 && defined(__x86_64__)
+#elif LANES == 8 && defined(MLLM_X86)
   return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
   int32_t all = 0;

@@ -39,22 +39,25 @@ def logprob_increase(
     projection: Tensor | None = None,
     norm: str = "frozen",
     final: Tensor | None = None,
+    source: Tensor | None = None,
     way: str = "auto",
     operators: OperatorCache | None = None,
     keys: Sequence[Hashable] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The increase of log p(token) by each write, for G residual vectors and R writes to each.
+    """The increase of log p(token) by each write: G groups of R writes, each group to one residual vector.
 
     Args:
-        residual: h, [G, d].
+        residual: h, [G, d]; or with `source`, [B, d].
         values: the writes [G, R, d]; or with `projection`, what it projects, [G, R, k].
-        tokens: b, the explained token of each group, int64 [G].
+        tokens: b, the explained token of each residual vector, int64 [G] (or [B]).
         unembedding: final norm and unembedding.
         projection: O, [G, d, k]: a head's output projection; the write is then O u.
         norm: "own": the statistics of the final norm are those of h and of h + w themselves (equation 6);
             "frozen": those of `final` (the paper's released notebook).
-        final: the final layer's output at the explained row, [G, d]; needed for "frozen".
+        final: the final layer's output at the explained row, [G, d] (or [B, d]); needed for "frozen".
+        source: which residual vector each group writes to, int64 [G]: the heads of a layer share one, whose
+            logits are then made once.
         way: "direct", "factored", or "auto" for the cheaper one by count of flops.
         operators, keys: a cache of the factored way's operators, and the G keys there (a head's name).
         backend: "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
@@ -65,7 +68,7 @@ def logprob_increase(
     Raises:
         ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
     """
-    _check(residual, values, tokens, unembedding, projection, norm, final, way, operators, keys)
+    _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys)
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
     backend = choose(residual.device, unembedding.weight.dtype, backend)
     centred = unembedding.kind == "layer" and norm == "own"
@@ -76,46 +79,50 @@ def logprob_increase(
     O = None if projection is None else projection.to(wide)  # noqa: N806 - the paper's name
     if way == "direct" and O is not None:
         values, O = values @ O.mT, None
-    scale, rescale = _scales(residual, values, O, unembedding, norm, final)
-    base = _Base(residual, unembedding, norm, final, scale)
-    scaled = values * (scale[:, None] + rescale)[..., None]
+    if source is None:
+        source = torch.arange(len(residual), device=residual.device)
+    scale, rescale = _scales(residual, values, O, source, unembedding, norm, final)
+    base = _Base(residual, tokens, unembedding, norm, final, scale, _KERNELS[backend])
+    scaled = values * (scale[source, None] + rescale)[..., None]
     shift = rescale if norm == "own" else None
     if way == "direct":
         if centred:
             scaled = scaled - scaled.mean(-1, keepdim=True)
         if unembedding.gain is not None:
             scaled = scaled * unembedding.gain.to(wide)
-        return base.increase(_KERNELS[backend], scaled, unembedding.weight, shift, tokens, slice(None))
-    parts = []
-    for g in range(len(residual)):  # each group is a head, and has an operator of its own
+        return base.increase(scaled, unembedding.weight, shift, source)
+    out = scaled.new_empty(scaled.shape[:2])
+    for g in range(len(out)):  # each group is a head, and has an operator of its own
         if operators is not None and keys is not None:
             operator = operators.get(keys[g], unembedding, projection[g], centred)  # type: ignore[index]
         else:
             operator = make_operator(unembedding, projection[g], centred)  # type: ignore[index]
         one = slice(g, g + 1)
-        moved = None if shift is None else shift[one]
-        parts.append(base.increase(_KERNELS[backend], scaled[one], operator, moved, tokens[one], one))
-    return torch.cat(parts) if parts else values.new_empty(values.shape[:2])
+        out[one] = base.increase(scaled[one], operator, None if shift is None else shift[one], source[one])
+    return out
 
 
 class _Base:
-    """The logits at h of each group, and what the increase needs of them."""
+    """The logits at each residual vector, and what the increase needs of them."""
 
-    def __init__(self, residual: Tensor, unembedding: Unembedding, norm: str, final: Tensor | None, scale: Tensor):
-        mean = _mean(residual if norm == "own" else final.to(residual.dtype), unembedding)  # type: ignore[union-attr]
-        self.lean = unembedding.times((residual - mean).T).T  # a, [G, V]
+    def __init__(self, residual, tokens: Tensor, unembedding: Unembedding, norm: str, final, scale: Tensor, kernel):
+        mean = _mean(residual if norm == "own" else final.to(residual.dtype), unembedding)
+        self.lean = unembedding.times((residual - mean).T).T.contiguous()  # a, [B, V]
         raw = scale[:, None] * self.lean
         offset = unembedding.offset(residual.dtype)
         self.raw = raw if offset is None else raw + offset
         self.cap = unembedding.softcap
         logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
         self.log_probs = torch.log_softmax(logits, -1)
+        self.tokens = tokens
+        self.kernel = kernel
 
-    def increase(self, kernel, writes: Tensor, operand: Tensor, shift: Tensor | None, tokens: Tensor, groups: slice):
-        """S [G', R] of the groups `groups`, for scaled writes [G', R, k] against an operand [V, k]."""
-        lean = None if shift is None else self.lean[groups]
-        raw = None if self.cap is None else self.raw[groups]
-        total = kernel(writes, operand, self.log_probs[groups], lean, shift, raw, self.cap)
+    def increase(self, writes: Tensor, operand: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
+        """S [G', R] of scaled writes [G', R, k], to the residual vectors `source` [G'], for an operand [V, k]."""
+        lean = None if shift is None else self.lean[source]
+        raw = None if self.cap is None else self.raw[source]
+        tokens = self.tokens[source]
+        total = self.kernel(writes, operand, self.log_probs[source], lean, shift, raw, self.cap)
         explained = (writes @ operand[tokens].to(writes.dtype)[..., None])[..., 0]
         if shift is not None:
             explained = explained + shift * lean.gather(1, tokens[:, None])  # type: ignore[union-attr]
@@ -132,9 +139,15 @@ def _mean(x: Tensor, unembedding: Unembedding) -> Tensor:
 
 
 def _scales(
-    residual: Tensor, values: Tensor, O: Tensor | None, unembedding: Unembedding, norm: str, final: Tensor | None
+    residual: Tensor,
+    values: Tensor,
+    O: Tensor | None,  # noqa: N803
+    source: Tensor,
+    unembedding: Unembedding,
+    norm: str,
+    final: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm's scale r0 at h, [G], and r - r0 for each write, [G, R].
+    """The norm's scale r0 at each residual vector, [B], and r - r0 for each write, [G, R].
 
     r - r0 is computed from the change of the mean square, not as a difference of two scales: for a small
     write the two agree in all digits but the last. With a projection the change comes from the d_head x
@@ -147,17 +160,17 @@ def _scales(
     h = residual - _mean(residual, unembedding)
     width = residual.shape[-1]
     before = h.square().mean(-1) + unembedding.eps
+    scale, before, h = torch.rsqrt(before), before[source, None], h[source, :, None]
     if O is None:
         w = values - _mean(values, unembedding)
-        change = 2 * (w @ h[..., None])[..., 0] + w.square().sum(-1)
+        change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
     else:
         if unembedding.kind == "layer":
             O = O - O.mean(-2, keepdim=True)  # noqa: N806
-        change = 2 * (values @ (O.mT @ h[..., None]))[..., 0] + ((values @ (O.mT @ O)) * values).sum(-1)
-    root_before = before.sqrt()[:, None]
+        change = 2 * (values @ (O.mT @ h))[..., 0] + ((values @ (O.mT @ O)) * values).sum(-1)
     change = change / width
-    root_after = (before[:, None] + change).clamp_min(0).sqrt()
-    return torch.rsqrt(before), -change / (root_before * root_after * (root_before + root_after))
+    root_before, root_after = before.sqrt(), (before + change).clamp_min(0).sqrt()
+    return scale, -change / (root_before * root_after * (root_before + root_after))
 
 
 def _full_keys(operators, keys, unembedding: Unembedding, projection: Tensor | None, centred: bool) -> list[Hashable]:
@@ -179,7 +192,7 @@ def _cheaper_way(values, unembedding: Unembedding, projection, operators, full_k
     return "factored" if factored <= direct else "direct"
 
 
-def _check(residual, values, tokens, unembedding, projection, norm, final, way, operators, keys) -> None:
+def _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
     if way not in WAYS:
@@ -190,19 +203,24 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, way, 
         raise ValueError("operators and keys go together: give both or neither")
     vocab, width = unembedding.weight.shape
     if residual.ndim != 2 or residual.shape[1] != width:
-        raise ValueError(f"residual is [G, {width}], got {tuple(residual.shape)}")
-    groups = len(residual)
+        raise ValueError(f"residual is [B, {width}], got {tuple(residual.shape)}")
+    count = len(residual)
+    if source is not None and (source.ndim != 1 or source.dtype != torch.int64):
+        raise ValueError(f"source is int64 [G], got {source.dtype} {tuple(source.shape)}")
+    if source is not None and len(source) and not (0 <= int(source.min()) and int(source.max()) < count):
+        raise ValueError(f"source lies in 0 .. {count - 1}, got {int(source.min())} .. {int(source.max())}")
+    groups = count if source is None else len(source)
     if projection is not None and (projection.ndim != 3 or projection.shape[:2] != (groups, width)):
         raise ValueError(f"projection is [{groups}, {width}, k], got {tuple(projection.shape)}")
     depth = width if projection is None else projection.shape[2]
     if values.ndim != 3 or values.shape[0] != groups or values.shape[2] != depth:
         raise ValueError(f"values is [{groups}, R, {depth}], got {tuple(values.shape)}")
-    if tokens.shape != (groups,) or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens is int64 [{groups}], got {tokens.dtype} {tuple(tokens.shape)}")
-    if groups and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
+    if tokens.shape != (count,) or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
+    if count and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
         raise ValueError(f"tokens lie in 0 .. {vocab - 1}, got {int(tokens.min())} .. {int(tokens.max())}")
     if norm == "frozen" and (final is None or final.shape != residual.shape):
         got = None if final is None else tuple(final.shape)
-        raise ValueError(f"norm='frozen' needs final [{groups}, {width}], the final layer's output, got {got}")
+        raise ValueError(f"norm='frozen' needs final [{count}, {width}], the final layer's output, got {got}")
     if keys is not None and len(keys) != groups:
         raise ValueError(f"keys has one entry a group, {groups}, got {len(keys)}")

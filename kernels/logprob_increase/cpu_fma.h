@@ -10,7 +10,7 @@ constexpr int DEPTH_BLOCK = 128;
 
 template <int NV>
 static inline void multiply(const float* m, int64_t stride, const float* u, int depth, vec (&c)[ROWS][NV]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (int k = 0; k < depth; ++k) {
     vec x[NV];
 #pragma GCC unroll 4

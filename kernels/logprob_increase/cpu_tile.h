@@ -68,9 +68,9 @@ static inline void absorb(vec (&x)[ROWS][NV], const mllm::Problem& p, const Word
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) x[r][j] -= step;
     }
-    vec part = (vec){};
+    vec part = exp2(x[0][j]);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) part += exp2(x[r][j]);
+    for (int r = 1; r < ROWS; ++r) part += exp2(x[r][j]);
     store(sum + j * LANES, total + part);
   }
 }

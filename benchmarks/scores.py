@@ -1,0 +1,162 @@
+"""How fast are position scores? `python benchmarks/scores.py`: one layer of LLaVA-1.5-7B's sizes, float32.
+
+Contenders, each scoring all positions of a head of the layer:
+- direct: project, norm, unembed, log-softmax in torch, as the notebook of arXiv 2411.10950 does;
+- torch, cached: the factored way in plain torch, the operator at hand;
+- kernel, cached: the factored way on the compiled kernel;
+- kernel, on the fly: the same, the operator made in the call.
+
+A gate against float64 comes first: no figure is printed for a wrong contender. Then all contenders run in
+turn; figures are medians. Last: arithmetic rates beside torch's own sgemm and a register-only loop of
+multiply-adds, peak memory beyond the operator, and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from harness import in_turn, machine, median, peak_bytes, write_result
+
+from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase
+from mllm_fast.kernels.dispatch import cpu_extension, instruction_set
+from mllm_fast.kernels.logprob_increase import cpu_kernel
+from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
+
+VOCAB, WIDTH, HEADS, DEPTH, POSITIONS = 32_064, 4096, 32, 128, 600
+
+
+class Layer:
+    """Random weights of one layer and one explained row, the same in every run."""
+
+    def __init__(self, heads: int):
+        gen = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
+        self.heads = heads
+        self.unembedding = Unembedding(weight=draw(VOCAB, WIDTH) / WIDTH**0.5, gain=torch.rand(WIDTH, generator=gen) + 0.5)
+        self.projection = draw(heads, WIDTH, DEPTH) / (HEADS * DEPTH) ** 0.5
+        self.values = draw(heads, POSITIONS, DEPTH) * torch.rand(heads, POSITIONS, 1, generator=gen) ** 8
+        self.residual, self.final = draw(1, WIDTH), 2 * draw(1, WIDTH)
+        self.token = torch.tensor([123])
+
+    def call(self, heads: slice, **options) -> torch.Tensor:
+        """Our op on some heads of the layer, which share one residual vector."""
+        values = self.values[heads]
+        return logprob_increase(
+            self.residual,
+            values,
+            self.token,
+            self.unembedding,
+            projection=self.projection[heads],
+            final=self.final,
+            source=torch.zeros(len(values), dtype=torch.long),
+            **options,
+        )
+
+    def direct(self, head: int) -> torch.Tensor:
+        """The notebook's way, for one head."""
+        u = self.unembedding
+        scale = torch.rsqrt(self.final.square().mean() + u.eps)
+        x = self.residual + self.values[head] @ self.projection[head].T
+        after = torch.log_softmax((x * scale * u.gain) @ u.weight.T, -1)[:, self.token]
+        before = torch.log_softmax((self.residual * scale * u.gain) @ u.weight.T, -1)[:, self.token]
+        return (after - before)[:, 0]
+
+
+def gate(layer: Layer, contenders: dict[str, Callable[[int], torch.Tensor]]) -> dict[str, float]:
+    """Largest errors of one head's scores against float64; fails where one exceeds twice the direct way's own
+    error and a rounding of the logits."""
+    wide = Unembedding(layer.unembedding.weight.double(), layer.unembedding.gain.double())
+    truth = reference(
+        layer.residual.double(),
+        layer.values[:1].double(),
+        layer.token,
+        wide,
+        projection=layer.projection[:1].double(),
+        final=layer.final.double(),
+    )[0]
+    errors = {name: float((run(0).double() - truth).abs().max()) for name, run in contenders.items()}
+    allowed = 2 * errors["direct"] + 4 * torch.finfo(torch.float32).eps
+    for name, error in errors.items():
+        if not error <= allowed:
+            raise SystemExit(f"{name}: error {error:.1e}, allowed {allowed:.1e}: no figures for a wrong contender")
+    return errors
+
+
+def rates(layer: Layer, rounds: int) -> dict[str, float]:
+    """GFLOP/s: the kernel's multiply-adds, torch's sgemm, the register-only loop."""
+    threads = torch.get_num_threads()
+    extension, _ = cpu_extension()
+    operator = torch.randn(VOCAB, DEPTH)
+    base = torch.log_softmax(torch.randn(1, VOCAB), -1)
+    square = torch.randn(2048, 2048)
+    sets = extension.instruction_sets()
+    peaks: dict[str, list[float]] = {}
+    runs = {f"kernel, {isa}": lambda isa=isa: cpu_kernel.log_sum_exp(layer.values[:1], operator, base, None, None, None, None, isa=isa) for isa in sets}
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, seconds in in_turn({**runs, "sgemm": lambda: square @ square}, 1, warm_up=0).items():
+            times.setdefault(name, []).extend(seconds)
+        for isa in sets:
+            peaks.setdefault(f"peak, {isa}", []).append(extension.fma_rate(threads, isa) / 1e9)
+    work = {name: 2 * VOCAB * DEPTH * POSITIONS for name in runs} | {"sgemm": 2 * 2048**3}
+    return {name: work[name] / median(t) / 1e9 for name, t in times.items()} | {n: median(p) for n, p in peaks.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=HEADS, help="heads of the layer that are scored in one call")
+    parser.add_argument("--out", type=Path, default=None, help="write the JSON line here too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    layer = Layer(args.heads)
+    cache = OperatorCache(1 << 34)
+    keys = [(0, j) for j in range(args.heads)]
+    whole, one = slice(None), slice(0, 1)
+    cached = {"way": "factored", "operators": cache}
+    single: dict[str, Callable[[int], torch.Tensor]] = {
+        "direct": layer.direct,
+        "torch, cached": lambda j: layer.call(one, backend="torch", keys=keys[:1], **cached)[0],
+        "kernel, cached": lambda j: layer.call(one, keys=keys[:1], **cached)[0],
+        "kernel, on the fly": lambda j: layer.call(one, way="factored")[0],
+    }
+    errors = gate(layer, single)
+    layer.call(whole, keys=keys, **cached)  # fills the cache
+    runs = {
+        "direct": (lambda: layer.direct(0), 1),
+        "torch, cached": (lambda: layer.call(slice(0, 2), backend="torch", keys=keys[:2], **cached), 2),
+        "kernel, cached": (lambda: layer.call(whole, keys=keys, **cached), args.heads),
+        "kernel, on the fly": (lambda: layer.call(slice(0, 8), way="factored"), min(8, args.heads)),
+    }
+    times = in_turn({name: run for name, (run, _) in runs.items()}, args.rounds)
+    result: dict = {"benchmark": "scores", "machine": machine(), "rounds": args.rounds, "heads": args.heads, "ways": {}}
+    direct = median(times["direct"])
+    for name, (_, heads) in runs.items():
+        seconds = median(times[name]) / heads
+        row = {"ms_per_head": seconds * 1e3, "times_faster": direct / seconds, "error": errors[name]}
+        result["ways"][name] = row
+        print(f"{name:20s} {row['ms_per_head']:8.2f} ms a head  {row['times_faster']:6.1f}x  error {row['error']:.1e}")
+    result["gflops"] = rates(layer, args.rounds)
+    isa = instruction_set()
+    for name, rate in result["gflops"].items():
+        print(f"{name:20s} {rate:8.0f} GFLOP/s")
+    for name in (n.removeprefix("kernel, ") for n in result["gflops"] if n.startswith("kernel")):
+        print(f"kernel / peak, {name}: {result['gflops'][f'kernel, {name}'] / result['gflops'][f'peak, {name}']:.2f}")
+    result["peak_megabytes"] = {
+        "direct": peak_bytes(lambda: layer.direct(0)) / 1e6,
+        "kernel, cached": peak_bytes(lambda: layer.call(one, keys=keys[:1], **cached)) / 1e6,
+    }
+    for name, size in result["peak_megabytes"].items():
+        print(f"peak memory beyond the operator, {name}: {size:.1f} MB")
+    result["instruction set"] = isa
+    print(json.dumps(result))
+    write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

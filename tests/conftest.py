@@ -1,0 +1,51 @@
+"""Fixtures: the tiny models, built once a session, and pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import mllm_fast as mf
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", params=tiny.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def built():
+    """Family -> (model in float64, processor), each built once."""
+    cache = {}
+
+    def build(name: str):
+        if name not in cache:
+            model, processor = tiny.BUILD[name]()
+            cache[name] = model.double(), processor
+        return cache[name]
+
+    return build
+
+
+@pytest.fixture
+def vlm(family, built):
+    return mf.VLM(*built(family))
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    return mf.VLM.from_pretrained("shapes", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """90 x 40 pixels: InternVL cuts it into two tiles and a thumbnail."""
+    return Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 90, 3), dtype=np.uint8))

@@ -1,0 +1,223 @@
+"""Equivalences 3 and 4 end to end: an explanation in float64 against an oracle that runs the model's own
+eager attention with output_attentions, makes every write and every logit, and knows nothing of ours."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import mllm_fast as mf
+from mllm_fast.attention import recording
+from mllm_fast.trace import make_trace
+
+QUESTION = "what color is the circle ?"
+ANSWER = "red green , blue"
+
+
+class Oracle:
+    """Everything materialised for one sequence, from hooks on the model's own modules."""
+
+    def __init__(self, vlm: mf.VLM, picture, answer: str):
+        inputs, _ = vlm.prepare(picture, QUESTION)
+        ids = vlm.processor.tokenizer(answer, add_special_tokens=False).input_ids
+        self.prompt_length = inputs["input_ids"].shape[1]
+        self.ids = ids
+        extended = {**inputs}
+        extended["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
+        extended["attention_mask"] = torch.ones_like(extended["input_ids"])
+        if "mm_token_type_ids" in extended:
+            extended["mm_token_type_ids"] = torch.nn.functional.pad(extended["mm_token_type_ids"], (0, len(ids)))
+        self.text = vlm.text
+        self.values, self.outputs, handles = {}, {}, []
+        for i, layer in enumerate(vlm.text.layers):
+            attention = layer.self_attn
+            handles.append(attention.v_proj.register_forward_hook(lambda m, a, o, i=i: self.values.__setitem__(i, o[0])))
+            handles.append(attention.o_proj.register_forward_hook(lambda m, a, o, i=i: self.outputs.__setitem__(i, o[0])))
+        finals = []
+        handles.append(vlm.text.norm.register_forward_pre_hook(lambda m, a: finals.append(a[0][0])))
+        with torch.no_grad(), tiny.eager(vlm.model):
+            out = vlm.model(**extended, output_attentions=True, output_hidden_states=True)
+        for handle in handles:
+            handle.remove()
+        self.hidden, self.attentions, self.final = out.hidden_states, out.attentions, finals[0]
+        self.logits = out.logits[0]
+
+    def writes(self, token: int, layer: int) -> torch.Tensor:
+        """Position writes alpha_jp O_j v_jp, [H, N, d]."""
+        row = self.prompt_length - 1 + token
+        alpha = self.attentions[layer][0, :, row]
+        heads, width = self.text.num_heads, self.text.head_dim
+        values = self.values[layer].reshape(len(self.values[layer]), -1, width).transpose(0, 1)
+        values = values.repeat_interleave(heads // len(values), 0)
+        weight = self.text.outputs[layer].weight.detach()
+        return torch.stack([
+            alpha[j, :, None] * values[j] @ weight[:, j * width : (j + 1) * width].T for j in range(heads)
+        ])  # fmt: skip
+
+    def increase(self, token: int, layer: int, writes: torch.Tensor, norm: str) -> torch.Tensor:
+        row = self.prompt_length - 1 + token
+        h = self.hidden[layer][0, row]
+
+        def log_prob(x):
+            measured = x if norm == "own" else self.final[row]
+            scale = torch.rsqrt(measured.square().mean(-1, keepdim=True) + self.text.norm.variance_epsilon)
+            return torch.log_softmax(self.text.head(x * scale * self.text.norm.weight), -1)[..., self.ids[token]]
+
+        with torch.no_grad():
+            return log_prob(h + writes) - log_prob(h)
+
+
+@pytest.fixture(scope="module")
+def pair(family, built, picture):
+    vlm = mf.VLM(*built(family))
+    return vlm, Oracle(vlm, picture, ANSWER)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "own"])
+def test_scores_equal_the_oracle(pair, picture, norm):
+    vlm, oracle = pair
+    ex = vlm.explain(picture, QUESTION, ANSWER, norm=norm)
+    assert ex.token_ids == oracle.ids
+    for token in range(len(oracle.ids)):
+        positions = ex.position_scores(token, "all").reshape(ex.num_layers, ex.num_heads, -1)
+        for layer in range(ex.num_layers):
+            writes = oracle.writes(token, layer)
+            heads = oracle.increase(token, layer, writes.sum(1), norm)
+            # results are kept in float32: half an ulp of values up to about 8
+            torch.testing.assert_close(ex.head_scores[token, layer].double(), heads, rtol=1e-6, atol=1e-7)
+            each = oracle.increase(token, layer, writes, norm)
+            got = positions[layer][:, : each.shape[1]].double()
+            torch.testing.assert_close(got, each[:, : got.shape[1]], rtol=1e-6, atol=1e-7)
+    assert ex.head_scores.abs().max() > 1e-2
+
+
+def test_writes_add_up(pair, picture):
+    """Equivalence 3, in float64: position writes make the head write, head writes and the bias the output."""
+    vlm, oracle = pair
+    for layer in range(len(vlm.text.layers)):
+        bias = getattr(vlm.text.outputs[layer], "bias", None)
+        for token in range(len(oracle.ids)):
+            total = oracle.writes(token, layer).sum((0, 1)) + (0 if bias is None else bias.detach())
+            row = oracle.outputs[layer][oracle.prompt_length - 1 + token]
+            torch.testing.assert_close(total, row, rtol=0, atol=1e-10)
+    inputs, _ = vlm.prepare(picture, QUESTION)
+    with recording(vlm.text, rows=1) as record, torch.no_grad():
+        cache = vlm.model(**inputs, use_cache=True).past_key_values
+    trace = make_trace(record, cache, 1, oracle.prompt_length)
+    for layer in range(len(vlm.text.layers)):
+        heads = trace.head_values(0, layer)
+        for head in range(vlm.text.num_heads):
+            summed = trace.position_values(0, layer, head).sum(0)
+            torch.testing.assert_close(summed, heads[head], rtol=0, atol=1e-10)
+        bias = vlm.text.outputs[layer].bias
+        written = vlm.text.outputs[layer].weight @ heads.flatten() + (0 if bias is None else bias)
+        torch.testing.assert_close(
+            written.detach(), oracle.outputs[layer][oracle.prompt_length - 1], rtol=0, atol=1e-10
+        )
+
+
+def test_attention_equals_the_models_own(pair, picture):
+    vlm, oracle = pair
+    ex = vlm.explain(picture, QUESTION, ANSWER)
+    for token in range(len(oracle.ids)):
+        row = oracle.prompt_length - 1 + token
+        own = torch.stack([a[0, :, row] for a in oracle.attentions])
+        torch.testing.assert_close(ex.attention(token).double(), own, rtol=0, atol=1e-7)
+
+
+def test_explained_probability_is_the_models(pair, picture):
+    """h after the last layer, through the unembedding as data, gives the model's own logits."""
+    vlm, oracle = pair
+    u = vlm.text.unembedding()
+    x = oracle.final
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + u.eps)
+    logits = u.times(normed.T).T
+    # the model's own RMSNorm computes in float32: a few of its roundings of logits of order 10
+    torch.testing.assert_close(logits[-1], oracle.logits[-1], rtol=0, atol=10 * 4 * 2**-24)
+
+
+def test_generated_equals_forced(vlm, picture):
+    """From the cache of one generation, or from one teacher-forced pass: the same numbers."""
+    words = tiny._WORDS
+    allowed = vlm.processor.tokenizer.convert_tokens_to_ids(words)
+    said = vlm.explain(
+        picture, QUESTION, max_new_tokens=4, prefix_allowed_tokens_fn=lambda *_: allowed
+    )
+    forced = vlm.explain(picture, QUESTION, said.text)
+    assert forced.token_ids == said.token_ids
+    assert torch.equal(forced.input_ids, said.input_ids)
+    torch.testing.assert_close(forced.head_scores, said.head_scores, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(forced.position_scores(-1, "all"), said.position_scores(-1, "all"), rtol=1e-6, atol=1e-7)
+
+
+def test_generate_and_explain_say_the_same(vlm, picture):
+    said = vlm.generate(picture, QUESTION, max_new_tokens=5)
+    ex = vlm.explain(picture, QUESTION, max_new_tokens=5)
+    assert (ex.text, ex.token_ids) == (said.text, said.token_ids)
+    assert said.input_ids[said.layout.prompt_length :].tolist() == said.token_ids
+    assert len(said.tokens) == len(said.token_ids)
+
+
+def test_heatmap_is_the_sum_over_the_image(vlm, picture):
+    ex = vlm.explain(picture, QUESTION, ANSWER)
+    where = ex.layout.images[0].positions
+    heads = [(2, 1), (0, 0)]
+    grid = ex.heatmap(1, heads=heads)
+    assert grid.shape == ex.layout.images[0].grid
+    torch.testing.assert_close(grid.sum(), ex.position_scores(1, heads)[:, where].sum())
+    attention = ex.heatmap(1, "attention")
+    torch.testing.assert_close(attention.sum(), ex.attention(1).mean((0, 1))[where].sum())
+
+
+def test_two_images(vlm, picture):
+    other = Image.new("RGB", (40, 40), "red")
+    ex = vlm.explain([picture, other], QUESTION, ANSWER)
+    segments = ex.layout.segments
+    assert len(segments["image"]) == len(segments["image:0"]) + len(segments["image:1"])
+    assert ex.heatmap(0, image=1).shape == ex.layout.images[1].grid
+    with pytest.raises(mf.InputError, match="image is 0 to 1"):
+        ex.heatmap(0, image=2)
+
+
+def test_tokens_by_name(vlm, picture):
+    ex = vlm.explain(picture, QUESTION, "red blue red")
+    assert ex.token_index("blue") == 1
+    assert ex.token_index(-1) == 2
+    with pytest.raises(mf.InputError, match="stands 2 times"):
+        ex.token_index("red")
+    with pytest.raises(mf.InputError, match="is not in the answer"):
+        ex.token_index("green")
+    with pytest.raises(mf.InputError, match="index is 0 to 2"):
+        ex.token_index(3)
+
+
+def test_top_heads_are_sorted(vlm, picture):
+    ex = vlm.explain(picture, QUESTION, ANSWER)
+    top = ex.top_heads(0, 4)
+    scores = [score for _, _, score in top]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == float(ex.head_scores[0].max())
+    layer, head, score = top[2]
+    assert float(ex.head_scores[0, layer, head]) == score
+
+
+@pytest.mark.parametrize("heads", [0, "some", [(9, 0)], [], True])
+def test_bad_heads(vlm, picture, heads):
+    with pytest.raises(mf.InputError):
+        vlm.explain(picture, QUESTION, ANSWER).position_scores(0, heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions(picture, dtype):
+    """Scores of a low-precision model are near those of the same weights in float64: within the change that
+    rounding its recorded rows and cache makes, 2^-8 or 2^-23 of values of order 1, through three layers."""
+    model, processor = tiny.internvl()
+    low = mf.VLM(model.to(dtype), processor).explain(picture, QUESTION, ANSWER)
+    model, _ = tiny.internvl()
+    exact = mf.VLM(model.to(dtype).double(), processor).explain(picture, QUESTION, ANSWER)
+    # several roundings a layer: 2^5 units of the format's own rounding
+    tolerance = 2**5 * torch.finfo(dtype).eps
+    torch.testing.assert_close(low.head_scores, exact.head_scores, rtol=tolerance, atol=tolerance)
+    assert exact.head_scores.abs().max() > 4 * tolerance or dtype == torch.bfloat16

@@ -1,0 +1,225 @@
+"""Equivalences 4 and 7: factored = direct = a float64 oracle, on every backend and instruction set.
+
+Tolerance: see oracle.assert_as_good_as (twice the float32 reference's own error, plus logit rounding).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_as_good_as, cast, problem, truth_of
+
+from mllm_fast.kernels import Unembedding, logprob_increase
+from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.logprob_increase import cpu_kernel, torch_kernel
+from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
+
+EXTENSION, _ = cpu_extension()
+SETS = EXTENSION.instruction_sets() if EXTENSION else []
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+VARIANTS = [
+    {"kind": "rms"},
+    {"kind": "rms", "bias": True},
+    {"kind": "layer", "bias": True},
+    {"kind": "rms", "softcap": 5.0},
+    {"kind": "layer", "bias": True, "softcap": 5.0},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("norm", ["frozen", "own"])
+@pytest.mark.parametrize("way", ["direct", "factored"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+def test_matches_float64_oracle(backend, way, norm, variant):
+    arguments, unembedding = problem(17, 33, 257, 40, 8, **variant)
+    low_arguments, low = cast(arguments, unembedding, torch.float32)
+    truth = truth_of(low_arguments, low, norm)
+    reference_low = reference(**low_arguments, unembedding=low, norm=norm)
+    got = logprob_increase(**low_arguments, unembedding=low, norm=norm, way=way, backend=backend)
+    assert got.dtype == torch.float32
+    assert got.shape == (17, 33)
+    assert_as_good_as(got, reference_low, truth, magnitude=20)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "own"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_float64_is_exact(norm, kind):
+    """In float64 only roundings are left between the two ways and the definition."""
+    arguments, unembedding = problem(3, 9, 57, 24, 5, kind=kind, bias=True)
+    truth = reference(**arguments, unembedding=unembedding, norm=norm)
+    for way in ("direct", "factored"):
+        got = logprob_increase(**arguments, unembedding=unembedding, norm=norm, way=way)
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["direct", "factored"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+def test_bfloat16_weights(backend, way):
+    """Direct: bfloat16 weights are exact operands, so float32's tolerance holds. Factored: the operator is
+    rounded to bfloat16, which the tolerance takes from the same rounding in the float64 reference."""
+    arguments, unembedding = problem(5, 33, 257, 64, 16)
+    arguments, unembedding = cast(arguments, unembedding, torch.bfloat16)
+    truth = truth_of(arguments, unembedding, "frozen")
+    wide, single = cast(arguments, unembedding, torch.float32)
+    got = logprob_increase(**arguments, unembedding=unembedding, way=way, backend=backend)
+    if way == "direct":
+        assert_as_good_as(got, reference(**wide, unembedding=single), truth, magnitude=20)
+        return
+    double_arguments, double = cast(arguments, unembedding, torch.float64)
+    scale = torch.rsqrt(double_arguments["final"].square().mean(-1) + double.eps)
+    delta = double.times(double_arguments["projection"][0]) @ double_arguments["values"][0].T * scale[0]
+    rounding = 2**-9 * double_arguments["values"].norm(dim=-1).max() * scale.max() * double.weight.norm(dim=1).max()
+    assert (got.double() - truth).abs().max() <= 2 * rounding
+    assert delta.abs().max() > 20 * (got.double() - truth).abs().max(), "the tolerance must mean something"
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", SETS)
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    rows=st.integers(1, 70),
+    vocab=st.integers(2, 300),
+    depth=st.integers(1, 300),
+    bfloat16=st.booleans(),
+    lean=st.booleans(),
+    cap=st.sampled_from([None, 3.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_every_instruction_set(isa, groups, rows, vocab, depth, bfloat16, lean, cap, seed):
+    """Equivalence 7 for the kernel alone, at odd sizes: the float64 torch kernel is the oracle, the float32
+    one gives the tolerance."""
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
+    operand = draw(vocab, depth)
+    operand = operand.bfloat16() if bfloat16 else operand
+    arguments = [
+        2 * draw(groups, rows, depth) / depth**0.5,
+        operand,
+        torch.log_softmax(4 * draw(groups, vocab), -1),
+        draw(groups, vocab) if lean else None,
+        0.3 * draw(groups, rows) if lean else None,
+        5 * draw(groups, vocab) if cap else None,
+    ]
+    double = [None if a is None else a.double() for a in arguments]
+    truth = torch_kernel.log_sum_exp(*double, cap)
+    low = torch_kernel.log_sum_exp(*arguments, cap)
+    got = cpu_kernel.log_sum_exp(*arguments, cap, isa=isa)
+    assert_as_good_as(got, low, truth, magnitude=float(truth.abs().max()) + 20)
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", SETS)
+def test_every_output_is_written(isa):
+    """The output buffer is poisoned; a row that the kernel forgets stays NaN. Empty groups are allowed."""
+    starts = torch.tensor([0, 5, 5, 38])
+    writes, operand = torch.randn(38, 7), torch.randn(19, 7)
+    base = torch.log_softmax(torch.randn(3, 19), -1)
+    out = torch.full((40,), float("nan"))
+    EXTENSION.log_sum_exp(
+        writes.data_ptr(), operand.data_ptr(), False, starts.data_ptr(), base.data_ptr(), 0, 0, 0, 0.0,
+        38, 19, 7, 3, out.data_ptr(), 3, isa,
+    )  # fmt: skip
+    assert not out[:38].isnan().any()
+    assert out[38:].isnan().all(), "the kernel wrote past its rows"
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("offset", [-400.0, 400.0])
+def test_common_shift_of_all_logits(isa, offset):
+    """Softmax ignores what all words share: increases far beyond float32's exponents must not overflow."""
+    writes = torch.ones(1, 3, 2)
+    operand = torch.randn(50, 2) * 0.1
+    operand[:, 0] += offset
+    base = torch.log_softmax(torch.randn(1, 50), -1)
+    got = cpu_kernel.log_sum_exp(writes, operand, base, None, None, None, None, isa=isa)
+    truth = torch_kernel.log_sum_exp(writes.double(), operand.double(), base.double(), None, None, None, None)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=0)
+
+
+@needs_extension
+def test_words_that_cannot_be_said():
+    """A bias of -inf masks words, as some heads do for their padding; it must not become NaN."""
+    base = torch.log_softmax(torch.tensor([[float("-inf")] * 40 + [1.0, 2.0, 0.5]]), -1)
+    writes, operand = torch.randn(1, 5, 3), torch.randn(43, 3)
+    got = cpu_kernel.log_sum_exp(writes, operand, base, None, None, None, None)
+    truth = torch_kernel.log_sum_exp(writes.double(), operand.double(), base.double(), None, None, None, None)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "own"])
+def test_a_zero_write_changes_nothing(norm):
+    arguments, unembedding = cast(*problem(2, 4, 57, 24, 6), torch.float32)
+    arguments["values"][:, 1] = 0
+    got = logprob_increase(**arguments, unembedding=unembedding, norm=norm)
+    assert got[:, 1].abs().max() <= 2e-7  # a rounding of log sum p
+    assert got[:, 0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["frozen", "own"])
+@pytest.mark.parametrize("way", ["direct", "factored"])
+def test_groups_may_share_a_residual(way, norm):
+    arguments, unembedding = problem(2, 9, 57, 24, 6)
+    source = torch.tensor([1, 0, 1])
+    values, projection = (torch.cat([arguments[n], arguments[n][:1]]) for n in ("values", "projection"))
+    shared = arguments | {"values": values, "projection": projection}
+    got = logprob_increase(**shared, unembedding=unembedding, source=source, way=way, norm=norm)
+    each = shared | {name: arguments[name][source] for name in ("residual", "final", "tokens")}
+    expected = reference(**each, unembedding=unembedding, norm=norm)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="source lies in"):
+        logprob_increase(**shared, unembedding=unembedding, source=source + 1)
+
+
+def test_auto_way_counts_the_operator():
+    """Few rows do not pay for an operator, many do, and a cached one costs nothing."""
+    from mllm_fast.kernels import OperatorCache
+    from mllm_fast.kernels.logprob_increase import _cheaper_way, _full_keys
+
+    arguments, unembedding = problem(1, 4, 400, 64, 8)
+    values, projection = arguments["values"], arguments["projection"]
+    assert _cheaper_way(values, unembedding, projection, None, []) == "direct"
+    assert _cheaper_way(values.repeat(1, 50, 1), unembedding, projection, None, []) == "factored"
+    cache = OperatorCache(1 << 20)
+    cache.get("head", unembedding, projection[0], False)
+    keys = _full_keys(cache, ["head"], unembedding, projection, False)
+    assert _cheaper_way(values, unembedding, projection, cache, keys) == "factored"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "mine"}, "norm is one of"),
+        ({"way": "fast"}, "way is one of"),
+        ({"backend": "cuda"}, "backend is one of"),
+        ({"final": None}, "needs final"),
+        ({"residual": torch.zeros(2, 7)}, "residual is"),
+        ({"values": torch.zeros(2, 4, 9)}, "values is"),
+        ({"tokens": torch.tensor([0, 57])}, "tokens lie in"),
+        ({"tokens": torch.tensor([0.0, 1.0])}, "tokens is int64"),
+        ({"projection": None, "way": "factored"}, "needs `projection`"),
+        ({"keys": ["a", "b"]}, "go together"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments, unembedding = cast(*problem(2, 4, 57, 24, 6), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        logprob_increase(**(arguments | change), unembedding=unembedding)
+
+
+def test_explicit_backend_is_never_replaced():
+    arguments, unembedding = problem(2, 4, 57, 24, 6)
+    with pytest.raises(ValueError, match="float64"):
+        logprob_increase(**arguments, unembedding=unembedding, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"kind": "batch"}, "kind is"), ({"softcap": -1.0}, "softcap is"), ({"gain": torch.ones(3)}, "gain has shape")],
+)
+def test_bad_unembedding(change, message):
+    with pytest.raises(ValueError, match=message):
+        Unembedding(**({"weight": torch.zeros(5, 4)} | change))

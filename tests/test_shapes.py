@@ -1,0 +1,151 @@
+"""The embedded model, its scenes, its training script and its accuracy table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllm_fast.loading import model_folder
+from mllm_fast.shapes.batches import BatchMaker, patch_targets
+from mllm_fast.shapes.build import build_processor, build_tokenizer
+from mllm_fast.shapes.evaluate import TABLE, Asker, single_turn, weights_digest
+from mllm_fast.shapes.questions import TASKS, ask, describe
+from mllm_fast.shapes.scenes import COLORS, SHAPES, generate_scene
+from mllm_fast.shapes.second_renderer import draw_scene
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), draw=st.sampled_from([generate_scene, draw_scene]))
+def test_scenes_are_as_described(seed, draw):
+    scene = draw(np.random.default_rng(seed))
+    assert scene.pixels.shape == (96, 96, 3)
+    assert 2 <= len(scene.objects) <= 4
+    assert sum(o.mask.astype(int) for o in scene.objects).max() == 1, "objects must not overlap"
+    centers = [o.center[0] for o in scene.objects]
+    assert all(b - a >= 2.5 for a, b in zip(centers, centers[1:], strict=False))
+    for o in scene.objects:
+        assert o.shape in SHAPES
+        assert o.color in COLORS
+        left, top, right, bottom = o.box
+        assert not o.mask[:, :left].any()
+        assert not o.mask[bottom:].any()
+        assert 13 <= max(right - left, bottom - top) <= 36  # a turned square is wider than its side
+        inside = scene.pixels[o.mask].mean(0)
+        assert np.linalg.norm(inside - scene.background) > 30, "an object must be seen"
+
+
+def test_a_seed_names_a_scene():
+    one, other = (generate_scene(np.random.default_rng(5)) for _ in range(2))
+    assert (one.pixels == other.pixels).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_answers_follow_from_the_scene(seed):
+    rng = np.random.default_rng(seed)
+    scene = generate_scene(rng)
+    pairs = [(o.color, o.shape) for o in scene.objects]
+    for task in TASKS:
+        question = ask(scene, rng, task)
+        if question is None:
+            continue
+        if task == "color":
+            assert (question.answer, question.keywords[0]) in pairs
+            assert scene.objects[question.target].color == question.answer
+        elif task == "shape":
+            assert (question.keywords[0], question.answer) in pairs
+        elif task == "exists" and len(question.keywords) == 2:
+            assert (question.answer == "yes") == (tuple(question.keywords) in pairs)
+        elif task == "exists":
+            assert (question.answer == "yes") == (question.keywords[0] in [w for p in pairs for w in p])
+        elif task == "describe":
+            assert question.answer == describe(scene)
+    with pytest.raises(ValueError, match="task is one of"):
+        ask(scene, rng, "weight")
+
+
+def test_tokenizer_round_trip():
+    tokenizer = build_tokenizer()
+    text = "a red circle, a blue square"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_training_sees_what_the_processor_makes():
+    """A packed training sample, question by question, equals the processor's prompt: ids and pixels."""
+    processor = build_processor()
+    maker = BatchMaker(processor.tokenizer)
+    batch = maker.draw(np.random.default_rng(3), 2, 4, chained=1.0, describe=1.0)
+    scene = generate_scene(np.random.default_rng(3), max_objects=4)
+    first = batch.input_ids[0][: int((batch.turn[0] == 1).nonzero()[-1]) + 1]
+    text = processor.tokenizer.decode(first[len(maker.prefix) :])
+    question, answer = text.split(" assistant: ")
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.strip()}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer.removesuffix("</s>")}]},
+    ]
+    inputs = processor(images=scene.image, text=processor.apply_chat_template(chat), return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == first.tolist()
+    torch.testing.assert_close(inputs["pixel_values"][0], batch.pixel_values[0], rtol=0, atol=1e-5)
+
+
+def test_isolated_questions_see_the_picture_and_themselves():
+    maker = BatchMaker(build_tokenizer())
+    batch = maker.draw(np.random.default_rng(0), 3, 4, chained=0.0, describe=1.0)
+    for b in range(3):
+        rows = (batch.turn[b] == 2).nonzero()[:, 0]
+        seen = batch.visible[b, rows[-1]]
+        assert seen[: len(maker.prefix)].all()
+        assert set(batch.turn[b, seen].tolist()) == {0, 2}
+        assert batch.position_ids[b, rows[0]] == len(maker.prefix)
+
+
+def test_patch_targets():
+    scene = generate_scene(np.random.default_rng(1))
+    targets = patch_targets([scene])
+    o = scene.objects[0]
+    x, y = (int(c) // 8 for c in o.center)
+    if o.mask[y * 8 : y * 8 + 8, x * 8 : x * 8 + 8].mean() > 0.2:
+        assert targets.color[0, y * 12 + x] == list(COLORS).index(o.color) + 1
+
+
+def test_embedded_model_answers(shapes):
+    """A small sample of what evaluate.py measures on a thousand scenes, by both renderers."""
+    asker = Asker(shapes.model, shapes.processor)
+    for renderer in ("own", "second"):
+        accuracy = single_turn(asker, renderer, 40, seed=5)
+        assert min(accuracy.values()) >= 0.8, accuracy
+
+
+def test_the_map_points_at_the_object(shapes):
+    scene = generate_scene(np.random.default_rng(12))
+    question = ask(scene, np.random.default_rng(0), "color")
+    ex = shapes.explain(scene.image, question.text)
+    assert ex.text == question.answer
+    row, col = divmod(int(ex.heatmap(0).argmax()), 12)
+    assert scene.objects[question.target].mask[row * 8 : row * 8 + 8, col * 8 : col * 8 + 8].any()
+
+
+def test_table_and_weights_are_in_step():
+    table = json.loads(TABLE.read_text())
+    assert table["weights_sha256"] == weights_digest(model_folder("shapes")), "run evaluate.py --write"
+    assert table["scenes"] >= 1000
+
+
+def test_training_script_runs(tmp_path):
+    """Every stage, a step each: what it saves loads and answers."""
+    command = [sys.executable, "-m", "mllm_fast.shapes.train", "--out", tmp_path / "m", "--vision-steps", "1"]
+    command += ["--word-steps", "1", "--steps", "1", "--batch", "2", "--no-compile"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    import mllm_fast as mf
+
+    vlm = mf.VLM.from_pretrained(tmp_path / "m", device="cpu")
+    assert vlm.generate(generate_scene(np.random.default_rng(0)).image, "what color is the star?", max_new_tokens=1)
