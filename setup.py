@@ -5,6 +5,7 @@ serves (`mllm-fast info` says so).
 """
 
 import sys
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -15,10 +16,11 @@ flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-fvisi
 extension = Pybind11Extension(
     "mllm_fast.kernels._cpu",
     ["kernels/bindings.cpp", "kernels/logprob_increase/cpu_kernel.cpp"],
-    depends=["kernels/cpu", "kernels/logprob_increase"],
+    depends=sorted(glob("kernels/**/*.h", recursive=True)),
     cxx_std=17,
     extra_compile_args=flags,
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+    libraries=["dl"] if sys.platform == "linux" else [],
 )
 extension.optional = True
 

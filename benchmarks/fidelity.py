@@ -88,7 +88,38 @@ def measure(vlm: mf.VLM, task: str, count: int, seed: int, norm: str) -> dict:
         name: {"hit": float(np.mean(hits[name])), "inside": float(np.mean(inside[name])), "flips": flips[name]}
         for name in METHODS
     }
-    return {"scenes": drawn, "right": len(said), "chance": float(np.mean(chance)), "random flips": flips["random"], **rows}
+    return {
+        "scenes": drawn,
+        "right": len(said),
+        "chance": float(np.mean(chance)),
+        "random flips": flips["random"],
+        **rows,
+    }
+
+
+def pooled(*parts: dict) -> dict:
+    """The figures over the scenes of several measurements, each scene answered right weighing the same."""
+    weights = [part["right"] for part in parts]
+    mean = lambda values: float(np.average(values, weights=weights))  # noqa: E731
+    row: dict = {name: sum(part[name] for part in parts) for name in ("scenes", "right")}
+    row |= {name: mean([part[name] for part in parts]) for name in ("chance", "random flips")}
+    for name in METHODS:
+        row[name] = {figure: mean([part[name][figure] for part in parts]) for figure in ("hit", "inside", "flips")}
+    return row
+
+
+def report(task: str, norm: str, row: dict) -> None:
+    print(
+        f"{task}, {norm} norm: {row['right']} of {row['scenes']} answered right; chance {row['chance']:.3f};"
+        f" random patches flip {row['random flips']:.3f}"
+    )
+    for name in METHODS:
+        r = row[name]
+        print(
+            f"  {name:15s} hit {r['hit']:.3f}  inside {r['inside']:.3f}"
+            f" ({r['inside'] / row['mean attention']['inside']:.2f} x mean attention)  flips {r['flips']:.3f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -102,15 +133,11 @@ def main() -> None:
     vlm = mf.VLM.from_pretrained(args.model, device="cpu")
     result: dict = {"benchmark": "fidelity", "machine": machine(), "seed": args.seed}
     for norm in ("frozen", "own"):
-        for task in ("color", "shape"):
-            row = result[f"{task}, {norm}"] = measure(vlm, task, args.scenes, args.seed, norm)
-            print(
-                f"{task}, {norm} norm: {row['right']} of {row['scenes']} answered right; chance {row['chance']:.3f};"
-                f" random patches flip {row['random flips']:.3f}"
-            )
-            for name in METHODS:
-                r = row[name]
-                print(f"  {name:15s} hit {r['hit']:.3f}  inside {r['inside']:.3f}  flips {r['flips']:.3f}", flush=True)
+        rows = {task: measure(vlm, task, args.scenes, args.seed, norm) for task in ("color", "shape")}
+        rows["both"] = pooled(rows["color"], rows["shape"])
+        for task, row in rows.items():
+            result[f"{task}, {norm}"] = row
+            report(task, norm, row)
     print(json.dumps(result))
     write_result(args.out, result)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import platform
 import statistics
@@ -55,9 +57,12 @@ def write_result(path: Path | None, result: dict) -> None:
 def peak_bytes(run: Callable[[], object]) -> int:
     """How much the resident memory of this process grows at most while `run` runs (Linux).
 
-    A second, untimed run comes first, so that what stays allocated between calls is not counted.
+    A run that is not counted comes first, for what stays allocated between calls; then the allocator gives back
+    what it holds free, which would hide what the counted run takes.
     """
     run()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     status = Path("/proc/self/status")
 
     def read(field: str) -> int:

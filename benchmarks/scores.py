@@ -36,7 +36,9 @@ class Layer:
         gen = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
         self.heads = heads
-        self.unembedding = Unembedding(weight=draw(VOCAB, WIDTH) / WIDTH**0.5, gain=torch.rand(WIDTH, generator=gen) + 0.5)
+        self.unembedding = Unembedding(
+            weight=draw(VOCAB, WIDTH) / WIDTH**0.5, gain=torch.rand(WIDTH, generator=gen) + 0.5
+        )
         self.projection = draw(heads, WIDTH, DEPTH) / (HEADS * DEPTH) ** 0.5
         self.values = draw(heads, POSITIONS, DEPTH) * torch.rand(heads, POSITIONS, 1, generator=gen) ** 8
         self.residual, self.final = draw(1, WIDTH), 2 * draw(1, WIDTH)
@@ -95,7 +97,12 @@ def rates(layer: Layer, rounds: int) -> dict[str, float]:
     square = torch.randn(2048, 2048)
     sets = extension.instruction_sets()
     peaks: dict[str, list[float]] = {}
-    runs = {f"kernel, {isa}": lambda isa=isa: cpu_kernel.log_sum_exp(layer.values[:1], operator, base, None, None, None, None, isa=isa) for isa in sets}
+    runs = {
+        f"kernel, {isa}": lambda isa=isa: cpu_kernel.log_sum_exp(
+            layer.values[:1], operator, base, None, None, None, None, isa=isa
+        )
+        for isa in sets
+    }
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, seconds in in_turn({**runs, "sgemm": lambda: square @ square}, 1, warm_up=0).items():

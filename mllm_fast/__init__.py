@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name], __name__), name)
+    try:
+        value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.kernels":
+            raise
+        raise ImportError(
+            "this mllm_fast is a checkout, whose kernels/ lies beside it: run Python from another folder, or install"
+            " the checkout with `pip install -e .`"
+        ) from error
+    globals()[name] = value
     return value
 
 

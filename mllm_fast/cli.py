@@ -52,9 +52,7 @@ MaxPixels = Annotated[int, typer.Option(help="Largest picture that is read, in p
 def explain(
     images: Images = None,
     question: Question = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
     norm: Annotated[str, typer.Option(help="Statistics of the final norm: frozen or own.")] = "frozen",

@@ -200,14 +200,19 @@ class Explanation:
         """One [positions] a head: many rows a head, so the factored way where it pays."""
         stop = int(self._trace.rows[index]) + 1
         step = max(1, _WRITE_ELEMENTS // (stop * self._text.head_dim))
-        out: list[Tensor] = []
-        for start in range(0, len(heads), step):
-            part = heads[start : start + step]
+        done: dict[tuple[int, int], Tensor] = {}
+        ordered = sorted(heads)  # the heads of a layer together: they share its attention and its residual
+        for start in range(0, len(ordered), step):
+            part = ordered[start : start + step]
             layers = sorted({layer for layer, _ in part})
+            values = [
+                self._trace.position_values(index, one, [head for layer, head in part if layer == one])
+                for one in layers
+            ]
             device = self._trace.residual.device
             scores = logprob_increase(
                 self._trace.residual[index, layers],
-                torch.stack([self._trace.position_values(index, layer, head) for layer, head in part]),
+                torch.cat(values),
                 torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
                 projection=torch.stack([self._text.projection(layer, head).detach() for layer, head in part]),
@@ -219,5 +224,5 @@ class Explanation:
             )
             full = torch.zeros(len(part), len(self.input_ids))
             full[:, :stop] = scores.float().cpu()
-            out += list(full)
-        return out
+            done |= dict(zip(part, full, strict=True))
+        return [done[head] for head in heads]

@@ -58,20 +58,23 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
     Raises:
         InputError: a folder with a file missing or damaged, a text-only model, an unknown architecture.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
     from .adapters import ADAPTERS
 
     source = model_folder(name)
     _check_folder(name, Path(source))
     with _failures(name):
-        config = AutoConfig.from_pretrained(source, **_hub_options(options))
-    if config.model_type not in ADAPTERS:
-        hint = "" if hasattr(config, "vision_config") else " and has no vision part"
+        settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
+    kind = settings.get("model_type")
+    if kind not in ADAPTERS:
+        hint = "" if "vision_config" in settings else " and has no vision part"
         raise InputError(
-            f"{name}: the architecture {config.model_type!r} is not supported{hint}; supported are"
+            f"{name}: the architecture {kind!r} is not supported{hint}; supported are"
             f" {', '.join(ADAPTERS)}; to add one, see CONTRIBUTING.md, 'Add an architecture'"
         )
+    with _failures(name):
+        config = AutoConfig.from_pretrained(source, **_hub_options(options))
     with _failures(name), _quiet():
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
         model, report = AutoModelForImageTextToText.from_pretrained(

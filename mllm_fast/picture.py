@@ -39,7 +39,7 @@ def upsample(grid: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[np.ndar
     return np.divide(total, covered, out=np.zeros_like(total), where=covered > 0), covered
 
 
-def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: int) -> Image.Image:
+def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: int, faded: bool = True) -> Image.Image:
     """The picture, its longer side `side` pixels, with the grid's positive values over it; `top` is full heat."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -49,8 +49,8 @@ def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: 
     scaled_box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
     heat, _ = upsample(np.clip(grid, 0, None), scaled_box, size)
     heat = np.clip(heat / top, 0, 1) if top > 0 else np.zeros_like(heat)
-    grey = base.mean(-1, keepdims=True)
-    base = 0.8 * (0.5 * base + 0.5 * grey)  # faded, so that the heat is what stands out
+    if faded:  # so that the heat is what stands out
+        base = 0.8 * (0.5 * base + 0.5 * base.mean(-1, keepdims=True))
     strength = 0.85 * np.sqrt(heat)[..., None]
     return Image.fromarray(np.rint(base * (1 - strength) + colors(heat) * strength).astype(np.uint8))
 
@@ -63,8 +63,7 @@ def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
     pairs = []
     for picture, grid, layout in zip(ex.images, maps, ex.layout.images, strict=True):
         heated = overlay(picture, grid, layout.box, top, side)
-        smooth = Image.Resampling.LANCZOS if side < max(picture.size) else Image.Resampling.NEAREST
-        pairs.append((picture.resize(heated.size, smooth), heated))
+        pairs.append((overlay(picture, np.zeros((1, 1)), layout.box, 0, side, faded=False), heated))
     bar = 90
     width = max(2 * pair[0].width for pair in pairs) + 3 * _MARGIN + bar
     width = max(width, 640)
@@ -72,7 +71,9 @@ def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
     lines = [
         *text.wrap(f"Question: {ex.prompt}", 18, _INK),
         *text.wrap(f"Answer: {ex.text}", 18, _INK),
-        *text.wrap(f"Explained token: \u201c{ex.tokens[token].strip()}\u201d ({token + 1} of {len(ex.tokens)})", 22, _INK),
+        *text.wrap(
+            f"Explained token: \u201c{ex.tokens[token].strip()}\u201d ({token + 1} of {len(ex.tokens)})", 22, _INK
+        ),
     ]
     note = (
         f"Colour: increase of log p(token) by each patch, summed over the {min(heads, ex.num_layers * ex.num_heads)}"
@@ -97,40 +98,41 @@ def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
 
 
 def draw_sheet(ex: Explanation, heads: int = 10) -> Image.Image:
-    """All tokens: a map each, every one on its own scale, whose top is printed below it."""
+    """All tokens: a map each, all on one scale, so that a word that no patch raised stays bare."""
     side = 200
-    cells = []
-    for token in range(len(ex.tokens)):
-        for i, (picture, layout) in enumerate(zip(ex.images, ex.layout.images, strict=True)):
-            grid = ex.heatmap(token, heads=heads, image=i).double().numpy()
-            top = float(grid.max())
-            cells.append((overlay(picture, grid, layout.box, top, side), ex.tokens[token].strip(), top))
-    plain = [p.resize(cells[i][0].size, Image.Resampling.LANCZOS) for i, p in enumerate(ex.images)]
-    entries = [(picture, "the picture", None) for picture in plain] + [(c[0], f"\u201c{c[1]}\u201d", c[2]) for c in cells]
+    layouts = ex.layout.images
+    maps = [
+        [ex.heatmap(token, heads=heads, image=i).double().numpy() for i in range(len(layouts))]
+        for token in range(len(ex.tokens))
+    ]
+    top = max(float(grid.max()) for grids in maps for grid in grids)
+    entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the picture", "") for p in ex.images]
+    for token, grids in zip(ex.tokens, maps, strict=True):
+        for picture, grid, layout in zip(ex.images, grids, layouts, strict=True):
+            drawn = overlay(picture, grid, layout.box, top, side)
+            entries.append((drawn, f"\u201c{token.strip()}\u201d", f"up to {float(grid.max()):.2f}"))
     across = min(len(entries), max(3, math.ceil(math.sqrt(len(entries) * 1.6))))
-    width = across * (side + _MARGIN) + _MARGIN
+    bar = 80
+    width = across * (side + _MARGIN) + _MARGIN + bar
     tall = max(entry[0].height for entry in entries) + 58
     text = _Text(width - 2 * _MARGIN)
     lines = [*text.wrap(f"Question: {ex.prompt}", 18, _INK), *text.wrap(f"Answer: {ex.text}", 18, _INK)]
-    foot = text.wrap(
-        f"Colour: increase of log p(token) by each patch over the {heads} best heads ({ex.norm} norm), dark 0 to light,"
-        " the value below each map.",
-        14,
-        _FAINT,
-    )
+    note = f"Colour: increase of log p(token) by each patch, summed over the {heads} best heads ({ex.norm} norm)."
+    foot = text.wrap(note, 14, _FAINT)
     head_height = sum(line.height for line in lines) + 2 * _MARGIN
     rows = math.ceil(len(entries) / across)
     height = head_height + rows * tall + sum(line.height for line in foot) + _MARGIN
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     text.put(draw, lines, _MARGIN)
-    for n, (cell, label, top_value) in enumerate(entries):
+    for n, (cell, label, most) in enumerate(entries):
         x = _MARGIN + (n % across) * (side + _MARGIN)
         y = head_height + (n // across) * tall
         sheet.paste(cell, (x, y))
         draw.text((x, y + cell.height + 4), _shorten(label, _font(18), side), font=_font(18), fill=_INK)
-        if top_value is not None:
-            draw.text((x, y + cell.height + 27), f"up to {top_value:.2f}", font=_font(14), fill=_FAINT)
+        draw.text((x, y + cell.height + 27), most, font=_font(14), fill=_FAINT)
+    right = _MARGIN + across * (side + _MARGIN)
+    _color_bar(sheet, draw, (right, head_height, right + 20, head_height + entries[0][0].height), top)
     text.put(draw, foot, head_height + rows * tall)
     return sheet
 

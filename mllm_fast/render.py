@@ -33,7 +33,9 @@ def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None
 def check_target(target: Path) -> None:
     """Raise InputError if nothing could be saved under this path, before any work is done for it."""
     if target.suffix.lower() not in _FORMATS:
-        raise InputError(f"{target}: the file's ending is one of {', '.join(_FORMATS)}, got {target.suffix or 'none'!r}")
+        raise InputError(
+            f"{target}: the file's ending is one of {', '.join(_FORMATS)}, got {target.suffix or 'none'!r}"
+        )
     if target.is_dir():
         raise InputError(f"{target}: is a folder; give a file in it")
     if not target.parent.is_dir():

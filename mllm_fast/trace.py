@@ -52,11 +52,12 @@ class Trace:
         grouped = alpha.reshape(values.shape[0], -1, alpha.shape[1]) @ values
         return grouped.reshape(alpha.shape[0], -1)
 
-    def position_values(self, token: int, layer: int, head: int) -> Tensor:
-        """alpha_jp v_jp of one head for every position, [N', D]."""
+    def position_values(self, token: int, layer: int, heads: list[int]) -> Tensor:
+        """alpha_jp v_jp of some heads of one layer for every position, [len(heads), N', D]."""
         alpha = self.attention(token, layer)
-        group = head // (alpha.shape[0] // self.values[layer].shape[0])
-        return alpha[head, :, None] * self.values[layer][group, : alpha.shape[1]].to(alpha.dtype)
+        values = self.values[layer]
+        groups = [head // (alpha.shape[0] // values.shape[0]) for head in heads]
+        return alpha[heads][..., None] * values[groups, : alpha.shape[1]].to(alpha.dtype)
 
 
 def make_trace(record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int = 0) -> Trace:

@@ -143,9 +143,7 @@ class VLM:
             norm=norm,
         )
 
-    def prepare(
-        self, image: ImageSource | Sequence[ImageSource], prompt: str
-    ) -> tuple[Any, list[tuple[int, int]]]:
+    def prepare(self, image: ImageSource | Sequence[ImageSource], prompt: str) -> tuple[Any, list[tuple[int, int]]]:
         """The processor's inputs for one sequence, on the model's device, and the pictures' sizes
         (width, height)."""
         pictures = self._load(image)
@@ -153,7 +151,9 @@ class VLM:
             raise InputError("the prompt is empty; ask a question about the picture")
         placeholder = self.processor.image_token
         if placeholder in prompt:
-            raise InputError(f"the prompt holds the image placeholder {placeholder!r}; leave it out, it is added for you")
+            raise InputError(
+                f"the prompt holds the image placeholder {placeholder!r}; leave it out, it is added for you"
+            )
         content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
         if not getattr(self.processor, "chat_template", None):
             raise InputError("the processor has no chat template; set processor.chat_template")
@@ -216,12 +216,8 @@ class VLM:
         while ids and ids[-1] in stop:
             ids.pop()
         kept = sequence[: prompt_length + len(ids)].cpu()
-        tilings = [
-            (size, *self.adapter.tiles(self.processor, inputs, i, size)) for i, size in enumerate(sizes)
-        ]
-        layout = TokenLayout.from_input_ids(
-            kept[:prompt_length], self.processor.image_token_id, tilings, prompt_length
-        )
+        tilings = [(size, *self.adapter.tiles(self.processor, inputs, i, size)) for i, size in enumerate(sizes)]
+        layout = TokenLayout.from_input_ids(kept[:prompt_length], self.processor.image_token_id, tilings, prompt_length)
         layout = TokenLayout(len(kept), prompt_length, layout.images)
         tokens = token_texts(self.processor.tokenizer, ids)
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

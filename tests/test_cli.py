@@ -26,6 +26,7 @@ def run(monkeypatch, capfd):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["mllm-fast", *map(str, arguments)])
+        capfd.readouterr()  # what the test's own preparations printed
         code = 0
         try:
             cli.main()

@@ -33,8 +33,12 @@ class Oracle:
         self.values, self.outputs, handles = {}, {}, []
         for i, layer in enumerate(vlm.text.layers):
             attention = layer.self_attn
-            handles.append(attention.v_proj.register_forward_hook(lambda m, a, o, i=i: self.values.__setitem__(i, o[0])))
-            handles.append(attention.o_proj.register_forward_hook(lambda m, a, o, i=i: self.outputs.__setitem__(i, o[0])))
+            handles.append(
+                attention.v_proj.register_forward_hook(lambda m, a, o, i=i: self.values.__setitem__(i, o[0]))
+            )
+            handles.append(
+                attention.o_proj.register_forward_hook(lambda m, a, o, i=i: self.outputs.__setitem__(i, o[0]))
+            )
         finals = []
         handles.append(vlm.text.norm.register_forward_pre_hook(lambda m, a: finals.append(a[0][0])))
         with torch.no_grad(), tiny.eager(vlm.model):
@@ -109,7 +113,7 @@ def test_writes_add_up(pair, picture):
     for layer in range(len(vlm.text.layers)):
         heads = trace.head_values(0, layer)
         for head in range(vlm.text.num_heads):
-            summed = trace.position_values(0, layer, head).sum(0)
+            summed = trace.position_values(0, layer, [head])[0].sum(0)
             torch.testing.assert_close(summed, heads[head], rtol=0, atol=1e-10)
         bias = vlm.text.outputs[layer].bias
         written = vlm.text.outputs[layer].weight @ heads.flatten() + (0 if bias is None else bias)
@@ -142,9 +146,7 @@ def test_generated_equals_forced(vlm, picture):
     """From the cache of one generation, or from one teacher-forced pass: the same numbers."""
     words = tiny._WORDS
     allowed = vlm.processor.tokenizer.convert_tokens_to_ids(words)
-    said = vlm.explain(
-        picture, QUESTION, max_new_tokens=4, prefix_allowed_tokens_fn=lambda *_: allowed
-    )
+    said = vlm.explain(picture, QUESTION, max_new_tokens=4, prefix_allowed_tokens_fn=lambda *_: allowed)
     forced = vlm.explain(picture, QUESTION, said.text)
     assert forced.token_ids == said.token_ids
     assert torch.equal(forced.input_ids, said.input_ids)

@@ -80,9 +80,7 @@ def test_tokens_that_do_not_add_up():
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    down=st.integers(1, 3), across=st.integers(1, 3), rows=st.integers(1, 5), cols=st.integers(1, 5), data=st.data()
-)
+@given(down=st.integers(1, 3), across=st.integers(1, 3), rows=st.integers(1, 5), cols=st.integers(1, 5), data=st.data())
 def test_grid_keeps_the_sum(down, across, rows, cols, data):
     """Tiles side by side and a thumbnail spread by area: nothing is lost, and a constant thumbnail is flat."""
     tiles = [Tile(rows, cols, (0, 0, 1, 1)) for _ in range(down * across)] + [Tile(rows, cols, (0, 0, 1, 1))]

@@ -18,7 +18,8 @@ def test_operator_is_the_product():
     arguments, unembedding = problem(1, 1, 31, 12, 5, kind="layer")
     projection = arguments["projection"][0]
     torch.testing.assert_close(
-        make_operator(unembedding, projection, centred=False), unembedding.weight @ (unembedding.gain[:, None] * projection)
+        make_operator(unembedding, projection, centred=False),
+        unembedding.weight @ (unembedding.gain[:, None] * projection),
     )
     centring = torch.eye(12, dtype=torch.float64) - 1 / 12
     torch.testing.assert_close(

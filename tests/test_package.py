@@ -49,7 +49,9 @@ def test_public_names():
 
 
 def test_op_is_a_function_however_it_was_imported():
-    out = run("import mllm_fast.kernels.logprob_increase\nfrom mllm_fast.kernels import logprob_increase as f; print(f)")
+    out = run(
+        "import mllm_fast.kernels.logprob_increase\nfrom mllm_fast.kernels import logprob_increase as f; print(f)"
+    )
     assert out.startswith("<function")
 
 

@@ -144,7 +144,7 @@ def test_training_script_runs(tmp_path):
     """Every stage, a step each: what it saves loads and answers."""
     command = [sys.executable, "-m", "mllm_fast.shapes.train", "--out", tmp_path / "m", "--vision-steps", "1"]
     command += ["--word-steps", "1", "--steps", "1", "--batch", "2", "--no-compile"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=tmp_path)
     import mllm_fast as mf
 
     vlm = mf.VLM.from_pretrained(tmp_path / "m", device="cpu")

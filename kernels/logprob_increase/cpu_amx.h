@@ -138,12 +138,11 @@ static void log_sum_exp(const mllm::Problem& p) {
   // pieces of long rows fall on few sets of the second cache: hold fewer, unless many panels need them
   const int64_t block_words = std::min<int64_t>(share, steps > STEPS && panels <= 2 ? 64 : 256);
   const int64_t blocks = (p.vocab + block_words - 1) / block_words;
-  std::vector<mllm::Floats> peaks(threads), sums(threads);
+  std::vector<mllm::Sums> sums(threads);
   std::atomic<int64_t> next{0};
   mllm::parallel(threads, [&](int t) {
     TileRegisters registers;
-    peaks[t].assign(panels * SIDE, 0.0f);
-    sums[t].assign(panels * SIDE, 0.0f);
+    sums[t].start(panels * SIDE);
     Words told(block_words);
     Halves split(block_words * std::min<int64_t>(steps, STEPS) * DEEP * parts);
     // products: two in turn, or those of all panels together, to be carried from one depth block to the next
@@ -181,15 +180,16 @@ static void log_sum_exp(const mllm::Problem& p) {
                   p, told, done, ahead, split.data() + w * now * DEEP * parts,
                   packed.data() + place(panels, i, step, steps), now, step > 0, here);
               if (last)
-                done = {here, w, vectors, shifts.data() + i * SIDE, peaks[t].data() + i * SIDE,
-                        sums[t].data() + i * SIDE};
+                done = {here, w, vectors, shifts.data() + i * SIDE, sums[t].peak.data() + i * SIDE,
+                        sums[t].sum.data() + i * SIDE};
             }
           }
         }
       done.finish(p, told);
+      sums[t].fold();
     }
   });
-  mllm::merge(p, list, SIDE, peaks, sums);
+  mllm::merge(p, list, SIDE, sums);
 }
 
 static void log_sum_exp(const mllm::Problem& p) {
@@ -212,6 +212,6 @@ static double fma_rate(int threads) {
       _tile_dpbf16ps(3, 5, 7);
     }
     seconds[t] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  });
+  }, /*own=*/true);  // all must run at once
   return 4 * 2.0 * 16 * 16 * DEEP / 6 * rounds * threads / *std::max_element(seconds.begin(), seconds.end());
 }

@@ -103,11 +103,10 @@ static void log_sum_exp(const mllm::Problem& p) {
   block_words = std::min(block_words, ((p.vocab + threads - 1) / threads + ROWS - 1) / ROWS * ROWS);
   const int64_t blocks = (p.vocab + block_words - 1) / block_words;
   const bool in_place = !p.operand_bfloat16 && p.depth <= DEPTH_BLOCK;
-  std::vector<mllm::Floats> peaks(threads), sums(threads);
+  std::vector<mllm::Sums> sums(threads);
   std::atomic<int64_t> next{0};
   mllm::parallel(threads, [&](int t) {
-    peaks[t].assign(panels * WIDTH, 0.0f);
-    sums[t].assign(panels * WIDTH, 0.0f);
+    sums[t].start(panels * WIDTH);
     Words told(block_words);
     mllm::Floats copy, partial(p.depth > DEPTH_BLOCK ? block_words * WIDTH : 0);
     for (int64_t b; (b = next++) < blocks;) {
@@ -124,13 +123,14 @@ static void log_sum_exp(const mllm::Problem& p) {
       for (int64_t i = 0; i < panels; ++i) {
         if (i == 0 || list[i].group != list[i - 1].group) told.fill(p, list[i].group, word, words);
         const float *u = packed.data() + i * p.depth * WIDTH, *shift = shifts.data() + i * WIDTH;
-        float *peak = peaks[t].data() + i * WIDTH, *sum = sums[t].data() + i * WIDTH;
+        float *peak = sums[t].peak.data() + i * WIDTH, *sum = sums[t].sum.data() + i * WIDTH;
         auto run = vectors(i) == 1   ? panel_against_block<1>
                    : vectors(i) == 2 ? panel_against_block<2>
                                      : panel_against_block<VECS>;
         run(p, block, words, stride, told, u, shift, partial.data(), peak, sum);
       }
+      sums[t].fold();
     }
   });
-  mllm::merge(p, list, WIDTH, peaks, sums);
+  mllm::merge(p, list, WIDTH, sums);
 }

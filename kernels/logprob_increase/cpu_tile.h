@@ -60,7 +60,7 @@ static inline void absorb(vec (&x)[ROWS][NV], const mllm::Problem& p, const Word
 #pragma GCC unroll 16
     for (int r = 1; r < ROWS; ++r) most = maximum(most, x[r][j]);
     vec total = load(sum + j * LANES);
-    const ivec unset = total < 1e-27f;  // nothing yet, or nothing that counts beside what is to come
+    const ivec unset = total < mllm::Sums::NOTHING;
     if (any((most > 8.0f) | (unset & (most != 0.0f)))) {
       const vec step = unset ? (most > -1e30f ? most : (vec){}) : maximum(most, (vec){});
       total = unset ? (vec){} : total * exp2(-step);

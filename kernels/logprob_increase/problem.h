@@ -42,17 +42,50 @@ inline std::vector<Panel> panels(const Problem& p, int width) {
   return list;
 }
 
-// Joins the threads' running sums, in double, into `out`.
-inline void merge(const Problem& p, const std::vector<Panel>& list, int width,
-                  const std::vector<Floats>& peaks, const std::vector<Floats>& sums) {
+// One thread's sums for every lane of every panel. `peak` and `sum` (relative to the peak, in powers of two) belong to
+// the block of words at hand; `total`, relative to `level`, holds the blocks before it: thousands of float32 additions
+// in a row would cost a decimal of precision.
+struct Sums {
+  Floats peak, sum;
+  std::vector<double> total;
+  Floats level;
+
+  void start(size_t lanes) {
+    peak.assign(lanes, 0.0f);
+    sum.assign(lanes, 0.0f);
+    total.assign(lanes, 0.0);
+    level.assign(lanes, 0.0f);
+  }
+
+  // At the end of a block: moves `sum` into `total`. The peak stays, so what is left must look like a sum.
+  void fold() {
+    for (size_t i = 0; i < sum.size(); ++i) {
+      if (!(sum[i] > NOTHING)) continue;
+      if (peak[i] != level[i]) {
+        total[i] *= std::exp2(static_cast<double>(level[i]) - peak[i]);
+        level[i] = peak[i];
+      }
+      total[i] += sum[i];
+      sum[i] = 2 * NOTHING;
+    }
+  }
+
+  static constexpr float NOTHING = 1e-27f;  // a sum this small has no peak yet
+};
+
+// Joins the threads' sums into `out`.
+inline void merge(const Problem& p, const std::vector<Panel>& list, int width, std::vector<Sums>& threads) {
+  // the runtime may have granted fewer threads
+  threads.erase(std::remove_if(threads.begin(), threads.end(), [](const Sums& t) { return t.total.empty(); }),
+                threads.end());
   for (size_t i = 0; i < list.size(); ++i)
     for (int n = 0; n < list[i].count; ++n) {
       const size_t at = i * width + n;
       double top = -INFINITY, total = 0;
-      for (size_t t = 0; t < peaks.size(); ++t)
-        if (sums[t][at] > 0) top = std::max<double>(top, peaks[t][at]);
-      for (size_t t = 0; t < peaks.size(); ++t)
-        if (sums[t][at] > 0) total += sums[t][at] * std::exp2(peaks[t][at] - top);
+      for (const Sums& t : threads)
+        if (t.total[at] > 0) top = std::max<double>(top, t.level[at]);
+      for (const Sums& t : threads)
+        if (t.total[at] > 0) total += t.total[at] * std::exp2(t.level[at] - top);
       p.out[list[i].row + n] = static_cast<float>(top + std::log2(total));
     }
 }

@@ -109,9 +109,7 @@ class BatchMaker:
             self._cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._cache[text]
 
-    def draw(
-        self, rng: np.random.Generator, size: int, max_objects: int, chained: float, describe: float
-    ) -> Batch:
+    def draw(self, rng: np.random.Generator, size: int, max_objects: int, chained: float, describe: float) -> Batch:
         """`chained`: share of samples that are one conversation; `describe`: share that ask for it."""
         scenes = [generate_scene(rng, max_objects=max_objects) for _ in range(size)]
         shape = (size, self.length)

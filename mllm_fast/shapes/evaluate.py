@@ -114,13 +114,17 @@ def main() -> None:
     parser.add_argument("--model", default="shapes", help="'shapes', or a folder that train.py wrote")
     parser.add_argument("--scenes", type=int, default=1000, help="questions a task")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {TABLE.name}, beside the weights' digest")
+    parser.add_argument(
+        "--write", action="store_true", help=f"keep the table in {TABLE.name}, beside the weights' digest"
+    )
     args = parser.parse_args()
     ask_model = Asker(*load_pretrained(args.model, torch.device("cpu"), torch.float32))
     table: dict[str, Any] = {"scenes": args.scenes, "seed": args.seed}
     for renderer in RENDERERS:
         table[renderer] = single_turn(ask_model, renderer, args.scenes, args.seed)
-        print(f"{renderer:7s} " + "  ".join(f"{task} {share:.3f}" for task, share in table[renderer].items()), flush=True)
+        print(
+            f"{renderer:7s} " + "  ".join(f"{task} {share:.3f}" for task, share in table[renderer].items()), flush=True
+        )
     table["conversation"] = conversations(ask_model, args.scenes // 2, args.seed)
     print("chat    " + "  ".join(f"{turn} {share:.3f}" for turn, share in table["conversation"].items()))
     table["weights_sha256"] = weights_digest(model_folder(args.model))

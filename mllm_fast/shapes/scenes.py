@@ -135,13 +135,7 @@ def _place(rng: np.random.Generator, count: int, smooth: bool) -> list[tuple[str
 
 def _touches(taken: np.ndarray, coverage: np.ndarray, left: int, top: int) -> bool:
     grown = np.pad(coverage > 0, 1)
-    grown = (
-        grown
-        | np.roll(grown, 1, 0)
-        | np.roll(grown, -1, 0)
-        | np.roll(grown, 1, 1)
-        | np.roll(grown, -1, 1)
-    )
+    grown = grown | np.roll(grown, 1, 0) | np.roll(grown, -1, 0) | np.roll(grown, 1, 1) | np.roll(grown, -1, 1)
     height, width = grown.shape
     padded = np.pad(taken, 1)
     return bool((padded[top : top + height, left : left + width] & grown).any())

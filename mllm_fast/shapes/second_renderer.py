@@ -44,9 +44,9 @@ def _boxes(rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
     while len(boxes) < count:
         size = int(rng.integers(SIZES[0], SIZES[1] + 1))
         left, top = (int(v) for v in rng.integers(0, CANVAS - size + 1, 2))
-        apart = all(
-            left + size < x or x + s < left or top + size < y or y + s < top for x, y, s in boxes
-        ) and all(abs(left + size / 2 - x - s / 2) >= 3 for x, _, s in boxes)
+        apart = all(left + size < x or x + s < left or top + size < y or y + s < top for x, y, s in boxes) and all(
+            abs(left + size / 2 - x - s / 2) >= 3 for x, _, s in boxes
+        )
         if apart:
             boxes.append((left, top, size))
         elif rng.random() < 0.01:
