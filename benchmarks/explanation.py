@@ -165,15 +165,18 @@ def main() -> None:
     result: dict = {"benchmark": "explanation", "machine": machine()}
     result["one token"] = one = explain_one(mf.VLM.from_pretrained("shapes", device="cpu"), args.rounds)
     print(
-        f"generate one token from the picture {one['generate_ms']:.2f} ms; with its rows recorded {one['record_and_generate_ms']:.2f} ms"
+        f"generate one token from the picture {one['generate_ms']:.2f} ms; with its rows recorded"
+        f" {one['record_and_generate_ms']:.2f} ms"
     )
     print(
-        f"explain it {one['explain_ms']:.2f} ms: {one['explain_over_generate']:.2f} of generating it; with the cost of recording {one['explain_and_recording_over_generate']:.2f}"
+        f"explain it {one['explain_ms']:.2f} ms: {one['explain_over_generate']:.2f} of generating it; with the cost of"
+        f" recording {one['explain_and_recording_over_generate']:.2f}"
     )
     result["long answer"] = long = long_answer(wide_model(), args.tokens)
     print(
-        f"{args.tokens} tokens over {long['sequence']} positions: peak {long['peak_megabytes']:.1f} MB (generating one token"
-        f" {long['generate_peak_megabytes']:.1f}); one array of tokens x tokens {long['one_square_array_megabytes']:.1f} MB;"
+        f"{args.tokens} tokens over {long['sequence']} positions: peak {long['peak_megabytes']:.1f} MB (generating one"
+        f" token {long['generate_peak_megabytes']:.1f}); an array of tokens x tokens"
+        f" {long['one_square_array_megabytes']:.1f} MB;"
         f" largest array made {long['largest_array_elements']:,} elements, tokens squared {long['square_elements']:,}"
     )
     print(json.dumps(result))

@@ -15,7 +15,6 @@ from pathlib import Path
 def machine() -> dict[str, str | int]:
     """What a reader needs to compare figures: processor, instruction set, threads, versions."""
     import torch
-
     from mllm_fast.kernels.dispatch import cpu_extension
 
     extension, _ = cpu_extension()

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from harness import in_turn, machine, median, peak_bytes, write_result
-
 from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase
 from mllm_fast.kernels.dispatch import cpu_extension, instruction_set
 from mllm_fast.kernels.logprob_increase import cpu_kernel

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from .adapters import TextModel
+from .errors import InputError
 
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
@@ -47,6 +48,10 @@ class RowMask:
     def causal(self) -> bool:
         """True if the rows are the last ones of plain causal attention without padding."""
         return self.rule is causal_mask_function and self.padding is None and self.offset + self.rows == self.keys
+
+    def contiguous(self) -> RowMask:
+        """What `generate` calls where it makes the mask itself, for a cache that can be compiled."""
+        raise InputError("a static cache cannot be explained; leave cache_implementation at transformers' default")
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` as bool [B or 1, 1, stop - start, N], True where a key is seen."""

@@ -59,7 +59,7 @@ class Explanation:
         self._trace = trace
         self._unembedding = vlm_text.unembedding()
         self._head_scores: Tensor | None = None
-        self._position_scores: dict[tuple[int, int, int], Tensor] = {}
+        self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
 
     @property
     def num_layers(self) -> int:
@@ -103,11 +103,11 @@ class Explanation:
         """
         index = self.token_index(token)
         wanted = self._heads(index, heads)
-        missing = [head for head in wanted if (index, *head) not in self._position_scores]
+        missing = [head for head in wanted if (index, head) not in self._position_scores]
         if missing:
             for head, scores in zip(missing, self._score_positions(index, missing), strict=True):
-                self._position_scores[index, *head] = scores
-        return torch.stack([self._position_scores[index, *head] for head in wanted])
+                self._position_scores[index, head] = scores
+        return torch.stack([self._position_scores[index, head] for head in wanted])
 
     @torch.no_grad()
     def attention(self, token: int | str) -> Tensor:
@@ -165,7 +165,7 @@ class Explanation:
             return [(layer, head) for layer, head, _ in self.top_heads(index, heads)]
         if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
             raise InputError(f"heads is a number, a list of (layer, head) or 'all', got {heads!r}")
-        wanted = [(int(layer), int(head)) for layer, head in heads]
+        wanted = [(int(layer), int(head)) for layer, head in heads]  # type: ignore[str-unpack]
         for layer, head in wanted:
             if not (0 <= layer < self.num_layers and 0 <= head < self.num_heads):
                 raise InputError(

@@ -77,9 +77,8 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
     with _failures(name), _quiet():
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
-        )
+        loader: Any = AutoModelForImageTextToText
+        model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{name}: the weights lack {len(missing)} tensors, {missing[0]} among them; copy them again")
@@ -100,7 +99,8 @@ def processor_class(config: Any) -> Any:
 
     if is_torchvision_available() or type(config) not in PROCESSOR_MAPPING:
         return AutoProcessor
-    return image_side(PROCESSOR_MAPPING[type(config)])
+    found: Any = PROCESSOR_MAPPING[type(config)]
+    return image_side(found)
 
 
 def image_side(cls: type) -> type:

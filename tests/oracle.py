@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
 from mllm_fast.kernels.logprob_increase.unembedding import Unembedding
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_good_as, cast, problem, truth_of
-
 from mllm_fast.kernels import Unembedding, logprob_increase
 from mllm_fast.kernels.dispatch import cpu_extension
 from mllm_fast.kernels.logprob_increase import cpu_kernel, torch_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
+from oracle import assert_as_good_as, cast, problem, truth_of
 
 EXTENSION, _ = cpu_extension()
 SETS = EXTENSION.instruction_sets() if EXTENSION else []

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import problem
-
 from mllm_fast.kernels import OperatorCache, Unembedding
 from mllm_fast.kernels.logprob_increase.operators import make_operator
+from oracle import problem
 
 UNEMBEDDING = Unembedding(weight=torch.randn(50, 8), gain=torch.rand(8))
 PROJECTION = torch.randn(8, 4)

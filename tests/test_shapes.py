@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_scenes_are_as_described(seed, draw):
     assert 2 <= len(scene.objects) <= 4
     assert sum(o.mask.astype(int) for o in scene.objects).max() == 1, "objects must not overlap"
     centers = [o.center[0] for o in scene.objects]
-    assert all(b - a >= 2.5 for a, b in zip(centers, centers[1:], strict=False))
+    assert all(b - a >= 2.5 for a, b in itertools.pairwise(centers))
     for o in scene.objects:
         assert o.shape in SHAPES
         assert o.color in COLORS

@@ -36,9 +36,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mllm_fast.loading import image_side
 
 FAMILIES = ("llava", "internvl", "qwen2_5_vl")
-_WORDS = (
-    "user assistant : , . ? what color is the circle red green blue a describe this picture yes no two three".split()
-)
+_WORDS = (  # noqa: SIM905
+    "user assistant : , . ? what color is the circle red green blue a describe this picture yes no two three"
+).split()
 _TEMPLATE = (
     "{% for m in messages %}user : {% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE "
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} assistant :"

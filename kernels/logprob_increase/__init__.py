@@ -76,12 +76,12 @@ def logprob_increase(
     if way == "auto":
         way = _cheaper_way(values, unembedding, projection, operators, full_keys)
     residual, values = residual.to(wide), values.to(wide)
-    O = None if projection is None else projection.to(wide)  # noqa: N806 - the paper's name
-    if way == "direct" and O is not None:
-        values, O = values @ O.mT, None
+    outward = None if projection is None else projection.to(wide)
+    if way == "direct" and outward is not None:
+        values, outward = values @ outward.mT, None
     if source is None:
         source = torch.arange(len(residual), device=residual.device)
-    scale, rescale = _scales(residual, values, O, source, unembedding, norm, final)
+    scale, rescale = _scales(residual, values, outward, source, unembedding, norm, final)
     base = _Base(residual, tokens, unembedding, norm, final, scale, _KERNELS[backend])
     scaled = values * (scale[source, None] + rescale)[..., None]
     shift = rescale if norm == "own" else None
@@ -141,7 +141,7 @@ def _mean(x: Tensor, unembedding: Unembedding) -> Tensor:
 def _scales(
     residual: Tensor,
     values: Tensor,
-    O: Tensor | None,  # noqa: N803
+    outward: Tensor | None,
     source: Tensor,
     unembedding: Unembedding,
     norm: str,
@@ -161,13 +161,13 @@ def _scales(
     width = residual.shape[-1]
     before = h.square().mean(-1) + unembedding.eps
     scale, before, h = torch.rsqrt(before), before[source, None], h[source, :, None]
-    if O is None:
+    if outward is None:
         w = values - _mean(values, unembedding)
         change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
     else:
         if unembedding.kind == "layer":
-            O = O - O.mean(-2, keepdim=True)  # noqa: N806
-        change = 2 * (values @ (O.mT @ h))[..., 0] + ((values @ (O.mT @ O)) * values).sum(-1)
+            outward = outward - outward.mean(-2, keepdim=True)
+        change = 2 * (values @ (outward.mT @ h))[..., 0] + ((values @ (outward.mT @ outward)) * values).sum(-1)
     change = change / width
     root_before, root_after = before.sqrt(), (before + change).clamp_min(0).sqrt()
     return scale, -change / (root_before * root_after * (root_before + root_after))
@@ -176,7 +176,7 @@ def _scales(
 def _full_keys(operators, keys, unembedding: Unembedding, projection: Tensor | None, centred: bool) -> list[Hashable]:
     if operators is None or keys is None or projection is None:
         return []
-    return [operators.full_key(key, unembedding, O, centred) for key, O in zip(keys, projection, strict=True)]
+    return [operators.full_key(key, unembedding, one, centred) for key, one in zip(keys, projection, strict=True)]
 
 
 def _cheaper_way(values, unembedding: Unembedding, projection, operators, full_keys: list[Hashable]) -> str:
@@ -207,7 +207,7 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
     count = len(residual)
     if source is not None and (source.ndim != 1 or source.dtype != torch.int64):
         raise ValueError(f"source is int64 [G], got {source.dtype} {tuple(source.shape)}")
-    if source is not None and len(source) and not (0 <= int(source.min()) and int(source.max()) < count):
+    if source is not None and len(source) and not (int(source.min()) >= 0 and int(source.max()) < count):
         raise ValueError(f"source lies in 0 .. {count - 1}, got {int(source.min())} .. {int(source.max())}")
     groups = count if source is None else len(source)
     if projection is not None and (projection.ndim != 3 or projection.shape[:2] != (groups, width)):
@@ -217,7 +217,7 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
         raise ValueError(f"values is [{groups}, R, {depth}], got {tuple(values.shape)}")
     if tokens.shape != (count,) or tokens.dtype != torch.int64:
         raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
-    if count and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
+    if count and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab):
         raise ValueError(f"tokens lie in 0 .. {vocab - 1}, got {int(tokens.min())} .. {int(tokens.max())}")
     if norm == "frozen" and (final is None or final.shape != residual.shape):
         got = None if final is None else tuple(final.shape)

@@ -144,7 +144,7 @@ class BatchMaker:
         batch.input_ids[b, :n] = torch.tensor(self.prefix)
         batch.position_ids[b, :n] = torch.arange(n)
         batch.turn[b, :n] = 0
-        tasks = []
+        tasks: list[str] = []
         at = n
         for question in questions:
             lead = "USER: " if chained and tasks else ""

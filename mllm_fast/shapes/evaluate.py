@@ -72,20 +72,21 @@ def single_turn(ask_model: Asker, renderer: str, scenes: int, seed: int) -> dict
 def conversations(ask_model: Asker, scenes: int, seed: int, turns: int = 4) -> dict[str, float]:
     """Accuracy by turn of conversations in which the model sees its own earlier answers."""
     rng = np.random.default_rng([seed, 99])
-    drawn, questions = [], []
+    drawn: list[Scene] = []
+    questions: list[list[Question]] = []
     while len(drawn) < scenes:
         scene = generate_scene(rng)
-        asked = [ask(scene, rng, str(task)) for task in rng.permutation(TASKS)[:turns]]
-        if None not in asked:
+        asked = [q for task in rng.permutation(TASKS)[:turns] if (q := ask(scene, rng, str(task)))]
+        if len(asked) == turns:
             drawn.append(scene)
             questions.append(asked)
     chats: list[list[str]] = [[] for _ in drawn]
     accuracy = {}
     for turn in range(turns):
         for chat, asked in zip(chats, questions, strict=True):
-            chat.append(asked[turn].text)  # type: ignore[union-attr]
+            chat.append(asked[turn].text)
         answers = ask_model(drawn, chats)
-        right = [a == asked[turn].answer for a, asked in zip(answers, questions, strict=True)]  # type: ignore[union-attr]
+        right = [a == asked[turn].answer for a, asked in zip(answers, questions, strict=True)]
         accuracy[f"turn {turn + 1}"] = round(float(np.mean(right)), 4)
         for chat, answer in zip(chats, answers, strict=True):
             chat.append(answer)

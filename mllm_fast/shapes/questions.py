@@ -120,14 +120,8 @@ _ASK = {
     "describe": _ask_describe,
 }
 
-WORDS = tuple(
-    sorted(
-        set(
-            "what is the color of shape object a an there how many objects are in describe image picture yes no"
-            " user assistant do you see which where and".split()
-        )
-        | set(NUMBERS)
-        | set(SHAPES)
-        | set(COLORS)
-    )
-)
+_OTHER_WORDS = (  # noqa: SIM905
+    "what is the color of shape object a an there how many objects are in describe image picture yes no user assistant"
+    " do you see which where and"
+).split()
+WORDS = tuple(sorted({*_OTHER_WORDS, *NUMBERS, *SHAPES, *COLORS}))

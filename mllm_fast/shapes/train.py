@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +94,9 @@ class Trainer:
         self.projector = self.model.model.multi_modal_projector
         self.language = self.model.model.language_model
         self.batches = BatchMaker(tokenizer)
-        width = self.model.config.text_config.hidden_size
-        self.heads = PatchHeads(self.model.config.vision_config.hidden_size)
-        self.alignment = Alignment(tokenizer, width)
+        config: Any = self.model.config
+        self.heads = PatchHeads(config.vision_config.hidden_size)
+        self.alignment = Alignment(tokenizer, config.text_config.hidden_size)
         self.start = time.monotonic()
         if args.compile:
             for layer in [*self.language.layers, *_vision_layers(self.vision)]:
@@ -216,14 +217,15 @@ class Trainer:
 
     def save(self) -> None:
         self.model.set_attn_implementation("sdpa")
-        self.model.to(torch.bfloat16).save_pretrained(self.args.out)
+        model: Any = self.model
+        model.to(torch.bfloat16).save_pretrained(self.args.out)
         self.processor.save_pretrained(self.args.out)
         size = sum(entry.stat().st_size for entry in os.scandir(self.args.out))
         self.log(f"saved to {self.args.out}: {size / 2**20:.1f} MiB")
 
 
-def _vision_layers(vision: nn.Module) -> Iterable[nn.Module]:
-    return getattr(vision, "vision_model", vision).encoder.layers
+def _vision_layers(vision: Any) -> Iterable[nn.Module]:
+    return getattr(vision, "vision_model", vision).encoder.layers  # older releases keep one module more
 
 
 def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

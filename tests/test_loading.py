@@ -1,0 +1,127 @@
+"""Loading by the same path as any hub model, and models that are loaded already."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mllm_fast as mf
+from mllm_fast.adapters import ADAPTERS
+from mllm_fast.loading import image_side, parse_device, parse_dtype
+from mllm_fast.vlm import token_texts
+
+QUESTION = "what color is the circle ?"
+
+
+def test_a_saved_model_loads_and_answers_the_same(family, picture, tmp_path):
+    """Without torchvision too, where a processor with a video side cannot be built as a whole."""
+    model, processor = tiny.BUILD[family]()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    before = mf.VLM(model, processor).explain(picture, QUESTION, "red blue")
+    loaded = mf.VLM.from_pretrained(tmp_path, device="cpu")
+    after = loaded.explain(picture, QUESTION, "red blue")
+    assert loaded.model.config.model_type == family
+    assert torch.equal(before.head_scores, after.head_scores)
+    assert before.layout.images[0].tiles == after.layout.images[0].tiles
+
+
+def test_the_embedded_model_is_a_llava(shapes):
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    assert type(shapes.model) is LlavaForConditionalGeneration
+    assert isinstance(shapes.processor, LlavaProcessor)
+    assert len(shapes.text.layers) >= 6
+    assert shapes.text.num_heads >= 4
+
+
+def test_text_only_model_in_memory():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(mf.InputError, match="text-only model"):
+        mf.VLM(LlamaForCausalLM(config), None)
+
+
+def test_unlisted_language_model_inside():
+    model, processor = tiny.llava()
+    model.config.text_config.model_type = "mamba"
+    with pytest.raises(mf.InputError, match="language model of type 'mamba'"):
+        mf.VLM(model, processor)
+
+
+def test_missing_tensors_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, processor = tiny.llava()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop(next(name for name in weights if "o_proj" in name))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(mf.InputError, match="lack 1 tensors"):
+        mf.VLM.from_pretrained(tmp_path, device="cpu")
+
+
+def test_devices_and_dtypes():
+    assert parse_device("cpu") == torch.device("cpu")
+    assert parse_dtype(None, torch.device("cpu")) == torch.float32
+    assert parse_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert parse_dtype(torch.float64, torch.device("cpu")) == torch.float64
+    for device in ("cuda:99", "tpu", "meta"):
+        with pytest.raises(mf.InputError):
+            parse_device(device)
+
+
+def test_image_side_keeps_what_has_no_video():
+    from transformers import LlavaProcessor
+
+    assert image_side(LlavaProcessor) is LlavaProcessor
+
+
+def test_prompt_beyond_the_window(picture):
+    model, processor = tiny.llava()
+    model.config.text_config.max_position_embeddings = 20
+    with pytest.raises(mf.InputError, match="window is 20"):
+        mf.VLM(model, processor).generate(picture, QUESTION)
+
+
+def test_options_reach_generate(shapes, picture):
+    """Sampling as transformers has it; a cache or beams that an explanation cannot follow are refused."""
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 6}
+    said = {shapes.generate(picture, "describe the image", **options).text for _ in range(4)}
+    assert len(said) > 1
+    with pytest.raises(mf.InputError, match="num_beams=3"):
+        shapes.explain(picture, "describe the image", num_beams=3)
+    with pytest.raises(mf.InputError, match="cannot be used with a given answer"):
+        shapes.explain(picture, "describe the image", "red", do_sample=True)
+    with pytest.raises(mf.InputError, match="no picture"):
+        shapes.generate([], "describe the image")
+
+
+def test_static_cache_is_refused_by_name(shapes, picture):
+    before = shapes.text.config._attn_implementation
+    with pytest.raises(mf.InputError, match="static cache cannot be explained"):
+        shapes.explain(picture, "describe the image", cache_implementation="static")
+    assert shapes.text.config._attn_implementation == before
+    assert shapes.generate(picture, "describe the image", cache_implementation="static").text
+
+
+def test_token_texts_keep_spaces_and_split_characters():
+    class Bytes:
+        """A tokenizer whose tokens are single bytes."""
+
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    ids = list("né 🙂!".encode())
+    texts = token_texts(Bytes(), ids)
+    assert "".join(texts) == "né 🙂!"
+    assert texts == ["n", "", "é", " ", "", "", "", "🙂", "!"]
+
+
+def test_every_adapter_has_a_tiny_model():
+    assert set(tiny.BUILD) == set(ADAPTERS) == set(tiny.FAMILIES)
