@@ -223,3 +223,38 @@ def test_other_precisions(picture, dtype):
     tolerance = 2**5 * torch.finfo(dtype).eps
     torch.testing.assert_close(low.head_scores, exact.head_scores, rtol=tolerance, atol=tolerance)
     assert exact.head_scores.abs().max() > 4 * tolerance or dtype == torch.bfloat16
+
+
+def test_left_padding_changes_nothing(pair, picture):
+    """A padded row of a batch leaves the trace that it leaves alone: padding is never attended to. Padding
+    shifts positions, and transformers' rotary angles are float32: a few of their roundings are allowed."""
+    vlm, _ = pair
+
+    def prompt(question):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def trace(texts, index):
+        images = [[picture]] * len(texts)
+        inputs = vlm.processor(images=images, text=texts, return_tensors="pt", padding=True)
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        with recording(vlm.text, rows=1) as record, torch.no_grad():
+            cache = vlm.model(**inputs, use_cache=True).past_key_values
+        return make_trace(record, cache, 1, inputs["input_ids"].shape[1], batch_index=index)
+
+    alone = trace([prompt("describe this")], 0)
+    padded = trace([prompt(QUESTION + " red green blue"), prompt("describe this")], 1)
+    padding = int(padded.rows[0] - alone.rows[0])
+    assert padding > 0
+    for layer in range(len(vlm.text.layers)):
+        alpha = padded.attention(0, layer)
+        assert alpha[:, :padding].abs().max() == 0
+        torch.testing.assert_close(alpha[:, padding:], alone.attention(0, layer), rtol=0, atol=1e-6)
+        torch.testing.assert_close(padded.head_values(0, layer), alone.head_values(0, layer), rtol=0, atol=1e-5)
+
+
+def test_end_of_sequence_is_not_a_word(shapes, picture):
+    said = shapes.generate(picture, "How many objects are there?")
+    assert len(said.tokens) == 1
+    assert shapes.processor.tokenizer.eos_token_id not in said.token_ids
+    assert shapes.explain(picture, "How many objects are there?").tokens == said.tokens
