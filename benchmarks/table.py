@@ -1,0 +1,111 @@
+"""README's figures, made from the result files: `python benchmarks/table.py` prints the section, and a test
+holds README to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table() -> str:
+    scores, explanation, fidelity = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scores", "explanation", "fidelity")
+    )
+    accuracy = json.loads((ROOT / "mllm_fast" / "shapes" / "accuracy.json").read_text())
+    return "\n".join(
+        [*_speed(scores), "", *_cost(explanation), "", *_maps(fidelity), "", *_accuracy(accuracy), "", _machine(scores)]
+    )
+
+
+def _speed(scores: dict) -> list[str]:
+    ways, rates = scores["ways"], scores["gflops"]
+    lines = [
+        "Scoring 600 positions of a head, sizes of LLaVA-1.5-7B (V = 32,064, d = 4,096, d_head = 128), float32:",
+        "",
+        "| way | ms a head | against direct | error against float64 |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    names = {
+        "direct": "direct: project, norm, unembed, log-softmax (torch)",
+        "torch, cached": "factored in plain torch, operator cached",
+        "kernel, cached": f"factored kernel ({scores['instruction set']}), operator cached",
+        "kernel, on the fly": "factored kernel, operator made in the call",
+    }
+    for name, label in names.items():
+        way = ways[name]
+        lines.append(f"| {label} | {way['ms_per_head']:.1f} | {way['times_faster']:.1f} x | {way['error']:.0e} |")
+    sets = [name.removeprefix("kernel, ") for name in rates if name.startswith("kernel, ")]
+    shares = ", ".join(
+        f"{s} {rates[f'kernel, {s}']:.0f} of {rates[f'peak, {s}']:.0f} ({rates[f'kernel, {s}'] / rates[f'peak, {s}']:.0%})"
+        for s in sets
+    )
+    memory = scores["peak_megabytes"]
+    lines += [
+        "",
+        f"GFLOP/s of each path against a register-only loop: {shares}; torch's sgemm {rates['sgemm']:.0f}. Peak memory"
+        f" beyond the operator: {memory['kernel, cached']:.1f} MB, the direct way {memory['direct']:.0f} MB.",
+    ]
+    return lines
+
+
+def _cost(explanation: dict) -> list[str]:
+    one, long = explanation["one token"], explanation["long answer"]
+    return [
+        f"Explaining one word of the embedded model (all heads, the ten best heads' positions, the map) takes"
+        f" {one['explain_ms']:.1f} ms, {one['explain_over_generate']:.2f} of the {one['generate_ms']:.1f} ms that"
+        f" generating it from the picture takes. Explaining 30 words over a sequence of {long['sequence']:,} tokens, the"
+        f" largest array made holds {long['largest_array_elements']:,} numbers; tokens squared would be"
+        f" {long['square_elements']:,}.",
+    ]
+
+
+def _maps(fidelity: dict) -> list[str]:
+    lines = [
+        "Maps of the embedded model on 500 held-out scenes a task, among those answered right: does the highest patch"
+        " touch the asked object; what share of the positive mass lies on it; how many answers change when the 5 %"
+        " highest patches are blanked (random patches:"
+        f" {fidelity['both, frozen']['random flips']:.1%}).",
+        "",
+        "| map | touches, colour / shape | mass inside, colour / shape | answers changed, colour / shape |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for norm, methods in (("frozen", ("ten best heads", "best head", "mean attention")), ("own", ("ten best heads",))):
+        color, shape = fidelity[f"color, {norm}"], fidelity[f"shape, {norm}"]
+        for method in methods:
+            c, s = color[method], shape[method]
+            label = method if method == "mean attention" else f"{method}, {norm} norm"
+            lines.append(
+                f"| {label} | {c['hit']:.3f} / {s['hit']:.3f} | {c['inside']:.2f} / {s['inside']:.2f} |"
+                f" {c['flips']:.2f} / {s['flips']:.2f} |"
+            )
+    return lines
+
+
+def _accuracy(accuracy: dict) -> list[str]:
+    tasks = list(accuracy["own"])
+    rows = {"the generator's scenes": accuracy["own"], "another renderer's": accuracy["second"]}
+    return [
+        f"Accuracy of the embedded model, {accuracy['scenes']:,} questions a task it never saw, right to the letter:",
+        "",
+        "| scenes | " + " | ".join(tasks) + " |",
+        "| --- |" + " ---: |" * len(tasks),
+        *(f"| {name} | " + " | ".join(f"{row[task]:.3f}" for task in tasks) + " |" for name, row in rows.items()),
+        "",
+        "Its training puts the reading of the picture into the middle layers in part by construction (see"
+        " `mllm_fast/shapes/train.py`); its maps show that the method works, not how large models see.",
+    ]
+
+
+def _machine(scores: dict) -> str:
+    m = scores["machine"]
+    return (
+        f"Measured on two cores of an {m['cpu']} ({m['instruction sets']}), torch {m['torch']}; no GPU was at hand."
+        " Run `python benchmarks/scores.py`, `explanation.py`, `fidelity.py` on yours."
+    )
+
+
+if __name__ == "__main__":
+    print(table())
