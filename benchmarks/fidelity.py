@@ -20,7 +20,7 @@ from harness import machine, write_result
 
 import mllm_fast as mf
 from mllm_fast.shapes.evaluate import Asker
-from mllm_fast.shapes.questions import ask
+from mllm_fast.shapes.questions import TASKS, ask
 from mllm_fast.shapes.scenes import Scene, generate_scene
 
 METHODS = {
@@ -52,7 +52,7 @@ def highest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def measure(vlm: mf.VLM, task: str, count: int, seed: int, norm: str) -> dict:
-    rng = np.random.default_rng([seed, len(task)])
+    rng = np.random.default_rng([seed, TASKS.index(task)])
     hits = {name: [] for name in METHODS}
     inside = {name: [] for name in METHODS}
     blanked: dict[str, list[Scene]] = {name: [] for name in [*METHODS, "random"]}

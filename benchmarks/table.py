@@ -36,11 +36,12 @@ def _speed(scores: dict) -> list[str]:
     }
     for name, label in names.items():
         way = ways[name]
-        lines.append(f"| {label} | {way['ms_per_head']:.1f} | {way['times_faster']:.1f} x | {way['error']:.0e} |")
+        lines.append(f"| {label} | {way['ms_per_head']:.1f} | {way['times_faster']:.1f} x | {way['error']:.1e} |")
     sets = [name.removeprefix("kernel, ") for name in rates if name.startswith("kernel, ")]
     shares = ", ".join(
-        f"{s} {rates[f'kernel, {s}']:.0f} of {rates[f'peak, {s}']:.0f} ({rates[f'kernel, {s}'] / rates[f'peak, {s}']:.0%})"
-        for s in sets
+        f"{name} {rates[f'kernel, {name}']:.0f} of {rates[f'peak, {name}']:.0f}"
+        f" ({rates[f'kernel, {name}'] / rates[f'peak, {name}']:.0%})"
+        for name in sets
     )
     memory = scores["peak_megabytes"]
     lines += [
@@ -56,8 +57,8 @@ def _cost(explanation: dict) -> list[str]:
     return [
         f"Explaining one word of the embedded model (all heads, the ten best heads' positions, the map) takes"
         f" {one['explain_ms']:.1f} ms, {one['explain_over_generate']:.2f} of the {one['generate_ms']:.1f} ms that"
-        f" generating it from the picture takes. Explaining 30 words over a sequence of {long['sequence']:,} tokens, the"
-        f" largest array made holds {long['largest_array_elements']:,} numbers; tokens squared would be"
+        f" generating it from the picture takes. Explaining 30 words over a sequence of {long['sequence']:,} tokens,"
+        f" the largest array made holds {long['largest_array_elements']:,} numbers; tokens squared would be"
         f" {long['square_elements']:,}.",
     ]
 

@@ -5,6 +5,6 @@ the first call that needs them.
 """
 
 from .dispatch import backend_report
-from .logprob_increase import OperatorCache, Unembedding, logprob_increase
+from .logprob_increase import OperatorCache, Unembedding, logprob_increase, weight_state
 
-__all__ = ["OperatorCache", "Unembedding", "backend_report", "logprob_increase"]
+__all__ = ["OperatorCache", "Unembedding", "backend_report", "logprob_increase", "weight_state"]

@@ -100,6 +100,13 @@ def text_model(model: nn.Module, adapter: Adapter) -> TextModel:
     decoder: Any = attrgetter(adapter.decoder)(model)
     layers = tuple(decoder.layers)
     attention = [getattr(layer, adapter.attention) for layer in layers]
+    for module in attention:
+        output = getattr(module, adapter.output)
+        if type(output) is not nn.Linear or not output.weight.is_floating_point() or output.weight.itemsize < 2:
+            raise InputError(
+                f"the output projections are {type(output).__name__} of {output.weight.dtype}: an explanation needs"
+                " plain weights of 16 bits or more; load the model unquantised, and merge adapters into it"
+            )
     return TextModel(
         config=decoder.config,
         layers=layers,
@@ -112,6 +119,8 @@ def text_model(model: nn.Module, adapter: Adapter) -> TextModel:
 
 
 def _llava_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+    if getattr(processor.image_processor, "do_pad", False):
+        raise InputError("the processor pads pictures to squares (do_pad), which is not supported; set it to False")
     height, width = inputs["pixel_values"].shape[-2:]
     patch = processor.patch_size
     box = _cropped_box(processor.image_processor, size, (width, height))
@@ -141,7 +150,7 @@ def _internvl_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, in
     side = math.isqrt(processor.image_seq_length)
     width, height = size
     images = processor.image_processor
-    crop = processor.images_kwargs.get("crop_to_patches", images.crop_to_patches)
+    crop = _internvl_defaults(processor).get("crop_to_patches", images.crop_to_patches)
     whole = (0.0, 0.0, float(width), float(height))
     if not crop or images.max_patches <= 1:
         return (Tile(side, side, whole),), (1, 1)
@@ -157,6 +166,16 @@ def _internvl_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, in
     if len(tiles) > 1:
         tiles.append(Tile(side, side, whole))  # the thumbnail
     return tuple(tiles), (rows, cols)
+
+
+def _internvl_defaults(processor: Any) -> dict[str, Any]:
+    """What the processor asks of its image processor; older releases keep it elsewhere."""
+    found = getattr(processor, "images_kwargs", None)
+    if found is None:
+        from transformers.models.internvl import processing_internvl
+
+        found = processing_internvl.InternVLProcessorKwargs._defaults["images_kwargs"]
+    return found
 
 
 def _qwen_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:

@@ -9,6 +9,8 @@ stay where they are, in the KV cache. On leaving, by exception too, everything i
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from .errors import InputError
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
 _names = itertools.count()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
 
 
 @dataclass
@@ -52,6 +56,11 @@ class RowMask:
     def contiguous(self) -> RowMask:
         """What `generate` calls where it makes the mask itself, for a cache that can be compiled."""
         raise InputError("a static cache cannot be explained; leave cache_implementation at transformers' default")
+
+    @property
+    def ndim(self) -> int:
+        """The same in older releases of transformers."""
+        return self.contiguous().ndim
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` as bool [B or 1, 1, stop - start, N], True where a key is seen."""
@@ -115,21 +124,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | N
     return out
 
 
+def model_lock(text: TextModel) -> threading.RLock:
+    """The lock of a model: its attention is patched for one thread at a time, and what another thread ran
+    meanwhile would be recorded as this one's. Every VLM of the same model shares it."""
+    with _locks_guard:
+        return _locks.setdefault(text.norm, threading.RLock())
+
+
 @dataclass
 class Recording:
     """Rows recorded of each forward pass: the last `rows` of it, [B, rows, ...] a pass.
 
     residual, query: one list a layer; query [B, rows, H, D], rotated; final: inputs of the final norm. `seen`:
     for each pass the keys that the rows see, bool [B or 1, rows, N], or None for plain causal attention.
+    `last`: the position of each pass's last row, None where the caller's own mask does not tell.
     """
 
     rows: int
     num_layers: int
+    device: torch.device
     residual: list[list[Tensor]] = field(init=False)
     query: list[list[Tensor]] = field(init=False)
     final: list[Tensor] = field(default_factory=list)
     seen: list[list[Tensor | None]] = field(init=False)
     scale: list[float] = field(init=False)
+    last: list[int | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.residual = [[] for _ in range(self.num_layers)]
@@ -139,11 +158,13 @@ class Recording:
 
     def take(self, hidden: Tensor) -> Tensor:
         """The recorded rows of [B, R, d], copied so that the rest of the pass can be freed."""
-        return hidden[:, -self.rows :].detach().clone()
+        return hidden[:, -self.rows :].detach().to(self.device, copy=True)
 
     def on_attention(self, layer: int, query: Tensor, mask: RowMask | Tensor | None, scale: float) -> None:
         self.scale[layer] = scale
-        self.query[layer].append(query[:, :, -self.rows :].detach().transpose(1, 2).clone())
+        self.query[layer].append(self.take(query.transpose(1, 2)))
+        if layer == 0:
+            self.last.append(mask.offset + mask.rows - 1 if isinstance(mask, RowMask) else None)
         seen = None
         if isinstance(mask, RowMask) and not mask.causal:
             seen = mask.block(max(0, mask.rows - self.rows), mask.rows)[:, 0]
@@ -158,9 +179,19 @@ def recording(text: TextModel, rows: int) -> Iterator[Recording]:
     """Run the text part on `attend` and record the last `rows` rows of every forward pass inside.
 
     Only the text part is touched: vision towers use the same interface of transformers. The name under
-    which the functions are registered is new each time, so that several models, or threads, do not meet.
+    which the functions are registered is new each time, so that several models do not meet; other threads
+    wait for this model (`model_lock`). Recordings of one model cannot be nested.
     """
-    record = Recording(rows, len(text.layers))
+    with model_lock(text):
+        if str(text.config._attn_implementation).startswith("mllm_fast_"):
+            raise RuntimeError("this model is being recorded already; leave that block first")
+        with _recording(text, rows) as record:
+            yield record
+
+
+@contextmanager
+def _recording(text: TextModel, rows: int) -> Iterator[Recording]:
+    record = Recording(rows, len(text.layers), text.outputs[-1].weight.device)
     name = f"mllm_fast_{next(_names)}"
     before = text.config._attn_implementation
 

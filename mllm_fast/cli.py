@@ -72,11 +72,13 @@ def explain(
     vlm = _load(model, device, dtype, max_pixels)
     with _progress("explaining"):
         ex = vlm.explain(pictures, prompt, answer, norm=norm, max_new_tokens=max_new_tokens)
-        chosen = None if token is None else ex.token_index(int(token) if _is_index(token) else token)
+        chosen = None if token is None else ex.token_index(_index_or_word(token))
         if out is not None:
             ex.save(out, chosen)
     if as_json:
         result = summary(ex, numbers=False)
+        if chosen is not None:
+            result["tokens"] = [result["tokens"][chosen]]
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
@@ -163,8 +165,11 @@ def _load(model: str, device: str | None, dtype: str | None, max_pixels: int) ->
         return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels)
 
 
-def _is_index(token: str) -> bool:
-    return token.lstrip("-").isdigit()
+def _index_or_word(token: str) -> int | str:
+    try:
+        return int(token)
+    except ValueError:
+        return token
 
 
 def _print_explanation(ex: Explanation, chosen: int | None) -> None:
@@ -210,9 +215,12 @@ def _progress(what: str) -> Iterator[None]:
 def main() -> None:
     """The entry point: as typer's, with one line and exit code 2 for input that cannot be used."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a letter still shows the rest
     try:
         app()
-    except InputError as error:
+    except (InputError, OSError) as error:
         line = " ".join(str(error).split())
         typer.echo(f"mllm-fast: {line}", err=True)
         sys.exit(2)

@@ -4,3 +4,9 @@
 class InputError(ValueError):
     """Says what was got, what is accepted and what to do. The command line prints it in one line and
     exits with code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, behind the error's name where that line says little."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line if len(line) > 20 else f"{type(error).__name__} {line}".strip()

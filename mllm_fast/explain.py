@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapters import TextModel
 from .errors import InputError
-from .kernels import OperatorCache, logprob_increase
+from .kernels import OperatorCache, logprob_increase, weight_state
 from .layout import TokenLayout
 from .trace import Trace
 
@@ -181,7 +181,7 @@ class Explanation:
             for layer in range(self.num_layers):
                 values = self._trace.head_values(index, layer)  # [H, D]
                 weight = self._text.outputs[layer].weight.detach()
-                split = weight.to(values.dtype).reshape(weight.shape[0], self.num_heads, -1)
+                split = weight.to(device=values.device, dtype=values.dtype).reshape(weight.shape[0], self.num_heads, -1)
                 writes.append(torch.einsum("hk,dhk->hd", values, split))
                 residual.append(self._trace.residual[index, layer])
                 final.append(self._trace.final[index])
@@ -215,12 +215,14 @@ class Explanation:
                 torch.cat(values),
                 torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
-                projection=torch.stack([self._text.projection(layer, head).detach() for layer, head in part]),
+                projection=torch.stack(
+                    [self._text.projection(layer, head).detach().to(device) for layer, head in part]
+                ),
                 norm=self.norm,
                 final=self._trace.final[index].expand(len(layers), -1),
                 source=torch.tensor([layers.index(layer) for layer, _ in part], device=device),
                 operators=self._operators,
-                keys=part,
+                keys=[(layer, head, weight_state(self._text.outputs[layer].weight)) for layer, head in part],
             )
             full = torch.zeros(len(part), len(self.input_ids))
             full[:, :stop] = scores.float().cpu()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 MAX_PIXELS = 100_000_000  # about 300 MB once decoded; a limit that one can raise
+_pillow_limit = Lock()  # guards Pillow's global
 
 ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray
 
@@ -33,23 +36,31 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"an image is a path, a PIL image or an array, got {type(source).__name__}")
     path = Path(source)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of a picture")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty; give a picture")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            with Image.open(path) as image:
-                return to_rgb(_checked(image, str(path), max_pixels))
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give the path of a picture")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty; give a picture")
+        with _no_limit_of_its_own(), Image.open(path) as image:
+            return to_rgb(_checked(image, str(path), max_pixels))
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)") from None
-    except Image.DecompressionBombError:
-        raise InputError(_too_large(str(path), "far more", max_pixels)) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: the picture is damaged or truncated ({error})") from None
+    except Exception as error:  # each of Pillow's readers has its own exceptions for a damaged file
+        raise InputError(f"{path}: the picture is damaged, truncated or unreadable ({first_line(error)})") from None
+
+
+@contextmanager
+def _no_limit_of_its_own() -> Iterator[None]:
+    """Pillow refuses pictures beyond a limit that its callers cannot raise one by one; ours is checked before
+    anything is decoded."""
+    with _pillow_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -72,7 +83,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
-        raise InputError(_too_large(name, f"{width} x {height} =", max_pixels))
+        raise InputError(_too_large(name, f"{width} x {height}", max_pixels))
     if width == 0 or height == 0:
         raise InputError(f"{name}: the picture has no pixels")
     return image

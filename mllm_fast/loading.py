@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 EMBEDDED = "shapes"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -46,8 +46,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def model_folder(name: str) -> str:
-    """The embedded model's folder for its name, any other name unchanged."""
-    if name == EMBEDDED and not Path(name).is_dir():
+    """The embedded model's folder for its name, any other name unchanged ("./shapes" is a folder)."""
+    if name == EMBEDDED:
         return str(Path(__file__).parent / "shapes" / "weights")
     return name
 
@@ -64,16 +64,20 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
 
     source = model_folder(name)
     _check_folder(name, Path(source))
-    with _failures(name):
+    with _failures(name), _quiet():
         settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
-    kind = settings.get("model_type")
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise InputError(f"{name}: config.json does not describe a model; copy it again")
+    kind = settings["model_type"]
     if kind not in ADAPTERS:
         hint = "" if "vision_config" in settings else " and has no vision part"
         raise InputError(
             f"{name}: the architecture {kind!r} is not supported{hint}; supported are"
             f" {', '.join(ADAPTERS)}; to add one, see CONTRIBUTING.md, 'Add an architecture'"
         )
-    with _failures(name):
+    if "vision_config" not in settings:
+        raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
+    with _failures(name), _quiet():
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
     with _failures(name), _quiet():
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
@@ -83,7 +87,8 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
     if missing:
         raise InputError(f"{name}: the weights lack {len(missing)} tensors, {missing[0]} among them; copy them again")
     if "device_map" not in options:
-        model = model.to(device)
+        with _failures(name):
+            model = model.to(device)
     return model.eval(), processor
 
 
@@ -138,8 +143,7 @@ def _failures(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # whatever a damaged file makes the libraries raise
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{name}: the model cannot be loaded: {first}") from error
+        raise InputError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import os
+import re
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -46,7 +47,7 @@ def check_target(target: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write by way of a temporary file beside the target, so that no reader ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".mllm-fast-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -148,7 +149,8 @@ def _html(ex: Explanation, token: int | None) -> bytes:
     # inside a script element only "<" could end it
     encoded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     title = html.escape(f"{ex.prompt} \u2192 {ex.text}")
-    return page.replace("__TITLE__", title).replace("__DATA__", encoded).encode()
+    filled = {"__TITLE__": title, "__DATA__": encoded}
+    return re.sub("__TITLE__|__DATA__", lambda place: filled[place.group()], page).encode()
 
 
 def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, ...]) -> dict[str, Any]:

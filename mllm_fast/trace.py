@@ -42,7 +42,7 @@ class Trace:
         scores = (grouped @ keys.to(wide).mT * self.scale[layer]).reshape(heads, stop)
         seen = self.seen[layer]
         if seen is not None:
-            scores = scores.masked_fill(~seen[token, :stop], -torch.inf)
+            scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return torch.softmax(scores, -1)
 
     def head_values(self, token: int, layer: int) -> Tensor:
@@ -60,16 +60,22 @@ class Trace:
         return alpha[heads][..., None] * values[groups, : alpha.shape[1]].to(alpha.dtype)
 
 
-def make_trace(record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int = 0) -> Trace:
+def make_trace(
+    record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int | None = None
+) -> Trace:
     """Join a recording with the cache that the same passes filled.
 
-    `num_tokens` rows are explained, the first at position `prompt_length` - 1.
+    `num_tokens` rows are explained, the first at position `prompt_length` - 1, of the sequence `batch_index`
+    of a batch; None where there is one sequence.
 
     Raises:
-        InputError: the cache does not hold every position (a sliding window, an offloaded or quantised one).
+        InputError: the passes were not one a token (beams, chunks, guidance, assisted decoding), or the cache
+            does not hold every position (a sliding window, an offloaded or quantised one).
     """
     rows = torch.arange(num_tokens) + prompt_length - 1
     length = int(rows[-1]) + 1
+    _check_passes(record, rows.tolist(), one_sequence=batch_index is None)
+    batch_index = batch_index or 0
     keys, values = [], []
     for i in range(record.num_layers):
         layer = cache.layers[i]
@@ -80,8 +86,8 @@ def make_trace(record: Recording, cache: Any, num_tokens: int, prompt_length: in
                 f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
                 " use transformers' default cache and a sequence shorter than the model's sliding window"
             )
-        keys.append(k[batch_index, :, :length])
-        values.append(v[batch_index, :, :length])
+        keys.append(k[batch_index, :, :length].to(record.device))
+        values.append(v[batch_index, :, :length].to(record.device))
     return Trace(
         residual=torch.stack([_rows(r, batch_index, num_tokens) for r in record.residual], 1),
         query=torch.stack([_rows(q, batch_index, num_tokens) for q in record.query], 1),
@@ -92,6 +98,21 @@ def make_trace(record: Recording, cache: Any, num_tokens: int, prompt_length: in
         seen=tuple(_seen(masks, batch_index, num_tokens, length) for masks in record.seen),
         scale=tuple(record.scale),
     )
+
+
+def _check_passes(record: Recording, rows: list[int], one_sequence: bool) -> None:
+    """The recorded rows, pass after pass, must be those of the explained tokens."""
+    recorded: list[int | None] = []
+    for last, hidden in zip(record.last, record.final, strict=True):
+        count = hidden.shape[1]
+        recorded += [None if last is None else last - count + 1 + i for i in range(count)]
+    got = recorded[: len(rows)]
+    several = one_sequence and any(len(hidden) > 1 for hidden in record.final)
+    if several or len(got) < len(rows) or any(p is not None and p != row for p, row in zip(got, rows, strict=True)):
+        raise InputError(
+            "the answer was not generated one token a pass (beams, prefill chunks, guidance or assisted decoding):"
+            " call generate first and pass its text as answer="
+        )
 
 
 def _rows(passes: list[Tensor], batch_index: int, count: int) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .adapters import find_adapter, text_model
-from .attention import Recording, recording
-from .errors import InputError
+from .attention import Recording, model_lock, recording
+from .errors import InputError, first_line
 from .explain import Explanation
 from .images import MAX_PIXELS, ImageSource, load_image
 from .kernels import OperatorCache
@@ -89,7 +89,8 @@ class VLM:
         those of transformers' `generate`."""
         inputs, sizes = self.prepare(image, prompt)
         output = self._generate(inputs, max_new_tokens, options)
-        return self._answer(output[0], inputs, sizes)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        return self._answer(sequences[0], inputs, sizes, options)
 
     def explain(
         self,
@@ -122,17 +123,19 @@ class VLM:
                         f"explain follows one sequence, got {name}={options[name]}: call generate first and pass its"
                         " text as answer="
                     )
+            settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
             with recording(self.text, rows=1) as record:
-                output = self._generate(inputs, max_new_tokens, options, with_cache=True)
+                output = self._generate(inputs, max_new_tokens, settings)
             sequence, cache = output.sequences[0], output.past_key_values
         else:
             if options:
                 raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
             sequence = torch.cat([inputs["input_ids"][0], self._answer_ids(answer)])
+            self._check_window(len(sequence), "prompt and answer take")
             record, cache = self._forced(inputs, sequence)
-        said = self._answer(sequence, inputs, sizes)
+        said = self._answer(sequence, inputs, sizes, options)
         if not said.token_ids:
-            raise InputError("the model's answer is empty: there is no token to explain; ask another question")
+            raise InputError("the answer is empty: there is no token to explain; ask another question")
         return Explanation(
             vlm_text=self.text,
             operators=self.operators,
@@ -149,27 +152,42 @@ class VLM:
         pictures = self._load(image)
         if not prompt.strip():
             raise InputError("the prompt is empty; ask a question about the picture")
-        placeholder = self.processor.image_token
-        if placeholder in prompt:
-            raise InputError(
-                f"the prompt holds the image placeholder {placeholder!r}; leave it out, it is added for you"
-            )
+        self._check_text(prompt, "prompt")
         content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
         if not getattr(self.processor, "chat_template", None):
             raise InputError("the processor has no chat template; set processor.chat_template")
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = self.processor(images=pictures, text=text, return_tensors="pt")
+        chat = [{"role": "user", "content": content}]
+        try:
+            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+            inputs = self.processor(images=pictures, text=text, return_tensors="pt")
+        except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise
+            raise InputError(f"the processor cannot take this picture and prompt: {first_line(error)}") from error
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 dtype = self.model.dtype if value.is_floating_point() else None
                 inputs[name] = value.to(device=self.model.device, dtype=dtype)
-        window = getattr(self.text.config, "max_position_embeddings", None)
-        if window and inputs["input_ids"].shape[1] >= window:
-            raise InputError(
-                f"the prompt takes {inputs['input_ids'].shape[1]} tokens, the model's window is {window};"
-                " shorten the prompt or make the picture smaller"
-            )
+        self._check_window(inputs["input_ids"].shape[1] + 1, "the prompt takes")
         return inputs, [picture.size for picture in pictures]
+
+    def _check_window(self, length: int, what: str) -> None:
+        window = getattr(self.text.config, "max_position_embeddings", None)
+        if window and length > window:
+            raise InputError(
+                f"{what} {length} tokens with the next one, the model's window is {window}; shorten the text or make"
+                " the picture smaller"
+            )
+
+    def _check_text(self, text: str, what: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the {what} is not valid Unicode; give it as UTF-8") from None
+        for name in ("image_token", "video_token"):
+            placeholder = getattr(self.processor, name, None)
+            if placeholder and placeholder in text:
+                raise InputError(
+                    f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
+                )
 
     def _load(self, image: ImageSource | Sequence[ImageSource]) -> list[Any]:
         many = image if isinstance(image, (list, tuple)) else [image]
@@ -177,17 +195,15 @@ class VLM:
             raise InputError("no picture was given; give one, or a list of them")
         return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
 
-    def _generate(self, inputs: Any, max_new_tokens: int, options: dict[str, Any], with_cache: bool = False) -> Any:
+    def _generate(self, inputs: Any, max_new_tokens: int, options: dict[str, Any]) -> Any:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is at least 1, got {max_new_tokens}")
         settings = {"do_sample": False, **options}
         if not settings["do_sample"]:
             # a checkpoint's own sampling settings would only make transformers warn
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
-        with torch.inference_mode():
-            return self.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=with_cache, **settings
-            )
+        with model_lock(self.text), torch.inference_mode():
+            return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
 
     def _forced(self, inputs: Any, sequence: Tensor) -> tuple[Recording, Any]:
         """One pass over prompt and answer; the last token's own row is not needed."""
@@ -204,15 +220,18 @@ class VLM:
         return record, output.past_key_values
 
     def _answer_ids(self, answer: str) -> Tensor:
+        self._check_text(answer, "answer to be explained")
         ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
         if not ids:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
         return torch.tensor(ids, device=self.model.device)
 
-    def _answer(self, sequence: Tensor, inputs: Any, sizes: list[tuple[int, int]]) -> Answer:
+    def _answer(
+        self, sequence: Tensor, inputs: Any, sizes: list[tuple[int, int]], options: dict[str, Any] | None = None
+    ) -> Answer:
         prompt_length = inputs["input_ids"].shape[1]
         ids = sequence[prompt_length:].tolist()
-        stop = self._stop_ids()
+        stop = self._stop_ids(options or {})
         while ids and ids[-1] in stop:
             ids.pop()
         kept = sequence[: prompt_length + len(ids)].cpu()
@@ -223,9 +242,10 @@ class VLM:
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return Answer(text, ids, tokens, layout, kept)
 
-    def _stop_ids(self) -> set[int]:
-        config = self.model.generation_config
-        stop = config.eos_token_id if config is not None else None
+    def _stop_ids(self, options: dict[str, Any]) -> set[int]:
+        """Ids that end an answer and are no part of it."""
+        config = options.get("generation_config", self.model.generation_config)
+        stop = options.get("eos_token_id", getattr(config, "eos_token_id", None))
         stop = self.processor.tokenizer.eos_token_id if stop is None else stop
         padding = self.processor.tokenizer.pad_token_id
         return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]

@@ -116,6 +116,12 @@ def damaged_weights(tmp_path):
     return tmp_path / "model"
 
 
+def rewritten(tmp_path, name, text):
+    shutil.copytree(WEIGHTS, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(text)
+    return tmp_path / "model"
+
+
 def text_only(tmp_path):
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -157,6 +163,21 @@ BAD = {
     "dtype": (lambda t: ["explain", "--dtype", "int4"], "dtype is one of"),
     "ending": (lambda t: ["explain", "--out", t / "x.bmp"], "ending is one of"),
     "target folder": (lambda t: ["explain", "--out", t / "no" / "x.png"], "does not exist"),
+    "folder": (lambda t: ["explain", t], "no such file"),
+    "long name": (lambda t: ["explain", "x" * 300], "File name too long"),
+    "surrogates": (lambda t: ["explain", "-q", "what \udce9 is"], "not valid Unicode"),
+    "forced placeholder": (lambda t: ["explain", "--answer", "red <image>"], "holds the placeholder"),
+    "odd index": (lambda t: ["explain", "--token", "\u00b2"], "is not in the answer"),
+    "limit": (lambda t: ["explain", "--max-pixels", "-1"], "the limit is -1"),
+    "config": (lambda t: ["explain", "--model", rewritten(t, "config.json", "[]")], "config.json"),
+    "no vision": (
+        lambda t: ["explain", "--model", rewritten(t, "config.json", '{"model_type": "llava"}')],
+        "vision part",
+    ),
+    "template": (
+        lambda t: ["explain", "--model", rewritten(t, "chat_template.jinja", "{% for %}")],
+        "processor cannot",
+    ),
     "option": (lambda t: ["explain", "--fast"], "No such option"),
 }
 

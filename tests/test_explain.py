@@ -258,3 +258,65 @@ def test_end_of_sequence_is_not_a_word(shapes, picture):
     assert len(said.tokens) == 1
     assert shapes.processor.tokenizer.eos_token_id not in said.token_ids
     assert shapes.explain(picture, "How many objects are there?").tokens == said.tokens
+
+
+def test_operators_are_kept_and_renewed(picture):
+    """Explaining again finds the operators it made; after a change of the weights it does not use them."""
+    model, processor = tiny.internvl()
+    vlm = mf.VLM(model, processor)
+    heads = [(0, 1), (1, 4)]
+    # many positions a head make the factored way pay even on a tiny model
+    first = vlm.explain(picture, QUESTION, ANSWER).position_scores(0, heads)
+    kept = vlm.operators.nbytes
+    assert kept > 0
+    again = vlm.explain(picture, QUESTION, ANSWER).position_scores(0, heads)
+    assert vlm.operators.nbytes == kept
+    assert torch.equal(first, again)
+    with torch.no_grad():
+        vlm.text.outputs[1].weight[:, 32:40] *= 2  # head 4's part
+    changed = vlm.explain(picture, QUESTION, ANSWER).position_scores(0, heads)
+    fresh = mf.VLM(model, processor).explain(picture, QUESTION, ANSWER).position_scores(0, heads)
+    assert torch.equal(changed, fresh)
+    assert not torch.equal(changed[1], again[1])
+
+
+def test_other_ways_to_generate_are_refused(vlm, picture):
+    """Passes that are not one a token would be taken for others; a checkpoint's own beams are switched off."""
+    plain = vlm.explain(picture, QUESTION, max_new_tokens=4)
+    for options in ({"guidance_scale": 1.5}, {"prefill_chunk_size": 7}):
+        with pytest.raises((mf.InputError, RuntimeError)):  # Qwen's own code fails on chunks first
+            vlm.explain(picture, QUESTION, max_new_tokens=4, **options).head_scores  # noqa: B018
+    config = vlm.model.generation_config
+    config.num_beams, config.use_cache = 4, False
+    try:
+        ex = vlm.explain(picture, QUESTION, max_new_tokens=4)
+    finally:
+        config.num_beams, config.use_cache = 1, True
+    assert ex.token_ids == plain.token_ids
+    torch.testing.assert_close(ex.head_scores, plain.head_scores)
+
+
+def test_threads_do_not_meet(vlm, picture):
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = vlm.explain(picture, QUESTION, ANSWER).head_scores
+    other = mf.VLM(vlm.model, vlm.processor)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(v.explain, picture, QUESTION, ANSWER) for v in (vlm, other) * 4]
+        said = [pool.submit(vlm.generate, picture, QUESTION, max_new_tokens=3) for _ in range(4)]
+        for job in jobs:
+            torch.testing.assert_close(job.result().head_scores, alone)
+        assert len({job.result().text for job in said}) == 1
+
+
+def test_recordings_are_not_nested(vlm):
+    with recording(vlm.text, rows=1), pytest.raises(RuntimeError, match="being recorded already"):
+        recording(vlm.text, rows=1).__enter__()
+
+
+def test_quantised_weights_are_refused():
+    model, processor = tiny.llava()
+    attention = model.model.language_model.layers[1].self_attn
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(mf.InputError, match="float8"):
+        mf.VLM(model, processor)

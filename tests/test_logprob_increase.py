@@ -127,7 +127,7 @@ def test_every_output_is_written(isa):
 
 @needs_extension
 @pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("offset", [-400.0, 400.0])
+@pytest.mark.parametrize("offset", [-4000.0, -400.0, 400.0])
 def test_common_shift_of_all_logits(isa, offset):
     """Softmax ignores what all words share: increases far beyond float32's exponents must not overflow."""
     writes = torch.ones(1, 3, 2)
@@ -140,13 +140,32 @@ def test_common_shift_of_all_logits(isa, offset):
 
 
 @needs_extension
-def test_words_that_cannot_be_said():
-    """A bias of -inf masks words, as some heads do for their padding; it must not become NaN."""
-    base = torch.log_softmax(torch.tensor([[float("-inf")] * 40 + [1.0, 2.0, 0.5]]), -1)
-    writes, operand = torch.randn(1, 5, 3), torch.randn(43, 3)
-    got = cpu_kernel.log_sum_exp(writes, operand, base, None, None, None, None)
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("masked", [float("-inf"), -1e4])
+@pytest.mark.parametrize("count", [40, 700])
+def test_words_that_cannot_be_said(isa, masked, count):
+    """A bias of -inf, or a large finite one, masks words, as some heads do for their padding; whole blocks of
+    them must not turn the sum into NaN or infinity."""
+    base = torch.log_softmax(torch.tensor([[masked] * count + [1.0, 2.0, 0.5]]), -1)
+    writes, operand = torch.randn(1, 35, 3), torch.randn(count + 3, 3)
+    got = cpu_kernel.log_sum_exp(writes, operand, base, None, None, None, None, isa=isa)
     truth = torch_kernel.log_sum_exp(writes.double(), operand.double(), base.double(), None, None, None, None)
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+def test_broken_weights_give_nan(backend):
+    """NaN weights must not look like a perfect score."""
+    arguments, unembedding = cast(*problem(1, 40, 300, 24, 6), torch.float32)
+    unembedding.weight[7] = float("nan")
+    assert logprob_increase(**arguments, unembedding=unembedding, backend=backend).isnan().all()
+
+
+def test_own_norm_of_a_write_that_cancels():
+    """h + w = 0 has a norm of 0, which eps keeps finite."""
+    arguments, unembedding = cast(*problem(1, 3, 57, 24, 6), torch.float32)
+    arguments |= {"values": -arguments["residual"][:, None].repeat(1, 3, 1), "projection": None}
+    assert logprob_increase(**arguments, unembedding=unembedding, norm="own").isfinite().all()
 
 
 @pytest.mark.parametrize("norm", ["frozen", "own"])
@@ -184,7 +203,7 @@ def test_auto_way_counts_the_operator():
     assert _cheaper_way(values.repeat(1, 50, 1), unembedding, projection, None, []) == "factored"
     cache = OperatorCache(1 << 20)
     cache.get("head", unembedding, projection[0], False)
-    keys = _full_keys(cache, ["head"], unembedding, projection, False)
+    keys = _full_keys(cache, ["head"], unembedding, False)
     assert _cheaper_way(values, unembedding, projection, cache, keys) == "factored"
 
 
@@ -197,6 +216,7 @@ def test_auto_way_counts_the_operator():
         ({"final": None}, "needs final"),
         ({"residual": torch.zeros(2, 7)}, "residual is"),
         ({"values": torch.zeros(2, 4, 9)}, "values is"),
+        ({"values": torch.zeros(2, 4, 0), "projection": torch.zeros(2, 24, 0)}, "k >= 1"),
         ({"tokens": torch.tensor([0, 57])}, "tokens lie in"),
         ({"tokens": torch.tensor([0.0, 1.0])}, "tokens is int64"),
         ({"projection": None, "way": "factored"}, "needs `projection`"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mllm_fast.kernels import OperatorCache, Unembedding
+from mllm_fast.kernels import OperatorCache, Unembedding, weight_state
 from mllm_fast.kernels.logprob_increase.operators import make_operator
 from oracle import problem
 
@@ -35,7 +35,7 @@ def test_budget_and_order():
     cache.get("c", UNEMBEDDING, PROJECTION, False)  # "b" is now the least recently used
     assert cache.nbytes == 2 * SIZE
     assert cache.get("a", UNEMBEDDING, PROJECTION, False) is first
-    assert cache.full_key("b", UNEMBEDDING, PROJECTION, False) not in cache
+    assert cache.full_key("b", UNEMBEDDING, False) not in cache
 
 
 def test_too_small_a_budget_keeps_nothing():
@@ -48,11 +48,13 @@ def test_changed_weights_make_a_new_operator():
     unembedding = Unembedding(weight=torch.randn(50, 8))
     projection = torch.randn(8, 4)
     cache = OperatorCache(1 << 20)
-    before = cache.get("a", unembedding, projection, False)
+    get = lambda: cache.get(weight_state(projection), unembedding, projection, False)  # noqa: E731
+    before = get()
+    assert get() is before
     projection.mul_(2)
-    torch.testing.assert_close(cache.get("a", unembedding, projection, False), 2 * before)
+    torch.testing.assert_close(get(), 2 * before)
     unembedding.weight.mul_(2)
-    torch.testing.assert_close(cache.get("a", unembedding, projection, False), 4 * before)
+    torch.testing.assert_close(get(), 4 * before)
 
 
 def test_negative_budget():

@@ -8,6 +8,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -51,7 +52,11 @@ inline void parallel(int threads, const std::function<void(int)>& work, bool own
     torch_parallel_region()(&Call::run, &call, threads, 0);
   } else {
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(&Call::run, &call);
+    try {
+      for (int i = 1; i < threads; ++i) others.emplace_back(&Call::run, &call);
+    } catch (const std::system_error&) {
+      if (own) std::terminate();  // the others wait for all
+    }
     Call::run(&call);
     for (auto& thread : others) thread.join();
   }

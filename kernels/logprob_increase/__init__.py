@@ -20,16 +20,17 @@ from torch import Tensor
 
 from ..dispatch import choose
 from . import cpu_kernel, torch_kernel
-from .operators import OperatorCache, make_operator
+from .operators import OperatorCache, make_operator, weight_state
 from .unembedding import Unembedding
 
-__all__ = ["OperatorCache", "Unembedding", "logprob_increase"]
+__all__ = ["OperatorCache", "Unembedding", "logprob_increase", "weight_state"]
 
 NORMS = ("frozen", "own")
 WAYS = ("auto", "direct", "factored")
 _KERNELS = {"cpu": cpu_kernel.log_sum_exp, "torch": torch_kernel.log_sum_exp}
 
 
+@torch.no_grad()
 def logprob_increase(
     residual: Tensor,
     values: Tensor,
@@ -59,11 +60,13 @@ def logprob_increase(
         source: which residual vector each group writes to, int64 [G]: the heads of a layer share one, whose
             logits are then made once.
         way: "direct", "factored", or "auto" for the cheaper one by count of flops.
-        operators, keys: a cache of the factored way's operators, and the G keys there (a head's name).
+        operators, keys: a cache of the factored way's operators, and the G keys there: a head's name and the
+            `weight_state` of its projection's weight.
         backend: "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
-        S, [G, R], in float32, or float64 where the unembedding is float64.
+        S, [G, R], in float32, or float64 where the unembedding is float64; inference only, no gradient flows.
+        Exact to that precision, but that the factored way rounds its operator to the unembedding's dtype.
 
     Raises:
         ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
@@ -72,7 +75,7 @@ def logprob_increase(
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
     backend = choose(residual.device, unembedding.weight.dtype, backend)
     centred = unembedding.kind == "layer" and norm == "own"
-    full_keys = _full_keys(operators, keys, unembedding, projection, centred)
+    full_keys = _full_keys(operators, keys, unembedding, centred)
     if way == "auto":
         way = _cheaper_way(values, unembedding, projection, operators, full_keys)
     residual, values = residual.to(wide), values.to(wide)
@@ -169,14 +172,14 @@ def _scales(
             outward = outward - outward.mean(-2, keepdim=True)
         change = 2 * (values @ (outward.mT @ h))[..., 0] + ((values @ (outward.mT @ outward)) * values).sum(-1)
     change = change / width
-    root_before, root_after = before.sqrt(), (before + change).clamp_min(0).sqrt()
+    root_before, root_after = before.sqrt(), (before + change).clamp_min(unembedding.eps).sqrt()
     return scale, -change / (root_before * root_after * (root_before + root_after))
 
 
-def _full_keys(operators, keys, unembedding: Unembedding, projection: Tensor | None, centred: bool) -> list[Hashable]:
-    if operators is None or keys is None or projection is None:
+def _full_keys(operators, keys, unembedding: Unembedding, centred: bool) -> list[Hashable]:
+    if operators is None or keys is None:
         return []
-    return [operators.full_key(key, unembedding, one, centred) for key, one in zip(keys, projection, strict=True)]
+    return [operators.full_key(key, unembedding, centred) for key in keys]
 
 
 def _cheaper_way(values, unembedding: Unembedding, projection, operators, full_keys: list[Hashable]) -> str:
@@ -215,6 +218,8 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
     depth = width if projection is None else projection.shape[2]
     if values.ndim != 3 or values.shape[0] != groups or values.shape[2] != depth:
         raise ValueError(f"values is [{groups}, R, {depth}], got {tuple(values.shape)}")
+    if depth < 1:
+        raise ValueError(f"values is [{groups}, R, k] with k >= 1, got {tuple(values.shape)}")
     if tokens.shape != (count,) or tokens.dtype != torch.int64:
         raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
     if count and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..dispatch import cpu_extension, instruction_set
 
 _LOG2E = 1 / math.log(2)
+_NEVER = -745.0  # a log-probability below the smallest float64: the word cannot be said
 
 
 def log_sum_exp(
@@ -29,7 +30,8 @@ def log_sum_exp(
     unit = 1.0 if cap is not None else _LOG2E
     writes = (writes * unit).contiguous()
     shift = None if shift is None else (shift * unit).contiguous()
-    base = (base * _LOG2E).contiguous()
+    # masked words: kept apart from the running peak, which they would drag far from all others
+    base = (base * _LOG2E).masked_fill(base < _NEVER, -math.inf).contiguous()
     operand, lean = operand.contiguous(), None if lean is None else lean.contiguous()
     raw = None if raw is None else raw.contiguous()
     start = torch.arange(groups + 1) * rows

@@ -26,8 +26,8 @@ def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -
 class OperatorCache:
     """Operators by key, at most `budget` bytes of them, least recently used out first.
 
-    A key should name the head; the versions of the weights are added to it, so that an operator made
-    before a training step is not used after it.
+    A key names a projection and the state of its weights (`weight_state`), so that an operator made before a
+    training step is not used after it; the state of the unembedding is added to it here.
     """
 
     def __init__(self, budget: int):
@@ -42,14 +42,14 @@ class OperatorCache:
         return key in self._entries
 
     @staticmethod
-    def full_key(key: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Hashable:
-        """`key` with the identity and version of every weight that the operator is made of."""
-        weights = [w for w in (unembedding.weight, unembedding.gain, projection) if w is not None]
-        return (key, centred, *((w.data_ptr(), _version(w)) for w in weights))
+    def full_key(key: Hashable, unembedding: Unembedding, centred: bool) -> Hashable:
+        """`key` with what else the operator is made of."""
+        weights = [w for w in (unembedding.weight, unembedding.gain) if w is not None]
+        return (key, centred, *map(weight_state, weights))
 
     def get(self, key: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
         """The operator, from the cache or made now; kept if it fits the budget at all."""
-        full = self.full_key(key, unembedding, projection, centred)
+        full = self.full_key(key, unembedding, centred)
         with self._lock:
             if full in self._entries:
                 self._entries.move_to_end(full)
@@ -70,6 +70,7 @@ class OperatorCache:
             self.nbytes = 0
 
 
-def _version(tensor: Tensor) -> int:
-    # an inference tensor cannot be changed in place outside inference mode and keeps no version
-    return 0 if tensor.is_inference() else tensor._version
+def weight_state(weight: Tensor) -> Hashable:
+    """What tells a weight, and its value after an in-place change, from any other."""
+    # an inference tensor keeps no version
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version

@@ -62,7 +62,7 @@ struct Sums {
     for (size_t i = 0; i < sum.size(); ++i) {
       if (!(sum[i] > NOTHING)) continue;
       if (peak[i] != level[i]) {
-        total[i] *= std::exp2(static_cast<double>(level[i]) - peak[i]);
+        if (total[i] > 0) total[i] *= std::exp2(static_cast<double>(level[i]) - peak[i]);
         level[i] = peak[i];
       }
       total[i] += sum[i];
@@ -86,7 +86,7 @@ inline void merge(const Problem& p, const std::vector<Panel>& list, int width, s
         if (t.total[at] > 0) top = std::max<double>(top, t.level[at]);
       for (const Sums& t : threads)
         if (t.total[at] > 0) total += t.total[at] * std::exp2(t.level[at] - top);
-      p.out[list[i].row + n] = static_cast<float>(top + std::log2(total));
+      p.out[list[i].row + n] = total > 0 ? static_cast<float>(top + std::log2(total)) : NAN;  // every word was NaN
     }
 }
 
