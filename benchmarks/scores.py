@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from harness import in_turn, machine, median, peak_bytes, write_result
 from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase
 from mllm_fast.kernels.dispatch import cpu_extension, instruction_set
-from mllm_fast.kernels.logprob_increase import cpu_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
 
 VOCAB, WIDTH, HEADS, DEPTH, POSITIONS = 32_064, 4096, 32, 128, 600
@@ -93,15 +93,18 @@ def rates(layer: Layer, rounds: int) -> dict[str, float]:
     extension, _ = cpu_extension()
     operator = torch.randn(VOCAB, DEPTH)
     base = torch.log_softmax(torch.randn(1, VOCAB), -1)
+    start, out = torch.tensor([0, POSITIONS]), torch.empty(POSITIONS)
     square = torch.randn(2048, 2048)
     sets = extension.instruction_sets()
     peaks: dict[str, list[float]] = {}
-    runs = {
-        f"kernel, {isa}": lambda isa=isa: cpu_kernel.log_sum_exp(
-            layer.values[:1], operator, base, None, None, None, None, isa=isa
-        )
-        for isa in sets
-    }
+
+    def kernel(isa: str) -> None:
+        addresses = (layer.values[0], operator), (start, base)
+        (writes, operand), (groups, logs) = ((a.data_ptr(), b.data_ptr()) for a, b in addresses)
+        sizes = (POSITIONS, VOCAB, DEPTH, 1)
+        extension.log_sum_exp(writes, operand, False, groups, logs, 0, 0, 0, 0.0, *sizes, out.data_ptr(), threads, isa)
+
+    runs = {f"kernel, {isa}": partial(kernel, isa) for isa in sets}
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, seconds in in_turn({**runs, "sgemm": lambda: square @ square}, 1, warm_up=0).items():

@@ -23,9 +23,20 @@ static inline bool any(ivec mask) {
 #endif
 }
 
-// 2^x for x <= 127 to 2e-9 relative (a degree-6 minimax fit on [-0.5, 0.5], exact at 0) before rounding;
-// 2^-126 for all smaller x and for NaN.
-static inline vec exp2(vec x) {
+// 2^x for x <= 127 by a minimax polynomial, exact at 0; below 2^-126, and for NaN, something of no weight or NaN.
+#if LANES == 16 && defined(MLLM_X86)
+static inline vec exp2(vec x) {  // 8e-8 relative; two instructions do the splitting and the scaling
+  const vec r = (vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+  vec p = splat(0.0018671302823349833f);
+  p = p * r + 0.009017029777169228f;
+  p = p * r + 0.05579991266131401f;
+  p = p * r + 0.24016444385051727f;
+  p = p * r + 0.6931512951850891f;
+  p = p * r + 1.0f;
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+#else
+static inline vec exp2(vec x) {  // 2e-9 relative
   x = maximum(x, splat(-126.0f));
   const vec round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const vec shifted = x + round;
@@ -39,3 +50,4 @@ static inline vec exp2(vec x) {
   p = p * r + 1.0f;
   return (vec)((ivec)p + ((ivec)shifted << 23));
 }
+#endif
