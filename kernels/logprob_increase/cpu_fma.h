@@ -10,16 +10,22 @@ constexpr int DEPTH_BLOCK = 128;
 
 template <int NV>
 static inline void multiply(const float* m, int64_t stride, const float* u, int depth, vec (&c)[ROWS][NV]) {
-#pragma GCC unroll 2
-  for (int k = 0; k < depth; ++k) {
-    vec x[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) x[j] = load(u + (k * NV + j) * LANES);
+  for (int from = 0; from < depth; from += 16) {
+    // the rows that come next, a cache line of each
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const vec w = splat(m[r * stride + k]);
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(m + (ROWS + r) * stride + from, 0, 3);
+    const int to = from + 16 < depth ? from + 16 : depth;
+#pragma GCC unroll 2
+    for (int k = from; k < to; ++k) {
+      vec x[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) c[r][j] += w * x[j];
+      for (int j = 0; j < NV; ++j) x[j] = load(u + (k * NV + j) * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const vec w = splat(m[r * stride + k]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) c[r][j] += w * x[j];
+      }
     }
   }
 }
@@ -97,7 +103,7 @@ static void log_sum_exp(const mllm::Problem& p) {
       if (p.shift) shifts[i * WIDTH + n] = p.shift[list[i].row + n];
     }
   }
-  int64_t block_words = std::clamp<int64_t>(131072 / p.depth, ROWS, 256) / ROWS * ROWS;
+  int64_t block_words = std::clamp<int64_t>(131072 / p.depth, ROWS, 512) / ROWS * ROWS;
   const int threads = mllm::worthwhile_threads(p.threads, 2.0 * p.rows * p.vocab * p.depth);
   // no block so large that a thread is left without one
   block_words = std::min(block_words, ((p.vocab + threads - 1) / threads + ROWS - 1) / ROWS * ROWS);
