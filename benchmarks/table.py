@@ -31,7 +31,7 @@ def _speed(scores: dict) -> list[str]:
     names = {
         "direct": "direct: project, norm, unembed, log-softmax (torch)",
         "torch, cached": "factored in plain torch, operator cached",
-        "kernel, cached": f"factored kernel ({scores['instruction set']}), operators cached, a layer's heads in one call",
+        "kernel, cached": f"factored kernel ({scores['instruction set']}), cached, a layer's heads in one call",
         "kernel, on the fly": "the same, operators made in the call",
         "kernel, cached, one head alone": "one head alone: its own pass over the unembedding for the logits at h",
     }
