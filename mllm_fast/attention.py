@@ -110,8 +110,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | N
         if rows == 1:  # decoding: the group's heads become rows over one key head
             packed = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
             return F.scaled_dot_product_attention(packed, key, value, scale=scale).reshape(query.shape)
-    if mask is None:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=groups > 1)
+    if mask is None:  # without a rule there would be no causality either
+        raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.empty_like(query)
     for start in range(0, rows, _ROW_BLOCK):

@@ -79,7 +79,6 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
         raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
     with _failures(name), _quiet():
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
-    with _failures(name), _quiet():
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
         loader: Any = AutoModelForImageTextToText
         model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)

@@ -131,7 +131,7 @@ class VLM:
             if options:
                 raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
             sequence = torch.cat([inputs["input_ids"][0], self._answer_ids(answer)])
-            self._check_window(len(sequence), "prompt and answer take")
+            self._check_window(len(sequence), "the prompt and the answer take")
             record, cache = self._forced(inputs, sequence)
         said = self._answer(sequence, inputs, sizes, options)
         if not said.token_ids:
@@ -166,15 +166,14 @@ class VLM:
             if isinstance(value, Tensor):
                 dtype = self.model.dtype if value.is_floating_point() else None
                 inputs[name] = value.to(device=self.model.device, dtype=dtype)
-        self._check_window(inputs["input_ids"].shape[1] + 1, "the prompt takes")
+        self._check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
         return inputs, [picture.size for picture in pictures]
 
     def _check_window(self, length: int, what: str) -> None:
         window = getattr(self.text.config, "max_position_embeddings", None)
         if window and length > window:
             raise InputError(
-                f"{what} {length} tokens with the next one, the model's window is {window}; shorten the text or make"
-                " the picture smaller"
+                f"{what} {length} tokens, the model's window is {window}; shorten the text or make the picture smaller"
             )
 
     def _check_text(self, text: str, what: str) -> None:

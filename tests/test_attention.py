@@ -157,6 +157,8 @@ def test_unknown_attention_is_refused(built, picture):
         q = torch.zeros(1, 3, 2, 16)
         with pytest.raises(NotImplementedError, match="softcap"):
             function(attention, q, q, q, None, softcap=30.0)
+        with pytest.raises(RuntimeError, match="no mask"):
+            function(attention, q, q, q, None)
         with pytest.raises(NotImplementedError, match="dropout"):
             function(attention, q, q, q, None, dropout=0.1)
     with pytest.raises(NotImplementedError, match="indices alone"):

@@ -64,6 +64,7 @@ def test_exif_rotation_is_applied(tmp_path):
     loaded = load_image(save(tmp_path, image, exif=exif))
     assert loaded.size == (8, 12)
     assert loaded.getpixel((7, 0)) == (255, 255, 255)
+    assert load_image(loaded).size == (8, 12), "reading again must not turn it again"
 
 
 def test_arrays_and_images_and_grey():
