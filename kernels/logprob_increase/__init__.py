@@ -73,7 +73,7 @@ def logprob_increase(
     """
     _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys)
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
-    backend = choose(residual.device, unembedding.weight.dtype, backend)
+    backend = choose(residual.device, unembedding.weight.dtype, backend, op="logprob_increase")
     centred = unembedding.kind == "layer" and norm == "own"
     full_keys = _full_keys(operators, keys, unembedding, centred)
     if way == "auto":

@@ -1,0 +1,52 @@
+"""The definition of `knockout_attention`, written out: every score is stored. Runs in any dtype; in float64 it is
+the oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(rows: int, keys: int, segments: Tensor | None, table: Tensor | None, start: Tensor | None) -> Tensor:
+    """Which keys each of the last `rows` positions sees: bool [B or 1, rows, keys]."""
+    device = next((t.device for t in (segments, start) if t is not None), None)
+    key = torch.arange(keys, device=device)
+    row = key[keys - rows :, None]
+    seen = (key <= row)[None]
+    if start is not None:
+        seen = seen & (key >= start[:, None, None])
+    if segments is not None and table is not None:
+        ids = segments.long()
+        blocked = table.long()[ids[:, keys - rows :, None]] >> ids[:, None, :] & 1
+        seen = seen & (blocked == 0)
+    return seen
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor | None,
+    table: Tensor | None,
+    start: Tensor | None,
+    scale: float,
+    lse: bool,
+    mass: bool | Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Arguments and result as `mllm_fast.kernels.knockout_attention`; the output in the operands' dtype."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    seen = visible(query.shape[2], key.shape[2], segments, table, start).to(query.device)[:, None]
+    scores = (query @ key.mT * scale).masked_fill(~seen, -torch.inf)
+    alpha = torch.softmax(scores, -1).masked_fill(~seen, 0)  # a row that sees nothing: zeros, not NaN
+    total = torch.logsumexp(scores, -1) if lse else None
+    return alpha @ value, total, mean_over_rows(alpha, mass)
+
+
+def mean_over_rows(alpha: Tensor, mass: bool | Tensor) -> Tensor | None:
+    """The mean of alpha [B, H, R, N] over the chosen rows (bool [B, R], or True for all): [B, H, N] or None."""
+    if mass is False:
+        return None
+    chosen = alpha.new_ones(1, alpha.shape[2]) if mass is True else mass.to(alpha.dtype)
+    weight = chosen / chosen.sum(-1, keepdim=True).clamp_min(1)
+    return (weight[:, None, None, :] @ alpha)[:, :, 0]
