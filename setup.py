@@ -15,7 +15,7 @@ flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-fvisi
 
 extension = Pybind11Extension(
     "mllm_fast.kernels._cpu",
-    ["kernels/bindings.cpp", "kernels/logprob_increase/cpu_kernel.cpp"],
+    ["kernels/bindings.cpp", *sorted(glob("kernels/*/cpu_kernel.cpp"))],
     depends=sorted(glob("kernels/**/*.h", recursive=True)),
     cxx_std=17,
     extra_compile_args=flags,

@@ -15,6 +15,11 @@ struct CacheAligned {
   CacheAligned(const CacheAligned<U>&) {}
   T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), line)); }
   void deallocate(T* p, std::size_t) { ::operator delete(p, line); }
+  // vector(n) leaves its memory as it is: most scratch is written before it is read
+  template <typename U>
+  void construct(U*) {}
+  template <typename U>
+  void construct(U* p, const U& value) { *p = value; }
   template <typename U>
   bool operator==(const CacheAligned<U>&) const { return true; }
   template <typename U>

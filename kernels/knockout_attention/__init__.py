@@ -13,6 +13,7 @@ alpha over chosen rows.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,6 +89,8 @@ def knockout_attention(
     backend = choose(query.device, query.dtype, backend, op="knockout_attention")
     if scale is None:
         scale = query.shape[3] ** -0.5
+    elif not 0 < scale < math.inf:
+        raise ValueError(f"scale is a positive number, got {scale}")
     kernel = importlib.import_module(f".{backend}_kernel", __package__)
     return Attention(*kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass))
 

@@ -1,30 +1,12 @@
 // The path of matrix tiles (AMX). Included inside a namespace, with LANES 16: no include guard.
 //
-// A float32 is the sum of three bfloat16, its parts: high, middle and low. Of the nine products of two
-// numbers' parts the six largest are taken; what the other three would add is below the rounding of float32.
-// A bfloat16 operand has one part, and its products with all three of the writes are taken.
+// The writes are float32, of three parts (cpu/tiles.h); a bfloat16 operand's one part meets all three.
 //
 // Two tiles of 16 words meet two of 16 positions, 32 deep. A block of words is split once for the panels it
 // meets (192 KiB at a depth of 128, for the second cache). While the tiles of one product fill, the vector
 // units add the product before it to the running sums.
 
 #include "cpu_amx_split.h"
-
-// The processor's tile registers, for as long as this lives: eight of 16 rows of 64 bytes.
-struct TileRegisters {
-  TileRegisters() {
-    alignas(64) static const uint8_t settings[64] = {
-        1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,   // palette 1
-        64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,   // bytes a row
-        0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,   //
-        16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0};  // rows
-    _tile_loadconfig(settings);
-  }
-  ~TileRegisters() { _tile_release(); }
-};
-
-// The intrinsics do not tell the compiler which memory they read and write.
-static inline void settle() { __asm__ volatile("" ::: "memory"); }
 
 // The part of the operand that comes next, brought into the second cache a little each turn.
 struct Ahead {
@@ -37,33 +19,6 @@ struct Ahead {
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + done * stride + at, 0, 2);
   }
 };
-
-// Tiles 0..3 += words (tiles 4, 5) . positions (tiles 6, 7), one tile deep: each of the products of parts,
-// in an order that changes one side at a time. `meanwhile` is called after each.
-template <int WORD_PARTS, int NV, typename F>
-static inline void multiply(const uint16_t* words, const uint16_t* positions, F meanwhile) {
-  enum { HIGH, MIDDLE, LOW };
-  auto take_words = [&](int part) __attribute__((always_inline)) {
-    _tile_loadd(4, words + 2 * part * TILE, 64);
-    _tile_loadd(5, words + (2 * part + 1) * TILE, 64);
-  };
-  auto take_positions = [&](int part) __attribute__((always_inline)) {
-    _tile_loadd(6, positions + 2 * part * TILE, 64);
-    if (NV == 2) _tile_loadd(7, positions + (2 * part + 1) * TILE, 64);
-  };
-  auto add = [&]() __attribute__((always_inline)) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    if (NV == 2) _tile_dpbf16ps(1, 4, 7);
-    if (NV == 2) _tile_dpbf16ps(3, 5, 7);
-    meanwhile();
-  };
-  take_words(HIGH), take_positions(LOW), add();
-  take_positions(MIDDLE), add();
-  if (WORD_PARTS == 3) take_words(MIDDLE), add();
-  take_positions(HIGH), add();
-  if (WORD_PARTS == 3) take_words(HIGH), add(), take_words(LOW), add();
-}
 
 // A product [32 words][32 positions] that has yet to join the running sums.
 struct Pending {
@@ -96,28 +51,19 @@ template <int WORD_PARTS, int NV>
 static void product(const mllm::Problem& p, const Words& told, Pending& done, Ahead& ahead,
                     const uint16_t* words, const uint16_t* positions, int64_t steps, bool more, float* x) {
   settle();
-  if (more) {
-    _tile_loadd(0, x, 4 * SIDE);
-    _tile_loadd(1, x + 16, 4 * SIDE);
-    _tile_loadd(2, x + 16 * SIDE, 4 * SIDE);
-    _tile_loadd(3, x + 16 * SIDE + 16, 4 * SIDE);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  more ? load_product(x, SIDE) : zero_product();
+  load_first<PARTS, NV>(words, positions);
   for (int64_t k = 0; k < steps; ++k) {
     ahead.advance();
-    multiply<WORD_PARTS, NV>(words + k * WORD_PARTS * 2 * TILE, positions + k * PARTS * 2 * TILE, [&] {
+    const uint16_t *word = words + k * WORD_PARTS * 2 * TILE, *position = positions + k * PARTS * 2 * TILE;
+    const int64_t more_words = k + 1 < steps ? WORD_PARTS * 2 * TILE : 0;
+    const int64_t more_positions = k + 1 < steps ? PARTS * 2 * TILE : 0;
+    multiply<WORD_PARTS, PARTS, NV>(word, position, word + more_words, position + more_positions, [&] {
       if (done.x) done.advance(p, told);
     });
   }
   done.finish(p, told);
-  _tile_stored(0, x, 4 * SIDE);
-  _tile_stored(1, x + 16, 4 * SIDE);
-  _tile_stored(2, x + 16 * SIDE, 4 * SIDE);
-  _tile_stored(3, x + 16 * SIDE + 16, 4 * SIDE);
+  store_product(x, SIDE);
   settle();
 }
 

@@ -1,52 +1,7 @@
 // The operand and the writes as tiles of bfloat16. Included inside a namespace by cpu_amx.h: no include guard.
 
-constexpr int SIDE = 32;             // words, and positions, of a product
-constexpr int DEEP = 32;             // depth of a tile
-constexpr int TILE = 16 * DEEP;      // bfloat16s in a tile
-constexpr int PARTS = 3;
 constexpr int STEPS = 4;             // tiles in a depth block
 constexpr int PANELS_TOGETHER = 16;  // panels that meet a depth block before the next, if there are several
-
-using Halves = std::vector<uint16_t, mllm::CacheAligned<uint16_t>>;
-
-typedef uint32_t bits __attribute__((vector_size(64)));
-typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
-
-// A row of a tile is 16 pairs of bfloat16; which two depths make a pair is free, and d goes with d + 16.
-static inline void store_pairs(uint16_t* to, bits low, bits high) {
-  store(reinterpret_cast<float*>(to), (vec)(low >> 16 | (high & 0xffff0000u)));
-}
-
-static inline void split(const uint16_t* x, uint16_t* to, int64_t) {
-  const half_row *low = reinterpret_cast<const half_row*>(x), *high = low + 1;
-  store_pairs(to, __builtin_convertvector(*low, bits) << 16, __builtin_convertvector(*high, bits) << 16);
-}
-
-static inline void split(const float* x, uint16_t* to, int64_t part) {
-  vec a = load(x), b = load(x + LANES);
-  for (int i = 0; i < PARTS - 1; ++i, to += part) {
-    const bits near_a = ((bits)a + 0x8000u) & 0xffff0000u, near_b = ((bits)b + 0x8000u) & 0xffff0000u;
-    store_pairs(to, near_a, near_b);
-    a -= (vec)near_a;
-    b -= (vec)near_b;
-  }
-  store_pairs(to, (bits)a, (bits)b);  // by now a bfloat16, or a NaN that the rounding would lose
-}
-
-// Fills one tile of each part, `part` values apart, from up to 16 rows and DEEP columns; zeros beside them.
-template <typename T>
-static void split_tile(const T* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* to, int64_t part) {
-  for (int r = 0; r < 16; ++r) {
-    const T* x = from + r * stride;
-    T padded[DEEP];
-    if (r >= rows || columns < DEEP) {
-      std::fill_n(padded, DEEP, T(0));
-      if (r < rows) std::copy_n(x, std::min<int64_t>(columns, DEEP), padded);
-      x = padded;
-    }
-    split(x, to + r * DEEP, part);
-  }
-}
 
 // The block's words in tiles [32 words][step][part][half], for the steps of one depth block.
 template <typename T>

@@ -6,10 +6,7 @@
 
 namespace mllm {
 
-// Instruction sets this processor can use for log_sum_exp, best first; "plain" is always among them.
-std::vector<std::string> instruction_sets();
-
-// Fills p.out; `isa` is one of instruction_sets().
+// Fills p.out; `isa` is one of instruction_sets() of cpu/isa.h.
 void log_sum_exp(const Problem& p, const std::string& isa);
 
 // Rate in flop/s of a loop of independent fused multiply-adds that never leaves the registers, on `threads`

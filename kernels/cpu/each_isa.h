@@ -1,0 +1,56 @@
+// Compiles MLLM_PATH once an instruction set, each in a namespace of its own, and MLLM_TILE_PATH once for the
+// matrix tiles. Not with -march: the module must load anywhere, and the choice is made at run time.
+// ROWS * VECS accumulators and VECS operands fit the registers. Needs cpu/isa.h; no include guard.
+
+namespace plain {
+namespace {
+constexpr int ROWS = 4, VECS = 2;
+#define LANES 4
+#include "vector.h"
+#include MLLM_PATH
+#undef LANES
+}  // namespace
+}  // namespace plain
+
+#if defined(MLLM_X86)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+namespace {
+constexpr int ROWS = 4, VECS = 3;
+#define LANES 8
+#include "vector.h"
+#include MLLM_PATH
+#undef LANES
+}  // namespace
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+namespace avx512 {
+namespace {
+constexpr int ROWS = 8, VECS = 3;
+#define LANES 16
+#include "vector.h"
+#include MLLM_PATH
+#undef LANES
+}  // namespace
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+#if defined(MLLM_AMX)
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+namespace amx {
+namespace {
+#define LANES 16
+#include "vector.h"
+#include "tiles.h"
+#include MLLM_TILE_PATH
+#undef LANES
+}  // namespace
+}  // namespace amx
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,52 @@
+"""Hands knockout attention to the compiled extension. Same contract as `reference.attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import cpu_extension, instruction_set
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor | None,
+    table: Tensor | None,
+    start: Tensor | None,
+    scale: float,
+    lse: bool,
+    mass: bool | Tensor,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `reference.attention`; operands float32 or bfloat16. `isa` picks an instruction set (tests), else the
+    processor's best."""
+    batch, heads, rows, width = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    output = torch.empty(batch, rows, heads, width, dtype=query.dtype)
+    total = torch.empty(batch, heads, rows) if lse else None
+    share = torch.zeros(batch, heads, keys) if mass is not False else None
+    if segments is not None and table is not None:
+        segments, table = segments.contiguous(), table.contiguous()
+    start = None if start is None else start.contiguous()
+    chosen = mass.contiguous() if isinstance(mass, Tensor) else None
+    extension, _ = cpu_extension()
+    if output.numel():
+        extension.attention(  # type: ignore[union-attr]
+            (query.data_ptr(), key.data_ptr(), value.data_ptr()),
+            query.dtype == torch.bfloat16,
+            (query.stride()[:3], key.stride()[:3], value.stride()[:3]),
+            (_address(segments), _address(table), _address(start)),
+            keys if segments is not None and len(segments) > 1 else 0,
+            scale,
+            (batch, heads, kv_heads, rows, keys, width),
+            (output.data_ptr(), _address(total), _address(share), _address(chosen)),
+            torch.get_num_threads(),
+            isa or instruction_set(),
+        )
+    return output.transpose(1, 2), total, share
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,3 @@
+// What cpu/each_isa.h compiles for the matrix tiles.
+#include "cpu_tile.h"
+#include "cpu_amx.h"
