@@ -12,18 +12,21 @@ __version__ = "0.1.0"
 
 _HOME = {
     "VLM": ".vlm",
-    "Answer": ".vlm",
+    "Answer": ".answers",
     "Explanation": ".explain",
+    "Knockout": ".knockout",
     "TokenLayout": ".layout",
     "InputError": ".errors",
 }
-__all__ = ["VLM", "Answer", "Explanation", "InputError", "TokenLayout"]
+__all__ = ["VLM", "Answer", "Explanation", "InputError", "Knockout", "TokenLayout"]
 
 if TYPE_CHECKING:
+    from .answers import Answer
     from .errors import InputError
     from .explain import Explanation
     from .layout import TokenLayout
-    from .vlm import VLM, Answer
+    from .knockout import Knockout
+    from .vlm import VLM
 
 
 def __getattr__(name: str):

@@ -34,6 +34,7 @@ class Adapter:
     unembedding: str = "lm_head"
     attention: str = "self_attn"  # from a layer
     output: str = "o_proj"  # from the attention module
+    state: tuple[str, ...] = ()  # what a model keeps of the sequence at hand, outside the cache; dotted paths
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TextModel:
     """The text part of one model, found through its adapter. Heads are query heads."""
 
     config: Any
+    decoder: nn.Module
     layers: tuple[nn.Module, ...]
     norm: nn.Module
     head: nn.Module
@@ -109,6 +111,7 @@ def text_model(model: nn.Module, adapter: Adapter) -> TextModel:
             )
     return TextModel(
         config=decoder.config,
+        decoder=decoder,
         layers=layers,
         norm=decoder.norm,
         head=attrgetter(adapter.unembedding)(model),
@@ -192,6 +195,6 @@ ADAPTERS = {
     for adapter in (
         Adapter("llava", ("llama", "mistral", "qwen2"), _llava_tiles),
         Adapter("internvl", ("qwen2", "llama"), _internvl_tiles),
-        Adapter("qwen2_5_vl", ("qwen2_5_vl_text",), _qwen_tiles),
+        Adapter("qwen2_5_vl", ("qwen2_5_vl_text",), _qwen_tiles, state=("model.rope_deltas",)),
     )
 }

@@ -20,7 +20,8 @@ from .layout import TokenLayout
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from .vlm import Answer
+    from .answers import Answer
+    from .verify import Replay, Verification
 
 Heads = int | str | Sequence[tuple[int, int]]
 METHODS = ("logprob", "attention")
@@ -33,6 +34,7 @@ class Explanation:
     Attributes:
         tokens, token_ids: of the answer. layout, input_ids: of the whole sequence, answer included.
         text: the answer. prompt: the question. images: the pictures, as PIL images. norm: "frozen" or "own".
+        verification: what `verify` found, empty before.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Explanation:
         prompt: str,
         images: list[Any],
         norm: str,
+        backend: str = "auto",
+        replay: Replay | None = None,
     ):
         self.tokens: list[str] = answer.tokens
         self.token_ids: list[int] = answer.token_ids
@@ -57,9 +61,12 @@ class Explanation:
         self._text = vlm_text
         self._operators = operators
         self._trace = trace
+        self._backend = backend
+        self._replay = replay
         self._unembedding = vlm_text.unembedding()
         self._head_scores: Tensor | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        self.verification: list[Verification] = []
 
     @property
     def num_layers(self) -> int:
@@ -137,6 +144,24 @@ class Explanation:
             values = self.attention(token).mean((0, 1))
         return where.to_grid(values[where.positions])
 
+    def verify(
+        self, top: float = 0.05, controls: int = 8, *, tokens: Sequence[int | str] | None = None, heads: Heads = 10
+    ) -> list[Verification]:
+        """The causal check of the maps: are the patches that a map calls high those that the word hangs on?
+
+        The highest `top` of the image's tokens are knocked out (image patches -> query and generated, in all layers)
+        and the change of log p(token) is put beside that of the same number of random patches, `controls` times, and
+        of the lowest. All run in one batch over the explanation's own keys and values of what comes before the query.
+
+        Returns one `Verification` a token (`tokens`: of these, by index or text; all by default), kept in
+        `verification`, which `save` shows.
+        """
+        from .verify import verify
+
+        chosen = range(len(self.tokens)) if tokens is None else [self.token_index(token) for token in tokens]
+        self.verification = [verify(self, token, top, controls, heads) for token in chosen]
+        return self.verification
+
     def token_index(self, token: int | str) -> int:
         """The index of a token given by index (negative from the end) or by its text."""
         if isinstance(token, str):
@@ -193,6 +218,7 @@ class Explanation:
             self._unembedding,
             norm=self.norm,
             final=torch.stack(final),
+            backend=self._backend,
         )
         return scores.reshape(len(tokens), self.num_layers, self.num_heads)
 
@@ -221,6 +247,7 @@ class Explanation:
                 norm=self.norm,
                 final=self._trace.final[index].expand(len(layers), -1),
                 source=torch.tensor([layers.index(layer) for layer, _ in part], device=device),
+                backend=self._backend,
                 operators=self._operators,
                 keys=[(layer, head, weight_state(self._text.outputs[layer].weight)) for layer, head in part],
             )

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .adapters import find_adapter, text_model
+from .answers import Answer, answer_of, prompt_layout
 from .attention import Recording, model_lock, recording
 from .errors import InputError, first_line
 from .explain import Explanation
 from .images import MAX_PIXELS, ImageSource, load_image
 from .kernels import OperatorCache
+from .kernels.dispatch import BACKENDS
+from .knockout import Knockout, Plan, as_rules, plan_of
 from .layout import TokenLayout
 from .loading import load_pretrained, parse_device, parse_dtype
+from .shares import AttentionShares
+from .stream import Stream, one_sequence
 from .trace import make_trace
+from .verify import Replay
 
 _OPERATOR_BYTES = 1 << 30  # budget of the cached operators, unless the caller gives another
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said. `token_ids` are the answer's, without the end-of-sequence token; `tokens` their
-    texts; `input_ids` (int64 [N]) the whole sequence, answer included; `layout` its segments."""
-
-    text: str
-    token_ids: list[int]
-    tokens: list[str]
-    layout: TokenLayout
-    input_ids: Tensor
+Images = ImageSource | Sequence[ImageSource]
+Knockouts = Knockout | Sequence[Knockout] | None
 
 
 class VLM:
@@ -43,18 +39,28 @@ class VLM:
         processor: the model's processor, with a chat template.
         max_pixels: largest picture that is read, in pixels.
         operator_bytes: budget of the operator cache that makes repeated explanations fast.
+        backend: of the kernels, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
 
     Raises:
-        InputError: the architecture is not supported.
+        InputError: the architecture is not supported, or the backend unknown.
     """
 
     def __init__(
-        self, model: Any, processor: Any, *, max_pixels: int = MAX_PIXELS, operator_bytes: int = _OPERATOR_BYTES
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        operator_bytes: int = _OPERATOR_BYTES,
+        backend: str = "auto",
     ):
+        if backend not in BACKENDS:
+            raise InputError(f"backend is one of {', '.join(BACKENDS)}, got {backend!r}")
         self.adapter = find_adapter(model)
         self.model = model
         self.processor = processor
         self.max_pixels = max_pixels
+        self.backend = backend
         self.text = text_model(model, self.adapter)
         self.operators = OperatorCache(operator_bytes)
 
@@ -66,6 +72,7 @@ class VLM:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         max_pixels: int = MAX_PIXELS,
+        backend: str = "auto",
         **options: Any,
     ) -> VLM:
         """Load "shapes" (the embedded model), a folder, or a hub id.
@@ -75,30 +82,60 @@ class VLM:
         """
         where = parse_device(device)
         model, processor = load_pretrained(str(name), where, parse_dtype(dtype, where), **options)
-        return cls(model, processor, max_pixels=max_pixels)
+        return cls(model, processor, max_pixels=max_pixels, backend=backend)
+
+    @overload
+    def generate(self, image: Images, prompt: str, **options: Any) -> Answer: ...
+    @overload
+    def generate(self, image: Sequence[Images], prompt: list[str], **options: Any) -> list[Answer]: ...
 
     def generate(
         self,
-        image: ImageSource | Sequence[ImageSource],
-        prompt: str,
+        image: Any,
+        prompt: str | list[str],
         *,
+        knockout: Knockouts = None,
+        attention_share: bool = False,
         max_new_tokens: int = 32,
         **options: Any,
-    ) -> Answer:
-        """Answer a prompt about one picture, or about several. Greedy unless `do_sample=True`; options are
-        those of transformers' `generate`."""
-        inputs, sizes = self.prepare(image, prompt)
-        output = self._generate(inputs, max_new_tokens, options)
+    ) -> Answer | list[Answer]:
+        """Answer a prompt about one picture, or about several.
+
+        Args:
+            image: a picture, or several for one prompt; for a list of prompts a list as long, of these.
+            prompt: the question, without the image placeholder; or a list of prompts, answered in one batch.
+            knockout: what may not attend to what; one `Knockout` or several.
+            attention_share: sum up where the generated tokens look, see `Answer`; for one answer a prompt.
+            max_new_tokens, options: as in transformers' `generate`; greedy unless `do_sample=True`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        pictures = self._pictures(image, prompt)
+        inputs, layouts, padding = self._prepare(pictures, prompts)
+        plan = self._plan(knockout, layouts, padding)
+        shares = None
+        if attention_share:
+            _one_answer("attention_share", options)
+            shares = AttentionShares(layouts, padding, len(self.text.layers))
+        output = self._generate(inputs, max_new_tokens, options, plan, shares)
         sequences = output if isinstance(output, Tensor) else output.sequences
-        return self._answer(sequences[0], inputs, sizes, options)
+        stop_ids, several = self._stop_ids(options), len(sequences) // len(prompts)
+        answers = []
+        for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
+            said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids)
+            if shares is not None:
+                share = shares.of(b, len(said.token_ids))
+                said = Answer(said.text, said.token_ids, said.tokens, said.layout, said.input_ids, share)
+            answers.append(said)
+        return answers[0] if isinstance(prompt, str) else answers
 
     def explain(
         self,
-        image: ImageSource | Sequence[ImageSource],
+        image: Images,
         prompt: str,
         answer: str | None = None,
         *,
         norm: str = "frozen",
+        knockout: Knockouts = None,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Explanation:
@@ -109,22 +146,17 @@ class VLM:
             prompt: the question, without the image placeholder.
             answer: the text to be explained in place of the model's own answer.
             norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
+            knockout: as in `generate`; the explanation is then of the model so impaired.
             max_new_tokens, options: as in `generate`, for one sequence and one beam.
         """
-        if norm not in ("frozen", "own"):
-            raise InputError(f"norm is 'frozen' or 'own', got {norm!r}")
+        _check_norm(norm)
         pictures = self._load(image)
-        inputs, sizes = self.prepare(pictures, prompt)
-        prompt_length = inputs["input_ids"].shape[1]
+        inputs, (layout,), padding = self._prepare([pictures], [prompt])
+        plan = self._plan(knockout, [layout], padding)
         if answer is None:
-            for name in ("num_beams", "num_return_sequences"):
-                if options.get(name, 1) != 1:
-                    raise InputError(
-                        f"explain follows one sequence, got {name}={options[name]}: call generate first and pass its"
-                        " text as answer="
-                    )
+            _one_answer("explain", options)
             settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
-            with recording(self.text, rows=1) as record:
+            with recording(self.text, 1, plan, backend=self.backend) as record:
                 output = self._generate(inputs, max_new_tokens, settings)
             sequence, cache = output.sequences[0], output.past_key_values
         else:
@@ -132,34 +164,100 @@ class VLM:
                 raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
             sequence = torch.cat([inputs["input_ids"][0], self._answer_ids(answer)])
             self._check_window(len(sequence), "the prompt and the answer take")
-            record, cache = self._forced(inputs, sequence)
-        said = self._answer(sequence, inputs, sizes, options)
+            record, cache = self._forced(inputs, sequence, plan)
+        said = answer_of(sequence, layout, self.processor.tokenizer, self._stop_ids(options))
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         return Explanation(
             vlm_text=self.text,
             operators=self.operators,
-            trace=make_trace(record, cache, len(said.token_ids), prompt_length),
+            trace=make_trace(record, cache, len(said.token_ids), layout.prompt_length),
             answer=said,
             prompt=prompt,
             images=pictures,
             norm=norm,
+            backend=self.backend,
+            replay=Replay(self.text, record, as_rules(knockout), self.backend),
         )
 
-    def prepare(self, image: ImageSource | Sequence[ImageSource], prompt: str) -> tuple[Any, list[tuple[int, int]]]:
+    def stream(
+        self,
+        image: Images,
+        prompt: str,
+        *,
+        explain: bool = False,
+        norm: str = "frozen",
+        knockout: Knockouts = None,
+        attention_share: bool = False,
+        max_new_tokens: int = 32,
+        **options: Any,
+    ) -> Stream:
+        """Answer token by token: an iterator of `Step`, one a token, each as it is generated.
+
+        The model is touched only while a step is computed, so other calls may come between two steps, and closing
+        early leaves nothing behind. `stream.knockout` may be set between steps.
+
+        Args:
+            explain: record what a step's `heatmap`, `top_heads`, ... need.
+            norm, knockout, attention_share, max_new_tokens, options: as in `explain` and `generate`, for one
+                sequence and one beam.
+        """
+        _check_norm(norm)
+        _one_answer("stream", options)
+        pictures = self._load(image)
+        inputs, (layout,), _ = self._prepare([pictures], [prompt])
+        stream = Stream(
+            vlm=self,
+            layout=layout,
+            prompt=prompt,
+            images=pictures,
+            explain=explain,
+            norm=norm,
+            knockout=knockout,
+            shares=AttentionShares([layout], [0], len(self.text.layers)) if attention_share else None,
+            stop_ids=self._stop_ids(options),
+        )
+        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
+        stream.begin(self._generate(inputs, max_new_tokens, settings))
+        return stream
+
+    def prepare(self, image: Images, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
         """The processor's inputs for one sequence, on the model's device, and the pictures' sizes
         (width, height)."""
         pictures = self._load(image)
-        if not prompt.strip():
-            raise InputError("the prompt is empty; ask a question about the picture")
-        self._check_text(prompt, "prompt")
-        content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
+        return self._inputs([pictures], [prompt]), [picture.size for picture in pictures]
+
+    def _prepare(
+        self, pictures: list[list[Any]], prompts: list[str]
+    ) -> tuple[Any, list[TokenLayout], list[int]]:
+        """The processor's inputs for a batch, and of each sequence the layout and the left padding."""
+        inputs = self._inputs(pictures, prompts)
+        mask = inputs["attention_mask"].bool()
+        padding = (~mask).sum(1).tolist()
+        layouts, first = [], 0
+        for ids, pad, images in zip(inputs["input_ids"], padding, pictures, strict=True):
+            sizes = [image.size for image in images]
+            layouts.append(prompt_layout(ids[pad:], self.adapter, self.processor, inputs, sizes, first))
+            first += len(images)
+        return inputs, layouts, padding
+
+    def _inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
         if not getattr(self.processor, "chat_template", None):
             raise InputError("the processor has no chat template; set processor.chat_template")
-        chat = [{"role": "user", "content": content}]
+        for prompt in prompts:
+            if not prompt.strip():
+                raise InputError("the prompt is empty; ask a question about the picture")
+            self._check_text(prompt, "prompt")
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]}]
+            for images, prompt in zip(pictures, prompts, strict=True)
+        ]
+        several = len(prompts) > 1
+        batch = {"padding": True, "padding_side": "left"} if several else {}
         try:
-            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-            inputs = self.processor(images=pictures, text=text, return_tensors="pt")
+            texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+            given = (pictures, texts) if several else (pictures[0], texts[0])
+            inputs = self.processor(images=given[0], text=given[1], return_tensors="pt", **batch)
         except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise
             raise InputError(f"the processor cannot take this picture and prompt: {first_line(error)}") from error
         for name, value in inputs.items():
@@ -167,7 +265,10 @@ class VLM:
                 dtype = self.model.dtype if value.is_floating_point() else None
                 inputs[name] = value.to(device=self.model.device, dtype=dtype)
         self._check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
-        return inputs, [picture.size for picture in pictures]
+        return inputs
+
+    def _plan(self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int]) -> Plan | None:
+        return plan_of(knockout, layouts, len(self.text.layers), padding, self.model.device)
 
     def _check_window(self, length: int, what: str) -> None:
         window = getattr(self.text.config, "max_position_embeddings", None)
@@ -188,13 +289,31 @@ class VLM:
                     f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
                 )
 
-    def _load(self, image: ImageSource | Sequence[ImageSource]) -> list[Any]:
+    def _load(self, image: Images) -> list[Any]:
         many = image if isinstance(image, (list, tuple)) else [image]
         if not many:
             raise InputError("no picture was given; give one, or a list of them")
         return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
 
-    def _generate(self, inputs: Any, max_new_tokens: int, options: dict[str, Any]) -> Any:
+    def _pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
+        """The pictures of each prompt."""
+        if isinstance(prompt, str):
+            return [self._load(image)]
+        if not prompt:
+            raise InputError("no prompt was given; give one, or a list of them")
+        if not isinstance(image, (list, tuple)) or len(image) != len(prompt):
+            got = len(image) if isinstance(image, (list, tuple)) else "one picture"
+            raise InputError(f"{len(prompt)} prompts need a list of as many pictures (or lists of pictures), got {got}")
+        return [self._load(one) for one in image]
+
+    def _generate(
+        self,
+        inputs: Any,
+        max_new_tokens: int,
+        options: dict[str, Any],
+        plan: Plan | None = None,
+        shares: AttentionShares | None = None,
+    ) -> Any:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is at least 1, got {max_new_tokens}")
         settings = {"do_sample": False, **options}
@@ -202,9 +321,12 @@ class VLM:
             # a checkpoint's own sampling settings would only make transformers warn
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
         with model_lock(self.text), torch.inference_mode():
-            return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+            if plan is None and shares is None:
+                return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+            with recording(self.text, 0, plan, shares, self.backend):
+                return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
 
-    def _forced(self, inputs: Any, sequence: Tensor) -> tuple[Recording, Any]:
+    def _forced(self, inputs: Any, sequence: Tensor, plan: Plan | None) -> tuple[Recording, Any]:
         """One pass over prompt and answer; the last token's own row is not needed."""
         count = len(sequence) - inputs["input_ids"].shape[1]
         extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
@@ -212,7 +334,7 @@ class VLM:
             kinds = extra["mm_token_type_ids"]
             extra["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, count - 1))
         ids = sequence[None, :-1]
-        with recording(self.text, rows=count) as record, torch.inference_mode():
+        with recording(self.text, count, plan, backend=self.backend) as record, torch.inference_mode():
             output = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1, **extra
             )
@@ -225,22 +347,6 @@ class VLM:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
         return torch.tensor(ids, device=self.model.device)
 
-    def _answer(
-        self, sequence: Tensor, inputs: Any, sizes: list[tuple[int, int]], options: dict[str, Any] | None = None
-    ) -> Answer:
-        prompt_length = inputs["input_ids"].shape[1]
-        ids = sequence[prompt_length:].tolist()
-        stop = self._stop_ids(options or {})
-        while ids and ids[-1] in stop:
-            ids.pop()
-        kept = sequence[: prompt_length + len(ids)].cpu()
-        tilings = [(size, *self.adapter.tiles(self.processor, inputs, i, size)) for i, size in enumerate(sizes)]
-        layout = TokenLayout.from_input_ids(kept[:prompt_length], self.processor.image_token_id, tilings, prompt_length)
-        layout = TokenLayout(len(kept), prompt_length, layout.images)
-        tokens = token_texts(self.processor.tokenizer, ids)
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Answer(text, ids, tokens, layout, kept)
-
     def _stop_ids(self, options: dict[str, Any]) -> set[int]:
         """Ids that end an answer and are no part of it."""
         config = options.get("generation_config", self.model.generation_config)
@@ -250,15 +356,15 @@ class VLM:
         return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
 
 
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token's own text, spaces included: what decoding it adds. Bytes of an unfinished character
-    belong to the token that finishes it."""
-    texts, before = [], ""
-    for i in range(len(ids)):
-        now = tokenizer.decode(ids[: i + 1])
-        if now.endswith("\ufffd") and i + 1 < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :] if now.startswith(before) else tokenizer.decode([ids[i]]))
-        before = now
-    return texts
+def _check_norm(norm: str) -> None:
+    if norm not in ("frozen", "own"):
+        raise InputError(f"norm is 'frozen' or 'own', got {norm!r}")
+
+
+def _one_answer(what: str, options: dict[str, Any]) -> None:
+    for name in ("num_beams", "num_return_sequences"):
+        if options.get(name, 1) != 1:
+            raise InputError(
+                f"{what} follows one sequence, got {name}={options[name]}: call generate first and pass its"
+                " text to explain as answer="
+            )

@@ -8,7 +8,8 @@ import tiny
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from mllm_fast.attention import RowMask, attend, recording, row_mask
+from mllm_fast.attention import recording
+from mllm_fast.masks import RowMask, attend, row_mask
 
 QUESTION = "what color is the circle ?"
 
@@ -108,6 +109,7 @@ def test_sliding_window_is_honoured(picture):
     class Part:
         config, layers, norm = text.config, tuple(text.layers), text.norm
         outputs = (text.layers[-1].self_attn.o_proj,)
+        decoder = text
 
     with torch.no_grad():
         with tiny.eager(model):
@@ -138,7 +140,7 @@ def test_attend_equals_the_formula(rows, keys, padded):
     scores = query @ key.repeat_interleave(3, 1).mT * 0.3
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0)
     expected = weights @ value.repeat_interleave(3, 1)
-    torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attend(query, key, value, mask, 0.3).output, expected, rtol=0, atol=1e-12)
 
 
 def test_static_cache_end_is_not_seen():

@@ -28,7 +28,7 @@ def attention(
     total = torch.empty(batch, heads, rows) if lse else None
     share = torch.zeros(batch, heads, keys) if mass is not False else None
     if segments is not None and table is not None:
-        segments, table = segments.contiguous(), table.contiguous()
+        segments, table = segments if segments.stride(1) == 1 else segments.contiguous(), table.contiguous()
     start = None if start is None else start.contiguous()
     chosen = mass.contiguous() if isinstance(mass, Tensor) else None
     extension, _ = cpu_extension()
@@ -38,7 +38,7 @@ def attention(
             query.dtype == torch.bfloat16,
             (query.stride()[:3], key.stride()[:3], value.stride()[:3]),
             (_address(segments), _address(table), _address(start)),
-            keys if segments is not None and len(segments) > 1 else 0,
+            segments.stride(0) if segments is not None and len(segments) > 1 else 0,
             scale,
             (batch, heads, kv_heads, rows, keys, width),
             (output.data_ptr(), _address(total), _address(share), _address(chosen)),

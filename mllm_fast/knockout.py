@@ -1,0 +1,270 @@
+"""Attention knockout (arXiv 2411.17491): which tokens may not attend to which, in which layers.
+
+A rule names two sets of tokens. All sets of a call cut the sequence into at most 32 kinds of position; a kind is the
+segment id that the kernel sees, and each layer has a table that says which kinds are closed to which.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .kernels import segment_table
+from .layout import TokenLayout
+
+_SEGMENTS = 32
+_ROOM = 256  # ids made ahead of the sequence, so that decoding rarely makes them anew
+
+Tokens = str | Iterable[int]
+Layers = str | Iterable[int]
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Rows of `target` may not attend to keys of `source`, in `layers`.
+
+    Args:
+        source, target: a segment ("system", "image", "image:1", "query", "generated"), several joined by "+"
+            ("query+generated"), or positions of the sequence, generated ones included.
+        layers: numbers of layers, or "all", "from 20", "until 20" (20 itself excluded), "except 20-40", "0-7,12".
+    """
+
+    source: Tokens
+    target: Tokens
+    layers: Layers = "all"
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                try:
+                    object.__setattr__(self, name, tuple(int(i) for i in value))  # a range or a generator, kept
+                except (TypeError, ValueError):
+                    raise InputError(f"{name} of a knockout is a text or whole numbers, got {value!r}") from None
+
+    @classmethod
+    def parse(cls, text: str, layers: str = "all") -> Knockout:
+        """From "image->query", "5,9-12->generated" or "image->query@from 20"."""
+        rule, at, own_layers = text.partition("@")
+        source, arrow, target = rule.partition("->")
+        if not arrow or not source.strip() or not target.strip():
+            raise InputError(
+                f'a knockout is "source->target" or "source->target@layers", in quotes, got {text!r};'
+                ' for example "image->query@from 4"'
+            )
+        return cls(_names_or_numbers(source), _names_or_numbers(target), own_layers.strip() if at else layers)
+
+    def __str__(self) -> str:
+        layers = self.layers if isinstance(self.layers, str) else _spans(self.layers)  # type: ignore[arg-type]
+        return f"{_spelled(self.source)}->{_spelled(self.target)}@{layers}"
+
+
+def _names_or_numbers(text: str) -> Tokens:
+    text = text.strip()
+    return tuple(_numbers(text)) if re.fullmatch(r"[\d\s,-]+", text) else text
+
+
+def _spelled(tokens: Tokens) -> str:
+    return tokens if isinstance(tokens, str) else _spans(tokens)  # type: ignore[arg-type]
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """0,1,2,5 as "0-2,5"."""
+    spans: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in spans)
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of "0-7,12"."""
+    found: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not span or (span[2] and int(span[2]) < int(span[1])):
+            raise InputError(f"numbers are given as 3 or 0-7 or 0-7,12, got {text.strip()!r}")
+        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return found
+
+
+def parse_layers(layers: Layers, num_layers: int) -> frozenset[int]:
+    """The layers that a rule names, of a model that has `num_layers`.
+
+    Raises:
+        InputError: a layer the model does not have, or a text that is not understood.
+    """
+    every = range(num_layers)
+    if not isinstance(layers, str):
+        chosen = frozenset(layers)
+    else:
+        word, _, rest = layers.strip().partition(" ")
+        if layers.strip() == "all":
+            return frozenset(every)
+        if word in ("from", "until", "except"):
+            named = _numbers(rest)
+            if word != "except" and len(named) != 1:
+                raise InputError(f"layers {word!r} takes one number, got {layers!r}")
+            _check_layers(named, num_layers, layers)
+            if word == "except":
+                return frozenset(every) - frozenset(named)
+            return frozenset(every[named[0] :] if word == "from" else every[: named[0]])
+        if not re.fullmatch(r"[\d\s,-]+", layers):
+            raise InputError(
+                f'layers are numbers, "all", "from 20", "until 20", "except 20-40" or "0-7,12", got {layers!r}'
+            )
+        chosen = frozenset(_numbers(layers))
+    _check_layers(chosen, num_layers, layers)
+    return chosen
+
+
+def _check_layers(named: Iterable[int], num_layers: int, given: Layers) -> None:
+    wrong = sorted(n for n in named if not 0 <= n < num_layers)
+    if wrong:
+        raise InputError(f"layers {given!r}: the model has layers 0 to {num_layers - 1}, not {wrong[0]}")
+
+
+@dataclass(frozen=True)
+class EachItsOwn:
+    """Positions that differ from sequence to sequence of a batch, in place of a rule's source."""
+
+    positions: tuple[tuple[int, ...], ...]
+
+
+class Plan:
+    """The rules of one batch of sequences, as the kernel takes them.
+
+    Args:
+        rules: each with a source and target of `Tokens` (or `EachItsOwn`) and the layers.
+        layouts: of each sequence, its prompt at least.
+        num_layers: of the model.
+        padding: left padding of each sequence in the batch.
+        device: where the tensors live.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[tuple[Tokens | EachItsOwn, Tokens | EachItsOwn, Layers]],
+        layouts: Sequence[TokenLayout],
+        num_layers: int,
+        padding: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        padding = [0] * len(layouts) if padding is None else padding
+        sets = list(dict.fromkeys(side for rule in rules for side in rule[:2]))
+        explicit = [p for one in sets if not isinstance(one, str) for p in _all_positions(one)]
+        length = max([layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True)])
+        length = max([length, *(p + 1 + max(padding) for p in explicit)])
+        # the last column stands for every position after it
+        member = torch.zeros(len(sets), len(layouts), length + 1, dtype=torch.bool)
+        for i, one in enumerate(sets):
+            for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
+                _mark(member[i, b], one, b, layout, pad)
+        for source, target, _ in rules:
+            _check_apart(member[sets.index(source)] & member[sets.index(target)], source, target, padding)
+        kinds, ids = torch.unique(member.flatten(1), dim=1, return_inverse=True)
+        if kinds.shape[1] > _SEGMENTS:
+            raise InputError(
+                f"the knockouts' sets cut the sequence into {kinds.shape[1]} kinds of position, at most {_SEGMENTS} are"
+                " possible; use fewer, or larger, sets"
+            )
+        self._ids = ids.reshape(len(layouts), length + 1).to(torch.uint8)
+        closed: list[list[tuple[int, int]]] = [[] for _ in range(num_layers)]
+        for source, target, layers in rules:
+            sources, targets = kinds[sets.index(source)].nonzero()[:, 0], kinds[sets.index(target)].nonzero()[:, 0]
+            pairs = [(s, t) for s in sources.tolist() for t in targets.tolist()]
+            for layer in parse_layers(layers, num_layers):
+                closed[layer] += pairs
+        made: dict[tuple, Tensor | None] = {(): None}
+        for pairs in closed:
+            key = tuple(sorted(set(pairs)))
+            if key not in made:
+                made[key] = segment_table(key, self.device)
+        self.tables = [made[tuple(sorted(set(pairs)))] for pairs in closed]
+        self._made = self._ids[:, :0]
+        self._last: tuple[tuple[int, int], Tensor] | None = None
+
+    def segments(self, batch: int, keys: int) -> Tensor:
+        """Segment ids of the first `keys` positions, uint8 [batch or 1, keys]; a batch that is a multiple of the
+        plan's (beams, several answers) repeats each sequence."""
+        if self._last is not None and self._last[0] == (batch, keys):
+            return self._last[1]
+        if self._made.shape[1] < keys or len(self._made) not in (1, batch):
+            ids, after = self._ids[:, :-1], self._ids[:, -1:]
+            room = max(keys + _ROOM, ids.shape[1]) - ids.shape[1]
+            ids = torch.cat([ids, after.expand(-1, room)], 1)
+            if len(ids) > 1:
+                ids = ids.repeat_interleave(batch // len(ids), 0)
+            self._made = ids.to(self.device)
+        self._last = (batch, keys), self._made[:, :keys]
+        return self._last[1]
+
+
+def plan_of(
+    knockouts: Knockout | Sequence[Knockout] | None,
+    layouts: Sequence[TokenLayout],
+    num_layers: int,
+    padding: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Plan | None:
+    """The plan of some knockouts, None where there is none.
+
+    Raises:
+        InputError: an unknown segment, a layer the model does not have, a rule that blocks a token from itself.
+    """
+    rules = as_rules(knockouts)
+    if not rules:
+        return None
+    return Plan([(r.source, r.target, r.layers) for r in rules], layouts, num_layers, padding, device)
+
+
+def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout, ...]:
+    """One, several or no knockouts as a tuple."""
+    rules = () if knockouts is None else (knockouts,) if isinstance(knockouts, Knockout) else tuple(knockouts)
+    for rule in rules:
+        if not isinstance(rule, Knockout):
+            raise InputError(f"a knockout is Knockout(source, target, layers), got {rule!r}")
+    return rules
+
+
+def _all_positions(one: Tokens | EachItsOwn) -> Iterable[int]:
+    if isinstance(one, EachItsOwn):
+        return [p for positions in one.positions for p in positions]
+    return one
+
+
+def _mark(member: Tensor, one: Tokens | EachItsOwn, sequence: int, layout: TokenLayout, pad: int) -> None:
+    """Mark in member [length + 1] the positions of a set, in one sequence."""
+    if not isinstance(one, str):
+        positions = one.positions[sequence] if isinstance(one, EachItsOwn) else one
+        for p in positions:
+            if p < 0:
+                raise InputError(f"positions of a knockout are 0 or more, got {p}")
+            member[p + pad] = True
+        return
+    segments = layout.segments
+    for name in (part.strip() for part in one.split("+")):
+        if name not in segments:
+            raise InputError(f"a knockout's segment is one of {', '.join(segments)}, or positions; got {name!r}")
+        if name == "generated":
+            member[layout.prompt_length + pad :] = True
+        else:
+            member[segments[name] + pad] = True
+
+
+def _check_apart(both: Tensor, source, target, padding: Sequence[int]) -> None:
+    shared = both.nonzero()
+    if len(shared):
+        sequence, position = shared[0].tolist()
+        raise InputError(
+            f"a knockout of {source!r} from {target!r} would block position {position - padding[sequence]} from itself:"
+            " give source and target that share no token"
+        )

@@ -1,0 +1,159 @@
+"""Which key each row sees, as a rule, and exact attention under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from .errors import InputError
+from .kernels import Attention, knockout_attention
+from .kernels.knockout_attention import HEAD_SIZES
+from .kernels.knockout_attention.reference import mean_over_rows, visible
+
+_ROW_BLOCK = 256  # query rows whose mask is materialised at a time
+Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
+
+
+@dataclass
+class RowMask:
+    """Which keys each row sees, kept as a rule: a [rows, keys] array is made for a block of rows at a time.
+
+    rule: transformers' mask function of (batch, head, row, key) indices. padding: bool [B, N], or None
+    where no key is padding. start: int32 [B], where the padding is all on the left. Row i of the call is row
+    `offset + i` of the sequence.
+    """
+
+    rule: Callable[..., Any]
+    padding: Tensor | None
+    rows: int
+    keys: int
+    offset: int
+    key_offset: int
+    device: torch.device
+    start: Tensor | None = None
+
+    @property
+    def causal(self) -> bool:
+        """True if the rows are the last ones of plain causal attention without padding."""
+        return self.rule is causal_mask_function and self.padding is None and self.offset + self.rows == self.keys
+
+    @property
+    def left_padded(self) -> bool:
+        """True if the rows are the last ones of causal attention, with padding on the left or none."""
+        padded = self.padding is None or self.start is not None
+        return self.rule is causal_mask_function and padded and self.offset + self.rows == self.keys
+
+    def contiguous(self) -> RowMask:
+        """What `generate` calls where it makes the mask itself, for a cache that can be compiled."""
+        raise InputError("a static cache is not supported here; leave cache_implementation at transformers' default")
+
+    @property
+    def ndim(self) -> int:
+        """The same in older releases of transformers."""
+        return self.contiguous().ndim
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` as bool [B or 1, 1, stop - start, N], True where a key is seen."""
+        row = torch.arange(start, stop, device=self.device)[:, None] + self.offset
+        key = torch.arange(self.keys, device=self.device)[None, :] + self.key_offset
+        batch = torch.arange(1 if self.padding is None else len(self.padding), device=self.device)
+        head = torch.zeros((), dtype=torch.long, device=self.device)
+        seen = self.rule(batch[:, None, None], head, row[None], key[None])
+        seen = seen.expand(len(batch), stop - start, self.keys)[:, None]
+        return seen if self.padding is None else seen & self.padding[:, None, None, :]
+
+
+def row_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> RowMask:
+    """The mask counterpart that transformers calls, once a forward pass."""
+    if use_vmap:
+        raise NotImplementedError("a mask rule that is not a function of indices alone is not supported here")
+    padding, start = None, None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
+        padding = F.pad(padding, (0, kv_length - padding.shape[1]))  # a static cache's unused end
+        if padding.all():
+            padding = None
+        elif not (padding[:, :-1] & ~padding[:, 1:]).any():
+            start = (~padding).sum(1, dtype=torch.int32)
+    where = torch.device(device)
+    return RowMask(mask_function, padding, q_length, kv_length, int(q_offset), int(kv_offset), where, start)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowMask | Tensor | None,
+    scale: float,
+    closed: Closed | None = None,
+    mass: bool = False,
+    backend: str = "auto",
+) -> Attention:
+    """Exact attention, [B, H, R, D] x [B, Hkv, N, D] -> output [B, H, R, D] and, if asked for, the rows' mean
+    attention to each key [B, H, N].
+
+    `mask` may also be a ready 4-D mask, as transformers lets a caller pass one. `closed`: knockouts on top of
+    it. Rows that see no key give zeros. Causal attention goes to the kernel; any other rule (a sliding window)
+    and ready masks to torch's SDPA, a block of rows at a time.
+    """
+    fits = HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]
+    if isinstance(mask, RowMask) and mask.left_padded and fits:
+        segments, table = closed or (None, None)
+        return knockout_attention(
+            query, key, value, segments=segments, table=table, start=mask.start, scale=scale, mass=mass, backend=backend
+        )
+    if mask is None:  # without a rule there would be no causality either
+        raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
+    rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.empty_like(query)
+    share = query.new_zeros(*query.shape[:2], keys, dtype=torch.promote_types(query.dtype, torch.float32))
+    for start in range(0, rows, _ROW_BLOCK):
+        stop = min(start + _ROW_BLOCK, rows)
+        seen, bias = seen_by(mask, start, stop, rows, keys, closed)
+        block = seen if bias is None else bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
+        part = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, attn_mask=block, scale=scale)
+        out[:, :, start:stop] = part.masked_fill(~seen.any(-1, keepdim=True), 0)
+        if mass:
+            scores = query[:, :, start:stop].to(share.dtype) @ key.to(share.dtype).mT * scale
+            if bias is not None:
+                scores = scores + bias
+            alpha = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
+            share += mean_over_rows(alpha, True) * ((stop - start) / rows)
+    return Attention(out, None, share if mass else None)
+
+
+def seen_by(
+    mask: RowMask | Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows `start` to `stop` of `rows` as bool [B or 1, 1 or H, stop - start, keys], and what a ready float mask
+    adds to their scores."""
+    bias = None
+    if isinstance(mask, RowMask):
+        seen = mask.block(start, stop)
+    else:
+        seen = mask[:, :, start:stop, :keys]
+        if seen.dtype != torch.bool:
+            bias, seen = seen, seen > torch.finfo(seen.dtype).min / 2
+    if closed is not None:
+        last = keys - rows + stop  # the rule's own positions end here
+        open_keys = visible(stop - start, last, closed[0][:, :last], closed[1], None)[:, None]
+        seen = seen & F.pad(open_keys, (0, keys - last), value=True)
+    return seen, bias

@@ -1,0 +1,52 @@
+"""Where generated tokens look: the share of attention by type of token (arXiv 2411.17491, figures 1 and A5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import TokenLayout
+
+TYPES = ("system", "image", "query", "generated")
+
+
+class AttentionShares:
+    """Sums the attention mass of every decoding pass by type of token, layer and head.
+
+    Args:
+        layouts: of each sequence of the batch. padding: left padding of each. num_layers: of the model.
+    """
+
+    def __init__(self, layouts: Sequence[TokenLayout], padding: Sequence[int], num_layers: int):
+        self.prompt_length = max(layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True))
+        self._types = torch.full((len(layouts), self.prompt_length), TYPES.index("generated"))
+        for row, layout, pad in zip(self._types, layouts, padding, strict=True):
+            for i, name in enumerate(TYPES[:3]):
+                row[layout.positions(name) + pad] = i
+        self._passes: list[list[Tensor]] = [[] for _ in range(num_layers)]
+
+    def wants(self, first_row: int) -> bool:
+        """Whether a pass whose first row is at this position reads generated tokens alone."""
+        return first_row >= self.prompt_length
+
+    def add(self, layer: int, mass: Tensor) -> None:
+        """The mass [B, H, N] of one pass."""
+        batch, heads, keys = mass.shape
+        if self._types.device != mass.device:
+            self._types = self._types.to(mass.device)
+        if self._types.shape[1] < keys:  # what comes after the prompt is generated; room for more
+            fresh = self._types.new_full((batch, keys + 64 - self._types.shape[1]), TYPES.index("generated"))
+            self._types = torch.cat([self._types, fresh], 1)
+        types = self._types[:, None, :keys].expand(-1, heads, -1)
+        self._passes[layer].append(mass.new_zeros(batch, heads, len(TYPES)).scatter_add_(2, types, mass))
+
+    def of(self, sequence: int, tokens: int) -> dict[str, Tensor] | None:
+        """Type -> float32 [layers, heads] on the CPU, the mean over the first `tokens` passes of a sequence; None
+        where no generated token was read."""
+        count = min(tokens, len(self._passes[0]))
+        if count == 0:
+            return None
+        total = torch.stack([torch.stack([one[sequence] for one in layer[:count]]).mean(0) for layer in self._passes])
+        return {name: total[..., i].float().cpu() for i, name in enumerate(TYPES)}

@@ -1,0 +1,146 @@
+"""The causal check of a map: knock out the patches it calls high, and see whether the word falls (arXiv 2411.17491's
+knockout, applied to arXiv 2411.10950's maps)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .adapters import TextModel
+from .attention import Recording, recording
+from .errors import InputError
+from .knockout import EachItsOwn, Knockout, Plan
+
+if TYPE_CHECKING:
+    from .explain import Explanation, Heads
+
+_SEED = 0
+_MOVED = 0.01  # nats
+_CACHE_BYTES = 1 << 30  # of the variants' caches at a time
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Changes of log p(token) when patches are knocked out, one a variant.
+
+    token: its index. log_prob: with all patches. count: patches knocked out, of the image tokens' number `of`. top,
+    lowest: the change for the map's highest and lowest patches; random: for as many random ones, several times.
+    """
+
+    token: int
+    log_prob: float
+    count: int
+    of: int
+    top: float
+    lowest: float
+    random: tuple[float, ...]
+
+    @property
+    def moved(self) -> bool:
+        """Whether any of the variants changed log p(token) by a hundredth of a nat or more."""
+        return max(abs(change) for change in (self.top, self.lowest, *self.random)) >= _MOVED
+
+    @property
+    def passed(self) -> bool:
+        """True if the highest patches hurt the word, and more than the lowest and every random set did."""
+        return self.moved and self.top < min(0.0, self.lowest, *self.random)
+
+    def __str__(self) -> str:
+        mean = sum(self.random) / len(self.random)
+        if not self.moved:
+            verdict = "the word hangs on no small set of patches, which this check cannot tell from a wrong map"
+        else:
+            verdict = "the map holds" if self.passed else "the map FAILS its check: other patches hurt as much"
+        return (
+            f"without its {self.count} highest of {self.of} patches log p falls by {_fall(self.top)}, without random"
+            f" ones by {_fall(mean)} (at most {_fall(min(self.random))}), without the lowest by"
+            f" {_fall(self.lowest)}: {verdict}"
+        )
+
+
+def _fall(change: float) -> str:
+    return f"{round(0.0 - change, 2) + 0.0:.2f}"
+
+
+class Replay:
+    """What is needed to run the end of an explained sequence again: what each pass gave the decoder, and the knockouts
+    that were in force."""
+
+    def __init__(self, text: TextModel, record: Recording, rules: tuple[Knockout, ...], backend: str):
+        self.text = text
+        self.rules = rules
+        self.backend = backend
+        self.embeds = torch.cat(record.embeds, 1)  # [1, N, d]
+        given = [p for p in record.positions if p is not None]
+        self.positions = torch.cat(given, -1) if len(given) == len(record.positions) else None  # [..., 1, N]
+
+
+@torch.inference_mode()
+def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads) -> Verification:
+    """See `Explanation.verify`."""
+    if ex._replay is None:
+        raise InputError("this explanation was made by stream, which keeps too little to verify it: use explain")
+    if not 0 < top < 1:
+        raise InputError(f"top is a share of the image's tokens between 0 and 1, got {top}")
+    if controls < 1:
+        raise InputError(f"controls is at least 1, got {controls}")
+    patches = ex.layout.positions("image")
+    count = max(1, math.ceil(top * len(patches)))
+    order = patches[ex.position_scores(token, heads).sum(0)[patches].argsort(descending=True, stable=True)]
+    generator = torch.Generator().manual_seed(_SEED)
+    random = [patches[torch.randperm(len(patches), generator=generator)[:count]] for _ in range(controls)]
+    variants = [patches[:0], order[:count], order[-count:], *random]
+    logs = _log_probs(ex, token, variants)
+    change = [float(x) for x in logs[1:] - logs[0]]
+    return Verification(token, float(logs[0]), count, len(patches), change[0], change[1], tuple(change[2:]))
+
+
+def _log_probs(ex: Explanation, token: int, variants: list[Tensor]) -> Tensor:
+    """log p(token) with each set of patches knocked out, float32 [len(variants)]."""
+    replay, trace = ex._replay, ex._trace
+    assert replay is not None
+    # rows before the first one that a knockout touches are as they were
+    rows = torch.cat([ex.layout.positions("query"), ex.layout.positions("generated")])
+    row = int(trace.rows[token])
+    first = min(int(rows.min()), row)
+    each = sum(k[:, : row + 1].nbytes for k in (*trace.keys, *trace.values))
+    step = max(1, _CACHE_BYTES // each)
+    parts = [_run(ex, variants[i : i + step], first, row) for i in range(0, len(variants), step)]
+    logits = torch.cat(parts).float()
+    return torch.log_softmax(logits, -1)[:, ex.token_ids[token]].cpu()
+
+
+def _run(ex: Explanation, variants: list[Tensor], first: int, row: int) -> Tensor:
+    """The logits at `row`, [len(variants), V]: positions first .. row run again, over the keys and values of those
+    before."""
+    replay, trace = ex._replay, ex._trace
+    assert replay is not None
+    text, count = replay.text, len(variants)
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(trace.keys, trace.values, strict=True)):
+        cache.update(keys[None, :, :first].expand(count, -1, -1, -1), values[None, :, :first].expand(count, -1, -1, -1), layer)
+    patches = EachItsOwn(tuple(tuple(v.tolist()) for v in variants))
+    rules = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
+    plan = Plan(
+        [*rules, (patches, "query+generated", "all")], [ex.layout] * count, len(text.layers), device=replay.embeds.device
+    )
+    span = slice(first, row + 1)
+    positions = replay.positions
+    if positions is not None:
+        positions = positions[..., span].expand(*positions.shape[:-2], count, -1)
+    with recording(text, knockouts=plan, backend=replay.backend):
+        hidden = text.decoder(
+            inputs_embeds=replay.embeds[:, span].expand(count, -1, -1),
+            attention_mask=None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = text.head(hidden[:, -1])
+    cap = getattr(text.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
