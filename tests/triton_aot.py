@@ -40,7 +40,7 @@ def compile_kernel(
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(fn.arg_names) if names[name].startswith("*")
     }
     source = ASTSource(fn=fn, signature=names, constexprs=constexprs, attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -42,6 +42,8 @@ def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
         return Config(128, 64, 32, 8, 3, 2)
     if way == "direct":
         return Config(128, 128 if plain else 64, 64, 8, 3, 2)
+    if depth % 8:  # rows that no vector load can take
+        return Config(128, 32, 32, 8, 3, 2)
     if depth > 256:
         return Config(128, 64, 64, 8, 3, 2)
     return Config(128, 64, max(16, triton.next_power_of_2(depth)), 8, 3 if depth <= 128 else 2, 4)
