@@ -121,7 +121,7 @@ def factored(
     scale = tl.load(factor + place, mask=fits, other=0.0)
     lift = tl.load(shift + place, mask=fits, other=0.0) if OWN else scale
     operator = tl.load(operators + group).to(tl.pointer_type(writes.dtype.element_ty))
-    operator = tl.multiple_of(operator, 16)
+    operator = tl.multiple_of(operator, 16)  # memory of its own, see operators.make_operator
     origin = tl.load(source + group)
     token = tl.load(tokens + origin).to(tl.int32)
     base += origin * vocab

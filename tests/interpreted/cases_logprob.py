@@ -7,6 +7,7 @@ of plain torch with writes rounded to that type.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,13 @@ def _poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def drawn(*sizes, dtype, **variant):
+    """oracle.problem in a type, on the device."""
+    arguments, unembedding = cast(*problem(*sizes, **variant), dtype)
+    fields = {name: value.to(DEVICE) for name, value in vars(unembedding).items() if isinstance(value, torch.Tensor)}
+    return {name: value.to(DEVICE) for name, value in arguments.items()}, replace(unembedding, **fields)
 
 
 class Given(list):
@@ -186,8 +194,7 @@ def test_small_and_large_writes_keep_their_digits(dtype, size):
 @pytest.mark.parametrize("way", ["direct", "factored"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_op_matches_float64_oracle(monkeypatch, dtype, way, norm, variant):
-    arguments, unembedding = cast(*problem(5, 33, 257, 48, 16, **variant), dtype)
-    arguments = {name: value.to(DEVICE) for name, value in arguments.items()}
+    arguments, unembedding = drawn(5, 33, 257, 48, 16, dtype=dtype, **variant)
     truth = truth_of(arguments, unembedding, norm)
     options = {"unembedding": unembedding, "norm": norm, "way": way}
     got = logprob_increase(**arguments, **options, backend="triton")
@@ -205,8 +212,7 @@ def test_op_matches_float64_oracle(monkeypatch, dtype, way, norm, variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_launches_that_bound_the_operators_made(monkeypatch, dtype):
     """Operators outside the cache are held a few at a time; the result does not depend on how many."""
-    arguments, unembedding = cast(*problem(5, 9, 150, 24, 16, seed=1), dtype)
-    arguments = {name: value.to(DEVICE) for name, value in arguments.items()}
+    arguments, unembedding = drawn(5, 9, 150, 24, 16, dtype=dtype)
     once = logprob_increase(**arguments, unembedding=unembedding, way="factored", backend="triton")
     cache = OperatorCache(1 << 30)
     cache.get(1, unembedding, arguments["projection"][1], False)
@@ -228,7 +234,7 @@ def test_launches_that_bound_the_operators_made(monkeypatch, dtype):
 @warned
 def test_broken_weights_give_nan():
     """NaN weights must not look like a perfect score."""
-    arguments, unembedding = cast(*problem(1, 40, 300, 24, 6), torch.float32)
+    arguments, unembedding = drawn(1, 40, 300, 24, 6, dtype=torch.float32)
     unembedding.weight[7] = float("nan")
     for way in ("direct", "factored"):
         assert logprob_increase(**arguments, unembedding=unembedding, way=way, backend="triton").isnan().all()
