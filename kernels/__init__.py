@@ -7,14 +7,17 @@ the first call that needs them.
 from .dispatch import backend_report
 from .knockout_attention import Attention, knockout_attention, segment_table
 from .logprob_increase import OperatorCache, Unembedding, logprob_increase, weight_state
+from .topk_compaction import Compaction, topk_compaction
 
 __all__ = [
     "Attention",
+    "Compaction",
     "OperatorCache",
     "Unembedding",
     "backend_report",
     "knockout_attention",
     "logprob_increase",
     "segment_table",
+    "topk_compaction",
     "weight_state",
 ]

@@ -13,21 +13,21 @@ write w = O u of a head (u of d_head numbers) needs only M = W_U diag(g) O, whic
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from . import cpu_kernel, torch_kernel
-from .operators import OperatorCache, make_operator, weight_state
+from .base import Base, mean
+from .operators import OperatorCache, Operators, weight_state
 from .unembedding import Unembedding
 
 __all__ = ["OperatorCache", "Unembedding", "logprob_increase", "weight_state"]
 
 NORMS = ("frozen", "own")
 WAYS = ("auto", "direct", "factored")
-_KERNELS = {"cpu": cpu_kernel.log_sum_exp, "torch": torch_kernel.log_sum_exp}
 
 
 @torch.no_grad()
@@ -62,11 +62,12 @@ def logprob_increase(
         way: "direct", "factored", or "auto" for the cheaper one by count of flops.
         operators, keys: a cache of the factored way's operators, and the G keys there: a head's name and the
             `weight_state` of its projection's weight.
-        backend: "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
+        backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
         S, [G, R], in float32, or float64 where the unembedding is float64; inference only, no gradient flows.
-        Exact to that precision, but that the factored way rounds its operator to the unembedding's dtype.
+        Exact to that precision, but that the factored way rounds its operator to the unembedding's dtype, and
+        that the Triton kernels round the scaled writes to it: tensor cores take both operands in one type.
 
     Raises:
         ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
@@ -85,7 +86,8 @@ def logprob_increase(
     if source is None:
         source = torch.arange(len(residual), device=residual.device)
     scale, rescale = _scales(residual, values, outward, source, unembedding, norm, final)
-    base = _Base(residual, tokens, unembedding, norm, final, scale, _KERNELS[backend])
+    base = Base(residual, tokens, unembedding, norm, final, scale)
+    kernel = importlib.import_module(f".{backend}_kernel", __package__)
     scaled = values * (scale[source, None] + rescale)[..., None]
     shift = rescale if norm == "own" else None
     if way == "direct":
@@ -93,52 +95,9 @@ def logprob_increase(
             scaled = scaled - scaled.mean(-1, keepdim=True)
         if unembedding.gain is not None:
             scaled = scaled * unembedding.gain.to(wide)
-        return base.increase(scaled, unembedding.weight, shift, source)
-    out = scaled.new_empty(scaled.shape[:2])
-    for g in range(len(out)):  # each group is a head, and has an operator of its own
-        if operators is not None and keys is not None:
-            operator = operators.get(keys[g], unembedding, projection[g], centred)  # type: ignore[index]
-        else:
-            operator = make_operator(unembedding, projection[g], centred)  # type: ignore[index]
-        one = slice(g, g + 1)
-        out[one] = base.increase(scaled[one], operator, None if shift is None else shift[one], source[one])
-    return out
-
-
-class _Base:
-    """The logits at each residual vector, and what the increase needs of them."""
-
-    def __init__(self, residual, tokens: Tensor, unembedding: Unembedding, norm: str, final, scale: Tensor, kernel):
-        mean = _mean(residual if norm == "own" else final.to(residual.dtype), unembedding)
-        self.lean = unembedding.times((residual - mean).T).T.contiguous()  # a, [B, V]
-        raw = scale[:, None] * self.lean
-        offset = unembedding.offset(residual.dtype)
-        self.raw = raw if offset is None else raw + offset
-        self.cap = unembedding.softcap
-        logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
-        self.log_probs = torch.log_softmax(logits, -1)
-        self.tokens = tokens
-        self.kernel = kernel
-
-    def increase(self, writes: Tensor, operand: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
-        """S [G', R] of scaled writes [G', R, k], to the residual vectors `source` [G'], for an operand [V, k]."""
-        lean = None if shift is None else self.lean[source]
-        raw = None if self.cap is None else self.raw[source]
-        tokens = self.tokens[source]
-        total = self.kernel(writes, operand, self.log_probs[source], lean, shift, raw, self.cap)
-        explained = (writes @ operand[tokens].to(writes.dtype)[..., None])[..., 0]
-        if shift is not None:
-            explained = explained + shift * lean.gather(1, tokens[:, None])  # type: ignore[union-attr]
-        if self.cap is not None:
-            before = raw.gather(1, tokens[:, None]) / self.cap  # type: ignore[union-attr]
-            explained = self.cap * (torch.tanh(before + explained / self.cap) - torch.tanh(before))
-        return explained - total
-
-
-def _mean(x: Tensor, unembedding: Unembedding) -> Tensor:
-    if unembedding.kind == "rms":
-        return x.new_zeros(())
-    return x.mean(-1, keepdim=True)
+        return kernel.increase(base, scaled, unembedding.weight, shift, source)
+    made = Operators(unembedding, projection, centred, operators, keys)  # type: ignore[arg-type]
+    return kernel.increase(base, scaled, made, shift, source)
 
 
 def _scales(
@@ -158,14 +117,14 @@ def _scales(
     """
     if norm == "frozen":
         x = final.to(residual.dtype)  # type: ignore[union-attr]
-        square = (x - _mean(x, unembedding)).square().mean(-1)
+        square = (x - mean(x, unembedding)).square().mean(-1)
         return torch.rsqrt(square + unembedding.eps), values.new_zeros(values.shape[:2])
-    h = residual - _mean(residual, unembedding)
+    h = residual - mean(residual, unembedding)
     width = residual.shape[-1]
     before = h.square().mean(-1) + unembedding.eps
     scale, before, h = torch.rsqrt(before), before[source, None], h[source, :, None]
     if outward is None:
-        w = values - _mean(values, unembedding)
+        w = values - mean(values, unembedding)
         change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
     else:
         if unembedding.kind == "layer":

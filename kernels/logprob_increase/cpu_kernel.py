@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from ..dispatch import cpu_extension, instruction_set
+from .base import Base
+from .base import increase as increase_by_group
+from .operators import Operators
 
 _LOG2E = 1 / math.log(2)
 _NEVER = -745.0  # a log-probability below the smallest float64: the word cannot be said
+
+
+def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
+    """See `base.increase`."""
+    return increase_by_group(log_sum_exp, base, writes, operands, shift, source)
 
 
 def log_sum_exp(

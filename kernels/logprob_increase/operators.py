@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from threading import Lock
 
 import torch
@@ -68,6 +68,40 @@ class OperatorCache:
         with self._lock:
             self._entries.clear()
             self.nbytes = 0
+
+
+class Operators:
+    """The operator of each group, made or taken from the cache when it is asked for.
+
+    projection: O of each group, [G, d, k]. cache, keys: a cache and the G keys there, or neither.
+    """
+
+    def __init__(
+        self,
+        unembedding: Unembedding,
+        projection: Tensor,
+        centred: bool,
+        cache: OperatorCache | None,
+        keys: Sequence[Hashable] | None,
+    ):
+        self.unembedding, self.projection, self.centred = unembedding, projection, centred
+        self.cache, self.keys = cache, keys
+        weight = unembedding.weight
+        self.nbytes = weight.shape[0] * projection.shape[2] * weight.element_size()  # of one
+
+    def __len__(self) -> int:
+        return len(self.projection)
+
+    def __getitem__(self, group: int) -> Tensor:
+        if self.cache is None or self.keys is None:
+            return make_operator(self.unembedding, self.projection[group], self.centred)
+        return self.cache.get(self.keys[group], self.unembedding, self.projection[group], self.centred)
+
+    def cached(self, group: int) -> bool:
+        """Whether the cache holds it now."""
+        if self.cache is None or self.keys is None:
+            return False
+        return self.cache.full_key(self.keys[group], self.unembedding, self.centred) in self.cache
 
 
 def weight_state(weight: Tensor) -> Hashable:

@@ -8,7 +8,16 @@ import math
 import torch
 from torch import Tensor
 
+from .base import Base
+from .base import increase as increase_by_group
+from .operators import Operators
+
 _BLOCK_ELEMENTS = 1 << 20  # of [rows, block of words], so 4 MiB of float32 at a time
+
+
+def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
+    """See `base.increase`."""
+    return increase_by_group(log_sum_exp, base, writes, operands, shift, source)
 
 
 def log_sum_exp(

@@ -1,0 +1,225 @@
+"""The device code of `triton_kernel`: tiles of words against a block of writes, log-sum-exp as it goes.
+
+Everything is in powers of two, x = base + d in bits, so that no exponential needs a multiplication of its own. Each
+program has one block of writes and one share of the vocabulary; it leaves log2 of the sum over its share, and, if the
+explained token lies there, the d of that word: numerator and denominator come from the same products.
+"""
+
+# ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreted
+
+_INTERPRETED = tl.constexpr(interpreted())
+_MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)  # so that 2 ** (this z) = exp(-2 z)
+
+
+@triton.jit
+def _tanh(z):
+    """To one or two roundings of 1; the same bits for the same z, so that a zero write changes nothing."""
+    power = tl.exp2(tl.abs(z) * _MINUS_2_LOG2E)
+    size = (1 - power) / (1 + power)
+    return tl.where(z < 0, -size, size)
+
+
+@triton.jit
+def _change(products, factor, shift, lean, before, gain, OWN: tl.constexpr, CAP: tl.constexpr):
+    """d, in bits: products and factor give the write's part, shift lean that of the norm's scale. With a
+    cap, factor and shift come divided by it, before is the logit over the cap, and gain the cap in bits."""
+    d = products * factor
+    if OWN:
+        d += shift * lean
+    if CAP:
+        d = gain * (_tanh(before + d) - _tanh(before))
+    return d
+
+
+@triton.jit
+def _products(left, right, fits, known, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """left [BLOCK_R, DEPTH] times right [DEPTH, BLOCK_V]: pointers to their first BLOCK_K columns and rows."""
+    depth = tl.arange(0, BLOCK_K)
+    products = tl.zeros([left.shape[0], right.shape[1]], tl.float32)
+    for step in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            write = tl.load(left + step, mask=fits[:, None], other=0.0)
+            tile = tl.load(right + step, mask=known[None, :], other=0.0)
+        else:
+            inside = depth + step < DEPTH
+            write = tl.load(left + step, mask=fits[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(right + step, mask=known[None, :] & inside[:, None], other=0.0)
+        products += _dot(write, tile)
+    return products
+
+
+@triton.jit
+def _column(products, column, BLOCK_V: tl.constexpr):
+    """The column of each row: that of the explained word; 0 where it is not in the tile."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == column, products, 0.0), 1)
+
+
+@triton.jit
+def _add(x, peak, total):
+    """The running maximum and the running sum of 2 ** (x - maximum), with a tile x more."""
+    new = tl.maximum(peak, tl.max(x, 1))
+    level = tl.where(new == float("-inf"), 0.0, new)  # a block of words that cannot be said
+    total = total * tl.exp2(peak - level) + tl.sum(tl.exp2(x - level[:, None]), 1)
+    return new, total
+
+
+@triton.jit
+def _dot(a, b):
+    if _INTERPRETED:  # which would multiply the bit patterns of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3")  # three products on the tensor cores: nearly float32
+    return tl.dot(a, b)
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "vocab", "share"])
+def factored(
+    writes,  # [groups, rows, DEPTH]
+    factor,  # [groups, rows]
+    shift,  # [groups, rows]
+    operators,  # int64 [groups]: addresses of [vocab, DEPTH]
+    source,  # int64 [groups]
+    tokens,  # int64 [B]
+    base,  # [B, vocab]
+    lean,  # [B, vocab]
+    before,  # [B, vocab]
+    gain,
+    picked,  # [groups, rows]
+    sums,  # [splits, groups, rows]
+    groups,
+    rows,
+    vocab,
+    share,  # words a split, a multiple of BLOCK_V
+    DEPTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OWN: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Every group has an operand of its own. Where BLOCK_K covers its depth, the block of writes stays on the chip."""
+    blocks = tl.cdiv(rows, BLOCK_R)
+    block = tl.program_id(0) % blocks  # fastest: the blocks of a group share its operand in the cache
+    group = tl.program_id(0) // blocks % groups
+    split = tl.program_id(0) // blocks // groups
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    fits = row < rows
+    place = group.to(tl.int64) * rows + row
+    depth = tl.arange(0, BLOCK_K)
+    left = writes + place[:, None] * DEPTH + depth
+    inside = depth < DEPTH
+    if BLOCK_K == DEPTH:
+        write = tl.load(left, mask=fits[:, None], other=0.0)
+    elif BLOCK_K > DEPTH:
+        write = tl.load(left, mask=fits[:, None] & inside[None, :], other=0.0)
+    scale = tl.load(factor + place, mask=fits, other=0.0)
+    lift = tl.load(shift + place, mask=fits, other=0.0) if OWN else scale
+    operator = tl.load(operators + group).to(tl.pointer_type(writes.dtype.element_ty))
+    operator = tl.multiple_of(operator, 16)  # memory of its own, see operators.make_operator
+    origin = tl.load(source + group)
+    token = tl.load(tokens + origin).to(tl.int32)
+    base += origin * vocab
+    lean += origin * vocab
+    before += origin * vocab
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    found = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(split * share, min(split * share + share, vocab), BLOCK_V):
+        word = first + tl.arange(0, BLOCK_V)
+        known = word < vocab
+        right = operator + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
+        if BLOCK_K == DEPTH:
+            products = _dot(write, tl.load(right, mask=known[None, :], other=0.0))
+        elif BLOCK_K > DEPTH:
+            products = _dot(write, tl.load(right, mask=known[None, :] & inside[:, None], other=0.0))
+        else:
+            products = _products(left, right, fits, known, DEPTH, BLOCK_K)
+        level = tl.load(base + word, mask=known, other=float("-inf"))[None, :]
+        slope = tl.load(lean + word, mask=known, other=0.0)[None, :] if OWN else level
+        logit = tl.load(before + word, mask=known, other=0.0)[None, :] if CAP else level
+        if (token >= first) & (token < first + BLOCK_V):
+            found = _column(products, token - first, BLOCK_V)
+        d = _change(products, scale[:, None], lift[:, None], slope, logit, gain, OWN, CAP)
+        peak, total = _add(level + d, peak, total)
+    if (token >= split * share) & (token < split * share + share):
+        slope = tl.load(lean + token) if OWN else 0.0
+        logit = tl.load(before + token) if CAP else 0.0
+        tl.store(picked + place, _change(found, scale, lift, slope, logit, gain, OWN, CAP), mask=fits)
+    tl.store(sums + split.to(tl.int64) * groups * rows + place, peak + tl.log2(total), mask=fits)
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "share", "splits"])
+def direct(
+    writes,  # [rows, DEPTH]
+    factor,  # [rows]
+    shift,  # [rows]
+    operand,  # [vocab, DEPTH]
+    order,  # int64 [rows]: the rows sorted by residual vector
+    source,  # int64 [rows], of the rows in that order
+    tokens,  # int64 [B]
+    base,  # [B, vocab]
+    lean,  # [B, vocab]
+    before,  # [B, vocab]
+    gain,
+    picked,  # [rows]
+    sums,  # [splits, rows]
+    rows,
+    vocab,
+    share,  # words a split, a multiple of BLOCK_V
+    splits,
+    DEPTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+    OWN: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """One operand for all rows, of any depth; the rows of a block may belong to several residual vectors."""
+    # BAND blocks of rows go through all shares before the next: what runs at a time then fits the cache
+    blocks = tl.cdiv(rows, BLOCK_R)
+    start = tl.program_id(0) // (BAND * splits) * BAND
+    height = min(blocks - start, BAND)
+    within = tl.program_id(0) % (BAND * splits)
+    split = within // height
+    row = (start + within % height) * BLOCK_R + tl.arange(0, BLOCK_R)
+    fits = row < rows
+    place = tl.load(order + row, mask=fits, other=0)
+    origin = tl.load(source + row, mask=fits, other=-1)
+    highest = tl.max(origin, 0)
+    lowest = tl.min(tl.where(fits, origin, highest), 0)
+    scale = tl.load(factor + place, mask=fits, other=0.0)
+    lift = tl.load(shift + place, mask=fits, other=0.0) if OWN else scale
+    depth = tl.arange(0, BLOCK_K)
+    token = tl.load(tokens + origin, mask=fits, other=-1).to(tl.int32)
+    left = writes + place[:, None] * DEPTH + depth
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    found = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(split * share, min(split * share + share, vocab), BLOCK_V):
+        word = first + tl.arange(0, BLOCK_V)
+        known = word < vocab
+        right = operand + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
+        x = _products(left, right, fits, known, DEPTH, BLOCK_K)
+        found += _column(x, token[:, None] - first, BLOCK_V)
+        # most often one; a gather of base by row instead would hold a second tile in registers
+        for vector in range(lowest, highest + 1):
+            mine = origin == vector
+            at = vector * vocab + word
+            level = tl.load(base + at, mask=known, other=float("-inf"))[None, :]
+            slope = tl.load(lean + at, mask=known, other=0.0)[None, :] if OWN else level
+            logit = tl.load(before + at, mask=known, other=0.0)[None, :] if CAP else level
+            d = _change(x, scale[:, None], lift[:, None], slope, logit, gain, OWN, CAP)
+            x = tl.where(mine[:, None], level + d, x)
+        peak, total = _add(x, peak, total)
+    here = (token >= split * share) & (token < split * share + share)
+    slope = tl.load(lean + origin * vocab + token, mask=here, other=0.0) if OWN else 0.0
+    logit = tl.load(before + origin * vocab + token, mask=here, other=0.0) if CAP else 0.0
+    tl.store(picked + place, _change(found, scale, lift, slope, logit, gain, OWN, CAP), mask=here)
+    tl.store(sums + split.to(tl.int64) * rows + place, peak + tl.log2(total), mask=fits)

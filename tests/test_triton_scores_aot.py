@@ -1,0 +1,128 @@
+"""Compiles the Triton kernels of the scores for GPUs that are not there: tensor cores, no spills, shared memory.
+
+What changes the code is the type of the operands, the tile that `config` picks for it, whether the depth fills the
+tile, and the two flags. bfloat16 and float16 differ in one letter of the product's instruction, so float16 is
+compiled at one depth; sizes of the problem are arguments, not constants.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from mllm_fast.kernels.logprob_increase import triton_kernel, triton_tiles
+from mllm_fast.kernels.topk_compaction import triton_kernel as topk
+from triton_aot import compile_kernel
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+PRODUCTS = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+LARGE = [80, 90, 100]
+SCORES = {
+    **dict.fromkeys(("factor", "shift", "base", "lean", "before", "picked", "sums"), "*fp32"),
+    **dict.fromkeys(("operators", "source", "tokens", "order"), "*i64"),
+    **dict.fromkeys(("groups", "rows", "vocab", "share", "splits"), "i32"),
+    "gain": "fp32",
+}
+FACTORED = [
+    *((torch.bfloat16, depth, flags) for depth in (16, 32, 64, 128, 256) for flags in ("", "own cap")),
+    *((torch.bfloat16, depth, "own cap") for depth in (8, 40, 80, 200, 7, 129, 300, 512)),
+    *((torch.float16, 128, flags) for flags in ("", "own cap")),
+    *((torch.float32, depth, flags) for depth in (16, 32, 128, 40) for flags in ("", "own cap")),
+    *((torch.bfloat16, 128, flags) for flags in ("own", "cap")),
+]
+DIRECT = [
+    *((torch.bfloat16, 4096, flags) for flags in ("", "own", "cap", "own cap")),
+    *((torch.bfloat16, 200, flags) for flags in ("", "own cap")),
+    *((torch.float16, 4096, flags) for flags in ("", "own cap")),
+    *((torch.float32, depth, flags) for depth in (4096, 200) for flags in ("", "own cap")),
+]
+
+
+def compiled(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
+    tile = triton_kernel.config(dtype, depth, way, plain=not flags)
+    constants = {
+        "DEPTH": depth,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_K": tile.block_k,
+        "OWN": "own" in flags,
+        "CAP": "cap" in flags,
+    }
+    if way == "direct":
+        constants["BAND"] = triton_kernel.BAND
+    signature = SCORES | {"writes": TYPES[dtype], "operand": TYPES[dtype]}
+    fn = getattr(triton_tiles, way)
+    return compile_kernel(fn, signature, constants, capability, tile.warps, tile.stages)
+
+
+def check(kernel, capability: int) -> None:
+    print(f"registers {kernel.registers}, shared {kernel.shared}")
+    assert PRODUCTS[capability] in kernel.ptx, "no tensor cores"
+    assert kernel.shared <= SHARED[capability]
+    if capability in LARGE:
+        assert kernel.spills == 0
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(("dtype", "depth", "flags"), FACTORED)
+def test_factored(dtype, depth, flags, capability):
+    kernel = compiled("factored", dtype, depth, flags, capability)
+    check(kernel, capability)
+    # the operator's rows are read 8 or 16 bytes at a time where they begin at a multiple of that, though its address
+    # comes from a table
+    wide = re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x(8|10)", kernel.ptx)
+    assert bool(wide) == (depth * dtype.itemsize % 8 == 0)
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(("dtype", "depth", "flags"), DIRECT)
+def test_direct(dtype, depth, flags, capability):
+    check(compiled("direct", dtype, depth, flags, capability), capability)
+
+
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("way", "depth"), [("factored", 256), ("direct", 4096)])
+def test_gpus_of_little_shared_memory(way, depth, dtype, capability):
+    """They are served by the same tiles; two or four registers may spill there."""
+    check(compiled(way, dtype, depth, "", capability), capability)
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize("always", [False, True])
+def test_ranks(always, capability):
+    signature = {
+        "mass": "*fp32",
+        "candidates": "*u8",
+        "always": "*u8",
+        "kept": "*i8",
+        "positions": "i32",
+        "keep": "i32",
+    }
+    constants = {"ALWAYS": always, "BLOCK_I": topk.BLOCK_I, "BLOCK_J": topk.BLOCK_J}
+    kernel = compile_kernel(topk.rank, signature, constants, capability, topk.WARPS, 3)
+    assert kernel.spills == 0
+
+
+@pytest.mark.parametrize("capability", LARGE)
+def test_places(capability):
+    signature = {"kept": "*i8", "chosen": "*i64", "positions": "i32", "count": "i32"}
+    kernel = compile_kernel(topk.place, signature, {"BLOCK_N": topk.BLOCK_N}, capability, topk.WARPS, 3)
+    assert kernel.spills == 0
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 128), (torch.bfloat16, 72), (torch.float32, 256)])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_copies(dtype, width, aligned, capability):
+    signature = {"sources": "*i64", "chosen": "*i64", "gathered": TYPES[dtype], "heads": "i32", "count": "i32"}
+    vector = 16 // dtype.itemsize if aligned else 1
+    block = 1 << (width - 1).bit_length()
+    constants = {"WIDTH": width, "BLOCK_M": topk.BLOCK_M, "BLOCK_D": block, "VECTOR": vector}
+    kernel = compile_kernel(topk.copy, signature, constants, capability, topk.WARPS, 3)
+    assert kernel.spills == 0
+    assert ("ld.global.v4.b32" in kernel.ptx) == aligned, "16 bytes at a time"
