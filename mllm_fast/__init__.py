@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .answers import Answer
     from .errors import InputError
     from .explain import Explanation
-    from .layout import TokenLayout
     from .knockout import Knockout
+    from .layout import TokenLayout
     from .vlm import VLM
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .adapters import TextModel
-from .errors import InputError
 from .knockout import Plan
 from .masks import Closed, RowMask, attend, row_mask, seen_by
 from .shares import AttentionShares

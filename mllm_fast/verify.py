@@ -123,11 +123,16 @@ def _run(ex: Explanation, variants: list[Tensor], first: int, row: int) -> Tenso
     text, count = replay.text, len(variants)
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(zip(trace.keys, trace.values, strict=True)):
-        cache.update(keys[None, :, :first].expand(count, -1, -1, -1), values[None, :, :first].expand(count, -1, -1, -1), layer)
+        cache.update(
+            keys[None, :, :first].expand(count, -1, -1, -1), values[None, :, :first].expand(count, -1, -1, -1), layer
+        )
     patches = EachItsOwn(tuple(tuple(v.tolist()) for v in variants))
     rules = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
     plan = Plan(
-        [*rules, (patches, "query+generated", "all")], [ex.layout] * count, len(text.layers), device=replay.embeds.device
+        [*rules, (patches, "query+generated", "all")],
+        [ex.layout] * count,
+        len(text.layers),
+        device=replay.embeds.device,
     )
     span = slice(first, row + 1)
     positions = replay.positions

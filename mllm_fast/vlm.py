@@ -227,9 +227,7 @@ class VLM:
         pictures = self._load(image)
         return self._inputs([pictures], [prompt]), [picture.size for picture in pictures]
 
-    def _prepare(
-        self, pictures: list[list[Any]], prompts: list[str]
-    ) -> tuple[Any, list[TokenLayout], list[int]]:
+    def _prepare(self, pictures: list[list[Any]], prompts: list[str]) -> tuple[Any, list[TokenLayout], list[int]]:
         """The processor's inputs for a batch, and of each sequence the layout and the left padding."""
         inputs = self._inputs(pictures, prompts)
         mask = inputs["attention_mask"].bool()

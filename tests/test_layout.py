@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mllm_fast as mf
+from mllm_fast.answers import prompt_layout
 from mllm_fast.layout import ImageLayout, Tile, TokenLayout
 
 # sizes that each processor takes without resampling, so that a pixel reaches exactly one token
@@ -28,7 +29,7 @@ def image_tokens(vlm, picture):
     with torch.no_grad():
         vlm.model(**inputs)
     handle.remove()
-    layout = vlm._answer(inputs["input_ids"][0], inputs, sizes).layout
+    layout = prompt_layout(inputs["input_ids"][0], vlm.adapter, vlm.processor, inputs, sizes)
     return seen[0][0, layout.images[0].positions], layout.images[0]
 
 

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mllm_fast as mf
 from mllm_fast.adapters import ADAPTERS
-from mllm_fast.loading import image_side, parse_device, parse_dtype
 from mllm_fast.answers import token_texts
+from mllm_fast.loading import image_side, parse_device, parse_dtype
 
 QUESTION = "what color is the circle ?"
 
@@ -104,7 +104,7 @@ def test_options_reach_generate(shapes, picture):
 
 def test_static_cache_is_refused_by_name(shapes, picture):
     before = shapes.text.config._attn_implementation
-    with pytest.raises(mf.InputError, match="static cache cannot be explained"):
+    with pytest.raises(mf.InputError, match="static cache is not supported"):
         shapes.explain(picture, "describe the image", cache_implementation="static")
     assert shapes.text.config._attn_implementation == before
     assert shapes.generate(picture, "describe the image", cache_implementation="static").text
