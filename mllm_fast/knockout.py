@@ -238,7 +238,7 @@ def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout,
 def _all_positions(one: Tokens | EachItsOwn) -> Iterable[int]:
     if isinstance(one, EachItsOwn):
         return [p for positions in one.positions for p in positions]
-    return one
+    return () if isinstance(one, str) else one
 
 
 def _mark(member: Tensor, one: Tokens | EachItsOwn, sequence: int, layout: TokenLayout, pad: int) -> None:

@@ -127,7 +127,7 @@ def _run(ex: Explanation, variants: list[Tensor], first: int, row: int) -> Tenso
             keys[None, :, :first].expand(count, -1, -1, -1), values[None, :, :first].expand(count, -1, -1, -1), layer
         )
     patches = EachItsOwn(tuple(tuple(v.tolist()) for v in variants))
-    rules = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
+    rules: list = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
     plan = Plan(
         [*rules, (patches, "query+generated", "all")],
         [ex.layout] * count,
