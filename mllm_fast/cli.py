@@ -1,4 +1,4 @@
-"""The command line: `mllm-fast explain | generate | info`. stdout carries the result alone, progress and
+"""The command line: `mllm-fast explain | generate | knockout | info`. stdout carries the result alone, progress and
 errors go to stderr; input that cannot be used ends with one line and exit code 2."""
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from .explain import Explanation
+    from .knockout import Knockout
     from .vlm import VLM
 
 SAMPLE = Path(__file__).parent / "shapes" / "sample.png"
@@ -45,6 +46,16 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the first
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Backend = Annotated[str, typer.Option(help="Of the kernels: auto, triton, cpu or torch; see info.")]
+Block = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RULE",
+        help='What may not attend to what, in quotes: "image->query", "image:1->query+generated",'
+        ' "5,9-12->generated"; "@from 4" behind it for layers of its own. May be given several times.',
+    ),
+]
+Layers = Annotated[str, typer.Option(help='Layers of the rules: all, "from 20", "until 20", "except 20-40", 0-7,12.')]
 MaxPixels = Annotated[int, typer.Option(help="Largest picture that is read, in pixels.")]
 
 
@@ -56,10 +67,14 @@ def explain(
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
     norm: Annotated[str, typer.Option(help="Statistics of the final norm: frozen or own.")] = "frozen",
+    verify: Annotated[bool, typer.Option("--verify", help="Check each map by knocking its patches out.")] = False,
+    block: Block = None,
+    layers: Layers = "all",
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
+    backend: Backend = "auto",
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -69,10 +84,13 @@ def explain(
     if out is not None:
         check_target(out)
     pictures, prompt = _inputs(images, question)
-    vlm = _load(model, device, dtype, max_pixels)
+    rules = _rules(block, layers)
+    vlm = _load(model, device, dtype, max_pixels, backend)
     with _progress("explaining"):
-        ex = vlm.explain(pictures, prompt, answer, norm=norm, max_new_tokens=max_new_tokens)
+        ex = vlm.explain(pictures, prompt, answer, norm=norm, knockout=rules, max_new_tokens=max_new_tokens)
         chosen = None if token is None else ex.token_index(_index_or_word(token))
+        if verify:
+            ex.verify(tokens=None if chosen is None else [chosen])
         if out is not None:
             ex.save(out, chosen)
     if as_json:
@@ -91,23 +109,69 @@ def explain(
 def generate(
     images: Images = None,
     question: Question = None,
+    block: Block = None,
+    layers: Layers = "all",
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
+    backend: Backend = "auto",
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture."""
     pictures, prompt = _inputs(images, question)
-    vlm = _load(model, device, dtype, max_pixels)
+    rules = _rules(block, layers)
+    vlm = _load(model, device, dtype, max_pixels, backend)
     with _progress("generating"):
-        said = vlm.generate(pictures, prompt, max_new_tokens=max_new_tokens)
+        said = vlm.generate(pictures, prompt, knockout=rules, max_new_tokens=max_new_tokens)
     if as_json:
         result = {"question": prompt, "answer": said.text, "tokens": said.tokens, "token_ids": said.token_ids}
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         typer.echo(said.text)
+
+
+@app.command()
+def knockout(
+    images: Images = None,
+    question: Question = None,
+    block: Block = None,
+    layers: Layers = "all",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a chart of the shares (.png, .svg).")] = None,
+    max_new_tokens: NewTokens = 32,
+    model: Model = "shapes",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
+    as_json: Json = False,
+) -> None:
+    """Answer with and without a knockout, and show where the generated tokens look, layer by layer.
+
+    Without --block the three configurations of arXiv 2411.17491 are compared.
+    """
+    from . import chart
+
+    if out is not None:
+        chart.check_target(out)
+    pictures, prompt = _inputs(images, question)
+    configurations = chart.configurations(_rules(block, layers), layers)
+    vlm = _load(model, device, dtype, max_pixels, backend)
+    rows = []
+    for label, rules in configurations:
+        with _progress(f"generating, {label}"):
+            said = vlm.generate(pictures, prompt, knockout=rules, attention_share=True, max_new_tokens=max_new_tokens)
+        rows.append((label, said))
+    if out is not None:
+        chart.save(rows, prompt, out)
+    if as_json:
+        typer.echo(json.dumps(chart.summary(rows, prompt, out), ensure_ascii=False))
+        return
+    _out.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
+    _out.print(chart.table(rows), highlight=False)
+    if out is not None:
+        _out.print(f"saved {escape(str(out))}", highlight=False)
 
 
 @app.command()
@@ -158,11 +222,17 @@ def _inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path]
     return images, _QUESTION if question is None else question
 
 
-def _load(model: str, device: str | None, dtype: str | None, max_pixels: int) -> VLM:
+def _rules(block: list[str] | None, layers: str) -> list[Knockout]:
+    from .knockout import Knockout
+
+    return [Knockout.parse(text, layers) for text in block or []]
+
+
+def _load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
     with _progress("loading the libraries"):
         from .vlm import VLM
     with _progress(f"loading {model}"):
-        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels)
+        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
 
 
 def _index_or_word(token: str) -> int | str:
@@ -179,10 +249,21 @@ def _print_explanation(ex: Explanation, chosen: int | None) -> None:
     table.add_column("token")
     table.add_column("best heads: layer.head, increase of log p")
     table.add_column("best patch, pixels", justify="right")
+    if ex.verification:
+        table.add_column("check: log p falls without these patches")
     for i in range(len(ex.tokens)) if chosen is None else [chosen]:
         heads = "  ".join(f"{layer}.{head} {score:+.2f}" for layer, head, score in ex.top_heads(i, 4))
-        table.add_row(escape(ex.tokens[i].strip()), heads, _best_patch(ex, i))
+        row = [escape(ex.tokens[i].strip()), heads, _best_patch(ex, i)]
+        check = ex.verified(i)
+        if check is not None:
+            random = sum(check.random) / len(check.random)
+            falls = f"{0 - check.top:.2f}, random {0 - random:.2f}, lowest {0 - check.lowest:.2f}"
+            color = {"holds": "green", "fails": "red", "open": "dim"}[check.verdict]
+            row.append(f"{falls}: [{color}]{check.verdict}[/]")
+        table.add_row(*row)
     _out.print(table, highlight=False)
+    if any(check.verdict == "fails" for check in ex.verification):
+        _out.print("A map fails: knocking out other patches hurts its word as much.", style="red", highlight=False)
 
 
 def _best_patch(ex: Explanation, token: int) -> str:

@@ -162,6 +162,10 @@ class Explanation:
         self.verification = [verify(self, token, top, controls, heads) for token in chosen]
         return self.verification
 
+    def verified(self, token: int) -> Verification | None:
+        """What `verify` found for a token, None if it was not asked."""
+        return next((one for one in self.verification if one.token == token), None)
+
     def token_index(self, token: int | str) -> int:
         """The index of a token given by index (negative from the end) or by its text."""
         if isinstance(token, str):

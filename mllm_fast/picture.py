@@ -80,6 +80,9 @@ def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
         f" best heads ({ex.norm} norm). Negative parts (down to {min(float(g.min()) for g in maps):.3g}) are not drawn."
     )
     foot = text.wrap(note, 14, _FAINT)
+    check = ex.verified(token)
+    if check is not None:
+        foot += text.wrap(f"Check: {check}.", 14, _INK)
     head_height = sum(line.height for line in lines) + 2 * _MARGIN
     foot_height = sum(line.height for line in foot) + _MARGIN
     body = sum(pair[0].height + _MARGIN for pair in pairs)
@@ -107,10 +110,12 @@ def draw_sheet(ex: Explanation, heads: int = 10) -> Image.Image:
     ]
     top = max(float(grid.max()) for grids in maps for grid in grids)
     entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the picture", "") for p in ex.images]
-    for token, grids in zip(ex.tokens, maps, strict=True):
+    for index, (token, grids) in enumerate(zip(ex.tokens, maps, strict=True)):
+        check = ex.verified(index)
+        found = "" if check is None else f", check: {check.verdict}"
         for picture, grid, layout in zip(ex.images, grids, layouts, strict=True):
             drawn = overlay(picture, grid, layout.box, top, side)
-            entries.append((drawn, f"\u201c{token.strip()}\u201d", f"up to {float(grid.max()):.2f}"))
+            entries.append((drawn, f"\u201c{token.strip()}\u201d", f"up to {float(grid.max()):.2f}{found}"))
     across = min(len(entries), max(3, math.ceil(math.sqrt(len(entries) * 1.6))))
     bar = 80
     width = across * (side + _MARGIN) + _MARGIN + bar
@@ -119,6 +124,13 @@ def draw_sheet(ex: Explanation, heads: int = 10) -> Image.Image:
     lines = [*text.wrap(f"Question: {ex.prompt}", 18, _INK), *text.wrap(f"Answer: {ex.text}", 18, _INK)]
     note = f"Colour: increase of log p(token) by each patch, summed over the {heads} best heads ({ex.norm} norm)."
     foot = text.wrap(note, 14, _FAINT)
+    if ex.verification:
+        foot += text.wrap(
+            "Check: the highest patches are knocked out; \u201cholds\u201d if log p(token) falls more than without"
+            " random or the lowest patches, \u201cfails\u201d if not, \u201copen\u201d if no set of patches moves it.",
+            14,
+            _FAINT,
+        )
     head_height = sum(line.height for line in lines) + 2 * _MARGIN
     rows = math.ceil(len(entries) / across)
     height = head_height + rows * tall + sum(line.height for line in foot) + _MARGIN

@@ -91,6 +91,15 @@ def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]
         "id": ex.token_ids[token],
         "top_heads": [{"layer": layer, "head": head, "score": score} for layer, head, score in heads],
     }
+    check = ex.verified(token)
+    if check is not None:
+        result["verification"] = {
+            "verdict": check.verdict,
+            "knocked_out": check.count,
+            "of": check.of,
+            "log_prob": check.log_prob,
+            "change": {"highest": check.top, "lowest": check.lowest, "random": list(check.random)},
+        }
     if numbers:
         scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
         for entry, row in zip(result["top_heads"], scores, strict=True):
@@ -167,8 +176,10 @@ def _page_token(ex: Explanation, token: int) -> dict[str, Any]:
     heads = ex.top_heads(token, _HEADS)
     scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
     layouts = ex.layout.images
+    check = ex.verified(token)
     return {
         "text": ex.tokens[token].strip(),
+        "check": None if check is None else {"verdict": check.verdict, "text": str(check)},
         "maps": [_rounded(i.to_grid(scores.sum(0)[i.positions])) for i in layouts],
         "attention": [_rounded(ex.heatmap(token, "attention", image=i)) for i in range(len(layouts))],
         "heads": [

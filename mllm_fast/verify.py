@@ -50,16 +50,22 @@ class Verification:
         """True if the highest patches hurt the word, and more than the lowest and every random set did."""
         return self.moved and self.top < min(0.0, self.lowest, *self.random)
 
+    @property
+    def verdict(self) -> str:
+        """ "holds", "fails", or "open": no set of patches moves the word, so the map cannot be told right or wrong."""
+        return "open" if not self.moved else "holds" if self.passed else "fails"
+
     def __str__(self) -> str:
         mean = sum(self.random) / len(self.random)
-        if not self.moved:
-            verdict = "the word hangs on no small set of patches, which this check cannot tell from a wrong map"
-        else:
-            verdict = "the map holds" if self.passed else "the map FAILS its check: other patches hurt as much"
+        meaning = {
+            "holds": "the map holds",
+            "fails": "THE MAP FAILS, other patches matter as much",
+            "open": "no small set of patches moves this word",
+        }
         return (
             f"without its {self.count} highest of {self.of} patches log p falls by {_fall(self.top)}, without random"
             f" ones by {_fall(mean)} (at most {_fall(min(self.random))}), without the lowest by"
-            f" {_fall(self.lowest)}: {verdict}"
+            f" {_fall(self.lowest)}: {meaning[self.verdict]}"
         )
 
 

@@ -1,0 +1,133 @@
+"""Answers under knockouts side by side, and the shares of attention over layers: in the terminal, as JSON, as a chart."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .answers import Answer
+from .errors import InputError
+from .knockout import Knockout
+from .shares import TYPES
+
+Rows = Sequence[tuple[str, Answer]]
+_ENDINGS = (".png", ".svg")
+# of Okabe and Ito's palette, which people who see few colours can tell apart
+_COLORS = {"system": "#999999", "image": "#D55E00", "query": "#0072B2", "generated": "#009E73"}
+_STYLES = {"system": ":", "image": "-", "query": "--", "generated": "-."}
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, list[Knockout]]]:
+    """What is compared with the model as it is: the given rules together, or the three configurations of
+    arXiv 2411.17491."""
+    if rules:
+        return [("nothing", []), (" and ".join(str(rule).removesuffix("@all") for rule in rules), list(rules))]
+    targets = ("generated", "query", "query+generated")
+    three = [Knockout("image", target, layers) for target in targets]
+    return [("nothing", []), *((str(rule).removesuffix("@all"), [rule]) for rule in three)]
+
+
+def check_target(path: Path) -> None:
+    """Raise InputError if no chart can be written there, before any work is done for it."""
+    if path.suffix.lower() not in _ENDINGS:
+        raise InputError(f"{path}: a chart's ending is one of {', '.join(_ENDINGS)}, got {path.suffix or 'none'!r}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: the folder {path.parent} does not exist or cannot be written to")
+    _pyplot()
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def table(rows: Rows) -> Table:
+    """Each configuration's answer, its shares, and the image's share from the first layer to the last."""
+    out = Table(title="knocked out, and where the generated tokens look", title_justify="left", title_style="bold")
+    out.add_column("knocked out")
+    out.add_column("answer")
+    for name in TYPES:
+        out.add_column(name, justify="right")
+    out.add_column("image, first to last layer")
+    for label, said in rows:
+        share = said.attention_share
+        if share is None:  # the model read none of its own tokens
+            out.add_row(escape(label), escape(said.text), *"–" * len(TYPES), "–")
+            continue
+        means = [f"{float(share[name].mean()):.0%}" for name in TYPES]
+        out.add_row(escape(label), escape(said.text), *means, _bars(share["image"].mean(1).tolist()))
+    return out
+
+
+def _bars(values: list[float]) -> str:
+    """One character a layer: empty is 0, full is all attention."""
+    return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] if value > 0 else " " for value in values)
+
+
+def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
+    """Everything, ready for JSON; shares are [layers][heads]."""
+    answers = [
+        {
+            "knocked_out": label,
+            "answer": said.text,
+            "tokens": said.tokens,
+            "attention_share": said.attention_share and {n: t.tolist() for n, t in said.attention_share.items()},
+        }
+        for label, said in rows
+    ]
+    return {"question": prompt, "answers": answers, "saved": None if saved is None else str(saved)}
+
+
+def save(rows: Rows, prompt: str, path: Path) -> None:
+    """A panel a configuration: the share of each type of token over layers, the mean over heads and, shaded, from
+    the quarter to three quarters of the heads."""
+    from .render import write_whole
+
+    plt = _pyplot()
+    figure, panels = plt.subplots(
+        1, len(rows), figsize=(max(6.0, 3.6 * len(rows)), 3.9), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, (label, said) in zip(panels[0], rows, strict=True):
+        answer = said.text if len(said.text) <= 60 else said.text[:59] + "…"
+        panel.set_title(f"knocked out: {label}\n{_wrapped(answer)}", fontsize=9)
+        panel.set_xlabel("layer")
+        panel.grid(alpha=0.25)
+        panel.set_ylim(0, 1)
+        if said.attention_share is None:
+            panel.text(0.5, 0.5, "no generated token\nwas read", ha="center", va="center", transform=panel.transAxes)
+            continue
+        layers = range(len(said.attention_share["image"]))
+        panel.set_xticks([n for n in layers if n % max(1, len(layers) // 8) == 0])
+        for name in TYPES:
+            share = said.attention_share[name].double()
+            low, high = share.quantile(0.25, 1), share.quantile(0.75, 1)
+            panel.plot(layers, share.mean(1).tolist(), _STYLES[name], color=_COLORS[name], label=name, linewidth=1.8)
+            panel.fill_between(layers, low.tolist(), high.tolist(), color=_COLORS[name], alpha=0.15, linewidth=0)
+    panels[0][0].set_ylabel("share of the generated tokens' attention")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(TYPES), frameon=False, fontsize=9)
+    figure.suptitle(prompt, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=130)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(f"\u201c{text}\u201d", 36))
