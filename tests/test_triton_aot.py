@@ -114,6 +114,15 @@ def test_combine(block_d, capability):
     check(build(triton_attend.combine, capability, 4, 3, **flags), capability, False)
 
 
+KERNELS = (triton_attend.plan_keys, triton_attend.attend, triton_attend.combine, triton_mass.plan_rows, triton_mass.mass)
+
+
+@pytest.mark.parametrize("fn", KERNELS, ids=lambda fn: fn.__name__)
+def test_a_new_length_compiles_nothing(fn):
+    special = {p.name for p in fn.params if p.is_constexpr or not p.do_not_specialize}
+    assert not special & {"rows", "keys", "slots", "splits", "segment_stride"}
+
+
 def main() -> None:
     """The whole product, a line each; ends with an error at the first that fails."""
     flags = (False, True)

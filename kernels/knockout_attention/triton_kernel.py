@@ -47,21 +47,23 @@ _TILES = {
     },
     "decode": {
         2: {128: Config(16, 64, 8, 3), 256: Config(16, 32, 8, 3)},
-        4: {128: Config(16, 32, 4, 2), 256: Config(16, 16, 8, 2, "ieee")},
+        4: {128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2, "ieee")},
     },
     "mass": {
         2: {128: Config(64, 128, 8, 3), 256: Config(64, 64, 8, 2)},
         4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 2)},
     },
 }
-_WIDE = Config(128, 64, 8, 3)  # prefill of 16-bit heads of 65 to 128 where there is shared memory for it
+# of 16-bit operands where there is shared memory for more
+_LARGE_TILES = {("prefill", 128): Config(128, 64, 8, 3), ("decode", 256): Config(16, 64, 8, 2)}
 
 
 def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind: str) -> Config:
     """What serves operands of `dtype` on a GPU of this compute capability; `kind` is one of KINDS."""
-    if kind == "prefill" and dtype.itemsize == 2 and 64 < head_size <= 128 and capability[0] in (9, 10):
-        return _WIDE
-    return next(tile for limit, tile in _TILES[kind][dtype.itemsize].items() if head_size <= limit)
+    limit, tile = next((n, tile) for n, tile in _TILES[kind][dtype.itemsize].items() if head_size <= n)
+    if dtype.itemsize == 2 and capability[0] in (9, 10):
+        return _LARGE_TILES.get((kind, limit), tile)
+    return tile
 
 
 @cache
@@ -92,6 +94,11 @@ def attention(
     return output.transpose(1, 2), total if lse else None, share
 
 
+def split_count(programs: int, key_blocks: int, processors: int) -> int:
+    """Into how many parts the keys of each row block are cut, for two programs a multiprocessor."""
+    return max(1, min(2 * processors // max(1, programs), key_blocks // _SPLIT_BLOCKS, MAX_SPLITS))
+
+
 def _attend(query, key, value, segments, table, start, scale, lse) -> tuple[Tensor, Tensor | None]:
     """Output [B, R, H, D] and, if `lse`, the log-sum-exp [B, H, R]."""
     batch, heads, rows, width = query.shape
@@ -100,9 +107,7 @@ def _attend(query, key, value, segments, table, start, scale, lse) -> tuple[Tens
     packed = per_kv if per_kv * rows <= _DECODE_ROWS else 1
     tile = config(query.dtype, width, capability, "decode" if per_kv * rows <= _DECODE_ROWS else "prefill")
     row_blocks, key_blocks = triton.cdiv(packed * rows, tile.block_m), triton.cdiv(keys, tile.block_n)
-    # as many splits as give each multiprocessor two programs
-    programs = max(1, batch * (heads // packed) * row_blocks)
-    splits = max(1, min(2 * processors // programs, key_blocks // _SPLIT_BLOCKS, MAX_SPLITS))
+    splits = split_count(batch * (heads // packed) * row_blocks, key_blocks, processors)
 
     like = {"device": query.device, "dtype": torch.float32}
     output = torch.empty(batch, rows, heads, width, device=query.device, dtype=query.dtype)
