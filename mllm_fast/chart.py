@@ -1,4 +1,4 @@
-"""Answers under knockouts side by side, and the shares of attention over layers: in the terminal, as JSON, as a chart."""
+"""Answers under knockouts side by side, and the shares of attention over layers: as text, JSON and a chart."""
 
 from __future__ import annotations
 
@@ -55,26 +55,29 @@ def _pyplot() -> Any:
 
 
 def table(rows: Rows) -> Table:
-    """Each configuration's answer, its shares, and the image's share from the first layer to the last."""
-    out = Table(title="knocked out, and where the generated tokens look", title_justify="left", title_style="bold")
-    out.add_column("knocked out")
-    out.add_column("answer")
-    for name in TYPES:
-        out.add_column(name, justify="right")
-    out.add_column("image, first to last layer")
+    """Each configuration's answer, and where the generated tokens look: the mean share of each type of token, and a
+    bar a layer, from the first to the last."""
+    out = Table.grid(padding=(0, 2))
+    out.add_column(justify="right", style="bold")
+    out.add_column(overflow="fold")
     for label, said in rows:
-        share = said.attention_share
-        if share is None:  # the model read none of its own tokens
-            out.add_row(escape(label), escape(said.text), *"–" * len(TYPES), "–")
+        out.add_row("", "")
+        out.add_row("knocked out", escape(label))
+        out.add_row("answer", escape(said.text))
+        if said.attention_share is None:
+            out.add_row("attention", "no generated token was read")
             continue
-        means = [f"{float(share[name].mean()):.0%}" for name in TYPES]
-        out.add_row(escape(label), escape(said.text), *means, _bars(share["image"].mean(1).tolist()))
+        for i, name in enumerate(TYPES):
+            share = said.attention_share[name]
+            out.add_row(
+                "attention" if i == 0 else "", f"{name:9} {float(share.mean()):4.0%}  {_bars(share.mean(1).tolist())}"
+            )
     return out
 
 
 def _bars(values: list[float]) -> str:
     """One character a layer: empty is 0, full is all attention."""
-    return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] if value > 0 else " " for value in values)
+    return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] if value > 0.005 else "·" for value in values)
 
 
 def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
@@ -116,8 +119,8 @@ def save(rows: Rows, prompt: str, path: Path) -> None:
             low, high = share.quantile(0.25, 1), share.quantile(0.75, 1)
             panel.plot(layers, share.mean(1).tolist(), _STYLES[name], color=_COLORS[name], label=name, linewidth=1.8)
             panel.fill_between(layers, low.tolist(), high.tolist(), color=_COLORS[name], alpha=0.15, linewidth=0)
-    panels[0][0].set_ylabel("share of the generated tokens' attention")
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    panels[0, 0].set_ylabel("share of the generated tokens' attention")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(TYPES), frameon=False, fontsize=9)
     figure.suptitle(prompt, fontsize=11)

@@ -243,6 +243,8 @@ def _index_or_word(token: str) -> int | str:
 
 
 def _print_explanation(ex: Explanation, chosen: int | None) -> None:
+    from .verify import fall
+
     _out.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
     _out.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)
     table = Table(title="what made the model say each word", title_justify="left", title_style="bold")
@@ -257,7 +259,7 @@ def _print_explanation(ex: Explanation, chosen: int | None) -> None:
         check = ex.verified(i)
         if check is not None:
             random = sum(check.random) / len(check.random)
-            falls = f"{0 - check.top:.2f}, random {0 - random:.2f}, lowest {0 - check.lowest:.2f}"
+            falls = f"{fall(check.top)}, random {fall(random)}, lowest {fall(check.lowest)}"
             color = {"holds": "green", "fails": "red", "open": "dim"}[check.verdict]
             row.append(f"{falls}: [{color}]{check.verdict}[/]")
         table.add_row(*row)

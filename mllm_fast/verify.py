@@ -63,13 +63,14 @@ class Verification:
             "open": "no small set of patches moves this word",
         }
         return (
-            f"without its {self.count} highest of {self.of} patches log p falls by {_fall(self.top)}, without random"
-            f" ones by {_fall(mean)} (at most {_fall(min(self.random))}), without the lowest by"
-            f" {_fall(self.lowest)}: {meaning[self.verdict]}"
+            f"without its {self.count} highest of {self.of} patches log p falls by {fall(self.top)}, without random"
+            f" ones by {fall(mean)} (at most {fall(min(self.random))}), without the lowest by"
+            f" {fall(self.lowest)}: {meaning[self.verdict]}"
         )
 
 
-def _fall(change: float) -> str:
+def fall(change: float) -> str:
+    """A change of log p as how much it falls, without a minus before zero."""
     return f"{round(0.0 - change, 2) + 0.0:.2f}"
 
 

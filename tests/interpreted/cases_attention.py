@@ -1,0 +1,274 @@
+"""Knockout attention's Triton kernels against the definition in float64; run by tests/test_triton.py.
+
+Every buffer that a kernel is to fill begins as NaN, and so do the blocks of keys and values that no row sees and what
+lies behind the last key: reading any of it shows. Tolerance: see oracle.assert_as_good_as; the reference is torch's own
+attention in the same type, and a kernel may round the largest output once more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mllm_fast.kernels.dispatch import interpreted
+from mllm_fast.kernels.knockout_attention import knockout_attention, segment_table, triton_kernel
+from mllm_fast.kernels.knockout_attention.reference import attention as reference
+from mllm_fast.kernels.knockout_attention.reference import visible
+from mllm_fast.kernels.knockout_attention.torch_kernel import attention as plain_torch
+from oracle import assert_as_good_as
+
+DEVICE = "cpu" if interpreted() else "cuda"
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+SMALL = triton_kernel.Config(16, 16, 4, 2)  # many blocks at few positions
+
+
+class Case(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    keys: int
+    rows: int
+    width: int
+    dtype: torch.dtype
+    segments: str = "own"  # "own" of each sequence, "shared" by all, "one" for all positions, "none"
+    padding: bool = True
+    mass: object = True  # True, False, "some" rows or "no" rows
+    lse: bool = True
+    small: bool = True
+    splits: bool = False  # that there are several
+    scale: float | None = None
+
+
+CASES = [
+    Case(2, 4, 2, 65, 65, 40, HALF),
+    Case(2, 4, 2, 65, 65, 16, BRAIN, "shared", mass="some"),
+    Case(2, 2, 1, 65, 65, 40, FLOAT, scale=0.3),
+    Case(2, 2, 2, 65, 65, 16, FLOAT, "none", mass="some"),
+    Case(1, 2, 2, 65, 51, 16, FLOAT, "one"),  # the first row is just before the last key of a block
+    Case(1, 2, 2, 65, 51, 16, FLOAT, "none"),
+    Case(1, 2, 2, 64, 64, 16, HALF, "none", padding=False, mass=False, lse=False),
+    Case(1, 17, 17, 33, 33, 16, BRAIN, padding=False, mass="no"),
+    Case(1, 1, 1, 65, 39, 16, FLOAT, splits=True, mass="some"),
+    Case(1, 1, 1, 64, 33, 16, FLOAT, "none", splits=True, mass=False, lse=False),
+    Case(2, 17, 1, 65, 1, 16, HALF, splits=True),
+    Case(1, 4, 2, 97, 5, 80, BRAIN, splits=True, mass="some"),
+    Case(1, 6, 1, 97, 5, 16, FLOAT, "none", splits=True, mass="no"),
+    Case(2, 4, 2, 65, 3, 40, FLOAT, "shared", mass=False, lse=False, splits=True),
+    # the tiles that the launch chooses
+    Case(1, 2, 1, 257, 257, 80, HALF, small=False),
+    Case(1, 2, 1, 257, 257, 64, BRAIN, small=False, mass="some"),
+    Case(1, 2, 1, 129, 129, 128, FLOAT, small=False, mass="some"),
+    Case(1, 1, 1, 97, 97, 256, BRAIN, "none", small=False, mass=False, splits=True),
+    Case(1, 1, 1, 33, 33, 256, FLOAT, small=False, splits=False),
+    Case(1, 6, 2, 257, 1, 128, BRAIN, small=False, splits=True),
+    Case(2, 2, 1, 257, 1, 64, FLOAT, small=False, splits=True, mass="some"),
+    Case(1, 1, 1, 33, 33, 256, HALF, small=False, mass=False),
+    Case(1, 4, 4, 33, 9, 80, FLOAT, "none", small=False, mass="some"),
+    Case(1, 2, 1, 1, 1, 16, HALF, "none", small=False, padding=False),
+]
+
+
+def name(case: Case) -> str:
+    return f"{case.heads}x{case.rows}x{case.keys}x{case.width}-{str(case.dtype)[6:]}-{case.segments}"
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Buffers begin as NaN, those of integers with a block number that does not exist."""
+
+    def poisoned(*size, dtype, device):
+        return torch.full(size, torch.nan if dtype.is_floating_point else -(10**6), dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(triton_kernel, "CHUNK", 4)  # the interpreter's union of bits is slow
+
+
+def masks(case: Case) -> dict:
+    """Segments in runs: 30 is long, seen by none and blind to what is before it, 31 is seen by some. A second
+    sequence has random segments and no padding."""
+    gen = torch.Generator().manual_seed(3)
+    runs = torch.tensor([3, 30, 31, 3, 0], dtype=torch.uint8)
+    lengths = torch.tensor([0.1, 0.4, 0.3, 0.1, 0.1]).mul(case.keys).ceil().long()
+    segments = runs.repeat_interleave(lengths)[None, : case.keys]
+    if case.segments == "own" and case.batch > 1:
+        mixed = torch.randint(32, (case.batch - 1, case.keys), generator=gen, dtype=torch.uint8)
+        segments = torch.cat([segments, mixed])
+    pairs = torch.randint(32, (200, 2), generator=gen).tolist()
+    rules = [(30, t) for t in range(32)] + [(3, 30), (31, 3)] + [(s, t) for s, t in pairs if 3 < t < 20]
+    if case.segments == "one":  # seen by all: masks are needed at the diagonal and the padding alone
+        segments, rules = torch.full((case.batch, case.keys), 31, dtype=torch.uint8), [(31, 0), (0, 31)]
+    start = torch.tensor([case.keys // 4 + 3] + [0] * (case.batch - 1), dtype=torch.int32, device=DEVICE)
+    given = {"start": start if case.padding else None, "segments": None, "table": None}
+    if case.segments != "none":
+        given |= {"segments": segments.to(DEVICE), "table": segment_table(rules, DEVICE)}
+    return given
+
+
+def operands(case: Case) -> list[torch.Tensor]:
+    """Query, a view of [B, R, H, D]; key and value, the first N of more positions, NaN behind."""
+    gen = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=gen).to(case.dtype).to(DEVICE)  # noqa: E731
+    query = draw(case.batch, case.rows, case.heads, case.width).transpose(1, 2)
+    more = [draw(case.batch, case.kv_heads, case.keys + 70, case.width) for _ in "kv"]
+    for tensor in more:
+        tensor[:, :, case.keys :] = torch.nan
+    return [query, *(tensor[:, :, : case.keys] for tensor in more)]
+
+
+def chosen_rows(case: Case) -> bool | torch.Tensor:
+    """A third of the rows of each sequence, or none; blind rows are among them."""
+    if isinstance(case.mass, bool):
+        return case.mass
+    rows = torch.zeros(case.batch, case.rows, dtype=torch.bool, device=DEVICE)
+    if case.mass == "some":
+        rows[:, ::3] = True
+        rows[-1] &= torch.arange(case.rows, device=DEVICE) > case.rows // 2
+    return rows
+
+
+def unread_blocks(case: Case, seen: torch.Tensor) -> torch.Tensor:
+    """Keys of blocks that no row sees, bool [B, N]; blocks as wide as the widest of any kernel."""
+    widest = max(triton_kernel.config(case.dtype, case.width, (8, 0), kind).block_n for kind in triton_kernel.KINDS)
+    needed = seen.any(1).expand(case.batch, -1)
+    padded = F.pad(needed, (0, -case.keys % widest)).unflatten(1, (-1, widest)).any(2)
+    return ~padded.repeat_interleave(widest, 1)[:, : case.keys]
+
+
+def compare(got: torch.Tensor, low: torch.Tensor, truth: torch.Tensor, eps: float) -> None:
+    """An error of `eps` of the largest value is allowed on top; -inf stands in the same places."""
+    blind = truth == -torch.inf
+    assert torch.equal(got == -torch.inf, blind)
+    got, low, truth = (t.masked_fill(blind, 0) for t in (got, low, truth))
+    magnitude = float(truth.abs().max()) * eps / (4 * torch.finfo(torch.float32).eps)  # of which four roundings
+    assert_as_good_as(got, low, truth, magnitude)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_matches_float64_definition(case, monkeypatch):
+    if case.small:
+        monkeypatch.setattr(triton_kernel, "config", lambda *_: SMALL)
+    splits = []
+    launch = triton_kernel.split_count
+    monkeypatch.setattr(triton_kernel, "split_count", lambda *a: splits.append(launch(*a)) or splits[0])
+    query, key, value = operands(case)
+    given = masks(case)
+    seen = visible(case.rows, case.keys, given["segments"], given["table"], given["start"])
+    mass = chosen_rows(case)
+    scale = case.width**-0.5 if case.scale is None else case.scale
+    arguments = (given["segments"], given["table"], given["start"], scale, True, mass)
+    truth = reference(query.double(), key.double(), value.double(), *arguments)
+    plain = plain_torch(query, key, value, *arguments)
+    own = F.scaled_dot_product_attention(query, key, value, seen[:, None], scale=scale, enable_gqa=True)
+
+    unread = unread_blocks(case, seen)
+    assert unread.any() or case.segments in ("one", "none") or case.keys < 65, "nothing is poisoned"
+    for tensor in (key, value):
+        tensor.masked_fill_(unread[:, None, :, None], torch.nan)
+    got = knockout_attention(query, key, value, **given, scale=case.scale, lse=case.lse, mass=mass, backend="triton")
+
+    assert got.output.dtype == case.dtype
+    assert got.output.transpose(1, 2).is_contiguous()
+    eps = torch.finfo(torch.float32).eps
+    roundings = 4 * eps if case.dtype == FLOAT else torch.finfo(case.dtype).eps
+    compare(got.output, own.nan_to_num(0), truth[0], roundings)  # torch gives NaN for rows that see nothing
+    blind = ~seen.any(2)[:, None, :, None]
+    assert (got.output.masked_select(blind) == 0).all()
+    assert (got.lse is None, got.mass is None) == (not case.lse, mass is False)
+    if got.lse is not None:
+        assert got.lse.dtype == torch.float32
+        compare(got.lse, plain[1], truth[1], 4 * eps)
+    if got.mass is not None:
+        assert got.mass.dtype == torch.float32
+        compare(got.mass, plain[2], truth[2], 4 * eps)
+    assert (splits[0] > 1) == case.splits, "the case covers what it says"
+
+
+def tiled(seen: torch.Tensor, fill: bool) -> torch.Tensor:
+    """Tiles of 16 x 16 of seen [B, R, N], filled up: [B, row blocks, key blocks, 256]."""
+    padded = F.pad(seen, (0, -seen.shape[2] % 16, 0, -seen.shape[1] % 16), value=fill)
+    return padded.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).transpose(2, 3).flatten(3)
+
+
+def recorded(monkeypatch, kernel: str) -> list[tuple]:
+    """The arguments of the launches of a kernel."""
+    calls, real = [], getattr(triton_kernel, kernel)
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: calls.append(args) or real[grid](*args, **kwargs)
+
+    monkeypatch.setattr(triton_kernel, kernel, Recorder())
+    return calls
+
+
+def assert_listed(listed: list[int], needed: torch.Tensor, below: torch.Tensor) -> None:
+    """Every needed block is listed, and of those below the diagonal no other."""
+    assert set(needed.nonzero().flatten().tolist()) <= set(listed)
+    assert sorted(i for i in listed if below[i]) == (needed & below).nonzero().flatten().tolist()
+
+
+PLANNED = [c for c in CASES if c.small and c.segments != "none" and (c.heads == c.kv_heads or c.rows in (1, c.keys))]
+
+
+@pytest.mark.parametrize("case", PLANNED, ids=name)
+def test_only_open_blocks_are_read(case, monkeypatch):
+    """The lists hold the tiles with a pair to see; those listed as whole need no mask. The mass reads tiles of
+    chosen rows alone."""
+    monkeypatch.setattr(triton_kernel, "config", lambda *_: SMALL)
+    for_rows, for_keys = recorded(monkeypatch, "plan_keys"), recorded(monkeypatch, "plan_rows")
+    given, mass = masks(case), chosen_rows(case)
+    knockout_attention(*operands(case), **given, mass=mass, backend="triton")
+    seen = visible(case.rows, case.keys, given["segments"], given["table"], given["start"]).expand(case.batch, -1, -1)
+    seen, row, key = seen.cpu(), torch.arange(case.rows) + case.keys - case.rows, torch.arange(0, case.keys, 16)
+
+    blocks, counts = (t.cpu() for t in for_rows[0][3:5])
+    packed = seen.repeat(1, case.heads // case.kv_heads if case.rows == 1 else 1, 1)
+    some, every = tiled(packed, False).any(3), tiled(packed, True).all(3)
+    for at in itertools.product(range(case.batch), range(blocks.shape[1])):
+        front, back = counts[at].tolist()
+        whole, partial = blocks[at][:front].tolist(), blocks[at][blocks.shape[2] - back :].tolist()
+        assert_listed(whole + partial, some[at], key + 15 < row[at[1] * 16 % case.rows])
+        assert every[at][whole].all()
+
+    blocks, counts = (t.cpu() for t in for_keys[0][4:6])
+    chosen = torch.ones(case.batch, case.rows, dtype=torch.bool) if mass is True else mass.cpu()
+    some = tiled(seen & chosen[:, :, None], False).any(3)
+    for b, j in itertools.product(range(case.batch), range(blocks.shape[1])):
+        assert_listed(blocks[b, j, : counts[b, j]].tolist(), some[b, :, j], key[j] + 15 < row[::16])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_all_padding(rows):
+    """A sequence of nothing but padding beside one without: zeros, -inf and no mass."""
+    query, key, value = (torch.randn(2, 2, n, 16, device=DEVICE) for n in (rows, 40, 40))
+    start = torch.tensor([40, 0], dtype=torch.int32, device=DEVICE)
+    got = knockout_attention(query, key, value, start=start, lse=True, mass=True, backend="triton")
+    assert (got.output[0] == 0).all()
+    assert (got.lse[0] == -torch.inf).all()
+    assert (got.mass[0] == 0).all()
+    torch.testing.assert_close(got.mass[1].sum(-1), torch.ones(2, device=DEVICE))
+    assert got.output[1].isfinite().all()
+    assert got.lse[1].isfinite().all()
+
+
+def test_no_rows_and_no_sequences():
+    for batch, rows in ((0, 5), (2, 0)):
+        query, key = torch.zeros(batch, 2, rows, 16, device=DEVICE), torch.zeros(batch, 2, 20, 16, device=DEVICE)
+        got = knockout_attention(query, key, key, lse=True, mass=True, backend="triton")
+        assert got.output.shape == (batch, 2, rows, 16)
+        assert got.lse.shape == (batch, 2, rows)
+        assert got.mass.shape == (batch, 2, 20)
+        assert (got.mass == 0).all()
+
+
+def test_broken_weights_give_nan():
+    """NaN in a query must not look like a row that sees nothing."""
+    query, key = torch.randn(1, 2, 33, 16, device=DEVICE), torch.randn(1, 2, 33, 16, device=DEVICE)
+    query[:, 1, 20] = torch.nan
+    got = knockout_attention(query, key, key, lse=True, backend="triton")
+    assert got.output[:, 1, 20].isnan().all()
+    assert got.lse[:, 1, 20].isnan().all()
+    assert got.output.isnan().sum() == 16

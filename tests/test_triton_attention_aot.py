@@ -1,0 +1,142 @@
+"""Every Triton kernel compiles for each chip generation, in each tile that `config` chooses: tensor cores where there
+is a product, no spilled register, no more shared memory than the chip has.
+
+Compiling costs about a second a kernel. Default: for each tile the widest head that it serves, full width with
+segments, padding and by-products, and padded width without; these need most registers. The narrowest heads once.
+`python tests/test_triton_aot.py` compiles the whole product and prints a table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import sys
+
+import pytest
+import torch
+
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    pytest.skip("triton is a dependency on Linux x86_64 only", allow_module_level=True)
+
+from mllm_fast.kernels.knockout_attention import triton_attend, triton_kernel, triton_mass
+from triton_aot import SHARED, TENSOR_CORES, Compiled, compile_kernel
+
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+BLOCKS_D = (16, 32, 64, 128, 256)
+FIXED = {
+    **dict.fromkeys(("query", "key", "value", "output"), "*bf16"),
+    **dict.fromkeys(("lse", "weight", "parts", "part_lse"), "*fp32"),
+    **dict.fromkeys(("table", "start", "blocks", "counts"), "*i32"),
+    "segments": "*u8",
+    "scale": "fp32",
+}
+COUNTS = ("heads", "per_kv", "packed")  # integers that need not be multiples of 16
+
+
+def build(fn, capability: int, warps: int, stages: int, types: dict | None = None, **constexprs) -> Compiled:
+    types = {n: FIXED.get(n, "i32") for n in fn.arg_names if n not in constexprs} | (types or {})
+    return compile_kernel(fn, types, constexprs, capability, warps, stages, COUNTS)
+
+
+def attention_kernel(kind: str, dtype: torch.dtype, block_d: int, capability: int, even: bool, full: bool) -> Compiled:
+    """`attend` or `mass` as the launch code would call it; `full`: with segments, padding and by-products."""
+    tile = triton_kernel.config(dtype, block_d, divmod(capability, 10), kind)
+    absent = {} if full else dict.fromkeys(("segments", "table", "start"))
+    flags = {"HAS_SEGMENTS": full, "HAS_START": full, "PRECISION": tile.precision, "BLOCK_D": block_d}
+    types = dict.fromkeys(("query", "key"), TYPES[dtype])
+    if kind == "mass":
+        fn, types["output"] = triton_mass.mass, "*fp32"
+    else:
+        fn = triton_attend.attend
+        types |= dict.fromkeys(("value", "output"), TYPES[dtype])
+        flags |= {"EVEN_D": even, "WITH_LSE": full, "PACKED": full and kind == "decode"}
+        absent |= {} if full else dict.fromkeys(("lse", "blocks", "counts"))
+    flags |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    return build(fn, capability, tile.warps, tile.stages, types, **flags, **absent)
+
+
+def check(made: Compiled, capability: int, products: bool) -> None:
+    assert made.spills == 0, f"{made.spills} bytes spilled at {made.registers} registers"
+    assert made.shared <= SHARED[capability]
+    if capability == 80:
+        assert made.shared <= 99 << 10, "consumer chips of the same generation have 99 KiB"
+    if products:
+        assert any(name in made.ptx for name in TENSOR_CORES[capability])
+
+
+def uses_tensor_cores(kind: str, dtype: torch.dtype, block_d: int, capability: int) -> bool:
+    return triton_kernel.config(dtype, block_d, divmod(capability, 10), kind).precision != "ieee"
+
+
+def default_cases():
+    for kind, dtype, capability in itertools.product(triton_kernel.KINDS, (torch.bfloat16, torch.float32), SHARED):
+        served = {triton_kernel.config(dtype, d, divmod(capability, 10), kind): d for d in BLOCKS_D}
+        for block_d in served.values():
+            yield kind, dtype, block_d, capability, True, True
+            yield kind, dtype, block_d, capability, False, False
+        yield kind, dtype, 16, capability, True, True
+    for capability in SHARED:
+        yield "prefill", torch.float16, 128, capability, True, True
+
+
+@pytest.mark.parametrize(("kind", "dtype", "block_d", "capability", "even", "full"), list(default_cases()))
+def test_attention_kernels(kind, dtype, block_d, capability, even, full):
+    made = attention_kernel(kind, dtype, block_d, capability, even, full)
+    check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
+    if kind == "prefill" and dtype.itemsize == 2:
+        assert TENSOR_CORES[capability][-1] in made.ptx, "the chip's own matrix instructions"
+
+
+def tiles(*kinds: str) -> list[tuple[int, int]]:
+    """Every tile that `config` gives one of `kinds`."""
+    choices = itertools.product(TYPES, BLOCKS_D, SHARED, kinds)
+    return sorted({triton_kernel.config(t, d, divmod(c, 10), k)[:2] for t, d, c, k in choices})
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize(("block_m", "block_n"), tiles("prefill", "decode"))
+def test_plan_keys(block_m, block_n, capability):
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": triton_kernel.CHUNK}
+    check(build(triton_attend.plan_keys, capability, 4, 3, HAS_START=True, **tile), capability, False)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize(("block_m", "block_n"), tiles("mass"))
+def test_plan_rows(block_m, block_n, capability):
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": triton_kernel.CHUNK}
+    check(build(triton_mass.plan_rows, capability, 4, 3, HAS_SEGMENTS=True, HAS_START=True, **tile), capability, False)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("block_d", [16, 256])
+def test_combine(block_d, capability):
+    flags = {"WITH_LSE": True, "MAX_SPLITS": triton_kernel.MAX_SPLITS, "BLOCK_D": block_d}
+    check(build(triton_attend.combine, capability, 4, 3, **flags), capability, False)
+
+
+ATTEND = (triton_attend.plan_keys, triton_attend.attend, triton_attend.combine)
+MASS = (triton_mass.plan_rows, triton_mass.mass)
+
+
+@pytest.mark.parametrize("fn", ATTEND + MASS, ids=lambda fn: fn.__name__)
+def test_a_new_length_compiles_nothing(fn):
+    special = {p.name for p in fn.params if p.is_constexpr or not p.do_not_specialize}
+    assert not special & {"rows", "keys", "slots", "splits", "segment_stride"}
+
+
+def main() -> None:
+    """The whole product, a line each; ends with an error at the first that fails."""
+    flags = (False, True)
+    for case in itertools.product(triton_kernel.KINDS, TYPES, BLOCKS_D, SHARED, flags, flags):
+        kind, dtype, block_d, capability, even, full = case
+        if kind == "mass" and not even:
+            continue  # it has no code for this
+        made = attention_kernel(*case)
+        print(f"sm_{capability} {kind:8}{TYPES[dtype][1:]:5}{block_d:4} {'even' if even else 'odd ':5}"
+              f"{'full' if full else 'bare':5}{made.registers:4} registers{made.spills:5} spilled"
+              f"{made.shared:7} shared", flush=True)  # fmt: skip
+        check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
+
+
+if __name__ == "__main__":
+    main()
