@@ -108,15 +108,14 @@ def rates(layer: Layer, rounds: int) -> dict[str, float]:
     extension, _ = cpu_extension()
     operator = torch.randn(VOCAB, DEPTH)
     base = torch.log_softmax(torch.randn(1, VOCAB), -1)
-    start, out = torch.tensor([0, POSITIONS]), torch.empty(POSITIONS)
+    out = torch.empty(POSITIONS)
     square = torch.randn(2048, 2048)
     sets = extension.instruction_sets()
 
     def kernel(isa: str) -> None:
-        addresses = (layer.values[0], operator), (start, base)
-        (writes, operand), (groups, logs) = ((a.data_ptr(), b.data_ptr()) for a, b in addresses)
+        writes, operand, logs = (one.data_ptr() for one in (layer.values[0], operator, base))
         sizes = (POSITIONS, VOCAB, DEPTH, 1)
-        extension.log_sum_exp(writes, operand, False, groups, logs, 0, 0, 0, 0.0, *sizes, out.data_ptr(), threads, isa)
+        extension.log_sum_exp(writes, [operand], False, logs, 0, 0, 0, 0.0, *sizes, out.data_ptr(), threads, isa)
 
     found = {}
     for isa in sets:  # each path beside its own ceiling: wide instructions lower the clock for those that follow

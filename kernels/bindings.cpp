@@ -21,31 +21,39 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &mllm::instruction_sets, "Instruction sets usable here, best first.");
   m.def(
       "log_sum_exp",
-      [](uintptr_t writes, uintptr_t operand, bool bfloat16, uintptr_t group_start, uintptr_t base, uintptr_t lean,
+      [](uintptr_t writes, std::vector<uintptr_t> operands, bool bfloat16, uintptr_t base, uintptr_t lean,
          uintptr_t shift, uintptr_t raw, float cap, int64_t rows, int64_t vocab, int64_t depth, int64_t groups,
          uintptr_t out, int threads, const std::string& isa) {
-        mllm::Problem p;
-        p.writes = pointer<const float>(writes);
-        p.operand = pointer<const void>(operand);
-        p.operand_bfloat16 = bfloat16;
-        p.group_start = pointer<const int64_t>(group_start);
-        p.base = pointer<const float>(base);
-        p.lean = pointer<const float>(lean);
-        p.shift = pointer<const float>(shift);
-        p.raw = pointer<const float>(raw);
-        p.cap = cap;
-        p.rows = rows;
-        p.vocab = vocab;
-        p.depth = depth;
-        p.groups = groups;
-        p.out = pointer<float>(out);
-        p.threads = threads;
-        mllm::log_sum_exp(p, isa);
+        const int64_t together = operands.size() == 1 ? groups : 1;  // groups of one operand
+        for (size_t i = 0; i < operands.size(); ++i) {
+          auto from = [&](uintptr_t array, int64_t each) {
+            return array ? pointer<float>(array) + i * each : nullptr;
+          };
+          mllm::Problem p;
+          p.writes = from(writes, rows * depth);
+          p.operand = pointer<const void>(operands[i]);
+          p.operand_bfloat16 = bfloat16;
+          p.base = from(base, vocab);
+          p.lean = from(lean, vocab);
+          p.shift = from(shift, rows);
+          p.raw = from(raw, vocab);
+          p.cap = cap;
+          p.group_rows = rows;
+          p.rows = together * rows;
+          p.vocab = vocab;
+          p.depth = depth;
+          p.groups = together;
+          p.out = from(out, rows);
+          p.threads = threads;
+          mllm::log_sum_exp(p, isa);
+        }
       },
-      py::call_guard<py::gil_scoped_release>(), py::arg("writes"), py::arg("operand"), py::arg("bfloat16"),
-      py::arg("group_start"), py::arg("base"), py::arg("lean"), py::arg("shift"), py::arg("raw"), py::arg("cap"),
+      py::call_guard<py::gil_scoped_release>(), py::arg("writes"), py::arg("operands"), py::arg("bfloat16"),
+      py::arg("base"), py::arg("lean"), py::arg("shift"), py::arg("raw"), py::arg("cap"),
       py::arg("rows"), py::arg("vocab"), py::arg("depth"), py::arg("groups"), py::arg("out"), py::arg("threads"),
-      py::arg("isa"), "Fills `out`; see logprob_increase/problem.h.");
+      py::arg("isa"),
+      "Fills `out`, `rows` numbers a group; one operand for all groups, or one for each. See"
+      " logprob_increase/problem.h.");
   m.def(
       "attention",
       [](std::array<uintptr_t, 3> operands, bool bfloat16, std::array<std::array<int64_t, 3>, 3> strides,

@@ -42,7 +42,8 @@ def model_lock(text: TextModel) -> threading.RLock:
 class Recording:
     """Rows recorded of each forward pass: the last `rows` of it, [B, rows, ...] a pass.
 
-    residual, query: one list a layer; query [B, rows, H, D], rotated; final: inputs of the final norm. `seen`:
+    residual, query, output: one list a layer; query [B, rows, H, D], rotated; output as query, what each head read;
+    final: inputs of the final norm. `seen`:
     for each pass the keys that the rows see, bool [B or 1, rows, N], or None for plain causal attention.
     `last`: the position of each pass's last row, None where the caller's own mask does not tell. embeds, positions:
     what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows.
@@ -53,6 +54,7 @@ class Recording:
     device: torch.device
     residual: list[list[Tensor]] = field(init=False)
     query: list[list[Tensor]] = field(init=False)
+    output: list[list[Tensor]] = field(init=False)
     final: list[Tensor] = field(default_factory=list)
     seen: list[list[Tensor | None]] = field(init=False)
     scale: list[float] = field(init=False)
@@ -63,12 +65,14 @@ class Recording:
     def __post_init__(self) -> None:
         self.residual = [[] for _ in range(self.num_layers)]
         self.query = [[] for _ in range(self.num_layers)]
+        self.output = [[] for _ in range(self.num_layers)]
         self.seen = [[] for _ in range(self.num_layers)]
         self.scale = [0.0] * self.num_layers
 
     def take(self, hidden: Tensor) -> Tensor:
-        """The recorded rows of [B, R, d], copied so that the rest of the pass can be freed."""
-        return hidden[:, -self.rows :].detach().to(self.device, copy=True)
+        """The recorded rows of [B, R, ...]; copied if there are others, so that the rest of the pass can be freed."""
+        rows = hidden if hidden.shape[1] == self.rows else hidden[:, -self.rows :].clone()
+        return rows.detach().to(self.device)
 
     def on_attention(
         self, layer: int, query: Tensor, keys: int, mask: RowMask | Tensor | None, scale: float, closed: Closed | None
@@ -129,6 +133,8 @@ def _attached(
             record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)
         mass = shares is not None and shares.wants(key.shape[2] - query.shape[2])
         found = attend(query, key, value, attention_mask, scale, closed, mass, backend)
+        if rows:
+            record.output[layer].append(record.take(found.output.transpose(1, 2)))
         if shares is not None and found.mass is not None:
             shares.add(layer, found.mass)
         return found.output.transpose(1, 2).contiguous(), None

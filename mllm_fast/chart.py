@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from .answers import Answer
 from .errors import InputError
@@ -82,16 +83,20 @@ def _bars(values: list[float]) -> str:
 
 def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
     """Everything, ready for JSON; shares are [layers][heads]."""
-    answers = [
+    answers: list[dict[str, Any]] = [
         {
             "knocked_out": label,
             "answer": said.text,
             "tokens": said.tokens,
-            "attention_share": said.attention_share and {n: t.tolist() for n, t in said.attention_share.items()},
+            "attention_share": _lists(said.attention_share),
         }
         for label, said in rows
     ]
     return {"question": prompt, "answers": answers, "saved": None if saved is None else str(saved)}
+
+
+def _lists(share: dict[str, Tensor] | None) -> dict[str, list] | None:
+    return None if share is None else {name: values.tolist() for name, values in share.items()}
 
 
 def save(rows: Rows, prompt: str, path: Path) -> None:
@@ -119,7 +124,7 @@ def save(rows: Rows, prompt: str, path: Path) -> None:
             low, high = share.quantile(0.25, 1), share.quantile(0.75, 1)
             panel.plot(layers, share.mean(1).tolist(), _STYLES[name], color=_COLORS[name], label=name, linewidth=1.8)
             panel.fill_between(layers, low.tolist(), high.tolist(), color=_COLORS[name], alpha=0.15, linewidth=0)
-    panels[0, 0].set_ylabel("share of the generated tokens' attention")
+    panels[0, 0].set_ylabel("share of generated tokens' attention", fontsize=9)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(TYPES), frameon=False, fontsize=9)

@@ -205,26 +205,24 @@ class Explanation:
 
     def _score_heads(self, tokens: range) -> Tensor:
         """[len(tokens), L, H]: one row a head, so the direct way, all layers and heads in one call."""
-        writes, residual, final, ids = [], [], [], []
-        for index in tokens:
-            for layer in range(self.num_layers):
-                values = self._trace.head_values(index, layer)  # [H, D]
-                weight = self._text.outputs[layer].weight.detach()
-                split = weight.to(device=values.device, dtype=values.dtype).reshape(weight.shape[0], self.num_heads, -1)
-                writes.append(torch.einsum("hk,dhk->hd", values, split))
-                residual.append(self._trace.residual[index, layer])
-                final.append(self._trace.final[index])
-                ids.append(self.token_ids[index])
+        trace, first, last = self._trace, tokens.start, tokens.stop
+        count, layers, device = len(tokens), self.num_layers, trace.residual.device
+        wide = torch.promote_types(trace.output.dtype, torch.float32)
+        writes = trace.residual.new_empty(count, layers, self.num_heads, trace.residual.shape[-1], dtype=wide)
+        for layer in range(layers):
+            weight = self._text.outputs[layer].weight.detach().to(device=device, dtype=wide)
+            split = weight.reshape(weight.shape[0], self.num_heads, -1).permute(1, 2, 0)  # [H, D, d]
+            writes[:, layer] = (trace.output[first:last, layer].to(wide).transpose(0, 1) @ split).transpose(0, 1)
         scores = logprob_increase(
-            torch.stack(residual),
-            torch.stack(writes),
-            torch.tensor(ids, device=residual[0].device),
+            trace.residual[first:last].flatten(0, 1),
+            writes.flatten(0, 1),
+            torch.tensor(self.token_ids[first:last], device=device).repeat_interleave(layers),
             self._unembedding,
             norm=self.norm,
-            final=torch.stack(final),
+            final=trace.final[first:last].repeat_interleave(layers, 0),
             backend=self._backend,
         )
-        return scores.reshape(len(tokens), self.num_layers, self.num_heads)
+        return scores.reshape(count, layers, self.num_heads)
 
     def _score_positions(self, index: int, heads: list[tuple[int, int]]) -> list[Tensor]:
         """One [positions] a head: many rows a head, so the factored way where it pays."""
@@ -235,14 +233,10 @@ class Explanation:
         for start in range(0, len(ordered), step):
             part = ordered[start : start + step]
             layers = sorted({layer for layer, _ in part})
-            values = [
-                self._trace.position_values(index, one, [head for layer, head in part if layer == one])
-                for one in layers
-            ]
             device = self._trace.residual.device
             scores = logprob_increase(
                 self._trace.residual[index, layers],
-                torch.cat(values),
+                self._trace.position_values(index, part),
                 torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
                 projection=torch.stack(

@@ -16,7 +16,8 @@ from .errors import InputError
 class Trace:
     """One sequence. T explained rows, L layers, H query heads, N cached positions.
 
-    residual [T, L, d]: h, each layer's input at the row. query [T, L, H, D], rotated. final [T, d]: the last
+    residual [T, L, d]: h, each layer's input at the row. query [T, L, H, D], rotated. output [T, L, H, D]:
+    sum_p alpha_jp v_jp of every head, what the output projection reads. final [T, d]: the last
     layer's output at the row. keys, values: one [Hkv, N, D] a layer. rows: the position of each explained
     row, int64 [T]; a row sees keys up to itself, and where `seen` has an entry for its layer (bool [T, N]),
     only those. scale: of the attention, one a layer.
@@ -24,6 +25,7 @@ class Trace:
 
     residual: Tensor
     query: Tensor
+    output: Tensor
     final: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -45,19 +47,19 @@ class Trace:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return torch.softmax(scores, -1)
 
-    def head_values(self, token: int, layer: int) -> Tensor:
-        """sum_p alpha_jp v_jp of every head of one row, [H, D]: what the output projection reads."""
-        alpha = self.attention(token, layer)
-        values = self.values[layer][:, : alpha.shape[1]].to(alpha.dtype)
-        grouped = alpha.reshape(values.shape[0], -1, alpha.shape[1]) @ values
-        return grouped.reshape(alpha.shape[0], -1)
-
-    def position_values(self, token: int, layer: int, heads: list[int]) -> Tensor:
-        """alpha_jp v_jp of some heads of one layer for every position, [len(heads), N', D]."""
-        alpha = self.attention(token, layer)
-        values = self.values[layer]
-        groups = [head // (alpha.shape[0] // values.shape[0]) for head in heads]
-        return alpha[heads][..., None] * values[groups, : alpha.shape[1]].to(alpha.dtype)
+    def position_values(self, token: int, heads: list[tuple[int, int]]) -> Tensor:
+        """alpha_jp v_jp of some heads, (layer, head) each, for every position of one row: [len(heads), N', D]."""
+        stop, groups = int(self.rows[token]) + 1, self.query.shape[2] // self.keys[0].shape[0]
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        keys = torch.stack([self.keys[layer][head // groups, :stop] for layer, head in heads]).to(wide)
+        query = torch.stack([self.query[token, layer, head] * self.scale[layer] for layer, head in heads]).to(wide)
+        scores = (keys @ query[..., None])[..., 0]
+        for row, (layer, _) in zip(scores, heads, strict=True):
+            seen = self.seen[layer]
+            if seen is not None:
+                row.masked_fill_(~seen[token, :stop].to(row.device), -torch.inf)
+        values = torch.stack([self.values[layer][head // groups, :stop] for layer, head in heads])
+        return torch.softmax(scores, -1)[..., None] * values.to(wide)
 
 
 def make_trace(
@@ -91,6 +93,7 @@ def make_trace(
     return Trace(
         residual=torch.stack([_rows(r, batch_index, num_tokens) for r in record.residual], 1),
         query=torch.stack([_rows(q, batch_index, num_tokens) for q in record.query], 1),
+        output=torch.stack([_rows(o, batch_index, num_tokens) for o in record.output], 1),
         final=_rows(record.final, batch_index, num_tokens),
         keys=tuple(keys),
         values=tuple(values),

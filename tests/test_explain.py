@@ -111,9 +111,9 @@ def test_writes_add_up(pair, picture):
         cache = vlm.model(**inputs, use_cache=True).past_key_values
     trace = make_trace(record, cache, 1, oracle.prompt_length)
     for layer in range(len(vlm.text.layers)):
-        heads = trace.head_values(0, layer)
+        heads = trace.output[0, layer]
         for head in range(vlm.text.num_heads):
-            summed = trace.position_values(0, layer, [head])[0].sum(0)
+            summed = trace.position_values(0, [(layer, head)])[0].sum(0)
             torch.testing.assert_close(summed, heads[head], rtol=0, atol=1e-10)
         bias = vlm.text.outputs[layer].bias
         written = vlm.text.outputs[layer].weight @ heads.flatten() + (0 if bias is None else bias)
@@ -250,7 +250,7 @@ def test_left_padding_changes_nothing(pair, picture):
         alpha = padded.attention(0, layer)
         assert alpha[:, :padding].abs().max() == 0
         torch.testing.assert_close(alpha[:, padding:], alone.attention(0, layer), rtol=0, atol=1e-6)
-        torch.testing.assert_close(padded.head_values(0, layer), alone.head_values(0, layer), rtol=0, atol=1e-5)
+        torch.testing.assert_close(padded.output[0, layer], alone.output[0, layer], rtol=0, atol=1e-5)
 
 
 def test_end_of_sequence_is_not_a_word(shapes, picture):

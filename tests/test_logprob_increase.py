@@ -112,17 +112,16 @@ def test_every_instruction_set(isa, groups, rows, vocab, depth, bfloat16, lean, 
 @needs_extension
 @pytest.mark.parametrize("isa", SETS)
 def test_every_output_is_written(isa):
-    """The output buffer is poisoned; a row that the kernel forgets stays NaN. Empty groups are allowed."""
-    starts = torch.tensor([0, 5, 5, 38])
-    writes, operand = torch.randn(38, 7), torch.randn(19, 7)
-    base = torch.log_softmax(torch.randn(3, 19), -1)
-    out = torch.full((40,), float("nan"))
-    EXTENSION.log_sum_exp(
-        writes.data_ptr(), operand.data_ptr(), False, starts.data_ptr(), base.data_ptr(), 0, 0, 0, 0.0,
-        38, 19, 7, 3, out.data_ptr(), 3, isa,
-    )  # fmt: skip
-    assert not out[:38].isnan().any()
-    assert out[38:].isnan().all(), "the kernel wrote past its rows"
+    """The output buffer is poisoned: a forgotten row stays NaN. One operand for all groups, or one for each."""
+    for operands in ([torch.randn(19, 7)], [torch.randn(19, 7) for _ in range(3)]):
+        writes, base = torch.randn(3, 13, 7), torch.log_softmax(torch.randn(3, 19), -1)
+        out = torch.full((41,), float("nan"))
+        EXTENSION.log_sum_exp(
+            writes.data_ptr(), [one.data_ptr() for one in operands], False, base.data_ptr(), 0, 0, 0, 0.0,
+            13, 19, 7, 3, out.data_ptr(), 3, isa,
+        )  # fmt: skip
+        assert not out[:39].isnan().any()
+        assert out[39:].isnan().all(), "the kernel wrote past its rows"
 
 
 @needs_extension

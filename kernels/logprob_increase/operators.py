@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from threading import Lock
 
 import torch
@@ -102,6 +102,21 @@ class Operators:
         if self.cache is None or self.keys is None:
             return False
         return self.cache.full_key(self.keys[group], self.unembedding, self.centred) in self.cache
+
+
+def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Runs of groups, and their operators: of those that are not in the cache at most `most_made` bytes at a time."""
+    first, made = 0, 0
+    held: list[Tensor] = []
+    for g in range(len(operators)):
+        size = 0 if operators.cached(g) else operators.nbytes
+        if held and made + size > most_made:
+            yield slice(first, g), held
+            first, made, held = g, 0, []
+        held.append(operators[g])
+        made += size
+    if held:
+        yield slice(first, len(operators)), held
 
 
 def weight_state(weight: Tensor) -> Hashable:

@@ -15,7 +15,7 @@ struct Problem {
   const float* writes = nullptr;         // [rows, depth]
   const void* operand = nullptr;         // [vocab, depth], float32 or bfloat16
   bool operand_bfloat16 = false;
-  const int64_t* group_start = nullptr;  // [groups + 1]: rows of group g are group_start[g] .. group_start[g + 1]
+  int64_t group_rows = 0;                // rows of group g are g * group_rows and those after it
   const float* base = nullptr;           // [groups, vocab], log2 of the base probabilities
   const float* lean = nullptr;           // [groups, vocab] or null
   const float* shift = nullptr;          // [rows] or null
@@ -35,8 +35,8 @@ struct Panel {
 inline std::vector<Panel> panels(const Problem& p, int width) {
   std::vector<Panel> list;
   for (int g = 0; g < p.groups; ++g)
-    for (int64_t row = p.group_start[g]; row < p.group_start[g + 1]; row += width) {
-      const int64_t left = p.group_start[g + 1] - row;
+    for (int64_t row = g * p.group_rows; row < (g + 1) * p.group_rows; row += width) {
+      const int64_t left = (g + 1) * p.group_rows - row;
       list.push_back({row, static_cast<int>(left < width ? left : width), g});
     }
   return list;

@@ -9,15 +9,25 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .base import increase as increase_by_group
 from .operators import Operators
 
 _BLOCK_ELEMENTS = 1 << 20  # of [rows, block of words], so 4 MiB of float32 at a time
 
 
 def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
-    """See `base.increase`."""
-    return increase_by_group(log_sum_exp, base, writes, operands, shift, source)
+    """S [G, R] of scaled writes [G, R, k] to the residual vectors `source` [G]; `operands` is one for all groups,
+    [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None for frozen statistics."""
+    if isinstance(operands, Tensor):
+        total = log_sum_exp(writes, operands, *base.of(source, shift), base.cap)
+        return base.explained(writes, operands[base.tokens[source]], shift, source) - total
+    out = writes.new_empty(writes.shape[:2])
+    for g in range(len(out)):
+        one = slice(g, g + 1)
+        lift = None if shift is None else shift[one]
+        operand = operands[g]
+        total = log_sum_exp(writes[one], operand, *base.of(source[one], lift), base.cap)
+        out[one] = base.explained(writes[one], operand[base.tokens[source[one]]], lift, source[one]) - total
+    return out
 
 
 def log_sum_exp(

@@ -8,7 +8,6 @@ products of tf32 (2^-21 or so, against 2^-24).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import triton_tiles
 from .base import Base
-from .operators import Operators
+from .operators import Operators, held_together
 
 _LOG2E = 1 / math.log(2)
 _MADE_BYTES = 1 << 30  # of operators outside the cache that one launch keeps alive
@@ -57,32 +56,19 @@ def increase(
     source: Tensor,
     splits: int | None = None,
 ) -> Tensor:
-    """See `base.increase`; everything in float32. `splits` cuts the vocabulary so (tests), else as the GPU is best
-    filled."""
+    """See `torch_kernel.increase`; everything in float32. `splits` cuts the vocabulary so (tests), else as the GPU is
+    best filled."""
     if not writes.shape[0] * writes.shape[1]:
         return writes.new_empty(writes.shape[:2])
     problem = _Problem(base, splits)
     if isinstance(operands, Tensor):
         return problem.direct(writes, operands, shift, source)
     out = writes.new_empty(writes.shape[:2])
-    for part, held in _held_together(operands):
+    # memory given back after a launch is used again in the stream's order
+    for part, held in held_together(operands, _MADE_BYTES):
         lift = None if shift is None else shift[part]
         out[part] = problem.factored(writes[part], held, lift, source[part])
     return out
-
-
-def _held_together(operators: Operators) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Runs of groups, and their operators. Memory given back after a launch is used again in the stream's order."""
-    first, made = 0, 0
-    held: list[Tensor] = []
-    for g in range(len(operators)):
-        size = 0 if operators.cached(g) else operators.nbytes
-        if held and made + size > _MADE_BYTES:
-            yield slice(first, g), held
-            first, made, held = g, 0, []
-        held.append(operators[g])
-        made += size
-    yield slice(first, len(operators)), held
 
 
 class _Problem:
