@@ -239,9 +239,7 @@ class Explanation:
                 self._trace.position_values(index, part),
                 torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
-                projection=torch.stack(
-                    [self._text.projection(layer, head).detach().to(device) for layer, head in part]
-                ),
+                projection=[self._text.projection(layer, head).detach().to(device) for layer, head in part],
                 norm=self.norm,
                 final=self._trace.final[index].expand(len(layers), -1),
                 source=torch.tensor([layers.index(layer) for layer, _ in part], device=device),

@@ -194,16 +194,18 @@ def test_groups_may_share_a_residual(way, norm):
 def test_auto_way_counts_the_operator():
     """Few rows do not pay for an operator, many do, and a cached one costs nothing."""
     from mllm_fast.kernels import OperatorCache
-    from mllm_fast.kernels.logprob_increase import _cheaper_way, _full_keys
+    from mllm_fast.kernels.logprob_increase import Operators, _cheaper_way
 
     arguments, unembedding = problem(1, 4, 400, 64, 8)
     values, projection = arguments["values"], arguments["projection"]
-    assert _cheaper_way(values, unembedding, projection, None, []) == "direct"
-    assert _cheaper_way(values.repeat(1, 50, 1), unembedding, projection, None, []) == "factored"
-    cache = OperatorCache(1 << 20)
-    cache.get("head", unembedding, projection[0], False)
-    keys = _full_keys(cache, ["head"], unembedding, False)
-    assert _cheaper_way(values, unembedding, projection, cache, keys) == "factored"
+    made = Operators(unembedding, projection, False, None, None)
+    assert _cheaper_way(values, unembedding, None) == "direct"
+    assert _cheaper_way(values, unembedding, made) == "direct"
+    assert _cheaper_way(values.repeat(1, 50, 1), unembedding, made) == "factored"
+    cached = Operators(unembedding, projection, False, OperatorCache(1 << 20), ["head"])
+    assert not cached.cached(0)
+    cached[0].sum()
+    assert _cheaper_way(values, unembedding, cached) == "factored"
 
 
 @pytest.mark.parametrize(

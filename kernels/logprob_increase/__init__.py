@@ -37,7 +37,7 @@ def logprob_increase(
     tokens: Tensor,
     unembedding: Unembedding,
     *,
-    projection: Tensor | None = None,
+    projection: Tensor | Sequence[Tensor] | None = None,
     norm: str = "frozen",
     final: Tensor | None = None,
     source: Tensor | None = None,
@@ -53,7 +53,8 @@ def logprob_increase(
         values: the writes [G, R, d]; or with `projection`, what it projects, [G, R, k].
         tokens: b, the explained token of each residual vector, int64 [G] (or [B]).
         unembedding: final norm and unembedding.
-        projection: O, [G, d, k]: a head's output projection; the write is then O u.
+        projection: O, [G, d, k], or G of [d, k], which are then read only where they are needed: a head's output
+            projection; the write is then O u.
         norm: "own": the statistics of the final norm are those of h and of h + w themselves (equation 6);
             "frozen": those of `final` (the paper's released notebook).
         final: the final layer's output at the explained row, [G, d] (or [B, d]); needed for "frozen".
@@ -76,11 +77,14 @@ def logprob_increase(
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
     backend = choose(residual.device, unembedding.weight.dtype, backend, op="logprob_increase")
     centred = unembedding.kind == "layer" and norm == "own"
-    full_keys = _full_keys(operators, keys, unembedding, centred)
+    made = None if projection is None else Operators(unembedding, projection, centred, operators, keys)
     if way == "auto":
-        way = _cheaper_way(values, unembedding, projection, operators, full_keys)
+        way = _cheaper_way(values, unembedding, made)
     residual, values = residual.to(wide), values.to(wide)
-    outward = None if projection is None else projection.to(wide)
+    outward = None
+    if projection is not None and (way == "direct" or norm == "own"):
+        stacked = projection if isinstance(projection, Tensor) else torch.stack(list(projection))
+        outward = stacked.to(wide)
     if way == "direct" and outward is not None:
         values, outward = values @ outward.mT, None
     if source is None:
@@ -96,7 +100,6 @@ def logprob_increase(
         if unembedding.gain is not None:
             scaled = scaled * unembedding.gain.to(wide)
         return kernel.increase(base, scaled, unembedding.weight, shift, source)
-    made = Operators(unembedding, projection, centred, operators, keys)  # type: ignore[arg-type]
     return kernel.increase(base, scaled, made, shift, source)
 
 
@@ -135,21 +138,15 @@ def _scales(
     return scale, -change / (root_before * root_after * (root_before + root_after))
 
 
-def _full_keys(operators, keys, unembedding: Unembedding, centred: bool) -> list[Hashable]:
-    if operators is None or keys is None:
-        return []
-    return [operators.full_key(key, unembedding, centred) for key in keys]
-
-
-def _cheaper_way(values, unembedding: Unembedding, projection, operators, full_keys: list[Hashable]) -> str:
+def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators | None) -> str:
     """By flops a group: direct 2 R V d (and the projection); factored 2 R V k, and 2 V d k where the
     operator is not at hand."""
-    if projection is None:
+    if operators is None:
         return "direct"
     groups, rows, depth = values.shape
     vocab, width = unembedding.weight.shape
     direct = groups * rows * width * (vocab + depth)
-    to_make = groups - sum(key in operators for key in full_keys)
+    to_make = groups - sum(map(operators.cached, range(groups)))
     factored = groups * rows * vocab * depth + to_make * vocab * width * depth
     return "factored" if factored <= direct else "direct"
 
@@ -172,9 +169,13 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
     if source is not None and len(source) and not (int(source.min()) >= 0 and int(source.max()) < count):
         raise ValueError(f"source lies in 0 .. {count - 1}, got {int(source.min())} .. {int(source.max())}")
     groups = count if source is None else len(source)
-    if projection is not None and (projection.ndim != 3 or projection.shape[:2] != (groups, width)):
-        raise ValueError(f"projection is [{groups}, {width}, k], got {tuple(projection.shape)}")
-    depth = width if projection is None else projection.shape[2]
+    depth = width
+    if projection is not None:
+        sizes = {tuple(one.shape) for one in projection}
+        depth = max((size[-1] for size in sizes), default=values.shape[-1])
+        if len(projection) != groups or sizes - {(width, depth)}:
+            found = f"{len(projection)} of {sorted(sizes)}"
+            raise ValueError(f"projection is [{groups}, {width}, k], or {groups} of [{width}, k], got {found}")
     if values.ndim != 3 or values.shape[0] != groups or values.shape[2] != depth:
         raise ValueError(f"values is [{groups}, R, {depth}], got {tuple(values.shape)}")
     if depth < 1:

@@ -42,14 +42,14 @@ class OperatorCache:
         return key in self._entries
 
     @staticmethod
-    def full_key(key: Hashable, unembedding: Unembedding, centred: bool) -> Hashable:
-        """`key` with what else the operator is made of."""
+    def full_keys(keys: Sequence[Hashable], unembedding: Unembedding, centred: bool) -> list[Hashable]:
+        """The keys, each with what else the operators are made of."""
         weights = [w for w in (unembedding.weight, unembedding.gain) if w is not None]
-        return (key, centred, *map(weight_state, weights))
+        state = (centred, *map(weight_state, weights))
+        return [(key, state) for key in keys]
 
-    def get(self, key: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
-        """The operator, from the cache or made now; kept if it fits the budget at all."""
-        full = self.full_key(key, unembedding, centred)
+    def get(self, full: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
+        """The operator of a full key, from the cache or made now; kept if it fits the budget at all."""
         with self._lock:
             if full in self._entries:
                 self._entries.move_to_end(full)
@@ -73,35 +73,34 @@ class OperatorCache:
 class Operators:
     """The operator of each group, made or taken from the cache when it is asked for.
 
-    projection: O of each group, [G, d, k]. cache, keys: a cache and the G keys there, or neither.
+    projection: O of each group, [G, d, k] or G of [d, k]. cache, keys: a cache and the G keys there, or neither.
     """
 
     def __init__(
         self,
         unembedding: Unembedding,
-        projection: Tensor,
+        projection: Tensor | Sequence[Tensor],
         centred: bool,
         cache: OperatorCache | None,
         keys: Sequence[Hashable] | None,
     ):
         self.unembedding, self.projection, self.centred = unembedding, projection, centred
-        self.cache, self.keys = cache, keys
-        weight = unembedding.weight
-        self.nbytes = weight.shape[0] * projection.shape[2] * weight.element_size()  # of one
+        self.cache = cache
+        self.full = [] if cache is None or keys is None else cache.full_keys(keys, unembedding, centred)
+        weight = unembedding.weight  # nbytes: of one
+        self.nbytes = weight.shape[0] * projection[0].shape[1] * weight.element_size() if len(projection) else 0
 
     def __len__(self) -> int:
         return len(self.projection)
 
     def __getitem__(self, group: int) -> Tensor:
-        if self.cache is None or self.keys is None:
+        if self.cache is None:
             return make_operator(self.unembedding, self.projection[group], self.centred)
-        return self.cache.get(self.keys[group], self.unembedding, self.projection[group], self.centred)
+        return self.cache.get(self.full[group], self.unembedding, self.projection[group], self.centred)
 
     def cached(self, group: int) -> bool:
         """Whether the cache holds it now."""
-        if self.cache is None or self.keys is None:
-            return False
-        return self.cache.full_key(self.keys[group], self.unembedding, self.centred) in self.cache
+        return self.cache is not None and self.full[group] in self.cache
 
 
 def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
