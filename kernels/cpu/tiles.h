@@ -12,7 +12,6 @@ constexpr int PARTS = 3;
 using Halves = std::vector<uint16_t, mllm::CacheAligned<uint16_t>>;
 
 typedef uint32_t bits __attribute__((vector_size(64)));
-typedef uint16_t half_row __attribute__((vector_size(32), aligned(2), may_alias));
 
 // A row of a tile is 16 pairs of bfloat16; which two depths make a pair is free, and d goes with d + 16.
 static inline void store_pairs(uint16_t* to, bits low, bits high) {
@@ -33,8 +32,7 @@ static inline void split_pairs(vec a, vec b, uint16_t* to, int64_t part) {
 }
 
 static inline void split(const uint16_t* x, uint16_t* to, int64_t) {
-  const half_row *low = reinterpret_cast<const half_row*>(x), *high = low + 1;
-  store_pairs(to, __builtin_convertvector(*low, bits) << 16, __builtin_convertvector(*high, bits) << 16);
+  store_pairs(to, (bits)load(x), (bits)load(x + LANES));
 }
 
 static inline void split(const float* x, uint16_t* to, int64_t part) {

@@ -7,6 +7,17 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
+static inline vec load(const uint16_t* p) {  // bfloat16
+#if LANES == 16 && defined(MLLM_X86)
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif LANES == 8 && defined(MLLM_X86)
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
+  ivec x;
+  for (int i = 0; i < LANES; ++i) x[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
+  return (vec)x;
+#endif
+}
 static inline void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }
 static inline vec splat(float x) { return x - (vec){}; }
 static inline vec maximum(vec a, vec b) { return a > b ? a : b; }  // b where a is NaN

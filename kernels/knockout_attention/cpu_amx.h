@@ -3,11 +3,12 @@
 // A block of 32 rows meets up to four open chunks of 32 keys at a time, wherever these lie: an item. Tiles and vector
 // units work side by side: while the tiles make the scores of one item, the vectors weigh those of the item before it;
 // while the tiles add values, the vectors do small jobs: the outputs of the row blocks before, and the parts of the
-// queries, keys and values of those that come. Two row blocks share each visit to the keys.
+// queries, keys and values of those that come. Several row blocks share each visit to the keys.
 
+constexpr int64_t SECOND_CACHE = 3 << 19;  // bytes of it for keys and values, where it has 2 MiB
 constexpr int CHUNK = SIDE;  // keys
 constexpr int TURN = 4;      // chunks of an item
-constexpr int BLOCKS = 2;      // row blocks that meet the chunks together
+constexpr int BLOCKS = 4;      // row blocks that meet the chunks together, at most
 
 // Transposes 16 rows of 16 words of 32 bits.
 static inline void transpose(vec (&x)[16]) {
@@ -88,6 +89,7 @@ class Prefill {
         views(blocks_and_chunks),
         steps((p.width + DEEP - 1) / DEEP),
         piece(steps * step),
+        together(views.chunks * piece * 4 <= SECOND_CACHE ? 2 : BLOCKS),
         keys(views.chunks * piece),
         values(views.chunks * piece),
         queries(3 * BLOCKS * piece),
@@ -105,12 +107,12 @@ class Prefill {
     prepare(task.first, 0, next);
     drain();
     int set = 0;
-    for (int64_t first = task.first; first < task.last; first += BLOCKS, set = (set + 1) % 3) {
+    for (int64_t first = task.first; first < task.last; first += together, set = (set + 1) % 3) {
       items.swap(next);
-      if (first + BLOCKS < task.last) prepare(first + BLOCKS, (set + 1) % 3, next);
+      if (first + together < task.last) prepare(first + together, (set + 1) % 3, next);
       run(items);
       drain();
-      for (int b = set * BLOCKS; b < set * BLOCKS + std::min<int64_t>(BLOCKS, task.last - first); ++b)
+      for (int b = set * BLOCKS; b < set * BLOCKS + std::min(together, task.last - first); ++b)
         for (int64_t r = 0; r < blocks[b].count; r += 4) jobs.push_back({FINISH, b, r, 0, 0});
     }
     drain();
@@ -140,6 +142,7 @@ class Prefill {
   const mllm::Sight& sight;
   const mllm::Views& views;
   const int64_t steps, piece;
+  const int64_t together;  // two blocks stay in the first cache; four spare the third, where keys and values lie there
   Halves keys, values, queries, weights;  // [chunk or block][step in depth][part][half][TILE]
   mllm::Floats scores, out, sums;         // [2][32][4 * 32], [block][32][steps * 32], [block][32][LANES]
   std::vector<T, mllm::CacheAligned<T>> ragged;  // of an edge: what is split, with zeros beside it
@@ -156,10 +159,10 @@ class Prefill {
   const float* pending_scores = nullptr;
   int next_row = 0, credit = 0, products = 1;
 
-  // Plans the items of BLOCKS row blocks and the jobs that come before. Turn by turn: chunks are met by all blocks
+  // Plans the items of some row blocks and the jobs that come before. Turn by turn: chunks are met by all blocks
   // while they are near.
   void prepare(int64_t first, int set, std::vector<Item>& items) {
-    const int64_t count = std::min<int64_t>(BLOCKS, task.last - first);
+    const int64_t count = std::min(together, task.last - first);
     for (int b = 0; b < count; ++b) begin(set * BLOCKS + b, first + b);
     std::vector<int64_t> open;
     for (int64_t c = 0; c < views.chunks; ++c)

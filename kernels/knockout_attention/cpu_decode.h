@@ -5,6 +5,7 @@
 
 constexpr int64_t KEYS_TOGETHER = 64;  // values held in the first cache while all rows take them
 constexpr int64_t MOST_ROWS = 16;      // of a task
+constexpr int64_t AHEAD = 16;          // keys that are fetched before they are read
 
 template <typename T>
 static inline vec dot_tail(const T* k, const float* q, int64_t from, int64_t width) {
@@ -77,6 +78,10 @@ class Decode {
     return static_cast<const T*>(base) + part.batch * strides.batch + part.kv_head * strides.head + key * strides.row;
   }
 
+  static void prefetch(const T* from, int64_t values) {
+    for (int64_t e = 0; e < values; e += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + e, 0, 3);
+  }
+
   void score(Part& part) const {
     mllm::Floats queries(rows * p.width);
     for (int64_t m = 0; m < rows; ++m) {
@@ -89,6 +94,8 @@ class Decode {
       const T* k[AT_ONCE];
       for (int j = 0; j < AT_ONCE; ++j)
         k[j] = row_of(p.key, p.key_strides, part, part.open[std::min(i + j, part.count - 1)]);
+      for (int j = 0; j < AT_ONCE; ++j)
+        prefetch(row_of(p.key, p.key_strides, part, part.open[std::min(i + j + AHEAD, part.count - 1)]), p.width);
       for (int64_t m = 0; m < rows; ++m) {
         const float* q = queries.data() + m * p.width;
         vec x[AT_ONCE];
@@ -150,6 +157,8 @@ class Decode {
     for (int j = 0; j < NV; ++j) x[j] = load(o + j * LANES);
     for (int64_t i = from; i < to; ++i) {
       const T* v = row_of(p.value, p.value_strides, part, part.open[i]) + column;
+      const int32_t ahead = part.open[std::min(i + AHEAD, part.count - 1)];
+      prefetch(row_of(p.value, p.value_strides, part, ahead) + column, NV * LANES);
       const vec y = splat(w[i]);
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) x[j] += load(v + j * LANES) * y;

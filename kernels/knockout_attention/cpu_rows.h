@@ -1,13 +1,8 @@
-// Loading rows of either type as floats, reductions over lanes, who is hidden from whom. Included inside a namespace,
+// Numbers of either type, reductions over lanes, who is hidden from whom. Included inside a namespace,
 // once an instruction set, after cpu/vector.h: no include guard.
 
 typedef uint32_t bit_vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bit_vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t half_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-static inline vec load(const uint16_t* p) {
-  return (vec)(__builtin_convertvector(*reinterpret_cast<const half_vec*>(p), bit_vec) << 16);
-}
 
 static inline float widen(float x) { return x; }
 static inline float widen(uint16_t x) { return mllm::bfloat16_to_float(x); }
