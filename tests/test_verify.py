@@ -114,7 +114,7 @@ def test_bad_arguments(vlm, picture):
     with pytest.raises(mf.InputError, match="heads is a number"):
         ex.verify(heads="most")
     step = next(vlm.stream(picture, QUESTION, explain=True))
-    with pytest.raises(mf.InputError, match="made by stream.*use explain"):
+    with pytest.raises(mf.InputError, match=r"made by stream.*use explain"):
         step.explanation.verify()
 
 
