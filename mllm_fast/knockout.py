@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Knockout:
             value = getattr(self, name)
             if not isinstance(value, str):
                 try:
-                    object.__setattr__(self, name, tuple(int(i) for i in value))  # a range or a generator, kept
+                    object.__setattr__(self, name, tuple(index(i) for i in value))  # a range or a generator, kept
                 except (TypeError, ValueError):
                     raise InputError(f"{name} of a knockout is a text or whole numbers, got {value!r}") from None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from .trace import make_trace
 
 if TYPE_CHECKING:
     from .vlm import VLM
+
+Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
 
 
 class Step:
@@ -98,7 +101,7 @@ class Stream(Iterator[Step]):
         self._norm = norm
         self._shares = shares
         self._stop_ids = stop_ids
-        self._passes: Iterator[tuple[int, float, Any, Tensor]] | None = None
+        self._passes: Iterator[Pass] | None = None
         self._sequence: Tensor | None = None
         self._record: Recording | None = None
         self._state: list[Any] = []
@@ -129,21 +132,22 @@ class Stream(Iterator[Step]):
         share = self._shares.of(0, len(said.token_ids))
         return Answer(said.text, said.token_ids, said.tokens, said.layout, said.input_ids, share)
 
-    def begin(self, passes: Iterator[tuple[int, float, Any, Tensor]]) -> None:
-        """Take what `one_sequence` yields."""
-        self._passes = passes
-        next(self._passes)  # to the first pause: nothing is computed before a step is asked for
+    def begin(self, start: Callable[[], Iterator[Pass]]) -> None:
+        """Take what `start`, a call of `generate` with `one_sequence`, gives."""
+        with self._own_state():
+            self._passes = start()
+            next(self._passes)  # to the first pause: nothing is computed before a step is asked for
 
     def __next__(self) -> Step:
         if self._passes is None:
             raise StopIteration
         try:
-            token_id, log_prob, cache, sequence = self._compute()
+            token_id, log_prob, cache, sequence, done = self._compute()
         except BaseException:
             self.close()
             raise
         self._sequence = sequence
-        if token_id in self._stop_ids:
+        if done and token_id in self._stop_ids:  # a padding token may also be said, and generation goes on
             self.close()
             raise StopIteration
         tokenizer = self._vlm.processor.tokenizer
@@ -159,7 +163,7 @@ class Stream(Iterator[Step]):
         self._count += 1
         return step
 
-    def _compute(self) -> tuple[int, float, Any, Tensor]:
+    def _compute(self) -> Pass:
         """One pass, with the model attached for as long as it takes."""
         vlm = self._vlm
         rows = 1 if self._explain else 0
@@ -168,7 +172,12 @@ class Stream(Iterator[Step]):
         with recording(vlm.text, rows, self._plan, self._shares, vlm.backend) as self._record:
             return self._advance()
 
-    def _advance(self) -> tuple[int, float, Any, Tensor]:
+    def _advance(self) -> Pass:
+        with self._own_state():
+            return next(self._passes)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _own_state(self) -> Iterator[None]:
         """With what the model keeps of a sequence as this one left it: other calls may have come between."""
         model, names = self._vlm.model, self._vlm.adapter.state
         with model_lock(self._vlm.text), torch.inference_mode():
@@ -176,7 +185,7 @@ class Stream(Iterator[Step]):
             if self._state:
                 _set_state(model, names, self._state)
             try:
-                return next(self._passes)  # type: ignore[arg-type]
+                yield
             finally:
                 self._state = [attrgetter(name)(model) for name in names]
                 _set_state(model, names, outside)
@@ -220,7 +229,7 @@ def one_sequence(
     **model_kwargs: Any,
 ) -> Iterator[Any]:
     """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares everything as for its own:
-    yields once before it begins, then (token id, its log-probability, cache, sequence) after each pass."""
+    yields once before it begins, then a `Pass` after each."""
     yield None
     done, first = False, True
     while not done:
@@ -238,7 +247,7 @@ def one_sequence(
         log_prob = logits[0, token[0, 0]] - logits[0].logsumexp(-1)
         input_ids, first = torch.cat([input_ids, token], -1), False
         done = bool(stopping_criteria(input_ids, ()).all())
-        yield int(token), float(log_prob), model_kwargs["past_key_values"], input_ids[0]
+        yield int(token), float(log_prob), model_kwargs["past_key_values"], input_ids[0], done
 
 
 def _set_state(model: Any, names: Sequence[str], values: Sequence[Any]) -> None:

@@ -218,7 +218,7 @@ class VLM:
             stop_ids=self._stop_ids(options),
         )
         settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
-        stream.begin(self._generate(inputs, max_new_tokens, settings))
+        stream.begin(lambda: self._generate(inputs, max_new_tokens, settings))
         return stream
 
     def prepare(self, image: Images, prompt: str) -> tuple[Any, list[tuple[int, int]]]:

@@ -94,30 +94,18 @@ def test_gradients_flow_outside(vlm, picture):
     assert gradient.abs().sum() > 0
 
 
-def test_sliding_window_is_honoured(picture):
+def test_sliding_window_is_honoured():
     """A rule of transformers other than plain causal attention goes through as a rule."""
-    model, _ = tiny.internvl()
-    text = model.model.language_model.double()
-    text.config.layer_types = ["sliding_attention"] * 3
-    text.config.sliding_window = 5
-    text.has_sliding_layers = True
-    for layer in text.layers:
-        layer.self_attn.sliding_window = 5
-        layer.attention_type = "sliding_attention"
+    part = tiny.sliding(5)
+    text = part.decoder
     ids = torch.randint(4, 20, (1, 23), generator=torch.Generator().manual_seed(1))
-
-    class Part:
-        config, layers, norm = text.config, tuple(text.layers), text.norm
-        outputs = (text.layers[-1].self_attn.o_proj,)
-        decoder = text
-
     with torch.no_grad():
-        with tiny.eager(model):
+        with tiny.eager(text):
             outside = text(input_ids=ids, use_cache=False).last_hidden_state
             text.config.sliding_window = 500
             unlimited = text(input_ids=ids, use_cache=False).last_hidden_state
         text.config.sliding_window = 5
-        with recording(Part, rows=1):
+        with recording(part, rows=1):
             inside = text(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(inside, outside, rtol=0, atol=1e-9)
     assert (outside - unlimited).abs().max() > 1e-3, "the window must matter here"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -189,6 +190,19 @@ def internvl(vision_layers: int = 2, seed: int = 0):
         chat_template=_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>"),
     )
     return _finish(InternVLForConditionalGeneration(config), seed), processor
+
+
+def sliding(window: int) -> SimpleNamespace:
+    """A text part in float64 whose layers see a sliding window, as `mllm_fast.attention.recording` takes one."""
+    text = internvl()[0].model.language_model.double()
+    text.config.layer_types = ["sliding_attention"] * 3
+    text.config.sliding_window = window
+    text.has_sliding_layers = True
+    for layer in text.layers:
+        layer.self_attn.sliding_window = window
+        layer.attention_type = "sliding_attention"
+    outputs = (text.layers[-1].self_attn.o_proj,)
+    return SimpleNamespace(config=text.config, layers=tuple(text.layers), norm=text.norm, outputs=outputs, decoder=text)
 
 
 def qwen2_5_vl(vision_layers: int = 2, seed: int = 0):

@@ -34,7 +34,7 @@ static inline bool any(ivec mask) {
 #endif
 }
 
-// 2^x for x <= 127 by a minimax polynomial, exact at 0; below 2^-126, and for NaN, something of no weight or NaN.
+// 2^x for x <= 127 by a minimax polynomial, exact at 0; below 2^-126 something of no weight; NaN for NaN.
 #if LANES == 16 && defined(MLLM_X86)
 static inline vec exp2(vec x) {  // 8e-8 relative; two instructions do the splitting and the scaling
   const vec r = (vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
@@ -48,7 +48,7 @@ static inline vec exp2(vec x) {  // 8e-8 relative; two instructions do the split
 }
 #else
 static inline vec exp2(vec x) {  // 2e-9 relative
-  x = maximum(x, splat(-126.0f));
+  x = maximum(splat(-126.0f), x);  // NaN stays NaN
   const vec round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const vec shifted = x + round;
   const vec r = x - (shifted - round);

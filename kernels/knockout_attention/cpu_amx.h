@@ -395,7 +395,7 @@ class Prefill {
     const Block& b = blocks[slot];
     for (int64_t r = from; r < std::min(from + 4, b.count); ++r) {
       const float sum = total(load(sums.data() + (slot * SIDE + r) * LANES));
-      const bool seen = b.peak[r] != mllm::UNSET;
+      const bool seen = sum != 0;  // NaN too
       T* to = static_cast<T*>(p.out) + ((task.batch * p.rows + b.row + r) * p.heads + b.head) * p.width;
       if (seen) {
         store_scaled(out.data() + (slot * SIDE + r) * steps * DEEP, 1.0f / sum, p.width, to);

@@ -42,7 +42,10 @@ class Decode {
   void join(Part* parts, int64_t count) const {
     for (int64_t m = 0; m < rows; ++m) {
       float top = mllm::UNSET, sum = 0;
-      for (int64_t i = 0; i < count; ++i) top = std::max(top, parts[i].peak[m]);
+      for (int64_t i = 0; i < count; ++i) {
+        const float peak = parts[i].peak[m];
+        top = peak > top || peak != peak ? peak : top;
+      }
       for (int64_t i = 0; i < count; ++i)
         if (parts[i].peak[m] != mllm::UNSET) sum += parts[i].sum[m] * std::exp2(parts[i].peak[m] - top);
       const bool seen = top != mllm::UNSET;

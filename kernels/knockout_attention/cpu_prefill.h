@@ -186,7 +186,7 @@ class Prefill {
       const float sum = total(load(sums.data() + (slot * ROWS + r) * LANES));
       const float* o = out.data() + (slot * ROWS + r) * wide;
       T* to = static_cast<T*>(p.out) + ((task.batch * p.rows + b.row + r) * p.heads + b.head) * p.width;
-      const bool seen = b.peak[r] != mllm::UNSET;
+      const bool seen = sum != 0;  // NaN too
       store_scaled(o, seen ? 1.0f / sum : 0.0f, p.width, to);
       if (p.lse)
         p.lse[(task.batch * p.heads + b.head) * p.rows + b.row + r] =

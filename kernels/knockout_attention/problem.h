@@ -87,7 +87,7 @@ struct RowsView {
   }
   View of(int64_t from, int64_t to) const {
     const int64_t low = sight.offset + row, high = low + count - 1;
-    if (from > high || to <= sight.first || from >= sight.keys) return View::NONE;
+    if (from > high || std::min(to, sight.keys) <= sight.first) return View::NONE;
     const Bits here = sight.present_in(from, to);
     if (!(here & ~closed_to_all)) return View::NONE;
     return to - 1 > low || from < sight.first || to > sight.keys || here & closed_to_some ? View::SOME : View::ALL;

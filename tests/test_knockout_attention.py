@@ -1,0 +1,527 @@
+"""Equivalence 7 for knockout attention: plain torch, and the compiled kernels on every instruction set, against the
+definition in float64.
+
+Tolerance: twice the error that torch's own attention makes in the same precision under the same mask, plus a rounding
+of the largest output. Whatever torch.empty gives is NaN here (`poison`), so an output that is not written shows, and so
+is every key and value that must not be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mllm_fast.kernels import dispatch, knockout_attention, segment_table
+from mllm_fast.kernels.dispatch import backend_report, choose, cpu_extension
+from mllm_fast.kernels.knockout_attention import SEGMENTS, Attention, cpu_kernel, reference, torch_kernel
+
+EXTENSION, _ = cpu_extension()
+SETS = EXTENSION.instruction_sets() if EXTENSION else []
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+WAYS = ["torch", *SETS]
+READ_TOGETHER = {"amx": 32, "avx512": 48, "avx2": 24, "plain": 8}  # keys; the mass takes 48 on AMX
+FEW_ROWS = 16  # of a key head: up to here the kernels read key by key
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poison():
+    """torch.empty gives NaN: what the deterministic mode fills uninitialised memory with."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the op; `options` are lse and mass."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    segments: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    start: torch.Tensor | None = None
+    scale: float = 0.25
+    options: dict = field(default_factory=lambda: {"lse": False, "mass": False})
+
+    def arguments(self, dtype: torch.dtype | None = None) -> list:
+        operands = [t if dtype is None else t.to(dtype) for t in (self.query, self.key, self.value)]
+        return [*operands, self.segments, self.table, self.start, self.scale, *self.options.values()]
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """bool [B, R, N]"""
+        seen = reference.visible(self.query.shape[2], self.key.shape[2], self.segments, self.table, self.start)
+        return seen.expand(len(self.query), -1, -1)
+
+
+def make(
+    heads: int,
+    kv_heads: int,
+    rows: int,
+    keys: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+    segments: str = "none",
+    padded: bool = False,
+    seed: int = 0,
+    size: float = 1.0,
+    **options,
+) -> Problem:
+    """Random operands: the query a transposed view, keys and values a part of a longer cache. Segments come in runs, so
+    that whole blocks are closed, "shared" by the batch, "own" to each sequence, or a "strided" part of a wider tensor;
+    ids reach 31. Padding leaves the first sequence at least one position."""
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: size * torch.randn(*shape, generator=gen)  # noqa: E731
+    query = draw(batch, rows, heads, width).to(dtype).transpose(1, 2)
+    key, value = (draw(batch, kv_heads, keys + 5, width).to(dtype)[:, :, 2 : keys + 2] for _ in range(2))
+    ids, table = None, None
+    if segments != "none":
+        count = 1 if segments == "shared" else batch
+        runs = torch.randint(1, 70, (keys,), generator=gen)
+        kinds = torch.tensor([31, 0, 5, 30, 17, 12, 31, 1])
+        ids = torch.stack([
+            kinds[torch.randint(8, (keys,), generator=gen)].repeat_interleave(runs)[:keys] for _ in range(count)
+        ]).to(torch.uint8)  # fmt: skip
+        if segments == "strided":
+            wide = torch.full((batch, 2 * keys + 3), 255, dtype=torch.uint8)
+            wide[:, 1 : 2 * keys + 1 : 2] = ids
+            ids = wide[:, 1 : 2 * keys + 1 : 2]
+        closed = (torch.rand(SEGMENTS, SEGMENTS, generator=gen) < 0.4).nonzero().tolist()
+        table = segment_table(closed)
+    start = torch.randint(0, max(1, keys), (batch,), generator=gen, dtype=torch.int32) if padded else None
+    options = {"lse": options.get("lse", False), "mass": options.get("mass", False)}
+    return Problem(query, key, value, ids, table, start, width**-0.5, options)
+
+
+def run(way: str, problem: Problem) -> Attention:
+    if way == "torch":
+        return Attention(*torch_kernel.attention(*problem.arguments()))
+    return Attention(*cpu_kernel.attention(*problem.arguments(), isa=way))
+
+
+def poisoned(problem: Problem, way: str) -> Problem:
+    """NaN in the keys and values that the kernel has no reason to read: in blocks as it reads them, those that are all
+    padding, or all closed to every row. Plain torch reads everything."""
+    if way == "torch":
+        return problem
+    heads, rows, kv_heads, keys = *problem.query.shape[1:3], *problem.key.shape[1:3]
+    block = READ_TOGETHER[way] if heads // kv_heads * rows > FEW_ROWS else 1
+    if block == 32 and problem.options["mass"] is not False:
+        block = 96
+    padding = torch.zeros(len(problem.key), keys, dtype=torch.bool)
+    if problem.start is not None:
+        padding = torch.arange(keys) < problem.start[:, None]
+    closed = torch.zeros_like(padding)
+    if problem.table is not None:
+        rule = replace(problem, start=None)
+        diagonal = torch.arange(keys)[None] > torch.arange(keys - rows, keys)[:, None]
+        closed = (~rule.seen | diagonal).all(1) & ~(diagonal.all(0))
+        # a key that some row sees by the table, though none by causality, may be read
+        open_ids = [
+            [t for t in range(SEGMENTS) if any(not int(problem.table[r]) >> t & 1 for r in ids[keys - rows :].tolist())]
+            for ids in problem.segments.expand(len(problem.key), -1)
+        ]
+        for b, ids in enumerate(problem.segments.expand(len(problem.key), -1)):
+            closed[b] = torch.tensor([i not in open_ids[b] for i in ids.tolist()])
+    key, value = problem.key.clone(), problem.value.clone()
+    for b in range(len(key)):
+        for first in range(0, keys, block):
+            part = slice(first, first + block)
+            if padding[b, part].all() or closed[b, part].all():
+                key[b, :, part], value[b, :, part] = torch.nan, torch.nan
+    return replace(problem, key=key, value=value)
+
+
+def check(way: str, problem: Problem) -> Attention:
+    """The way's result against the definition in float64, see the top."""
+    got = run(way, poisoned(problem, way))
+    truth = Attention(*reference.attention(*problem.arguments(torch.float64)))
+    dtype = problem.query.dtype
+    assert got.output.dtype == dtype
+    assert got.output.shape == truth.output.shape
+    assert got.output.transpose(1, 2).is_contiguous()
+    assert not got.output.isnan().any()
+    seen, groups = problem.seen, problem.query.shape[1] // problem.key.shape[1]
+    some = seen.any(-1)[:, None].expand(-1, problem.query.shape[1], -1)
+    assert (got.output[~some] == 0).all()
+    low = F.scaled_dot_product_attention(
+        problem.query,
+        problem.key.repeat_interleave(groups, 1),
+        problem.value.repeat_interleave(groups, 1),
+        attn_mask=seen[:, None],
+        scale=problem.scale,
+    )
+    if some.any():
+        within(got.output[some], low[some], truth.output[some], 4 if dtype == torch.float32 else 1)
+    # by-products are sums in float32 whatever the operands are; a weight's relative error is its score's absolute one
+    single = Attention(*reference.attention(*problem.arguments(torch.float32)))
+    scores = (problem.query.double() @ problem.key.double().repeat_interleave(groups, 1).mT * problem.scale).abs().max()
+    assert (got.lse is None, got.mass is None) == (truth.lse is None, truth.mass is None)
+    if got.lse is not None:
+        assert got.lse.dtype == torch.float32
+        assert (got.lse[~some] == -torch.inf).all()
+        if some.any():
+            within(got.lse[some], single.lse[some], truth.lse[some], 4, scores + 1)
+    if got.mass is not None:
+        assert got.mass.dtype == torch.float32
+        within(got.mass, single.mass, truth.mass, 4, (scores + 1) * truth.mass.max())
+    return got
+
+
+def within(got, low, truth, roundings: float, magnitude: torch.Tensor | None = None) -> None:
+    magnitude = truth.abs().max() if magnitude is None else magnitude
+    allowed = 2 * (low.double() - truth).abs().max() + roundings * torch.finfo(got.dtype).eps * magnitude
+    worst = (got.double() - truth).abs().max()
+    assert worst <= allowed, f"error {worst:.2e}, allowed {allowed:.2e}"
+
+
+SHAPES = [  # heads, key heads, rows, keys, width
+    (17, 17, 33, 33, 64),
+    (17, 1, 17, 33, 16),
+    (17, 1, 257, 257, 16),
+    (3, 3, 257, 257, 20),
+    (2, 1, 120, 257, 40),
+    (4, 2, 33, 257, 80),
+    (2, 2, 257, 257, 96),
+    (3, 1, 65, 65, 128),
+    (2, 1, 33, 33, 256),
+    (6, 2, 1, 257, 128),
+    (17, 1, 1, 257, 64),
+    (8, 2, 4, 33, 20),
+    (16, 1, 1, 1300, 256),
+    (2, 2, 16, 600, 40),
+    (2, 2, 17, 600, 40),
+    (1, 1, 1, 1, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_awkward_shapes(way, shape, dtype):
+    """Odd counts of heads, rows and keys, every path: with 32 segments and left padding, and without."""
+    check(way, make(*shape, dtype, lse=True))
+    check(way, make(*shape, dtype, batch=2, segments="own", padded=True, lse=True, mass=True, seed=1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_any_problem(way, data):
+    """Every combination of sizes, mask, precision and by-products."""
+    keys = data.draw(st.integers(1, 150), "keys")
+    rows = data.draw(st.one_of(st.just(keys), st.integers(1, min(keys, 5)), st.integers(1, keys)), "rows")
+    kv_heads, groups = data.draw(st.integers(1, 3), "key heads"), data.draw(st.integers(1, 5), "groups")
+    batch = data.draw(st.integers(1, 3), "batch")
+    seed = data.draw(st.integers(0, 2**16), "seed")
+    mass = data.draw(st.sampled_from(["none", "all", "some"]), "mass")
+    chosen = torch.rand(batch, rows, generator=torch.Generator().manual_seed(seed)) < 0.4
+    problem = make(
+        kv_heads * groups,
+        kv_heads,
+        rows,
+        keys,
+        data.draw(st.sampled_from([16, 20, 33, 40, 64, 80]), "width"),
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "dtype"),
+        batch,
+        data.draw(st.sampled_from(["none", "own", "shared", "strided"]), "segments"),
+        data.draw(st.booleans(), "padded"),
+        seed,
+        lse=data.draw(st.booleans(), "lse"),
+        mass={"none": False, "all": True, "some": chosen}[mass],
+    )
+    check(way, problem)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("way", WAYS)
+def test_mass_counts_the_chosen_rows(way, rows):
+    """The mean over the chosen rows of each sequence; 0 where none is chosen, and rows that see nothing are zeros."""
+    chosen = torch.zeros(3, rows, dtype=torch.bool)
+    chosen[0, ::2] = True
+    chosen[1, 1] = True
+    problem = make(4, 2, rows, 70, 16, batch=3, mass=chosen)
+    mass = check(way, problem).mass
+    total = mass.sum(-1)
+    torch.testing.assert_close(total[:2], torch.ones(2, 4), rtol=0, atol=1e-5)
+    assert (mass[2] == 0).all()
+    blind = replace(problem, start=torch.tensor([70, 0, 0], dtype=torch.int32))
+    assert (check(way, blind).mass[0] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_see_nothing(way, rows):
+    """Segment 3 is closed to itself and to all: its rows give zeros and -inf, and nothing of it is read."""
+    segments = torch.full((1, 100), 3, dtype=torch.uint8)
+    problem = make(4, 4, rows, 100, 16, lse=True, mass=True)
+    problem = replace(problem, segments=segments, table=segment_table([(s, 3) for s in range(SEGMENTS)]))
+    got = check(way, problem)
+    assert (got.output == 0).all()
+    assert (got.lse == -torch.inf).all()
+    assert (got.mass == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 130])
+@pytest.mark.parametrize("way", WAYS)
+def test_large_scores(way, rows, dtype):
+    """The largest score of a row moves by hundreds from block to block, upwards and downwards."""
+    for direction in (1, -1):
+        problem = make(2, 2, rows, 130, 32, dtype, lse=True, mass=True)
+        height = torch.linspace(-60, 60, 130)[:, None] * direction
+        key = (problem.key + height * torch.ones(32) / 8).to(dtype)
+        query = (problem.query.abs() + 1).to(dtype)
+        check(way, replace(problem, query=query, key=key))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 130])
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_scores(way, rows):
+    """Attention to keys that are all alike is the mean of the values seen."""
+    problem = make(2, 1, rows, 130, 16, lse=True)
+    problem = replace(problem, key=torch.ones(1, 1, 130, 16))
+    got = check(way, problem)
+    counts = torch.arange(131 - rows, 131)
+    mean = problem.value[0, 0].double().cumsum(0)[130 - rows :] / counts[:, None]
+    torch.testing.assert_close(got.output[0, 1].double(), mean, rtol=0, atol=8 * 2**-23)
+
+
+@pytest.mark.parametrize("broken", ["query", "key", "value"])
+@pytest.mark.parametrize("rows", [1, 4, 60])
+@pytest.mark.parametrize("way", WAYS)
+def test_broken_operands_give_nan(way, rows, broken):
+    """A NaN must not vanish: it reaches the rows that it reaches in the definition, or more of its block."""
+    problem = make(2, 2, rows, 60, 16, lse=True)
+    operand = getattr(problem, broken).clone()
+    operand[0, 0, 1 if broken != "query" else 0] = torch.nan
+    problem = replace(problem, **{broken: operand})
+    got, expected = run(way, problem), reference.attention(*problem.arguments())
+    assert expected[0].isnan().any()
+    assert got.output[expected[0].isnan()].isnan().all()
+    assert not got.output[0, 1].isnan().any()
+    if broken != "value":
+        assert got.lse[expected[1].isnan()].isnan().all()
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("rows", [2, 50])
+def test_nothing_is_written_beyond_the_outputs(isa, rows):
+    heads, keys, width = 3, 50, 20
+    problem = make(heads, heads, rows, keys, width)
+    sizes = rows * heads * width, heads * rows, heads * keys
+    buffers = [torch.full((n + 40,), torch.nan) for n in sizes]
+    buffers[2][: sizes[2]] = 0  # the caller gives the mass as zeros
+    EXTENSION.attention(
+        tuple(t.data_ptr() for t in (problem.query, problem.key, problem.value)), False,
+        tuple(t.stride()[:3] for t in (problem.query, problem.key, problem.value)), (0, 0, 0), 0, 0.25,
+        (1, heads, heads, rows, keys, width), (*(b.data_ptr() for b in buffers), 0), 2, isa,
+    )  # fmt: skip
+    for buffer, size in zip(buffers, sizes, strict=True):
+        assert not buffer[:size].isnan().any()
+        assert buffer[size:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 9, 300])
+def test_float64_equals_the_definition(rows):
+    """Plain torch serves float64 through "auto", in several blocks of rows too."""
+    problem = make(6, 2, rows, 300, 16, torch.float64, batch=2, segments="own", padded=True, lse=True, mass=True)
+    truth = reference.attention(*problem.arguments())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_kernel, "_BLOCK_ELEMENTS", 2 * 6 * 300 * 7)
+        names = ("segments", "table", "start", "scale", "lse", "mass")
+        options = dict(zip(names, problem.arguments()[3:], strict=True))
+        got = knockout_attention(problem.query, problem.key, problem.value, **options)
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_scale_is_by_default_that_of_the_head_size():
+    problem = make(2, 2, 5, 9, 64, torch.float64)
+    given_scale = knockout_attention(problem.query, problem.key, problem.value, scale=0.125).output
+    assert torch.equal(knockout_attention(problem.query, problem.key, problem.value).output, given_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_auto_takes_every_precision(dtype):
+    problem = make(2, 1, 40, 40, 16, torch.float32)
+    operands = [t.to(dtype) for t in (problem.query, problem.key, problem.value)]
+    got = knockout_attention(*operands)
+    truth = reference.attention(*(t.double() for t in operands), None, None, None, 0.25, False, False)[0]
+    assert got.output.dtype == dtype
+    assert (got.output.double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+    assert got.lse is None
+    assert got.mass is None
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (1, 2, 0, 0)])
+def test_empty_calls(backend, shape):
+    batch, heads, rows, keys = shape
+    query, key = torch.ones(batch, heads, rows, 16), torch.ones(batch, heads, keys, 16)
+    got = knockout_attention(query, key, key, lse=True, mass=True, backend=backend)
+    assert got.output.shape == query.shape
+    assert got.lse.shape == query.shape[:3]
+    assert (got.mass == torch.zeros(batch, heads, keys)).all()
+
+
+def ids(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+NO_RULES = torch.zeros(SEGMENTS, dtype=torch.int32)
+BAD = [
+    ({"query": torch.zeros(2, 5, 16)}, "query has four dimensions"),
+    ({"value": torch.zeros(5, 16)}, "value has four dimensions"),
+    ({"key": torch.zeros(1, 2, 9, 16, requires_grad=True)}, "key requires a gradient"),
+    ({"query": torch.zeros(1, 4, 16, 3).mT}, r"query is not contiguous in its last dimension \(stride 3\)"),
+    ({"key": torch.zeros(1, 2, 9, 16).double()}, "key is torch.float64, query torch.float32"),
+    ({"value": torch.zeros(1, 2, 9, 16, device="meta")}, "value is on meta, query on cpu"),
+    (
+        {n: torch.zeros(1, 2, 9, 16, dtype=torch.int8) for n in ("query", "key", "value")},
+        "query is float16, .* got torch",
+    ),
+    ({n: torch.zeros(1, 2, 9, 8) for n in ("query", "key", "value")}, "head size is 16 to 256, got 8"),
+    ({n: torch.zeros(1, 2, 9, 257) for n in ("query", "key", "value")}, "head size is 16 to 256, got 257"),
+    ({"key": torch.zeros(2, 2, 9, 16)}, r"key is \[1, Hkv, N, 16\].*got \[2, 2, 9, 16\]"),
+    ({"key": torch.zeros(1, 2, 9, 32)}, r"key is \[1, Hkv, N, 16\].*got \[1, 2, 9, 32\]"),
+    ({"value": torch.zeros(1, 2, 8, 16)}, r"value is \[1, 2, 9, 16\].*got \[1, 2, 8, 16\]"),
+    ({n: torch.zeros(1, 3, 9, 16) for n in ("key", "value")}, "multiple of key's, got 4 and 3"),
+    ({n: torch.zeros(1, 0, 9, 16) for n in ("key", "value")}, "multiple of key's, got 4 and 0"),
+    ({n: torch.zeros(1, 2, 2, 16) for n in ("key", "value")}, "got 3 rows and 2 positions"),
+    ({"segments": torch.zeros(1, 9, dtype=torch.uint8)}, "segments and table go together"),
+    ({"table": NO_RULES}, "segments and table go together"),
+    ({"segments": torch.zeros(1, 9), "table": NO_RULES}, r"segments is uint8 \[1, 9\], got torch.float32"),
+    ({"segments": ids([[0] * 8]), "table": NO_RULES}, r"segments is uint8 \[1, 9\].*\[1, 8\]"),
+    ({"segments": ids([[0] * 9] * 2), "table": NO_RULES}, r"segments is uint8 \[1, 9\].*\[2, 9\]"),
+    ({"segments": ids([0] * 9), "table": NO_RULES}, r"segments is uint8 \[1, 9\].*\[9\]"),
+    ({"segments": ids([[0] * 9]), "table": NO_RULES[:31]}, r"table is int32 \[32\].*\[31\]"),
+    ({"segments": ids([[0] * 9]), "table": NO_RULES.long()}, r"table is int32 \[32\].*int64"),
+    ({"segments": ids([[0] * 9]), "table": NO_RULES.to("meta")}, "table is on meta"),
+    ({"start": torch.zeros(1)}, r"start is int32 \[1\], got torch.float32"),
+    ({"start": torch.zeros(2, dtype=torch.int32)}, r"start is int32 \[1\].*\[2\]"),
+    ({"mass": torch.ones(1, 9, dtype=torch.bool)}, r"mass is True, False or bool \[1, 3\].*\[1, 9\]"),
+    ({"mass": torch.ones(1, 3)}, r"mass is True, False or bool \[1, 3\], got torch.float32"),
+    ({"scale": 0.0}, "scale is a positive number, got 0.0"),
+    ({"scale": -1.0}, "scale is a positive number, got -1.0"),
+    ({"scale": float("nan")}, "scale is a positive number, got nan"),
+    ({"scale": float("inf")}, "scale is a positive number, got inf"),
+    ({"backend": "cuda"}, "backend is one of auto, triton, cpu, torch, got 'cuda'"),
+    ({"backend": "triton"}, "backend 'triton' cannot be used: the tensors are on cpu"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_arguments_are_named(change, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    good = {
+        "query": torch.zeros(1, 4, 3, 16),
+        "key": torch.zeros(1, 2, 9, 16),
+        "value": torch.zeros(1, 2, 9, 16),
+    }
+    knockout_attention(**good)
+    with pytest.raises(ValueError, match=message):
+        knockout_attention(**(good | change))
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [1, 40])
+def test_ids_above_31_are_refused(rows):
+    """On the CPU, where they can be read without waiting."""
+    segments = torch.zeros(1, 40, dtype=torch.uint8)
+    segments[0, 7] = 32
+    operand = torch.zeros(1, 2, 40, 16)
+    with pytest.raises(ValueError, match="ids 0 to 31, got 32"):
+        knockout_attention(operand[:, :, :rows], operand, operand, segments=segments, table=NO_RULES, backend="cpu")
+
+
+@needs_extension
+def test_explicit_backend_is_never_replaced():
+    operand = torch.zeros(1, 2, 9, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match="'cpu' cannot be used: it takes float32, bfloat16 operands, got float64"):
+        knockout_attention(operand, operand, operand, backend="cpu")
+
+
+def test_segment_table():
+    """Bit s of entry t: rows of t do not see keys of s. Bit 31 is the sign."""
+    table = segment_table([(0, 5), (31, 5), (31, 0), (31, 31), (0, 5)])
+    assert table.dtype == torch.int32
+    assert table[5] == 1 - 2**31
+    assert table[0] == table[31] == -(2**31)
+    assert table.count_nonzero() == 3
+    assert segment_table([]).tolist() == [0] * 32
+    for rule in ((32, 0), (0, 32), (-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match=rf"segment ids are 0 .. 31, got the rule \({rule[0]}, {rule[1]}\)"):
+            segment_table([rule])
+
+
+@pytest.fixture
+def forgetful():
+    """Nothing that `choose` found in a test, or before it, is kept."""
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_gpu_machine_without_triton_is_told_so(monkeypatch):
+    """It is not served by plain torch unless that is asked for."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed (no module)")
+    for op in ("knockout_attention", "logprob_increase", "topk_compaction"):
+        with pytest.raises(ValueError, match=f"{op} on cuda:0: triton is not installed.*backend='torch'"):
+            choose(gpu, torch.bfloat16, op=op)
+        with pytest.raises(ValueError, match=r"'triton' cannot be used: triton is not installed.*use 'torch'"):
+            choose(gpu, torch.bfloat16, "triton", op=op)
+        assert choose(gpu, torch.bfloat16, "torch", op=op) == "torch"
+    assert choose(gpu, torch.float64, op="knockout_attention") == "torch"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_choices(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rule = lambda *a, op="knockout_attention": choose(*a, op=op)  # noqa: E731
+    assert rule(gpu, torch.float16) == "triton"
+    assert rule(gpu, torch.float32, "triton") == "triton"
+    assert rule(cpu, torch.float16) == "torch"
+    assert rule(cpu, torch.float32, op="topk_compaction") == "torch"
+    with pytest.raises(ValueError, match="'cpu' cannot be used: the tensors are on cuda"):
+        rule(gpu, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="no kernel of that kind"):
+        rule(cpu, torch.float32, "cpu", op="topk_compaction")
+    choose.cache_clear()
+    monkeypatch.setattr(dispatch, "cpu_extension", lambda: (None, "the C++ extension is not built"))
+    assert rule(cpu, torch.float32) == "torch"
+    with pytest.raises(ValueError, match="not built"):
+        rule(cpu, torch.float32, "cpu")
+
+
+def test_report_says_what_each_op_uses(monkeypatch):
+    report = backend_report()
+    assert set(report) == {"knockout_attention", "logprob_increase", "topk_compaction"}
+    if EXTENSION and not torch.cuda.is_available():
+        line = f"CPU: C++ for float32, bfloat16, {SETS[0]} (this processor has {', '.join(SETS)})"
+        assert report["knockout_attention"].startswith(line)
+    assert "plain torch (no C++ kernel" in report["topk_compaction"]
+    monkeypatch.setattr(dispatch, "cpu_extension", lambda: (None, "the C++ extension is not built"))
+    assert "CPU: plain torch (the C++ extension is not built)" in backend_report()["knockout_attention"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "")
+    gpu = "GPU (Some GPU, sm_90): Triton for float16, bfloat16, float32; CPU"
+    assert all(line.startswith(gpu) for line in backend_report().values())
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
+    assert all(line.startswith("GPU: refused, triton is not installed; CPU") for line in backend_report().values())
