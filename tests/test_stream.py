@@ -82,6 +82,18 @@ def test_the_embedded_model(shapes, picture):
         assert all(said.text.startswith(step.text) for step in steps)
 
 
+def test_a_padding_token_may_be_said(vlm, picture):
+    """It ends nothing for `generate`; only what stands after the answer is taken away."""
+    length = vlm.prepare(picture, QUESTION)[0]["input_ids"].shape[1]
+    tokenizer = vlm.processor.tokenizer
+    ids = [*tokenizer("red blue").input_ids, tokenizer.pad_token_id, *tokenizer("green").input_ids]
+    says = [*ids, tokenizer.eos_token_id]
+    options = {"prefix_allowed_tokens_fn": lambda _, now: [says[len(now) - length]], "max_new_tokens": 9}
+    assert vlm.generate(picture, QUESTION, **options).token_ids == ids
+    stream = vlm.stream(picture, QUESTION, **options)
+    assert [step.token_id for step in stream] == stream.answer.token_ids == ids
+
+
 def test_log_probabilities_are_the_models(vlm, picture):
     """Of the token, before sampling settings."""
     torch.manual_seed(11)
@@ -160,6 +172,25 @@ def test_the_model_is_not_touched_between_steps(vlm, picture):
     for _ in stream:
         assert_untouched(vlm, before)
     assert_untouched(vlm, before)
+
+
+def test_a_step_finds_what_the_model_kept_of_its_sequence(built, picture):
+    """Qwen's offset of rotary positions, in every pass, though others have run since."""
+    vlm = mf.VLM(*built("qwen2_5_vl"))
+    vlm.generate(picture, QUESTION, max_new_tokens=1)
+    own = vlm.model.model.rope_deltas.clone()
+    found = []
+    stream = vlm.stream(picture, QUESTION, max_new_tokens=4)
+    for _ in range(4):
+        vlm.generate(RED, "two", max_new_tokens=1)
+        assert not torch.equal(vlm.model.model.rope_deltas, own)
+        handle = vlm.text.decoder.register_forward_pre_hook(
+            lambda *_: found.append(vlm.model.model.rope_deltas.clone())
+        )
+        next(stream, None)
+        handle.remove()
+    assert len(found) >= 3
+    assert all(torch.equal(one, own) for one in found)
 
 
 @pytest.mark.parametrize("how", ["close", "with", "abandon", "break", "exception outside", "exception inside"])
