@@ -71,8 +71,8 @@ def _speed(scores: dict) -> list[str]:
 def _attention(attention: dict) -> list[str]:
     isa = attention["instruction set"]
     lines = [
-        f"Attention with the image knocked out of the query, 32 heads of 128 (576 of 640 or 1,800 of 2,048 positions are"
-        f" image), ms; GPU: not measured, no GPU was at hand. The kernel is {isa}'s:",
+        "Attention with the image knocked out of the query, 32 heads of 128 (576 of 640 or 1,800 of 2,048 positions"
+        f" are image), ms; GPU: not measured, no GPU was at hand. The kernel is {isa}'s:",
         "",
         "| | kernel | kernel, bf16 | SDPA, mask | SDPA, mask, bf16 | SDPA causal, nothing out | FlexAttention |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -97,10 +97,10 @@ def _knockouts(knockouts: dict) -> list[str]:
     plain, ours = long["ms"].values()
     each = steps["ms_a_token"]
     return [
-        f"32 tokens from a picture, a LLaVA of random weights (16 layers of d = 1,024, 576 image tokens), image -> query and"
-        f" generated knocked out in all layers: {ours:,.0f} ms, transformers with SDPA and nothing knocked out"
-        f" {plain:,.0f} ms. Streaming the embedded model: {each['stream']:.1f} ms a token, {each['stream, explained']:.1f}"
-        f" with every token explained ({steps['explained_over_stream']:.2f} times).",
+        "32 tokens from a picture, a LLaVA of random weights (16 layers of d = 1,024, 576 image tokens), image -> query"
+        f" and generated knocked out in all layers: {ours:,.0f} ms, transformers with SDPA and nothing knocked out"
+        f" {plain:,.0f} ms. Streaming the embedded model: {each['stream']:.1f} ms a token,"
+        f" {each['stream, explained']:.1f} with every token explained ({steps['explained_over_stream']:.2f} times).",
     ]
 
 
