@@ -16,7 +16,7 @@ from .errors import InputError, first_line
 from .explain import Explanation
 from .images import MAX_PIXELS, ImageSource, load_image
 from .kernels import OperatorCache
-from .kernels.dispatch import BACKENDS
+from .kernels.dispatch import choose
 from .knockout import Knockout, Plan, as_rules, plan_of
 from .layout import TokenLayout
 from .loading import load_pretrained, parse_device, parse_dtype
@@ -42,7 +42,7 @@ class VLM:
         backend: of the kernels, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
 
     Raises:
-        InputError: the architecture is not supported, or the backend unknown.
+        InputError: the architecture is not supported, or the backend unknown or of no use on the model's device.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class VLM:
         operator_bytes: int = _OPERATOR_BYTES,
         backend: str = "auto",
     ):
-        if backend not in BACKENDS:
-            raise InputError(f"backend is one of {', '.join(BACKENDS)}, got {backend!r}")
         self.adapter = find_adapter(model)
+        try:  # a choice that cannot serve is refused here, not by the first call that needs it
+            choose(model.device, model.dtype, backend, op="knockout_attention")
+        except ValueError as error:
+            raise InputError(str(error)) from None
         self.model = model
         self.processor = processor
         self.max_pixels = max_pixels

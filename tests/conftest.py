@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import tiny
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 import mllm_fast as mf
+from mllm_fast import cli
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +52,21 @@ def shapes():
 def picture():
     """90 x 40 pixels: InternVL cuts it into two tiles and a thumbnail."""
     return Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mllm-fast", *map(str, arguments)])
+        capfd.readouterr()  # what the test's own preparations printed
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call

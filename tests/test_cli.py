@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +13,9 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_fast import cli
 from mllm_fast.loading import model_folder
 
 WEIGHTS = Path(model_folder("shapes"))
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mllm-fast", *map(str, arguments)])
-        capfd.readouterr()  # what the test's own preparations printed
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
