@@ -1,4 +1,4 @@
-"""The Triton kernels of logprob_increase against the float64 definition; run by test_triton_scores.py.
+"""The Triton kernels of logprob_increase against the float64 definition; run by test_triton.py.
 
 The kernels alone get writes that the operand's type can hold, so that their products are exact and float32's
 tolerance is due in every type. Through the public op the writes are rounded: the tolerance is then twice the error
@@ -8,14 +8,13 @@ of plain torch with writes rounded to that type.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mllm_fast.kernels import OperatorCache, logprob_increase
 from mllm_fast.kernels.dispatch import interpreted
 from mllm_fast.kernels.logprob_increase import torch_kernel, triton_kernel
-from mllm_fast.kernels.logprob_increase.base import increase
+from mllm_fast.kernels.logprob_increase.base import Base
 from oracle import assert_as_good_as, cast, problem, truth_of
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -44,6 +43,13 @@ def drawn(*sizes, dtype, **variant):
     return {name: value.to(DEVICE) for name, value in arguments.items()}, replace(unembedding, **fields)
 
 
+class Drawn(Base):
+    """Any vectors in place of those of residual vectors."""
+
+    def __init__(self, **vectors):
+        vars(self).update(vectors)
+
+
 class Given(list):
     """Operators that are there already."""
 
@@ -58,7 +64,7 @@ def draw(groups, rows, vocab, depth, dtype, way="direct", own=False, cap=None, s
     gen = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=gen).to(DEVICE)  # noqa: E731
     vectors = max(1, groups // 2)
-    base = SimpleNamespace(
+    base = Drawn(
         lean=randn(vectors, vocab),
         raw=5 * randn(vectors, vocab),
         cap=cap,
@@ -77,7 +83,7 @@ def doubled(base, writes, operands, shift, source):
     wide = {name: value.double() for name, value in vars(base).items() if name in ("lean", "raw", "log_probs")}
     operands = [one.double() for one in operands] if isinstance(operands, list) else operands.double()
     return (
-        SimpleNamespace(**(vars(base) | wide)),
+        Drawn(**(vars(base) | wide)),
         writes.double(),
         operands,
         shift if shift is None else shift.double(),
@@ -89,7 +95,7 @@ def plain(arguments):
     """The same in plain torch, in the type of the arguments."""
     base, writes, operands, shift, source = arguments
     if isinstance(operands, torch.Tensor):
-        return increase(torch_kernel.log_sum_exp, base, writes, operands, shift, source)
+        return torch_kernel.increase(base, writes, operands, shift, source)
     return torch.cat([
         plain((base, writes[g : g + 1], one, None if shift is None else shift[g : g + 1], source[g : g + 1]))
         for g, one in enumerate(operands)
@@ -215,7 +221,8 @@ def test_launches_that_bound_the_operators_made(monkeypatch, dtype):
     arguments, unembedding = drawn(5, 9, 150, 24, 16, dtype=dtype)
     once = logprob_increase(**arguments, unembedding=unembedding, way="factored", backend="triton")
     cache = OperatorCache(1 << 30)
-    cache.get(1, unembedding, arguments["projection"][1], False)
+    (full,) = cache.full_keys([1], unembedding, False)
+    cache.get(full, unembedding, arguments["projection"][1], False)
     size = cache.nbytes
     runs = []
     factored = triton_kernel._Problem.factored

@@ -1,4 +1,4 @@
-"""The Triton kernels of topk_compaction against its definition, exactly; run by test_triton_scores.py."""
+"""The Triton kernels of topk_compaction against its definition, exactly; run by test_triton.py."""
 
 from __future__ import annotations
 
