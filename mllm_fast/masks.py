@@ -14,7 +14,7 @@ from transformers.masking_utils import causal_mask_function
 from .errors import InputError
 from .kernels import Attention, knockout_attention
 from .kernels.knockout_attention import HEAD_SIZES
-from .kernels.knockout_attention.reference import mean_over_rows, visible
+from .kernels.knockout_attention.reference import visible
 
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
 Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
@@ -136,7 +136,7 @@ def attend(
             if bias is not None:
                 scores = scores + bias
             alpha = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
-            share += mean_over_rows(alpha, True) * ((stop - start) / rows)
+            share += alpha.sum(-2) / rows
     return Attention(out, None, share if mass else None)
 
 
