@@ -16,11 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import machine, median, peak_bytes, write_result
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from models import random_llava
 
 import mllm_fast as mf
-from mllm_fast.shapes.build import CHAT_TEMPLATE, build_tokenizer
 from mllm_fast.shapes.questions import ask
 from mllm_fast.shapes.scenes import generate_scene
 
@@ -56,54 +54,6 @@ def explain_one(vlm: mf.VLM, rounds: int) -> dict:
         "explain_over_generate": median(explaining) / median(generating),
         "explain_and_recording_over_generate": median(whole) / median(generating),
     }
-
-
-def wide_model() -> mf.VLM:
-    """A LLaVA of random weights whose pictures have 2,048 tokens (32 x 64 patches)."""
-    tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=512, patch_size=8
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=8192,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    # the vision tower is not what is measured: each patch becomes its own token, without attention
-    model.model.get_image_features = _patches_as_tokens(model)
-    images = CLIPImageProcessorPil(size={"height": 256, "width": 512}, do_center_crop=False)
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-    return mf.VLM(model, processor)
-
-
-def _patches_as_tokens(model):
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    def features(pixel_values, **_):
-        patches = model.model.vision_tower.embeddings.patch_embedding(pixel_values).flatten(2).mT
-        return BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(patches)))
-
-    return features
 
 
 def long_answer(vlm: mf.VLM, tokens: int) -> dict:
@@ -172,7 +122,8 @@ def main() -> None:
         f"explain it {one['explain_ms']:.2f} ms: {one['explain_over_generate']:.2f} of generating it; with the cost of"
         f" recording {one['explain_and_recording_over_generate']:.2f}"
     )
-    result["long answer"] = long = long_answer(wide_model(), args.tokens)
+    wide = random_llava(128, layers=4, heads=4, intermediate=128, grid=(32, 64), window=8192, ends=True)
+    result["long answer"] = long = long_answer(wide, args.tokens)
     print(
         f"{args.tokens} tokens over {long['sequence']} positions: peak {long['peak_megabytes']:.1f} MB (generating one"
         f" token {long['generate_peak_megabytes']:.1f}); an array of tokens x tokens"

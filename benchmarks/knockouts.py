@@ -15,96 +15,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from harness import in_turn, machine, median, write_result
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from models import random_llava
 
 import mllm_fast as mf
-from mllm_fast.shapes.build import CHAT_TEMPLATE, build_tokenizer
 from mllm_fast.shapes.scenes import generate_scene
 
-TOKENS = 32
-RULES = [mf.Knockout("image", "query"), mf.Knockout("image", "generated")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import knocked
 
-
-def random_llava() -> mf.VLM:
-    """24 x 24 image tokens; the vision tower is a single small layer, for it is not what is measured."""
-    tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=192, patch_size=8
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=1024,
-        intermediate_size=2752,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id = None  # always all the tokens
-    images = CLIPImageProcessorPil(size={"height": 192, "width": 192}, do_center_crop=False)
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-    return mf.VLM(model, processor)
-
-
-@contextmanager
-def masked_eager(vlm: mf.VLM, layout: mf.TokenLayout) -> Iterator[None]:
-    """Eager attention with the additive mask of arXiv 2411.17491, equation 3, for RULES in every layer."""
-    image, last = layout.positions("image"), int(layout.positions("image")[-1])
-
-    def close(module, args, kwargs):
-        mask = kwargs["attention_mask"].clone()
-        rows, keys = mask.shape[-2:]
-        closed = torch.arange(keys - rows, keys) > last  # the query and what is generated
-        block = torch.zeros(rows, keys, dtype=torch.bool)
-        block[closed.nonzero(), image] = True
-        kwargs["attention_mask"] = mask.masked_fill(block, torch.finfo(mask.dtype).min)
-        return args, kwargs
-
-    vlm.model.set_attn_implementation("eager")
-    with ExitStack() as stack:
-        stack.callback(vlm.model.set_attn_implementation, "sdpa")
-        for layer in vlm.text.layers:
-            hook = layer.self_attn.register_forward_pre_hook(close, with_kwargs=True)
-            stack.callback(hook.remove)
-        yield
+TOKENS, LAYERS = 32, 16
+RULES = [knocked.Rule("image", target, "all", tuple(range(LAYERS))) for target in ("query", "generated")]
 
 
 def generation(rounds: int) -> dict:
-    vlm = random_llava()
+    vlm = random_llava(1024, layers=LAYERS, heads=16, intermediate=2752, grid=(24, 24), window=2048)
     picture, question = generate_scene(np.random.default_rng(0)).image, "describe the image."
 
     def plain() -> mf.Answer:
         return vlm.generate(picture, question, max_new_tokens=TOKENS)
 
     def knocked_out() -> mf.Answer:
-        return vlm.generate(picture, question, knockout=RULES, max_new_tokens=TOKENS)
+        return vlm.generate(picture, question, knockout=knocked.knockouts(RULES), max_new_tokens=TOKENS)
 
     ours = knocked_out()
-    with masked_eager(vlm, ours.layout):
+    with knocked.eager(vlm, RULES, [ours.layout]):
         expected = plain()
     if ours.token_ids != expected.token_ids or len(ours.token_ids) != TOKENS:
         raise SystemExit(f"knocked out {ours.token_ids}, eager {expected.token_ids}: no figures for a wrong answer")

@@ -35,7 +35,6 @@ def answer_of(
     prompt: TokenLayout,
     tokenizer: Any,
     stop_ids: set[int],
-    attention_share: dict[str, Tensor] | None = None,
 ) -> Answer:
     """The answer that follows the prompt in `sequence` (int64 [N], no padding before it)."""
     ids = sequence[prompt.prompt_length :].tolist()
@@ -44,7 +43,7 @@ def answer_of(
     kept = sequence[: prompt.prompt_length + len(ids)].cpu()
     layout = TokenLayout(len(kept), prompt.prompt_length, prompt.images)
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, ids, token_texts(tokenizer, ids), layout, kept, attention_share)
+    return Answer(text, ids, token_texts(tokenizer, ids), layout, kept)
 
 
 def prompt_layout(

@@ -42,11 +42,10 @@ def model_lock(text: TextModel) -> threading.RLock:
 class Recording:
     """Rows recorded of each forward pass: the last `rows` of it, [B, rows, ...] a pass.
 
-    residual, query, output: one list a layer; query [B, rows, H, D], rotated; output as query, what each head read;
-    final: inputs of the final norm. `seen`:
-    for each pass the keys that the rows see, bool [B or 1, rows, N], or None for plain causal attention.
-    `last`: the position of each pass's last row, None where the caller's own mask does not tell. embeds, positions:
-    what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows.
+    residual, query, output: one list a layer; query [B, rows, H, D], rotated; output as query, what each head read.
+    final: inputs of the final norm. seen: for each pass the keys that the rows see, bool [B or 1, rows, N], or None for
+    plain causal attention. last: the position of each pass's last row, None where the caller's own mask does not tell.
+    embeds, positions: what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows.
     """
 
     rows: int

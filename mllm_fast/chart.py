@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .answers import Answer
 from .errors import InputError
+from .files import check_target, write_whole
 from .knockout import Knockout
 from .shares import TYPES
 
@@ -35,12 +35,9 @@ def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, li
     return [("nothing", []), *((str(rule).removesuffix("@all"), [rule]) for rule in three)]
 
 
-def check_target(path: Path) -> None:
+def check_chart(path: Path) -> None:
     """Raise InputError if no chart can be written there, before any work is done for it."""
-    if path.suffix.lower() not in _ENDINGS:
-        raise InputError(f"{path}: a chart's ending is one of {', '.join(_ENDINGS)}, got {path.suffix or 'none'!r}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: the folder {path.parent} does not exist or cannot be written to")
+    check_target(path, _ENDINGS)
     _pyplot()
 
 
@@ -102,8 +99,6 @@ def _lists(share: dict[str, Tensor] | None) -> dict[str, list] | None:
 def save(rows: Rows, prompt: str, path: Path) -> None:
     """A panel a configuration: the share of each type of token over layers, the mean over heads and, shaded, from
     the quarter to three quarters of the heads."""
-    from .render import write_whole
-
     plt = _pyplot()
     figure, panels = plt.subplots(
         1, len(rows), figsize=(max(6.0, 3.6 * len(rows)), 3.9), sharey=True, squeeze=False, layout="constrained"

@@ -79,10 +79,11 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture and show what made the model say each word."""
-    from .render import check_target, summary
+    from .files import check_target
+    from .render import ENDINGS, summary
 
     if out is not None:
-        check_target(out)
+        check_target(out, ENDINGS)
     pictures, prompt = _inputs(images, question)
     rules = _rules(block, layers)
     vlm = _load(model, device, dtype, max_pixels, backend)
@@ -154,7 +155,7 @@ def knockout(
     from . import chart
 
     if out is not None:
-        chart.check_target(out)
+        chart.check_chart(out)
     pictures, prompt = _inputs(images, question)
     configurations = chart.configurations(_rules(block, layers), layers)
     vlm = _load(model, device, dtype, max_pixels, backend)

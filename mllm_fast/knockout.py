@@ -215,15 +215,23 @@ def plan_of(
     num_layers: int,
     padding: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    window: int | None = None,
 ) -> Plan | None:
-    """The plan of some knockouts, None where there is none.
+    """The plan of some knockouts, None where there is none. `window`: positions the model has, None without end.
 
     Raises:
-        InputError: an unknown segment, a layer the model does not have, a rule that blocks a token from itself.
+        InputError: an unknown segment, a layer or a position the model does not have, a rule that blocks a token from
+            itself.
     """
     rules = as_rules(knockouts)
     if not rules:
         return None
+    for rule in rules:
+        furthest = max(
+            (max(one, default=0) for one in (rule.source, rule.target) if not isinstance(one, str)), default=0
+        )
+        if window is not None and furthest >= window:
+            raise InputError(f"positions of a knockout are 0 to {window - 1}, the model's window; got {furthest}")
     return Plan([(r.source, r.target, r.layers) for r in rules], layouts, num_layers, padding, device)
 
 

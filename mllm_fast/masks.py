@@ -112,6 +112,9 @@ def attend(
     `mask` may also be a ready 4-D mask, as transformers lets a caller pass one. `closed`: knockouts on top of
     it. Rows that see no key give zeros. Causal attention goes to the kernel; any other rule (a sliding window)
     and ready masks to torch's SDPA, a block of rows at a time.
+
+    Raises:
+        InputError: a kernel was asked for by name where only SDPA serves.
     """
     fits = HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]
     if isinstance(mask, RowMask) and mask.left_padded and fits:
@@ -121,6 +124,11 @@ def attend(
         )
     if mask is None:  # without a rule there would be no causality either
         raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
+    if backend in ("cpu", "triton"):
+        raise InputError(
+            f"backend={backend!r} serves causal attention with heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; this is"
+            f" {'a rule or mask of its own' if fits else f'a head of {query.shape[3]}'}: use backend='auto' or 'torch'"
+        )
     rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.empty_like(query)

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save as save_tensors
 
-from .errors import InputError
 from .explain import Explanation
+from .files import check_target, write_whole
 
 _HEADS = 10
 _PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
@@ -27,39 +26,8 @@ _PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
 def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None) -> None:
     """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
     target = Path(path)
-    check_target(target)
+    check_target(target, ENDINGS)
     write_whole(target, _FORMATS[target.suffix.lower()](ex, token))
-
-
-def check_target(target: Path) -> None:
-    """Raise InputError if nothing could be saved under this path, before any work is done for it."""
-    if target.suffix.lower() not in _FORMATS:
-        raise InputError(
-            f"{target}: the file's ending is one of {', '.join(_FORMATS)}, got {target.suffix or 'none'!r}"
-        )
-    if target.is_dir():
-        raise InputError(f"{target}: is a folder; give a file in it")
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: the folder {target.parent} does not exist; make it first")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"{target}: the folder {target.parent} cannot be written to; choose another")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write by way of a temporary file beside the target, so that no reader ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".mllm-fast-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = os.umask(0)
-        os.umask(mode)
-        os.chmod(name, 0o666 & ~mode)  # mkstemp's files are private, a saved one should be as any other
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:
@@ -199,3 +167,4 @@ def _rounded(grid: torch.Tensor) -> list[list[float]]:
 
 
 _FORMATS = {".png": _png, ".html": _html, ".json": _json, ".safetensors": _safetensors}
+ENDINGS = tuple(_FORMATS)

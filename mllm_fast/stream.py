@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
 from .errors import InputError
 from .explain import Explanation, Heads
-from .knockout import Knockout, Plan, as_rules, plan_of
+from .knockout import Knockout, Plan, as_rules
 from .layout import TokenLayout
 from .shares import AttentionShares
 from .trace import make_trace
@@ -118,8 +119,7 @@ class Stream(Iterator[Step]):
 
     @knockout.setter
     def knockout(self, rules: Knockout | Sequence[Knockout] | None) -> None:
-        vlm = self._vlm
-        plan = plan_of(rules, [self.layout], len(vlm.text.layers), device=vlm.model.device)
+        plan = self._vlm.plan(rules, [self.layout])
         self._rules, self._plan = as_rules(rules), plan
 
     @property
@@ -129,8 +129,7 @@ class Stream(Iterator[Step]):
         said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._stop_ids)
         if self._shares is None:
             return said
-        share = self._shares.of(0, len(said.token_ids))
-        return Answer(said.text, said.token_ids, said.tokens, said.layout, said.input_ids, share)
+        return replace(said, attention_share=self._shares.of(0, len(said.token_ids)))
 
     def begin(self, start: Callable[[], Iterator[Pass]]) -> None:
         """Take what `start`, a call of `generate` with `one_sequence`, gives."""

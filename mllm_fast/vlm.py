@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -113,7 +114,7 @@ class VLM:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = self._pictures(image, prompt)
         inputs, layouts, padding = self._prepare(pictures, prompts)
-        plan = self._plan(knockout, layouts, padding)
+        plan = self.plan(knockout, layouts, padding)
         shares = None
         if attention_share:
             _one_answer("attention_share", options)
@@ -125,8 +126,7 @@ class VLM:
         for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
             said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids)
             if shares is not None:
-                share = shares.of(b, len(said.token_ids))
-                said = Answer(said.text, said.token_ids, said.tokens, said.layout, said.input_ids, share)
+                said = replace(said, attention_share=shares.of(b, len(said.token_ids)))
             answers.append(said)
         return answers[0] if isinstance(prompt, str) else answers
 
@@ -154,7 +154,7 @@ class VLM:
         _check_norm(norm)
         pictures = self._load(image)
         inputs, (layout,), padding = self._prepare([pictures], [prompt])
-        plan = self._plan(knockout, [layout], padding)
+        plan = self.plan(knockout, [layout], padding)
         if answer is None:
             _one_answer("explain", options)
             settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
@@ -267,14 +267,21 @@ class VLM:
         self._check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
         return inputs
 
-    def _plan(self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int]) -> Plan | None:
-        return plan_of(knockout, layouts, len(self.text.layers), padding, self.model.device)
+    def plan(
+        self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None
+    ) -> Plan | None:
+        """The plan of some knockouts for sequences of these layouts; None where there is no knockout."""
+        return plan_of(knockout, layouts, len(self.text.layers), padding, self.model.device, self._window)
+
+    @property
+    def _window(self) -> int | None:
+        return getattr(self.text.config, "max_position_embeddings", None)
 
     def _check_window(self, length: int, what: str) -> None:
-        window = getattr(self.text.config, "max_position_embeddings", None)
-        if window and length > window:
+        if self._window and length > self._window:
             raise InputError(
-                f"{what} {length} tokens, the model's window is {window}; shorten the text or make the picture smaller"
+                f"{what} {length} tokens, the model's window is {self._window}; shorten the text or make the picture"
+                " smaller"
             )
 
     def _check_text(self, text: str, what: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from mllm_fast.attention import recording
+from mllm_fast.errors import InputError
 from mllm_fast.masks import RowMask, attend, row_mask
 
 QUESTION = "what color is the circle ?"
@@ -109,6 +110,14 @@ def test_sliding_window_is_honoured():
             inside = text(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(inside, outside, rtol=0, atol=1e-9)
     assert (outside - unlimited).abs().max() > 1e-3, "the window must matter here"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_kernel_asked_for_by_name_is_not_replaced(backend):
+    part = tiny.sliding(5)
+    ids = torch.randint(4, 20, (1, 23), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(InputError, match=f"backend='{backend}' serves causal"), recording(part, 0, backend=backend):
+        part.decoder(input_ids=ids, use_cache=False)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -267,6 +267,7 @@ BAD = [
     ((mf.Knockout("generated", "generated"),), "would block position [0-9]+ from itself"),
     ((mf.Knockout((5,), (1, 5)),), "would block position 5 from itself"),
     ((mf.Knockout((-1,), "query"),), "positions of a knockout are 0 or more, got -1"),
+    ((mf.Knockout((5, 10**12), "query"),), "positions of a knockout are 0 to [0-9]+, the model's window; got 10{12}$"),
     (
         tuple(mf.Knockout((i,), (i + 1,)) for i in range(40)),
         "cut the sequence into 4[0-9] kinds of position, at most 32",

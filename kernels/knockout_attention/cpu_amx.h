@@ -395,16 +395,8 @@ class Prefill {
     const Block& b = blocks[slot];
     for (int64_t r = from; r < std::min(from + 4, b.count); ++r) {
       const float sum = total(load(sums.data() + (slot * SIDE + r) * LANES));
-      const bool seen = sum != 0;  // NaN too
-      T* to = static_cast<T*>(p.out) + ((task.batch * p.rows + b.row + r) * p.heads + b.head) * p.width;
-      if (seen) {
-        store_scaled(out.data() + (slot * SIDE + r) * steps * DEEP, 1.0f / sum, p.width, to);
-      } else {
-        std::fill_n(to, p.width, T(0));
-      }
-      if (p.lse)
-        p.lse[(task.batch * p.heads + b.head) * p.rows + b.row + r] =
-            seen ? (b.peak[r] + std::log2(sum)) * 0.6931471805599453f : mllm::UNSET;
+      const float* row = out.data() + (slot * SIDE + r) * steps * DEEP;
+      write_row<T>(p, task.batch, b.head, b.row + r, row, sum, b.peak[r]);
     }
   }
 };

@@ -46,29 +46,25 @@ class Decode {
         const float peak = parts[i].peak[m];
         top = peak > top || peak != peak ? peak : top;
       }
-      for (int64_t i = 0; i < count; ++i)
-        if (parts[i].peak[m] != mllm::UNSET) sum += parts[i].sum[m] * std::exp2(parts[i].peak[m] - top);
-      const bool seen = top != mllm::UNSET;
       const int64_t head = parts->kv_head * p.group() + m / p.rows, row = m % p.rows, b = parts->batch;
-      float share[64];
-      for (int64_t i = 0; i < count; ++i)
-        share[i] = seen && parts[i].peak[m] != mllm::UNSET ? std::exp2(parts[i].peak[m] - top) / sum : 0.0f;
+      float share[64];  // of each part in the sum; 0 where it has no key that the row sees
+      for (int64_t i = 0; i < count; ++i) {
+        share[i] = parts[i].peak[m] != mllm::UNSET ? std::exp2(parts[i].peak[m] - top) : 0.0f;
+        if (share[i] != 0) sum += parts[i].sum[m] * share[i];
+      }
       float* o = parts->out.data() + m * wide;  // the first part's takes the others in
       for (int64_t e = 0; e < p.width; ++e) o[e] = share[0] != 0 ? o[e] * share[0] : 0.0f;
       for (int64_t i = 1; i < count; ++i)
         if (share[i] != 0)
           for (int64_t e = 0; e < p.width; ++e) o[e] += share[i] * parts[i].out[m * wide + e];
-      store_scaled(o, 1.0f, p.width, static_cast<T*>(p.out) + ((b * p.rows + row) * p.heads + head) * p.width);
-      if (p.lse)
-        p.lse[(b * p.heads + head) * p.rows + row] =
-            seen ? (top + std::log2(sum)) * 0.6931471805599453f : mllm::UNSET;
-      if (p.mass && (!p.mass_rows || p.mass_rows[b * p.rows + row])) {
+      write_row<T>(p, b, head, row, o, sum, top);
+      if (p.mass && sum != 0 && (!p.mass_rows || p.mass_rows[b * p.rows + row])) {
         int64_t chosen = p.rows;
         if (p.mass_rows) chosen = std::count_if(p.mass_rows + b * p.rows, p.mass_rows + (b + 1) * p.rows, [](auto x) { return x; });
         float* mass = p.mass + (b * p.heads + head) * p.keys;
         for (int64_t i = 0; i < count; ++i)
           for (int64_t k = 0; k < parts[i].count; ++k)
-            mass[parts[i].open[k]] += parts[i].weights[m * parts[i].count + k] * share[i] / chosen;
+            mass[parts[i].open[k]] += parts[i].weights[m * parts[i].count + k] * (share[i] / sum) / chosen;
       }
     }
   }

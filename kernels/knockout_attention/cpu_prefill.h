@@ -184,13 +184,7 @@ class Prefill {
     const Block& b = blocks[slot];
     for (int64_t r = 0; r < b.count; ++r) {
       const float sum = total(load(sums.data() + (slot * ROWS + r) * LANES));
-      const float* o = out.data() + (slot * ROWS + r) * wide;
-      T* to = static_cast<T*>(p.out) + ((task.batch * p.rows + b.row + r) * p.heads + b.head) * p.width;
-      const bool seen = sum != 0;  // NaN too
-      store_scaled(o, seen ? 1.0f / sum : 0.0f, p.width, to);
-      if (p.lse)
-        p.lse[(task.batch * p.heads + b.head) * p.rows + b.row + r] =
-            seen ? (b.peak[r] + std::log2(sum)) * 0.6931471805599453f : mllm::UNSET;
+      write_row<T>(p, task.batch, b.head, b.row + r, out.data() + (slot * ROWS + r) * wide, sum, b.peak[r]);
     }
   }
 };
