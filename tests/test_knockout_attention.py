@@ -213,6 +213,18 @@ def test_awkward_shapes(way, shape, dtype):
     check(way, make(*shape, dtype, batch=2, segments="own", padded=True, lse=True, mass=True, seed=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 257])
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_that_grow(way, rows, dtype):
+    """Each key outdoes those before it, by far more than a float's exponent in all: the running peak must follow."""
+    problem = make(2, 1, rows, 257, 64, dtype, lse=True)
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    key = torch.linspace(0, 300, 257)[:, None] * direction
+    query = (problem.query + 8 * direction) / 8
+    check(way, replace(problem, query=query.to(dtype), key=key.to(dtype)[None, None]))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
