@@ -5,7 +5,7 @@ the first call that needs them.
 """
 
 from .dispatch import backend_report
-from .knockout_attention import Attention, knockout_attention, segment_table
+from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import OperatorCache, Unembedding, logprob_increase, weight_state
 from .topk_compaction import Compaction, topk_compaction
 
@@ -15,6 +15,7 @@ __all__ = [
     "OperatorCache",
     "Unembedding",
     "backend_report",
+    "join",
     "knockout_attention",
     "logprob_increase",
     "segment_table",

@@ -57,7 +57,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention",
       [](std::array<uintptr_t, 3> operands, bool bfloat16, std::array<std::array<int64_t, 3>, 3> strides,
-         std::array<uintptr_t, 3> mask, int64_t segment_stride, float scale, std::array<int64_t, 6> sizes,
+         std::array<uintptr_t, 3> mask, int64_t segment_stride, float scale, std::array<int64_t, 7> sizes,
          std::array<uintptr_t, 4> results, int threads, const std::string& isa) {
         mllm::AttentionProblem p;
         p.query = pointer<const void>(operands[0]);
@@ -79,6 +79,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.rows = sizes[3];
         p.keys = sizes[4];
         p.width = sizes[5];
+        p.offset = sizes[6];
         p.out = pointer<void>(results[0]);
         p.lse = pointer<float>(results[1]);
         p.mass = pointer<float>(results[2]);
@@ -90,7 +91,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("mask"), py::arg("segment_stride"), py::arg("scale"), py::arg("sizes"), py::arg("results"),
       py::arg("threads"), py::arg("isa"),
       "Operands query, key, value and their strides of batch, head, row; mask segments, table, start; sizes batch,"
-      " heads, key heads, rows, keys, width; results output, lse, mass and the rows it counts. See"
+      " heads, key heads, rows, keys, width and the first row's position; results output, lse, mass and the rows it counts. See"
       " knockout_attention/problem.h.");
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");

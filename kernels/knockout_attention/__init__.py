@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dispatch import choose
 
-__all__ = ["SEGMENTS", "Attention", "knockout_attention", "segment_table"]
+__all__ = ["SEGMENTS", "Attention", "join", "knockout_attention", "segment_table"]
 
 SEGMENTS = 32
 HEAD_SIZES = (16, 256)
@@ -61,6 +61,7 @@ def knockout_attention(
     scale: float | None = None,
     lse: bool = False,
     mass: bool | Tensor = False,
+    causal: bool = True,
     backend: str = "auto",
 ) -> Attention:
     """Attention of the last R of N positions, R <= N. Inference only.
@@ -76,6 +77,9 @@ def knockout_attention(
         lse: return the log-sum-exp of each row's scaled scores, natural; -inf for a row that sees no key.
         mass: True, or the rows to count as bool [B, R]: return the mean of alpha over these rows. Rows that see
             no key count as zeros; without any row the mass is 0.
+        causal: False: the rows come after all N positions, so that each sees every key but padding, and R is any
+            number: a prefix that several sequences share. Two such results are joined by their log-sum-exps
+            (`join`). Without segments and mass.
         backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
@@ -85,17 +89,29 @@ def knockout_attention(
     Raises:
         ValueError: names the argument, what it got and what it takes.
     """
-    _check(query, key, value, segments, table, start, mass)
+    _check(query, key, value, segments, table, start, mass, causal)
     backend = choose(query.device, query.dtype, backend, op="knockout_attention")
     if scale is None:
         scale = query.shape[3] ** -0.5
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale is a positive number, got {scale}")
     kernel = importlib.import_module(f".{backend}_kernel", __package__)
-    return Attention(*kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass))
+    return Attention(*kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass, causal))
 
 
-def _check(query, key, value, segments, table, start, mass) -> None:
+def join(first: Attention, second: Attention) -> Tensor:
+    """The output [B, H, R, D] of rows whose keys were split over two calls with `lse=True`.
+
+    With l the two log-sum-exps: O = sum_i exp(l_i - logaddexp(l_1, l_2)) O_i; zeros where neither has a key.
+    """
+    logs = torch.stack([first.lse, second.lse])  # type: ignore[list-item]
+    logs = logs - logs.amax(0).clamp_min(torch.finfo(logs.dtype).min)  # no key at all: -inf stays, not NaN
+    weights = logs.exp()
+    weights = (weights / weights.sum(0).clamp_min(torch.finfo(logs.dtype).tiny))[..., None]
+    return (weights[0] * first.output + weights[1] * second.output).to(first.output.dtype)
+
+
+def _check(query, key, value, segments, table, start, mass, causal) -> None:
     """Few and cheap tests first: decoding calls this once a layer and token."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
@@ -123,7 +139,9 @@ def _check(query, key, value, segments, table, start, mass) -> None:
         raise ValueError(f"value is {_shape(key)} as key is, got {_shape(value)}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query's heads are a multiple of key's, got {heads} and {kv_heads}")
-    if rows > keys:
+    if not causal and (segments is not None or mass is not False):
+        raise ValueError("causal=False goes without segments and mass")
+    if causal and rows > keys:
         raise ValueError(f"query's rows are the last of key's positions, got {rows} rows and {keys} positions")
     if (segments is None) != (table is None):
         raise ValueError("segments and table go together: give both or neither")

@@ -287,7 +287,7 @@ class Prefill {
 #pragma GCC unroll 8
     for (int j = 0; j < 2 * N; ++j) x[j] = load(from + j * LANES);
     if (item.masked) {
-      const int64_t position = sight.offset + b.row + r;
+      const int64_t position = sight.position(b.row + r);
 #pragma GCC unroll 8
       for (int j = 0; j < 2 * N; ++j) {
         const ivec out_of_sight = hidden(sight, item.chunk[j / 2] * CHUNK + j % 2 * 16, position, b.closed[r]);

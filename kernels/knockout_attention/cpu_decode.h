@@ -113,7 +113,7 @@ class Decode {
 
   void weigh(Part& part, const mllm::Sight& sight, int64_t m) const {
     float* x = part.weights.data() + m * part.count;
-    const int64_t row = m % p.rows, position = sight.offset + row;
+    const int64_t row = m % p.rows, position = sight.position(row);
     const mllm::Bits closed = sight.closed(row);
     if (p.rows > 1)  // a single row sees every key that is listed
       for (int64_t i = 0; i < part.count; ++i)

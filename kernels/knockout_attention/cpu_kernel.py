@@ -18,6 +18,7 @@ def attention(
     scale: float,
     lse: bool,
     mass: bool | Tensor,
+    causal: bool = True,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.attention`; operands float32 or bfloat16. `isa` picks an instruction set (tests), else the
@@ -40,7 +41,7 @@ def attention(
             (_address(segments), _address(table), _address(start)),
             segments.stride(0) if segments is not None and len(segments) > 1 else 0,
             scale,
-            (batch, heads, kv_heads, rows, keys, width),
+            (batch, heads, kv_heads, rows, keys, width, keys - rows if causal else keys),
             (output.data_ptr(), _address(total), _address(share), _address(chosen)),
             torch.get_num_threads(),
             isa or instruction_set(),

@@ -28,7 +28,7 @@ static void add_mass(const mllm::AttentionProblem& p) {
           const int count = static_cast<int>(std::min<size_t>(ROWS, chosen.size() - at));
           mllm::Bits closed_to_all = ~mllm::Bits(0);
           for (int r = 0; r < count; ++r) closed_to_all &= sight.closed(chosen[at + r]);
-          if (from > sight.offset + chosen[at + count - 1] || to <= sight.first || !(present & ~closed_to_all)) continue;
+          if (from > sight.position(chosen[at + count - 1]) || to <= sight.first || !(present & ~closed_to_all)) continue;
           if (!is_packed) pack_keys(k + from * p.key_strides.row, p.key_strides.row, to - from, p.width, packed.data());
           is_packed = true;
           for (int r = 0; r < ROWS; ++r)
@@ -41,7 +41,7 @@ static void add_mass(const mllm::AttentionProblem& p) {
             const int64_t row = chosen[at + r];
             if (lse[row] == mllm::UNSET) continue;
             for (int j = 0; j < VECS; ++j) {
-              const ivec unseen = hidden(sight, from + j * LANES, sight.offset + row, sight.closed(row));
+              const ivec unseen = hidden(sight, from + j * LANES, sight.position(row), sight.closed(row));
               const vec alpha = exp2(x[r][j] - lse[row] * 1.4426950408889634f);
               sum[j] += unseen ? (vec){} : alpha;
             }

@@ -112,7 +112,7 @@ class Prefill {
       if (masked) {
 #pragma GCC unroll 4
         for (int j = 0; j < VECS; ++j) {
-          unseen[j] = hidden(sight, chunk * CHUNK + j * LANES, sight.offset + b.row + r, b.closed[r]);
+          unseen[j] = hidden(sight, chunk * CHUNK + j * LANES, sight.position(b.row + r), b.closed[r]);
           x[r][j] = unseen[j] ? splat(mllm::UNSET) : x[r][j];
         }
       }

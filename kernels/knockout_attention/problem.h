@@ -26,6 +26,7 @@ struct AttentionProblem {
   const int32_t* start = nullptr;   // [batch] or null
   float scale = 1;
   int64_t batch = 0, heads = 0, kv_heads = 0, rows = 0, keys = 0, width = 0;
+  int64_t offset = 0;  // position of the first row; that of the last is keys - 1 or beyond
   void* out = nullptr;                  // [batch, rows, heads, width]
   float* lse = nullptr;                 // [batch, heads, rows] or null
   float* mass = nullptr;                // [batch, heads, keys] or null, zeros on entry
@@ -44,7 +45,7 @@ struct Sight {
   static constexpr int GRAIN = 8;
   const uint8_t* ids = nullptr;
   const uint32_t* table = nullptr;
-  int64_t first = 0, keys = 0, offset = 0;  // row i is position offset + i
+  int64_t first = 0, keys = 0, offset = 0;
   std::vector<Bits, CacheAligned<Bits>> bit;  // [keys + 64], 0 beyond the last
   std::vector<Bits> present;                  // of each GRAIN keys
 
@@ -53,7 +54,7 @@ struct Sight {
         table(p.table),
         first(p.start ? std::max<int64_t>(p.start[b], 0) : 0),
         keys(p.keys),
-        offset(p.keys - p.rows),
+        offset(p.offset),
         bit(p.keys + 64, 0),
         present((p.keys + GRAIN - 1) / GRAIN, 0) {
     for (int64_t k = 0; k < keys; ++k) {
@@ -63,6 +64,9 @@ struct Sight {
       present[k / GRAIN] |= bit[k];
     }
   }
+
+  // The last key that the row may see: rows after all keys see as much as the last position.
+  int64_t position(int64_t row) const { return std::min(offset + row, keys - 1); }
 
   // Segments that the row does not see.
   Bits closed(int64_t row) const { return ids ? table[ids[offset + row]] : 0; }
@@ -86,7 +90,7 @@ struct RowsView {
     for (int64_t i = r; i < r + n; ++i) closed_to_all &= s.closed(i), closed_to_some |= s.closed(i);
   }
   View of(int64_t from, int64_t to) const {
-    const int64_t low = sight.offset + row, high = low + count - 1;
+    const int64_t low = sight.position(row), high = sight.position(row + count - 1);
     if (from > high || std::min(to, sight.keys) <= sight.first) return View::NONE;
     const Bits here = sight.present_in(from, to);
     if (!(here & ~closed_to_all)) return View::NONE;

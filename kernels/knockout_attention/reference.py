@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 
-def visible(rows: int, keys: int, segments: Tensor | None, table: Tensor | None, start: Tensor | None) -> Tensor:
+def visible(
+    rows: int, keys: int, segments: Tensor | None, table: Tensor | None, start: Tensor | None, causal: bool = True
+) -> Tensor:
     """Which keys each of the last `rows` positions sees: bool [B or 1, rows, keys]."""
     device = next((t.device for t in (segments, start) if t is not None), None)
     key = torch.arange(keys, device=device)
-    row = key[keys - rows :, None]
-    seen = (key <= row)[None]
+    if causal:
+        seen = (key <= key[keys - rows :, None])[None]
+    else:
+        seen = torch.ones(1, rows, keys, dtype=torch.bool, device=device)
     if start is not None:
         seen = seen & (key >= start[:, None, None])
     if segments is not None and table is not None:
@@ -32,11 +36,12 @@ def attention(
     scale: float,
     lse: bool,
     mass: bool | Tensor,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Arguments and result as `mllm_fast.kernels.knockout_attention`; the output in the operands' dtype."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    seen = visible(query.shape[2], key.shape[2], segments, table, start).to(query.device)[:, None]
+    seen = visible(query.shape[2], key.shape[2], segments, table, start, causal).to(query.device)[:, None]
     scores = (query @ key.mT * scale).masked_fill(~seen, -torch.inf)
     alpha = torch.softmax(scores, -1).masked_fill(~seen, 0)  # a row that sees nothing: zeros, not NaN
     total = torch.logsumexp(scores, -1) if lse else None

@@ -20,6 +20,7 @@ def attention(
     scale: float,
     lse: bool,
     mass: bool | Tensor,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.attention`; computed in float32 or wider, grouped heads never repeated."""
     batch, heads, rows, width = query.shape
@@ -37,9 +38,10 @@ def attention(
     step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * keys))
     for first in range(0, rows, step):
         stop = min(first + step, rows)
-        last = keys - rows + stop  # keys after the block's last row are seen by none
+        last = keys - rows + stop if causal else keys  # keys after the block's last row are seen by none
         ids = None if segments is None else segments[:, :last]
-        seen = reference.visible(stop - first, last, ids, table, start).to(query.device)[:, None, None]
+        seen = reference.visible(stop - first, last, ids, table, start, causal).to(query.device)
+        seen = seen[:, None, None]
         scores = grouped[:, :, :, first:stop].to(wide) @ key[..., :last, :].mT * scale
         scores = scores.masked_fill(~seen, -torch.inf)
         alpha = torch.softmax(scores, -1).masked_fill(~seen, 0)

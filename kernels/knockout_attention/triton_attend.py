@@ -18,7 +18,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 SPLIT_TILE = tl.constexpr(16)
 
 # lengths change from call to call and must not compile a kernel anew
-LENGTHS = ["rows", "keys", "segment_stride", "slots", "splits"]
+LENGTHS = ["rows", "keys", "before", "segment_stride", "slots", "splits"]
 
 
 @triton.jit
@@ -181,6 +181,7 @@ def attend(
     packed,
     rows,
     keys,
+    before,
     width,
     slots,
     HAS_SEGMENTS: tl.constexpr,  # noqa: N803
@@ -208,7 +209,7 @@ def attend(
     head, row = group * packed + m * 0, m
     if PACKED:  # the divisions cost registers that a prefill has not
         head, row = group * packed + m // rows, m % rows
-    position = keys - rows + row
+    position = tl.minimum(before + row, keys - 1)  # rows after all keys see as much as the last position
     first = tl.load(start + batch) if HAS_START else 0
     batch = batch.to(tl.int64)
     query += batch * query_batch + head.to(tl.int64)[:, None] * query_head + row.to(tl.int64)[:, None] * query_row

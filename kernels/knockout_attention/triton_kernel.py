@@ -84,10 +84,11 @@ def attention(
     scale: float,
     lse: bool,
     mass: bool | Tensor,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.attention`; lse and mass in float32."""
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        output, total = _attend(query, key, value, segments, table, start, scale, lse or mass is not False)
+        output, total = _attend(query, key, value, segments, table, start, scale, lse or mass is not False, causal)
         share = None
         if mass is not False and total is not None:
             share = _mass(query, key, total, segments, table, start, scale, mass)
@@ -99,7 +100,7 @@ def split_count(programs: int, key_blocks: int, processors: int) -> int:
     return max(1, min(2 * processors // max(1, programs), key_blocks // _SPLIT_BLOCKS, MAX_SPLITS))
 
 
-def _attend(query, key, value, segments, table, start, scale, lse) -> tuple[Tensor, Tensor | None]:
+def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tuple[Tensor, Tensor | None]:
     """Output [B, R, H, D] and, if `lse`, the log-sum-exp [B, H, R]."""
     batch, heads, rows, width = query.shape
     keys, per_kv = key.shape[2], heads // key.shape[1]
@@ -132,7 +133,7 @@ def _attend(query, key, value, segments, table, start, scale, lse) -> tuple[Tens
     attend[(batch * (heads // packed), row_blocks, splits)](
         query, key, value, parts, part_total, segments, table, start, blocks, counts, scale * _LOG2E,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], segment_stride,
-        heads, per_kv, packed, rows, keys, width, key_blocks,
+        heads, per_kv, packed, rows, keys, keys - rows if causal else keys, width, key_blocks,
         HAS_SEGMENTS=segments is not None, HAS_START=start is not None, WITH_LSE=part_total is not None,
         PACKED=packed > 1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, EVEN_D=block_d == width,
         PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages, **_OPTIONS,

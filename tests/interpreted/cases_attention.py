@@ -272,3 +272,19 @@ def test_broken_weights_give_nan():
     assert got.output[:, 1, 20].isnan().all()
     assert got.lse[:, 1, 20].isnan().all()
     assert got.output.isnan().sum() == 16
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FLOAT])
+@pytest.mark.parametrize("rows", [1, 33, 70])
+@pytest.mark.parametrize("padding", [False, True])
+def test_rows_after_all_keys(rows, padding, dtype):
+    """A shared prefix: more rows than keys, each sees every key but padding."""
+    case = Case(2, 2, 1, 40, rows, 16, dtype, "none", padding, mass=False)
+    query, key, value = operands(case)
+    start = masks(case)["start"]
+    given = (None, None, start, 0.25, True, False, False)
+    got = triton_kernel.attention(query, key, value, *given)
+    truth = reference(query.double(), key.double(), value.double(), *given)
+    low = reference(query, key, value, *given)
+    compare(got[0], low[0], truth[0], torch.finfo(dtype).eps)
+    compare(got[1], truth[1].float(), truth[1], 8 * torch.finfo(torch.float32).eps)
