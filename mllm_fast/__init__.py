@@ -13,15 +13,17 @@ __version__ = "0.1.0"
 _HOME = {
     "VLM": ".vlm",
     "Answer": ".answers",
+    "Context": ".context",
     "Explanation": ".explain",
     "Knockout": ".knockout",
     "TokenLayout": ".layout",
     "InputError": ".errors",
 }
-__all__ = ["VLM", "Answer", "Explanation", "InputError", "Knockout", "TokenLayout"]
+__all__ = ["VLM", "Answer", "Context", "Explanation", "InputError", "Knockout", "TokenLayout"]
 
 if TYPE_CHECKING:
     from .answers import Answer
+    from .context import Context
     from .errors import InputError
     from .explain import Explanation
     from .knockout import Knockout

@@ -54,6 +54,12 @@ class TextModel:
         """O_j: [hidden size, head dim], a view of the output projection's weight."""
         return self.outputs[layer].weight[:, head * self.head_dim : (head + 1) * self.head_dim]
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the final norm's output [..., d]: [..., V]."""
+        logits = self.head(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def unembedding(self) -> Unembedding:
         """The final norm and the unembedding, views of the weights."""
         norm: Any = self.norm

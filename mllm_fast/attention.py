@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,9 +23,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .adapters import TextModel
 from .knockout import Plan
 from .masks import Closed, RowMask, attend, row_mask, seen_by
-from .shares import AttentionShares
+from .shares import Watcher
 
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
+Attending = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
 _names = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -92,10 +93,13 @@ def recording(
     text: TextModel,
     rows: int = 0,
     knockouts: Plan | None = None,
-    shares: AttentionShares | None = None,
+    shares: Watcher | None = None,
     backend: str = "auto",
+    attending: Attending | None = None,
 ) -> Iterator[Recording]:
     """Run the text part on `masks.attend` and record the last `rows` rows of every forward pass inside.
+
+    `attending` takes its place: for who keeps keys and values, and the rule of who sees whom, elsewhere.
 
     Only the text part is touched: vision towers use the same interface of transformers. The name under
     which the functions are registered is new each time, so that several models do not meet; other threads
@@ -104,13 +108,18 @@ def recording(
     with model_lock(text):
         if str(text.config._attn_implementation).startswith("mllm_fast_"):
             raise RuntimeError("this model is being recorded already; leave that block first")
-        with _attached(text, rows, knockouts, shares, backend) as record:
+        with _attached(text, rows, knockouts, shares, backend, attending) as record:
             yield record
 
 
 @contextmanager
 def _attached(
-    text: TextModel, rows: int, knockouts: Plan | None, shares: AttentionShares | None, backend: str
+    text: TextModel,
+    rows: int,
+    knockouts: Plan | None,
+    shares: Watcher | None,
+    backend: str,
+    attending: Attending | None,
 ) -> Iterator[Recording]:
     record = Recording(rows, len(text.layers), text.outputs[-1].weight.device)
     name = f"mllm_fast_{next(_names)}"
@@ -124,13 +133,20 @@ def _attached(
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
         layer: int = module.layer_idx  # type: ignore[assignment]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if attending is not None:
+            if rows:
+                record.on_attention(layer, query, key.shape[2], None, scale, None)
+            output = attending(layer, query, key, value, scale).transpose(1, 2)
+            if rows:
+                record.output[layer].append(record.take(output))
+            return output.contiguous(), None
         table = None if knockouts is None else knockouts.tables[layer]
         closed = None
         if knockouts is not None and table is not None:
             closed = knockouts.segments(len(query), key.shape[2]), table
         if rows:
             record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)
-        mass = shares is not None and shares.wants(key.shape[2] - query.shape[2])
+        mass = False if shares is None else shares.wants(key.shape[2] - query.shape[2], query.shape[2])
         found = attend(query, key, value, attention_mask, scale, closed, mass, backend)
         if rows:
             record.output[layer].append(record.take(found.output.transpose(1, 2)))

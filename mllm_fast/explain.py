@@ -28,6 +28,18 @@ METHODS = ("logprob", "attention")
 _WRITE_ELEMENTS = 1 << 24  # of the writes handed to the kernel at a time: 64 MiB of float32
 
 
+def check_norm(norm: str) -> None:
+    """Raise InputError for an unknown norm."""
+    if norm not in ("frozen", "own"):
+        raise InputError(f"norm is 'frozen' or 'own', got {norm!r}")
+
+
+def nothing_generated(options: dict[str, Any]) -> None:
+    """Raise InputError for options of a generation where the answer is given."""
+    if options:
+        raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
+
+
 class Explanation:
     """Scores of one answer. A token is named by its index in `tokens`, or by its text where that is unique.
 
@@ -106,7 +118,7 @@ class Explanation:
         """Log-probability increase of each position's write, float32 [heads, positions], on the CPU.
 
         heads: a number (that many of the best), a list of (layer, head), or "all" (layer by layer).
-        positions: all of `input_ids`; those the token cannot see have 0.
+        positions: all of `input_ids`; those the token cannot see, and those a context dropped, have 0.
         """
         index = self.token_index(token)
         wanted = self._heads(index, heads)
@@ -121,11 +133,8 @@ class Explanation:
         """Attention of the token's row, float32 [layers, heads, positions], on the CPU; it sums to 1 over the
         positions the row sees, the others have 0."""
         index = self.token_index(token)
-        out = torch.zeros(self.num_layers, self.num_heads, len(self.input_ids))
-        for layer in range(self.num_layers):
-            alpha = self._trace.attention(index, layer)
-            out[layer, :, : alpha.shape[1]] = alpha.cpu()
-        return out
+        alphas = [self._trace.attention(index, layer) for layer in range(self.num_layers)]
+        return torch.stack([self._trace.spread(a, layer, len(self.input_ids)) for layer, a in enumerate(alphas)])
 
     def heatmap(self, token: int | str, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
         """A map over a picture's tokens, float32 [rows, cols] (`layout.images[image].grid`).
@@ -247,7 +256,6 @@ class Explanation:
                 operators=self._operators,
                 keys=[(layer, head, weight_state(self._text.outputs[layer].weight)) for layer, head in part],
             )
-            full = torch.zeros(len(part), len(self.input_ids))
-            full[:, :stop] = scores.float().cpu()
-            done |= dict(zip(part, full, strict=True))
+            for head, one in zip(part, scores.cpu(), strict=True):
+                done[head] = self._trace.spread(one, head[0], len(self.input_ids))
         return [done[head] for head in heads]

@@ -103,11 +103,11 @@ def attend(
     mask: RowMask | Tensor | None,
     scale: float,
     closed: Closed | None = None,
-    mass: bool = False,
+    mass: bool | Tensor = False,
     backend: str = "auto",
 ) -> Attention:
     """Exact attention, [B, H, R, D] x [B, Hkv, N, D] -> output [B, H, R, D] and, if asked for, the rows' mean
-    attention to each key [B, H, N].
+    attention to each key [B, H, N] (of all rows, or of those in a bool [B, R]).
 
     `mask` may also be a ready 4-D mask, as transformers lets a caller pass one. `closed`: knockouts on top of
     it. Rows that see no key give zeros. Causal attention goes to the kernel; any other rule (a sliding window)
@@ -133,19 +133,21 @@ def attend(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.empty_like(query)
     share = query.new_zeros(*query.shape[:2], keys, dtype=torch.promote_types(query.dtype, torch.float32))
+    chosen = torch.ones(1, rows, device=query.device) if isinstance(mass, bool) else mass
+    weight = chosen.to(share.dtype) / chosen.to(share.dtype).sum(-1, keepdim=True).clamp_min(1)
     for start in range(0, rows, _ROW_BLOCK):
         stop = min(start + _ROW_BLOCK, rows)
         seen, bias = seen_by(mask, start, stop, rows, keys, closed)
         block = seen if bias is None else bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
         part = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, attn_mask=block, scale=scale)
         out[:, :, start:stop] = part.masked_fill(~seen.any(-1, keepdim=True), 0)
-        if mass:
+        if mass is not False:
             scores = query[:, :, start:stop].to(share.dtype) @ key.to(share.dtype).mT * scale
             if bias is not None:
                 scores = scores + bias
             alpha = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
-            share += alpha.sum(-2) / rows
-    return Attention(out, None, share if mass else None)
+            share += (weight[:, None, None, start:stop] @ alpha)[:, :, 0]
+    return Attention(out, None, None if mass is False else share)
 
 
 def seen_by(

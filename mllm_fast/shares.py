@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,17 @@ from torch import Tensor
 from .layout import TokenLayout
 
 TYPES = ("system", "image", "query", "generated")
+
+
+class Watcher(Protocol):
+    """What is told of the attention mass while the model runs."""
+
+    def wants(self, first_row: int, rows: int) -> bool | Tensor:
+        """Whether the mass of a pass of so many rows, the first at this position, is asked for: of all its rows, or
+        of those in a bool [B, rows]."""
+
+    def add(self, layer: int, mass: Tensor) -> None:
+        """The mass [B, H, N] of one pass."""
 
 
 class AttentionShares:
@@ -27,8 +39,8 @@ class AttentionShares:
                 row[layout.positions(name) + pad] = i
         self._passes: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
-    def wants(self, first_row: int) -> bool:
-        """Whether a pass whose first row is at this position reads generated tokens alone."""
+    def wants(self, first_row: int, rows: int) -> bool:
+        """Passes that read generated tokens alone."""
         return first_row >= self.prompt_length
 
     def add(self, layer: int, mass: Tensor) -> None:

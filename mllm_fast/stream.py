@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,22 @@ from .explain import Explanation, Heads
 from .knockout import Knockout, Plan, as_rules
 from .layout import TokenLayout
 from .shares import AttentionShares
-from .trace import make_trace
+from .trace import Trace, make_trace
 
 if TYPE_CHECKING:
     from .vlm import VLM
 
 Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
+
+
+class Source(Protocol):
+    """What a stream computes with, where that is not the whole model over its own cache."""
+
+    def recording(self, rows: int) -> AbstractContextManager[Recording]:
+        """The model attached for one pass."""
+
+    def trace(self, record: Recording, cache: Any, length: int) -> Trace:
+        """What explains one token, of a sequence of which `length` tokens were read."""
 
 
 class Step:
@@ -90,9 +100,10 @@ class Stream(Iterator[Step]):
         images: list[Any],
         explain: bool,
         norm: str,
-        knockout: Knockout | Sequence[Knockout] | None,
-        shares: AttentionShares | None,
         stop_ids: set[int],
+        knockout: Knockout | Sequence[Knockout] | None = None,
+        shares: AttentionShares | None = None,
+        source: Source | None = None,
     ):
         self.layout = layout
         self.prompt = prompt
@@ -101,6 +112,7 @@ class Stream(Iterator[Step]):
         self._explain = explain
         self._norm = norm
         self._shares = shares
+        self._source = source
         self._stop_ids = stop_ids
         self._passes: Iterator[Pass] | None = None
         self._sequence: Tensor | None = None
@@ -119,6 +131,8 @@ class Stream(Iterator[Step]):
 
     @knockout.setter
     def knockout(self, rules: Knockout | Sequence[Knockout] | None) -> None:
+        if as_rules(rules) and self._source is not None:
+            raise InputError("a context's answers take no knockouts; use VLM.stream")
         plan = self._vlm.plan(rules, [self.layout])
         self._rules, self._plan = as_rules(rules), plan
 
@@ -133,7 +147,7 @@ class Stream(Iterator[Step]):
 
     def begin(self, start: Callable[[], Iterator[Pass]]) -> None:
         """Take what `start`, a call of `generate` with `one_sequence`, gives."""
-        with self._own_state():
+        with own_state(self._vlm, self._state):
             self._passes = start()
             next(self._passes)  # to the first pause: nothing is computed before a step is asked for
 
@@ -166,28 +180,17 @@ class Stream(Iterator[Step]):
         """One pass, with the model attached for as long as it takes."""
         vlm = self._vlm
         rows = 1 if self._explain else 0
+        if self._source is not None:
+            with self._source.recording(rows) as self._record:
+                return self._advance()
         if not (rows or self._plan or self._shares):
             return self._advance()
         with recording(vlm.text, rows, self._plan, self._shares, vlm.backend) as self._record:
             return self._advance()
 
     def _advance(self) -> Pass:
-        with self._own_state():
+        with own_state(self._vlm, self._state):
             return next(self._passes)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _own_state(self) -> Iterator[None]:
-        """With what the model keeps of a sequence as this one left it: other calls may have come between."""
-        model, names = self._vlm.model, self._vlm.adapter.state
-        with model_lock(self._vlm.text), torch.inference_mode():
-            outside = [attrgetter(name)(model) for name in names]
-            if self._state:
-                _set_state(model, names, self._state)
-            try:
-                yield
-            finally:
-                self._state = [attrgetter(name)(model) for name in names]
-                _set_state(model, names, outside)
 
     def close(self) -> None:
         """Free the cache; no more steps come."""
@@ -207,10 +210,14 @@ class Stream(Iterator[Step]):
         layout = TokenLayout(length + 1, self.layout.prompt_length, self.layout.images)
         said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())
         vlm = self._vlm
+        if self._source is None:
+            trace = make_trace(record, cache, 1, length)
+        else:
+            trace = self._source.trace(record, cache, length)
         return Explanation(
             vlm_text=vlm.text,
             operators=vlm.operators,
-            trace=make_trace(record, cache, 1, length),
+            trace=trace,
             answer=said,
             prompt=self.prompt,
             images=self.images,
@@ -247,6 +254,22 @@ def one_sequence(
         input_ids, first = torch.cat([input_ids, token], -1), False
         done = bool(stopping_criteria(input_ids, ()).all())
         yield int(token), float(log_prob), model_kwargs["past_key_values"], input_ids[0], done
+
+
+@contextmanager
+def own_state(vlm: VLM, state: list[Any]) -> Iterator[None]:
+    """With the model at hand, and what it keeps of a sequence as `state` has it (empty: as it is): other calls may have
+    come between. `state` holds it afterwards, the model what it held before."""
+    model, names = vlm.model, vlm.adapter.state
+    with model_lock(vlm.text), torch.inference_mode():
+        outside = [attrgetter(name)(model) for name in names]
+        if state:
+            _set_state(model, names, state)
+        try:
+            yield
+        finally:
+            state[:] = [attrgetter(name)(model) for name in names]
+            _set_state(model, names, outside)
 
 
 def _set_state(model: Any, names: Sequence[str], values: Sequence[Any]) -> None:

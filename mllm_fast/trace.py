@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ class Trace:
     sum_p alpha_jp v_jp of every head, what the output projection reads. final [T, d]: the last
     layer's output at the row. keys, values: one [Hkv, N, D] a layer. rows: the position of each explained
     row, int64 [T]; a row sees keys up to itself, and where `seen` has an entry for its layer (bool [T, N]),
-    only those. scale: of the attention, one a layer.
+    only those. scale: of the attention, one a layer. positions: where the keys lie in the whole sequence, int64 [L, N];
+    None where the cache holds all of it.
     """
 
     residual: Tensor
@@ -32,6 +34,18 @@ class Trace:
     rows: Tensor
     seen: tuple[Tensor | None, ...]
     scale: tuple[float, ...]
+    positions: Tensor | None = None
+
+    def spread(self, values: Tensor, layer: int, length: int) -> Tensor:
+        """Numbers [..., N'] of the first keys of a layer, laid out over a sequence of `length`: float32, on the CPU, 0
+        where no key is."""
+        out = torch.zeros(*values.shape[:-1], length)
+        count = values.shape[-1]
+        if self.positions is None:
+            out[..., :count] = values
+        else:
+            out[..., self.positions[layer, :count]] = values.float().cpu()
+        return out
 
     def attention(self, token: int, layer: int) -> Tensor:
         """alpha of one row: float32 or wider [H, N'], N' = its position + 1."""
@@ -90,16 +104,30 @@ def make_trace(
             )
         keys.append(k[batch_index, :, :length].to(record.device))
         values.append(v[batch_index, :, :length].to(record.device))
+    return trace_of(record, keys, values, rows, batch_index=batch_index)
+
+
+def trace_of(
+    record: Recording,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: Tensor,
+    positions: Tensor | None = None,
+    batch_index: int = 0,
+) -> Trace:
+    """Join a recording of as many rows as `rows` with keys and values, one [Hkv, N, D] a layer; see `Trace`."""
+    count, length = len(rows), keys[0].shape[1]
     return Trace(
-        residual=torch.stack([_rows(r, batch_index, num_tokens) for r in record.residual], 1),
-        query=torch.stack([_rows(q, batch_index, num_tokens) for q in record.query], 1),
-        output=torch.stack([_rows(o, batch_index, num_tokens) for o in record.output], 1),
-        final=_rows(record.final, batch_index, num_tokens),
+        residual=torch.stack([_rows(r, batch_index, count) for r in record.residual], 1),
+        query=torch.stack([_rows(q, batch_index, count) for q in record.query], 1),
+        output=torch.stack([_rows(o, batch_index, count) for o in record.output], 1),
+        final=_rows(record.final, batch_index, count),
         keys=tuple(keys),
         values=tuple(values),
         rows=rows,
-        seen=tuple(_seen(masks, batch_index, num_tokens, length) for masks in record.seen),
+        seen=tuple(_seen(masks, batch_index, count, length) for masks in record.seen),
         scale=tuple(record.scale),
+        positions=positions,
     )
 
 
@@ -119,6 +147,8 @@ def _check_passes(record: Recording, rows: list[int], one_sequence: bool) -> Non
 
 
 def _rows(passes: list[Tensor], batch_index: int, count: int) -> Tensor:
+    if len(passes) == 1:
+        return passes[0][batch_index, :count]
     return torch.cat([one[batch_index] for one in passes])[:count]
 
 

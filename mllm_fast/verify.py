@@ -91,7 +91,9 @@ class Replay:
 def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads) -> Verification:
     """See `Explanation.verify`."""
     if ex._replay is None:
-        raise InputError("this explanation was made by stream, which keeps too little to verify it: use explain")
+        raise InputError(
+            "explanations made by stream, or of a context, keep too little to be verified: use VLM.explain"
+        )
     if not 0 < top < 1:
         raise InputError(f"top is a share of the image's tokens between 0 and 1, got {top}")
     if controls < 1:
@@ -153,6 +155,4 @@ def _run(ex: Explanation, variants: list[Tensor], first: int, row: int) -> Tenso
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        logits = text.head(hidden[:, -1])
-    cap = getattr(text.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+        return text.logits(hidden[:, -1])

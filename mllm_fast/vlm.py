@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from .adapters import find_adapter, text_model
-from .answers import Answer, answer_of, prompt_layout
+from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
-from .errors import InputError, first_line
-from .explain import Explanation
-from .images import MAX_PIXELS, ImageSource, load_image
+from .compress import SCORES, check_choice, read
+from .context import Context
+from .errors import InputError
+from .explain import Explanation, check_norm, nothing_generated
+from .images import MAX_PIXELS
 from .kernels import OperatorCache
 from .kernels.dispatch import choose
 from .knockout import Knockout, Plan, as_rules, plan_of
 from .layout import TokenLayout
 from .loading import load_pretrained, parse_device, parse_dtype
+from .prompts import Images, Prompts, one_answer
 from .shares import AttentionShares
 from .stream import Stream, one_sequence
 from .trace import make_trace
@@ -28,7 +31,6 @@ from .verify import Replay
 
 _OPERATOR_BYTES = 1 << 30  # budget of the cached operators, unless the caller gives another
 
-Images = ImageSource | Sequence[ImageSource]
 Knockouts = Knockout | Sequence[Knockout] | None
 
 
@@ -62,9 +64,9 @@ class VLM:
             raise InputError(str(error)) from None
         self.model = model
         self.processor = processor
-        self.max_pixels = max_pixels
         self.backend = backend
         self.text = text_model(model, self.adapter)
+        self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
         self.operators = OperatorCache(operator_bytes)
 
     @classmethod
@@ -112,16 +114,16 @@ class VLM:
             max_new_tokens, options: as in transformers' `generate`; greedy unless `do_sample=True`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = self._pictures(image, prompt)
-        inputs, layouts, padding = self._prepare(pictures, prompts)
+        pictures = self.prompts.pictures(image, prompt)
+        inputs, layouts, padding = self.prompts.prepare(pictures, prompts)
         plan = self.plan(knockout, layouts, padding)
         shares = None
         if attention_share:
-            _one_answer("attention_share", options)
+            one_answer("attention_share", options)
             shares = AttentionShares(layouts, padding, len(self.text.layers))
-        output = self._generate(inputs, max_new_tokens, options, plan, shares)
+        output = self.run(inputs, max_new_tokens, options, plan, shares)
         sequences = output if isinstance(output, Tensor) else output.sequences
-        stop_ids, several = self._stop_ids(options), len(sequences) // len(prompts)
+        stop_ids, several = self.prompts.stop_ids(options), len(sequences) // len(prompts)
         answers = []
         for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
             said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids)
@@ -151,23 +153,22 @@ class VLM:
             knockout: as in `generate`; the explanation is then of the model so impaired.
             max_new_tokens, options: as in `generate`, for one sequence and one beam.
         """
-        _check_norm(norm)
-        pictures = self._load(image)
-        inputs, (layout,), padding = self._prepare([pictures], [prompt])
+        check_norm(norm)
+        pictures = self.prompts.load(image)
+        inputs, (layout,), padding = self.prompts.prepare([pictures], [prompt])
         plan = self.plan(knockout, [layout], padding)
         if answer is None:
-            _one_answer("explain", options)
+            one_answer("explain", options)
             settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
             with recording(self.text, 1, plan, backend=self.backend) as record:
-                output = self._generate(inputs, max_new_tokens, settings)
+                output = self.run(inputs, max_new_tokens, settings)
             sequence, cache = output.sequences[0], output.past_key_values
         else:
-            if options:
-                raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
-            sequence = torch.cat([inputs["input_ids"][0], self._answer_ids(answer)])
-            self._check_window(len(sequence), "the prompt and the answer take")
+            nothing_generated(options)
+            sequence = torch.cat([inputs["input_ids"][0], self.prompts.answer_ids(answer)])
+            self.prompts.check_window(len(sequence), "the prompt and the answer take")
             record, cache = self._forced(inputs, sequence, plan)
-        said = answer_of(sequence, layout, self.processor.tokenizer, self._stop_ids(options))
+        said = answer_of(sequence, layout, self.processor.tokenizer, self.prompts.stop_ids(options))
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         return Explanation(
@@ -204,10 +205,10 @@ class VLM:
             norm, knockout, attention_share, max_new_tokens, options: as in `explain` and `generate`, for one
                 sequence and one beam.
         """
-        _check_norm(norm)
-        _one_answer("stream", options)
-        pictures = self._load(image)
-        inputs, (layout,), _ = self._prepare([pictures], [prompt])
+        check_norm(norm)
+        one_answer("stream", options)
+        pictures = self.prompts.load(image)
+        inputs, (layout,), _ = self.prompts.prepare([pictures], [prompt])
         stream = Stream(
             vlm=self,
             layout=layout,
@@ -217,103 +218,55 @@ class VLM:
             norm=norm,
             knockout=knockout,
             shares=AttentionShares([layout], [0], len(self.text.layers)) if attention_share else None,
-            stop_ids=self._stop_ids(options),
+            stop_ids=self.prompts.stop_ids(options),
         )
         settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
-        stream.begin(lambda: self._generate(inputs, max_new_tokens, settings))
+        stream.begin(lambda: self.run(inputs, max_new_tokens, settings))
         return stream
+
+    def compress(
+        self,
+        image: Images,
+        keep: float | int = 0.05,
+        prompt: str = "Describe the image.",
+        score: str = "generated",
+        *,
+        parts: str = "query+image",
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Context:
+        """Read a picture once and keep, of each layer, what was attended to (arXiv 2411.17491).
+
+        Args:
+            image: a picture, or several.
+            keep: share of the image tokens (0.05), or how many (29), that each layer keeps.
+            prompt: what the model is asked first; its tokens, which have seen the picture, are kept.
+            score: what an image token is kept for: "generated", the attention of the model's answer to the prompt;
+                "query", that of the prompt itself, which needs no answer; "norm", small keys (arXiv 2406.11430);
+                "random".
+            parts: "query+image"; "query", no image token; "image", no token of the prompt. What comes before the
+                picture is always kept.
+            seed: of "random".
+            max_new_tokens, options: of the answer to the prompt, as in `generate`.
+        """
+        check_choice("score", score, SCORES)
+        reading = read(self, image, prompt, [score], max_new_tokens, **options)
+        return reading.context(keep, score, parts, seed)
 
     def prepare(self, image: Images, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
         """The processor's inputs for one sequence, on the model's device, and the pictures' sizes
         (width, height)."""
-        pictures = self._load(image)
-        return self._inputs([pictures], [prompt]), [picture.size for picture in pictures]
-
-    def _prepare(self, pictures: list[list[Any]], prompts: list[str]) -> tuple[Any, list[TokenLayout], list[int]]:
-        """The processor's inputs for a batch, and of each sequence the layout and the left padding."""
-        inputs = self._inputs(pictures, prompts)
-        mask = inputs["attention_mask"].bool()
-        padding = (~mask).sum(1).tolist()
-        layouts, first = [], 0
-        for ids, pad, images in zip(inputs["input_ids"], padding, pictures, strict=True):
-            sizes = [image.size for image in images]
-            layouts.append(prompt_layout(ids[pad:], self.adapter, self.processor, inputs, sizes, first))
-            first += len(images)
-        return inputs, layouts, padding
-
-    def _inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
-        if not getattr(self.processor, "chat_template", None):
-            raise InputError("the processor has no chat template; set processor.chat_template")
-        for prompt in prompts:
-            if not prompt.strip():
-                raise InputError("the prompt is empty; ask a question about the picture")
-            self._check_text(prompt, "prompt")
-        chats = [
-            [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]}]
-            for images, prompt in zip(pictures, prompts, strict=True)
-        ]
-        several = len(prompts) > 1
-        batch = {"padding": True, "padding_side": "left"} if several else {}
-        try:
-            texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-            given = (pictures, texts) if several else (pictures[0], texts[0])
-            inputs = self.processor(images=given[0], text=given[1], return_tensors="pt", **batch)
-        except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise
-            raise InputError(f"the processor cannot take this picture and prompt: {first_line(error)}") from error
-        for name, value in inputs.items():
-            if isinstance(value, Tensor):
-                dtype = self.model.dtype if value.is_floating_point() else None
-                inputs[name] = value.to(device=self.model.device, dtype=dtype)
-        self._check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
-        return inputs
+        pictures = self.prompts.load(image)
+        return self.prompts.inputs([pictures], [prompt]), [picture.size for picture in pictures]
 
     def plan(
         self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None
     ) -> Plan | None:
         """The plan of some knockouts for sequences of these layouts; None where there is no knockout."""
-        return plan_of(knockout, layouts, len(self.text.layers), padding, self.model.device, self._window)
+        return plan_of(knockout, layouts, len(self.text.layers), padding, self.model.device, self.prompts.window)
 
-    @property
-    def _window(self) -> int | None:
-        return getattr(self.text.config, "max_position_embeddings", None)
-
-    def _check_window(self, length: int, what: str) -> None:
-        if self._window and length > self._window:
-            raise InputError(
-                f"{what} {length} tokens, the model's window is {self._window}; shorten the text or make the picture"
-                " smaller"
-            )
-
-    def _check_text(self, text: str, what: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"the {what} is not valid Unicode; give it as UTF-8") from None
-        for name in ("image_token", "video_token"):
-            placeholder = getattr(self.processor, name, None)
-            if placeholder and placeholder in text:
-                raise InputError(
-                    f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
-                )
-
-    def _load(self, image: Images) -> list[Any]:
-        many = image if isinstance(image, (list, tuple)) else [image]
-        if not many:
-            raise InputError("no picture was given; give one, or a list of them")
-        return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
-
-    def _pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
-        """The pictures of each prompt."""
-        if isinstance(prompt, str):
-            return [self._load(image)]
-        if not prompt:
-            raise InputError("no prompt was given; give one, or a list of them")
-        if not isinstance(image, (list, tuple)) or len(image) != len(prompt):
-            got = len(image) if isinstance(image, (list, tuple)) else "one picture"
-            raise InputError(f"{len(prompt)} prompts need a list of as many pictures (or lists of pictures), got {got}")
-        return [self._load(one) for one in image]
-
-    def _generate(
+    def run(
         self,
         inputs: Any,
         max_new_tokens: int,
@@ -321,6 +274,7 @@ class VLM:
         plan: Plan | None = None,
         shares: AttentionShares | None = None,
     ) -> Any:
+        """transformers' `generate`, greedy unless asked to sample; `plan` and `shares` as in `recording`."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is at least 1, got {max_new_tokens}")
         settings = {"do_sample": False, **options}
@@ -346,32 +300,3 @@ class VLM:
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1, **extra
             )
         return record, output.past_key_values
-
-    def _answer_ids(self, answer: str) -> Tensor:
-        self._check_text(answer, "answer to be explained")
-        ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
-        if not ids:
-            raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
-        return torch.tensor(ids, device=self.model.device)
-
-    def _stop_ids(self, options: dict[str, Any]) -> set[int]:
-        """Ids that end an answer and are no part of it."""
-        config = options.get("generation_config", self.model.generation_config)
-        stop = options.get("eos_token_id", getattr(config, "eos_token_id", None))
-        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
-        padding = self.processor.tokenizer.pad_token_id
-        return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
-
-
-def _check_norm(norm: str) -> None:
-    if norm not in ("frozen", "own"):
-        raise InputError(f"norm is 'frozen' or 'own', got {norm!r}")
-
-
-def _one_answer(what: str, options: dict[str, Any]) -> None:
-    for name in ("num_beams", "num_return_sequences"):
-        if options.get(name, 1) != 1:
-            raise InputError(
-                f"{what} follows one sequence, got {name}={options[name]}: call generate first and pass its"
-                " text to explain as answer="
-            )

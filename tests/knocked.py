@@ -120,13 +120,13 @@ def differences(
 ) -> tuple[list[mf.Answer], list[Difference]]:
     """Greedy answers of one batch under a knockout, and those that are not eager attention's with the mask."""
     ours = vlm.generate(pictures, prompts, knockout=rule.knockout, max_new_tokens=max_new_tokens)
-    inputs, layouts, padding = vlm._prepare([[picture] for picture in pictures], prompts)
+    inputs, layouts, padding = vlm.prompts.prepare([[picture] for picture in pictures], prompts)
     with torch.inference_mode(), eager(vlm, [rule], layouts, padding):
         out = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     found = []
     for b, (prompt, said) in enumerate(zip(prompts, ours, strict=True)):
         theirs = out[b, inputs["input_ids"].shape[1] :].tolist()
-        while theirs and theirs[-1] in vlm._stop_ids({}):
+        while theirs and theirs[-1] in vlm.prompts.stop_ids({}):
             theirs.pop()
         if theirs != said.token_ids:
             found.append(Difference(prompt, said.token_ids, theirs, _gap(vlm, pictures[b], prompt, rule, said, theirs)))
@@ -137,7 +137,7 @@ def _gap(vlm: mf.VLM, picture, prompt: str, rule: Rule, said: mf.Answer, theirs:
     common = 0
     while common < min(len(theirs), len(said.token_ids)) and theirs[common] == said.token_ids[common]:
         common += 1
-    inputs, layouts, _ = vlm._prepare([[picture]], [prompt])
+    inputs, layouts, _ = vlm.prompts.prepare([[picture]], [prompt])
     with torch.inference_mode(), eager(vlm, [rule], layouts):
         out = vlm.model.generate(
             **inputs, max_new_tokens=common + 1, do_sample=False, output_logits=True, return_dict_in_generate=True

@@ -69,7 +69,7 @@ def assert_same(a, b):
 
 
 def test_prefill_equals_the_definition(vlm, picture, rules):
-    inputs, layouts, padding = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, padding = vlm.prompts.prepare([[picture]], [QUESTION])
     inside, outside = both(vlm, rules, layouts, padding, lambda: vlm.model(**inputs).logits)
     torch.testing.assert_close(inside, outside, rtol=0, atol=1e-9)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def targets_in_prompt(rule, layout):
 
 
 def test_cached_decoding_equals_the_definition(vlm, picture, rules):
-    inputs, layouts, padding = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, padding = vlm.prompts.prepare([[picture]], [QUESTION])
     inside, outside = both(vlm, rules, layouts, padding, lambda: decode(vlm, inputs))
     assert_same(inside, outside)
     said = vlm.generate(picture, QUESTION, knockout=knockouts(rules), max_new_tokens=6)
@@ -93,7 +93,7 @@ def test_cached_decoding_equals_the_definition(vlm, picture, rules):
 
 def test_cache_equals_recomputing(vlm, picture, rules):
     """Generated tokens are in their sets when they are rows of one pass, too."""
-    inputs, layouts, padding = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, padding = vlm.prompts.prepare([[picture]], [QUESTION])
     with ours(vlm, rules, layouts, padding), torch.no_grad():
         picture_token = [vlm.processor.image_token_id]  # if said, it would be counted among the picture's
         cached, anew = (decode(vlm, inputs, use_cache=c, suppress_tokens=picture_token) for c in (True, False))
@@ -102,7 +102,7 @@ def test_cache_equals_recomputing(vlm, picture, rules):
 
 def test_generated_tokens_are_rows_and_keys(vlm, picture):
     """query -> generated changes the second token's logits on, not the first's: its row belongs to the query."""
-    inputs, layouts, _ = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, _ = vlm.prompts.prepare([[picture]], [QUESTION])
     with torch.no_grad():
         plain = decode(vlm, inputs)
         forced = plain.sequences[:, : layouts[0].prompt_length + 1]
@@ -124,7 +124,7 @@ def test_generated_tokens_are_rows_and_keys(vlm, picture):
 )
 def test_padded_batches_equal_the_definition(vlm, picture, rules, options):
     """Two prompts of different lengths with different pictures: greedy, beams, samples with a seed."""
-    inputs, layouts, padding = vlm._prepare([[picture], [RED]], [QUESTION, SHORT])
+    inputs, layouts, padding = vlm.prompts.prepare([[picture], [RED]], [QUESTION, SHORT])
     assert sorted(padding)[0] == 0 < max(padding)
 
     def run():
@@ -159,7 +159,7 @@ def test_positions_count_from_each_sequences_own_start(vlm, picture):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_two_images(vlm, picture, which):
-    inputs, layouts, padding = vlm._prepare([[picture, RED]], [QUESTION])
+    inputs, layouts, padding = vlm.prompts.prepare([[picture, RED]], [QUESTION])
     rules = [Rule(f"image:{which}", "query+generated", "all", (0, 1, 2))]
     if which == 0:
         rules.append(Rule("image:0", "image:1", "from 2", (2,)))
@@ -177,7 +177,7 @@ def test_no_knockout_is_the_models_own(vlm, picture, nothing):
     own = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
     said = vlm.generate(picture, QUESTION, knockout=nothing, max_new_tokens=6)
     assert own.tolist()[: len(said.input_ids)] == said.input_ids.tolist()
-    assert all(i in vlm._stop_ids({}) for i in own[len(said.input_ids) :].tolist())
+    assert all(i in vlm.prompts.stop_ids({}) for i in own[len(said.input_ids) :].tolist())
 
 
 def test_explanations_are_of_the_impaired_model(vlm, picture, rules):
@@ -192,7 +192,7 @@ def test_explanations_are_of_the_impaired_model(vlm, picture, rules):
             if knocked.members(ex.layout, rule.target, 200)[row]:
                 closed = knocked.members(ex.layout, rule.source, 200)[:length]
                 assert (attention[list(rule.numbers)][:, :, closed] == 0).all()
-    inputs, layouts, _ = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, _ = vlm.prompts.prepare([[picture]], [QUESTION])
     extra = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask", "mm_token_type_ids")}
     if "mm_token_type_ids" in inputs:
         extra["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(ex.tokens)))
@@ -320,7 +320,7 @@ def test_bad_texts_are_named(text):
 def test_32_kinds_are_allowed(vlm, picture):
     """31 single positions and the rest: the largest table, all bits used."""
     rules = [Rule((i,), (i + 1,), "all", (0, 1, 2)) for i in range(30)]
-    inputs, layouts, padding = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, padding = vlm.prompts.prepare([[picture]], [QUESTION])
     inside, outside = both(vlm, rules[: layouts[0].prompt_length - 1], layouts, padding, lambda: decode(vlm, inputs))
     assert_same(inside, outside)
 

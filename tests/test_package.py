@@ -57,8 +57,9 @@ def test_op_is_a_function_however_it_was_imported():
 
 def test_data_flows_one_way():
     """Nothing to the left imports from the right."""
-    order = ["kernels", "errors", "files", "images", "layout", "adapters", "answers", "knockout", "shares", "masks"]
-    order += ["attention", "trace", "verify", "explain", "stream", "picture", "render"]
+    order = ["kernels", "errors", "files", "images", "layout", "adapters", "answers", "prompts", "knockout", "shares"]
+    order += ["masks", "attention", "trace", "session", "verify", "explain", "stream", "context", "compress"]
+    order += ["picture", "render"]
     for i, name in enumerate(order[1:], 1):
         tree = ast.parse((ROOT / "mllm_fast" / f"{name}.py").read_text())
         top = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]

@@ -234,7 +234,7 @@ def test_leaving_early(vlm, picture, how):
 
 def test_a_knockout_set_between_steps(vlm, picture):
     """It takes effect from the next step on; what is in the cache stays. Against decoding by hand."""
-    inputs, layouts, _ = vlm._prepare([[picture]], [QUESTION])
+    inputs, layouts, _ = vlm.prompts.prepare([[picture]], [QUESTION])
     later = [Rule("image+query", "generated", "from 1", (1, 2))]
 
     def by_hand():
@@ -253,7 +253,7 @@ def test_a_knockout_set_between_steps(vlm, picture):
             ids.append((int(sequence[0, -1]), float(torch.log_softmax(out.logits[0, -1], -1)[sequence[0, -1]])))
         return ids
 
-    stop = [*vlm._stop_ids({})]
+    stop = [*vlm.prompts.stop_ids({})]
     stream = vlm.stream(picture, QUESTION, max_new_tokens=6, suppress_tokens=stop)
     got = []
     for i in range(6):

@@ -30,7 +30,7 @@ def case(request, picture):
 
 def log_prob(vlm, images, rules, ids, token):
     """log p of the answer's token from one eager pass over the prompt and the answer's ids before it."""
-    inputs, layouts, _ = vlm._prepare([images], [QUESTION])
+    inputs, layouts, _ = vlm.prompts.prepare([images], [QUESTION])
     extra = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask")}
     whole = torch.cat([inputs["input_ids"], torch.tensor([ids[:token]], dtype=torch.long)], 1)
     if "mm_token_type_ids" in extra:
@@ -114,7 +114,7 @@ def test_bad_arguments(vlm, picture):
     with pytest.raises(mf.InputError, match="heads is a number"):
         ex.verify(heads="most")
     step = next(vlm.stream(picture, QUESTION, explain=True))
-    with pytest.raises(mf.InputError, match=r"made by stream.*use explain"):
+    with pytest.raises(mf.InputError, match=r"made by stream.*use VLM.explain"):
         step.explanation.verify()
 
 
@@ -157,7 +157,7 @@ def test_a_right_map_passes_and_a_wrong_one_does_not(shapes, monkeypatch):
 
 def own_shares(vlm, images, prompt, ids, rules=()):
     """Type -> [layers, heads], the mean over the rows of the answer's tokens but the last, which is not read."""
-    inputs, (layout,), _ = vlm._prepare([images], [prompt])
+    inputs, (layout,), _ = vlm.prompts.prepare([images], [prompt])
     extra = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask")}
     whole = torch.cat([inputs["input_ids"], torch.tensor([ids], dtype=torch.long)], 1)
     if "mm_token_type_ids" in extra:
