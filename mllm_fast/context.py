@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -207,6 +208,29 @@ class Context:
             norm=norm,
             backend=vlm.backend,
         )
+
+    def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
+        """Write the context to a .safetensors file, which appears whole or not at all.
+
+        storage: "full", the model's type; "int8", a quarter (of float32) with a small error: keys by channel, values by
+            token.
+
+        Returns the relative errors (root mean square) of keys and values that int8 made, else nothing.
+        """
+        from .context_file import save
+
+        return save(self, path, storage)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+        """Read a context that was saved. `images`: the pictures, if they are to be drawn upon.
+
+        Raises:
+            InputError: no such file, not a context, a newer format, a damaged file, another model or type.
+        """
+        from .context_file import load
+
+        return load(path, vlm, images)
 
     def trace(self, session: Session, record: Recording, num_tokens: int, length: int) -> Trace:
         """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""

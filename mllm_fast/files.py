@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
+
+TEMPORARY = ".mllm-fast-"  # how the names of unfinished files begin
 
 
 def check_target(target: Path, endings: Sequence[str]) -> None:
@@ -23,17 +26,26 @@ def check_target(target: Path, endings: Sequence[str]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write by way of a temporary file beside the target, so that no reader ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".mllm-fast-")
+    """Write a file that appears whole or not at all."""
+    with whole_file(path) as name:
+        Path(name).write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[str]:
+    """The name of a temporary file beside the target, to be written inside; on leaving it is flushed to the disk and
+    takes the target's place, or is removed if something went wrong: no reader ever sees half a file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield name
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
         mode = os.umask(0)
         os.umask(mode)
         os.chmod(name, 0o666 & ~mode)  # mkstemp's files are private, a saved one should be as any other
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        with suppress(FileNotFoundError):
+            os.unlink(name)
         raise

@@ -1,0 +1,198 @@
+"""The file format of a context: safetensors, with everything a reader needs to refuse what does not fit.
+
+Tensors: keys, values [L, Hkv, M, D] in the model's type, or int8 with `keys_scale` [L, Hkv, 1, D] and `values_scale`
+[L, Hkv, M, 1] in float32; positions int32 [L, M]; input_ids int32 [N]. The metadata's entry "mllm_fast.context" is one
+JSON object (`_describe`), "mllm_fast.checksum" the checksum of that and of all tensors: it finds damage, it is no
+signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .context import Context
+from .errors import InputError, first_line
+from .files import check_target, whole_file
+from .fingerprint import fingerprint
+from .layout import ImageLayout, Tile, TokenLayout
+
+if TYPE_CHECKING:
+    from .vlm import VLM
+
+VERSION = 1
+STORAGES = ("full", "int8")
+ENDINGS = (".safetensors",)
+_ROW = 512  # 64-bit words that are summed together
+
+
+def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
+    """See `Context.save`."""
+    target = Path(path)
+    check_target(target, ENDINGS)
+    if storage not in STORAGES:
+        raise InputError(f"storage is one of {', '.join(STORAGES)}, got {storage!r}")
+    tensors, metadata, errors = pack(ctx, storage)
+    with whole_file(target) as name:
+        save_file(tensors, name, metadata)
+    return errors
+
+
+def load(path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+    """See `Context.load`."""
+    description, tensors = read(path)
+    check_model(path, description, vlm)
+    return unpack(description, tensors, vlm, images)
+
+
+def pack(ctx: Context, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
+    """A context as the tensors and the metadata of a file; and, of int8, the relative errors (root mean square) of keys
+    and values."""
+    tensors = {"positions": ctx.positions.int(), "input_ids": ctx.input_ids.int()}
+    errors: dict[str, float] = {}
+    for name, tensor, over in (("keys", ctx.keys, 2), ("values", ctx.values, 3)):
+        if storage == "full":
+            tensors[name] = tensor.contiguous().cpu()
+            continue
+        whole, scale = _to_int8(tensor, over)
+        errors[name] = _relative_error(whole.float() * scale, tensor.float())
+        tensors[name], tensors[f"{name}_scale"] = whole.cpu(), scale.cpu()
+    text = json.dumps(_describe(ctx, storage, errors), sort_keys=True)
+    metadata = {"format": "pt", "mllm_fast.context": text, "mllm_fast.checksum": checksum(text, tensors)}
+    return tensors, metadata, errors
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file, checked against its checksum.
+
+    Raises:
+        InputError: no such file, no context file, one of a newer format, one cut off or changed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "mllm_fast.context" not in metadata:
+                raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
+            description = json.loads(metadata["mllm_fast.context"])
+            if description.get("version", 0) > VERSION:
+                raise InputError(
+                    f"{path}: format {description['version']}, this mllm-fast reads up to {VERSION}; update mllm-fast"
+                )
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path}: no context file, or one that was cut off ({first_line(error)})") from None
+    if metadata.get("mllm_fast.checksum") != checksum(metadata["mllm_fast.context"], tensors):
+        raise InputError(f"{path}: the file was damaged or edited (its checksum does not fit); make it again")
+    return description, tensors
+
+
+def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+    """The context of a file that was read."""
+    device, dtype = vlm.model.device, vlm.model.dtype
+    if description["storage"] == "int8":
+        keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
+    else:
+        keys, values = tensors["keys"], tensors["values"]
+    input_ids = tensors["input_ids"].long()
+    layouts = tuple(
+        ImageLayout(
+            torch.tensor(image["positions"]),
+            tuple(image["size"]),
+            tuple(Tile(tile["rows"], tile["cols"], tuple(tile["box"])) for tile in image["tiles"]),
+            tuple(image["canvas"]),
+        )
+        for image in description["images"]
+    )
+    return Context(
+        vlm=vlm,
+        keys=keys.to(device),
+        values=values.to(device),
+        positions=tensors["positions"].long(),
+        layout=TokenLayout(len(input_ids), len(input_ids), layouts),
+        input_ids=input_ids,
+        position=description["position"],
+        prompt=description["prompt"],
+        description=description["description"],
+        settings=description["settings"],
+        images=tuple(images),
+    )
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the text, of the tensors' names, types and shapes, and of the sums of their bytes, read as 64-bit
+    words in rows of 512, by row and by column: as fast as memory, and no change of one place leaves it as it was."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+        even = len(raw) // (8 * _ROW) * 8 * _ROW
+        words = raw[:even].view(torch.int64).reshape(-1, _ROW)
+        for part in (words.sum(0), words.sum(1), raw[even:]):
+            digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str, Any]:
+    config = ctx.vlm.model.config
+    images = [
+        {
+            "positions": image.positions.tolist(),
+            "size": image.size,
+            "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
+            "canvas": image.canvas,
+        }
+        for image in ctx.layout.images
+    ]
+    return {
+        "version": VERSION,
+        "model": {
+            "type": config.model_type,
+            "id": getattr(config, "_name_or_path", "") or "",
+            "revision": getattr(config, "_commit_hash", None),
+            "fingerprint": fingerprint(ctx.vlm.model),
+        },
+        "dtype": str(ctx.keys.dtype).removeprefix("torch."),
+        "storage": storage,
+        "storage_error": errors,
+        "images": images,
+        "position": ctx.position,
+        "prompt": ctx.prompt,
+        "description": ctx.description,
+        "settings": ctx.settings,
+    }
+
+
+def check_model(path: Any, description: dict[str, Any], vlm: VLM) -> None:
+    """Raise InputError if a context was made with another model."""
+    made, config = description["model"], vlm.model.config
+    if made["fingerprint"] != fingerprint(vlm.model):
+        here = getattr(config, "_name_or_path", "") or config.model_type
+        raise InputError(
+            f"{path}: made with another model, {made['id'] or made['type']} in {description['dtype']} (fingerprint"
+            f" {made['fingerprint'][:12]}), not with {here} in {str(vlm.model.dtype).removeprefix('torch.')}"
+            f" ({fingerprint(vlm.model)[:12]}); load that one"
+        )
+
+
+def _to_int8(tensor: Tensor, over: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers and their scale: one a channel of the keys (over tokens), one a token of the values (over
+    channels), as these two spread (KIVI, arXiv 2402.02750)."""
+    wide = tensor.float()
+    scale = wide.abs().amax(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale).round().to(torch.int8), scale
+
+
+def _relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))

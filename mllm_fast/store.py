@@ -1,0 +1,181 @@
+"""A store of contexts: the same picture with the same settings is compressed once, also by several processes.
+
+Contexts are found by content: a hash of the pixels, the prompt, the settings, the model and its processor. They are
+held in memory and in a folder, each up to a number of bytes, least recently used out first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from .compress import PARTS, SCORES, check_choice, kept_count
+from .context import Context
+from .context_file import VERSION, check_model, read, save, unpack
+from .errors import InputError
+from .fingerprint import fingerprint
+from .folders import Folder, open_folder
+
+if TYPE_CHECKING:
+    from .prompts import Images
+    from .vlm import VLM
+
+_MEMORY_BYTES = 1 << 30
+_DISK_BYTES = 10 << 30
+
+
+class ContextStore:
+    """Contexts in memory and, with `url`, in a folder that several processes may share.
+
+    Args:
+        url: a folder, or any URL that fsspec knows ("s3://bucket/contexts"); None keeps contexts in memory alone. In a
+            folder on this machine two processes never compute the same context at once; elsewhere they may, and both
+            write the same.
+        memory_bytes, disk_bytes: budgets. A context larger than a budget is not kept there.
+        storage: of the files, "full" or "int8"; see `Context.save`.
+
+    `hits`, `misses`: contexts found, and computed.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        memory_bytes: int = _MEMORY_BYTES,
+        disk_bytes: int = _DISK_BYTES,
+        storage: str = "full",
+    ):
+        for name, given in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            if given < 0:
+                raise InputError(f"{name} is a number of bytes, 0 or more, got {given}")
+        check_choice("storage", storage, ("full", "int8"))
+        self.memory_bytes = memory_bytes
+        self.storage = storage
+        self.hits = self.misses = 0
+        self.nbytes = 0  # in memory
+        self._folder: Folder | None = None if url is None else open_folder(str(url), disk_bytes)
+        self._held: OrderedDict[str, Context] = OrderedDict()
+        self._guard = threading.Lock()
+        self._busy: dict[str, tuple[threading.Lock, int]] = {}  # of each key, and how many want it
+
+    def get(
+        self,
+        vlm: VLM,
+        image: Images,
+        keep: float | int = 0.05,
+        prompt: str = "Describe the image.",
+        score: str = "generated",
+        *,
+        parts: str = "query+image",
+        **options: Any,
+    ) -> Context:
+        """The context that `vlm.compress` makes of these arguments: found, or made now and kept."""
+        check_choice("score", score, SCORES)
+        check_choice("parts", parts, PARTS)
+        kept_count(keep, 1 << 62)
+        pictures = vlm.prompts.load(image)
+        settings = {"keep": keep, "prompt": prompt, "score": score, "parts": parts, **options}
+        key = self.key(vlm, pictures, settings)
+        found = self._in_memory(key, vlm)
+        if found is not None:
+            return found
+        with self._alone(key):
+            found = self._in_memory(key, vlm) or self._on_disk(key, vlm, pictures)
+            if found is not None:
+                return found
+            made = vlm.compress(pictures, **settings)
+            with self._guard:
+                self.misses += 1
+            self._remember(key, made)
+            self._write(key, made)
+            return made
+
+    def key(self, vlm: VLM, pictures: list[Any], settings: dict[str, Any]) -> str:
+        """The content's name, 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for picture in pictures:
+            digest.update(f"{picture.mode} {picture.size} ".encode())
+            digest.update(picture.tobytes())
+        processor = vlm.processor
+        reading = [processor.image_processor.to_dict(), processor.chat_template, processor.tokenizer.get_vocab()]
+        about = [VERSION, self.storage, fingerprint(vlm.model), reading, settings]
+        digest.update(json.dumps(about, sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
+
+    def clear(self) -> None:
+        """Forget what is in memory; files stay."""
+        with self._guard:
+            self._held.clear()
+            self.nbytes = 0
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Nobody else computes this key meanwhile, in this process or, in a folder here, in another."""
+        with self._guard:
+            lock, waiting = self._busy.get(key, (threading.Lock(), 0))
+            self._busy[key] = lock, waiting + 1
+        try:
+            with lock, nullcontext() if self._folder is None else self._folder.locked(key):
+                yield
+        finally:
+            with self._guard:
+                lock, waiting = self._busy.pop(key)
+                if waiting > 1:
+                    self._busy[key] = lock, waiting - 1
+
+    def _in_memory(self, key: str, vlm: VLM) -> Context | None:
+        with self._guard:
+            found = self._held.get(key)
+            if found is None or found.vlm is not vlm:
+                return None
+            self._held.move_to_end(key)
+            self.hits += 1
+            return found
+
+    def _on_disk(self, key: str, vlm: VLM, pictures: list[Any]) -> Context | None:
+        if self._folder is None:
+            return None
+        with self._folder.reading(key) as path:
+            if path is None:
+                return None
+            try:
+                description, tensors = read(path)
+                check_model(path, description, vlm)
+            except InputError as error:
+                warnings.warn(f"a stored context is dropped and made again: {error}", stacklevel=3)
+                self._folder.drop(key)
+                return None
+        found = unpack(description, tensors, vlm, pictures)
+        with self._guard:
+            self.hits += 1
+        self._remember(key, found)
+        return found
+
+    def _remember(self, key: str, context: Context) -> None:
+        with self._guard:
+            old = self._held.pop(key, None)
+            self.nbytes -= 0 if old is None else old.nbytes
+            if context.nbytes > self.memory_bytes:
+                return
+            self._held[key] = context
+            self.nbytes += context.nbytes
+            while self.nbytes > self.memory_bytes:
+                _, oldest = self._held.popitem(last=False)
+                self.nbytes -= oldest.nbytes
+
+    def _write(self, key: str, context: Context) -> None:
+        """A disk that is full, or was taken away, costs the file and not the answer."""
+        if self._folder is None:
+            return
+        try:
+            self._folder.write(key, lambda path: save(context, path, self.storage), context.nbytes)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"a context could not be stored in {self._folder}: {error}", stacklevel=4)
