@@ -1,32 +1,43 @@
-"""The command line: `mllm-fast explain | generate | knockout | info`. stdout carries the result alone, progress and
-errors go to stderr; input that cannot be used ends with one line and exit code 2."""
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | info`. stdout carries the
+result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit code 2."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import cli_context
+from .cli_options import (
+    OUT,
+    Backend,
+    Block,
+    Device,
+    Dtype,
+    Images,
+    Json,
+    Layers,
+    MaxPixels,
+    Model,
+    NewTokens,
+    Question,
+    inputs,
+    load,
+    progress,
+)
 from .errors import InputError
 from .images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from .explain import Explanation
     from .knockout import Knockout
-    from .vlm import VLM
 
-SAMPLE = Path(__file__).parent / "shapes" / "sample.png"
-_SAMPLE_QUESTION = "What color is the star?"
-_QUESTION = "Describe the image."
 
 app = typer.Typer(
     add_completion=False,
@@ -34,29 +45,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which image patches and attention heads made a vision-language model speak.",
 )
-_out = Console()
-_err = Console(stderr=True)
-
-Images = Annotated[
-    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of one prompt; the sample picture if none.")
-]
-Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
-Model = Annotated[str, typer.Option(help="'shapes' (embedded), a folder, or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Backend = Annotated[str, typer.Option(help="Of the kernels: auto, triton, cpu or torch; see info.")]
-Block = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="RULE",
-        help='What may not attend to what, in quotes: "image->query", "image:1->query+generated",'
-        ' "5,9-12->generated"; "@from 4" behind it for layers of its own. May be given several times.',
-    ),
-]
-Layers = Annotated[str, typer.Option(help='Layers of the rules: all, "from 20", "until 20", "except 20-40", 0-7,12.')]
-MaxPixels = Annotated[int, typer.Option(help="Largest picture that is read, in pixels.")]
+app.command()(cli_context.compress)
+app.command()(cli_context.ask)
+app.command()(cli_context.kept)
 
 
 @app.command()
@@ -84,10 +75,10 @@ def explain(
 
     if out is not None:
         check_target(out, ENDINGS)
-    pictures, prompt = _inputs(images, question)
+    pictures, prompt = inputs(images, question)
     rules = _rules(block, layers)
-    vlm = _load(model, device, dtype, max_pixels, backend)
-    with _progress("explaining"):
+    vlm = load(model, device, dtype, max_pixels, backend)
+    with progress("explaining"):
         ex = vlm.explain(pictures, prompt, answer, norm=norm, knockout=rules, max_new_tokens=max_new_tokens)
         chosen = None if token is None else ex.token_index(_index_or_word(token))
         if verify:
@@ -103,7 +94,7 @@ def explain(
         return
     _print_explanation(ex, chosen)
     if out is not None:
-        _out.print(f"saved {escape(str(out))}", highlight=False)
+        OUT.print(f"saved {escape(str(out))}", highlight=False)
 
 
 @app.command()
@@ -121,10 +112,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture."""
-    pictures, prompt = _inputs(images, question)
+    pictures, prompt = inputs(images, question)
     rules = _rules(block, layers)
-    vlm = _load(model, device, dtype, max_pixels, backend)
-    with _progress("generating"):
+    vlm = load(model, device, dtype, max_pixels, backend)
+    with progress("generating"):
         said = vlm.generate(pictures, prompt, knockout=rules, max_new_tokens=max_new_tokens)
     if as_json:
         result = {"question": prompt, "answer": said.text, "tokens": said.tokens, "token_ids": said.token_ids}
@@ -156,12 +147,12 @@ def knockout(
 
     if out is not None:
         chart.check_chart(out)
-    pictures, prompt = _inputs(images, question)
+    pictures, prompt = inputs(images, question)
     configurations = chart.configurations(_rules(block, layers), layers)
-    vlm = _load(model, device, dtype, max_pixels, backend)
+    vlm = load(model, device, dtype, max_pixels, backend)
     rows = []
     for label, rules in configurations:
-        with _progress(f"generating, {label}"):
+        with progress(f"generating, {label}"):
             said = vlm.generate(pictures, prompt, knockout=rules, attention_share=True, max_new_tokens=max_new_tokens)
         rows.append((label, said))
     if out is not None:
@@ -169,10 +160,10 @@ def knockout(
     if as_json:
         typer.echo(json.dumps(chart.summary(rows, prompt, out), ensure_ascii=False))
         return
-    _out.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
-    _out.print(chart.table(rows), highlight=False)
+    OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
+    OUT.print(chart.table(rows), highlight=False)
     if out is not None:
-        _out.print(f"saved {escape(str(out))}", highlight=False)
+        OUT.print(f"saved {escape(str(out))}", highlight=False)
 
 
 @app.command()
@@ -214,26 +205,13 @@ def info(as_json: Json = False) -> None:
     table.add_row("architectures", ", ".join(ADAPTERS))
     for name, line in facts["operations"].items():
         table.add_row(name, escape(line))
-    _out.print(table, highlight=False)
-
-
-def _inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path], str]:
-    if not images:
-        return [SAMPLE], _SAMPLE_QUESTION if question is None else question
-    return images, _QUESTION if question is None else question
+    OUT.print(table, highlight=False)
 
 
 def _rules(block: list[str] | None, layers: str) -> list[Knockout]:
     from .knockout import Knockout
 
     return [Knockout.parse(text, layers) for text in block or []]
-
-
-def _load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
-    with _progress("loading the libraries"):
-        from .vlm import VLM
-    with _progress(f"loading {model}"):
-        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
 
 
 def _index_or_word(token: str) -> int | str:
@@ -246,8 +224,8 @@ def _index_or_word(token: str) -> int | str:
 def _print_explanation(ex: Explanation, chosen: int | None) -> None:
     from .verify import fall
 
-    _out.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
-    _out.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)
+    OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
+    OUT.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)
     table = Table(title="what made the model say each word", title_justify="left", title_style="bold")
     table.add_column("token")
     table.add_column("best heads: layer.head, increase of log p")
@@ -264,9 +242,9 @@ def _print_explanation(ex: Explanation, chosen: int | None) -> None:
             color = {"holds": "green", "fails": "red", "open": "dim"}[check.verdict]
             row.append(f"{falls}: [{color}]{check.verdict}[/]")
         table.add_row(*row)
-    _out.print(table, highlight=False)
+    OUT.print(table, highlight=False)
     if any(check.verdict == "fails" for check in ex.verification):
-        _out.print("A map fails: knocking out other patches hurts its word as much.", style="red", highlight=False)
+        OUT.print("A map fails: knocking out other patches hurts its word as much.", style="red", highlight=False)
 
 
 def _best_patch(ex: Explanation, token: int) -> str:
@@ -285,15 +263,6 @@ def _best_patch(ex: Explanation, token: int) -> str:
         if len(ex.images) > 1:
             words = f"image {i}: {words}"
     return words
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    if _err.is_terminal:
-        with _err.status(escape(what)):
-            yield
-    else:
-        yield
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .answers import Answer, answer_of
@@ -94,6 +95,11 @@ class Context:
         """Bytes of the uncompressed prefix's keys and values."""
         return (self.keys.nbytes + self.values.nbytes) // self.num_tokens * self.prefix_length
 
+    @property
+    def pictures(self) -> list[Any]:
+        """The pictures to draw upon: `images`, or grey ones of their sizes."""
+        return list(self.images) or [Image.new("RGB", image.size, (128, 128, 128)) for image in self.layout.images]
+
     def kept(self, layer: int) -> Kept:
         """The image tokens that a layer keeps."""
         count = len(self.positions)
@@ -152,7 +158,7 @@ class Context:
             vlm=vlm,
             layout=self._asked(len(sequence)),
             prompt=question,
-            images=list(self.images),
+            images=self.pictures,
             explain=explain,
             norm=norm,
             stop_ids=vlm.prompts.stop_ids(options),
@@ -204,7 +210,7 @@ class Context:
             trace=self.trace(session, record, count, len(said_text.input_ids) - 1),
             answer=said_text,
             prompt=question,
-            images=list(self.images),
+            images=self.pictures,
             norm=norm,
             backend=vlm.backend,
         )
@@ -238,7 +244,7 @@ class Context:
         return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
 
     def _answers(self, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[Answer]:
-        session = self._session(len(ids))
+        session = self._session(len(ids), max_new_tokens - 1)
         prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
         longest = max(map(len, prompts))
         sequences = torch.empty(0)
@@ -274,8 +280,8 @@ class Context:
         """The model at hand, and left as it was."""
         return own_state(self.vlm, [])
 
-    def _session(self, count: int) -> Session:
-        return Session(self.vlm.text, self.keys, self.values, self.position, count, self.vlm.backend)
+    def _session(self, count: int, expected: int = 32) -> Session:
+        return Session(self.vlm.text, self.keys, self.values, self.position, count, self.vlm.backend, expected)
 
     def _asked(self, length: int) -> TokenLayout:
         """The layout of the prefix and a question."""

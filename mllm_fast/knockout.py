@@ -61,7 +61,7 @@ class Knockout:
         return cls(_names_or_numbers(source), _names_or_numbers(target), own_layers.strip() if at else layers)
 
     def __str__(self) -> str:
-        layers = self.layers if isinstance(self.layers, str) else _spans(self.layers)  # type: ignore[arg-type]
+        layers = self.layers if isinstance(self.layers, str) else spans(self.layers)  # type: ignore[arg-type]
         return f"{_spelled(self.source)}->{_spelled(self.target)}@{layers}"
 
 
@@ -71,18 +71,18 @@ def _names_or_numbers(text: str) -> Tokens:
 
 
 def _spelled(tokens: Tokens) -> str:
-    return tokens if isinstance(tokens, str) else _spans(tokens)  # type: ignore[arg-type]
+    return tokens if isinstance(tokens, str) else spans(tokens)  # type: ignore[arg-type]
 
 
-def _spans(numbers: Sequence[int]) -> str:
+def spans(numbers: Sequence[int]) -> str:
     """0,1,2,5 as "0-2,5"."""
-    spans: list[list[int]] = []
+    found: list[list[int]] = []
     for n in sorted(set(numbers)):
-        if spans and n == spans[-1][1] + 1:
-            spans[-1][1] = n
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
         else:
-            spans.append([n, n])
-    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in spans)
+            found.append([n, n])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in found)
 
 
 def _numbers(text: str) -> list[int]:

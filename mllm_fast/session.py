@@ -20,7 +20,7 @@ from .kernels import Attention, join, knockout_attention
 from .kernels.knockout_attention import HEAD_SIZES, reference
 from .trace import Trace, trace_of
 
-_ROOM = 32  # positions made ahead of what is there
+_ROOM = 32  # positions made ahead of what is there, at most
 
 
 class Session:
@@ -31,7 +31,7 @@ class Session:
         keys, values: of the prefix, [L, Hkv, M, D] (or a sequence of L); only read.
         position: of the first token after the prefix, for the rotary embedding; more than M where tokens were
             dropped.
-        count: B.
+        count: B. expected: tokens that are likely to be read after the first ones, which get room at once.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Session:
         position: int,
         count: int,
         backend: str = "auto",
+        expected: int = _ROOM,
     ):
         self.text = text
         self.backend = backend
@@ -52,6 +53,7 @@ class Session:
         self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [B, room, Hkv, D]
         self._rows = torch.empty(0, dtype=torch.long)  # of the pass at hand: where its tokens lie in [B, longest]
         self._longest = 0
+        self._room = min(expected, _ROOM)
 
     def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
         """The model attached to this session; `read` works inside, and records the last `rows` rows."""
@@ -142,7 +144,7 @@ class Session:
         """Put the pass's keys (or values) [T, Hkv, D] beside the earlier ones: all of them, [B, Hkv, length, D]."""
         count = len(self._next)
         if layer == len(self._own):
-            empty = rows.new_zeros(count, self.length + _ROOM, *rows.shape[1:])
+            empty = rows.new_zeros(count, self.length + self._room, *rows.shape[1:])
             self._own.append((empty, torch.zeros_like(empty)))
         elif self._own[layer][which].shape[1] < self.length:
             more = rows.new_zeros(count, self.length + _ROOM, *rows.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -13,7 +14,7 @@ from torch import Tensor
 from .adapters import find_adapter, text_model
 from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
-from .compress import SCORES, check_choice, read
+from .compress import PARTS, SCORES, check_choice, kept_count, read
 from .context import Context
 from .errors import InputError
 from .explain import Explanation, check_norm, nothing_generated
@@ -251,6 +252,8 @@ class VLM:
             max_new_tokens, options: of the answer to the prompt, as in `generate`.
         """
         check_choice("score", score, SCORES)
+        check_choice("parts", parts, PARTS)
+        kept_count(keep, sys.maxsize)
         reading = read(self, image, prompt, [score], max_new_tokens, **options)
         return reading.context(keep, score, parts, seed)
 

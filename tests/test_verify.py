@@ -11,7 +11,7 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast import verify as verify_module
-from mllm_fast.cli import SAMPLE
+from mllm_fast.cli_options import SAMPLE
 from mllm_fast.explain import Explanation
 from mllm_fast.shares import TYPES
 from mllm_fast.verify import Verification

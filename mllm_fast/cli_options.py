@@ -1,0 +1,67 @@
+"""What the commands share: their options, loading the model, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from .vlm import VLM
+
+SAMPLE = Path(__file__).parent / "shapes" / "sample.png"
+_SAMPLE_QUESTION = "What color is the star?"
+_QUESTION = "Describe the image."
+OUT = Console()
+ERR = Console(stderr=True)
+
+Images = Annotated[
+    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of one prompt; the sample picture if none.")
+]
+Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
+Model = Annotated[str, typer.Option(help="'shapes' (embedded), a folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the first GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Backend = Annotated[str, typer.Option(help="Of the kernels: auto, triton, cpu or torch; see info.")]
+Block = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RULE",
+        help='What may not attend to what, in quotes: "image->query", "image:1->query+generated",'
+        ' "5,9-12->generated"; "@from 4" behind it for layers of its own. May be given several times.',
+    ),
+]
+Layers = Annotated[str, typer.Option(help='Layers of the rules: all, "from 20", "until 20", "except 20-40", 0-7,12.')]
+MaxPixels = Annotated[int, typer.Option(help="Largest picture that is read, in pixels.")]
+
+
+def inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path], str]:
+    """The pictures and the prompt; the sample picture if none is given."""
+    if not images:
+        return [SAMPLE], _SAMPLE_QUESTION if question is None else question
+    return images, _QUESTION if question is None else question
+
+
+def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
+    """The model, with what is being loaded shown on stderr."""
+    with progress("loading the libraries"):
+        from .vlm import VLM
+    with progress(f"loading {model}"):
+        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Say on stderr what goes on, if somebody looks."""
+    if ERR.is_terminal:
+        with ERR.status(escape(what)):
+            yield
+    else:
+        yield
