@@ -105,6 +105,26 @@ def eager(
             handle.remove()
 
 
+def dropped(ctx: mf.Context) -> list[Rule]:
+    """What a compressed context leaves out, as rules for what follows its prefix: one a layer."""
+    after = tuple(range(ctx.prefix_length, ctx.prefix_length + ROOM))
+    rules = []
+    for layer, positions in enumerate(ctx.positions.tolist()):
+        gone = tuple(sorted({*range(ctx.prefix_length)} - {*positions}))
+        rules += [Rule(gone, after, (layer,), (layer,))] if gone else []
+    return rules
+
+
+def whole(vlm: mf.VLM, pictures: list, prompt: str, more: list[int]) -> dict:
+    """The model's inputs for a prefix, uncompressed, and the tokens that follow it."""
+    inputs, _, _ = vlm.prompts.prepare([pictures], [prompt])
+    ids = torch.cat([inputs["input_ids"][0], torch.tensor(more, dtype=torch.long)])[None]
+    extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in extra:
+        extra["mm_token_type_ids"] = torch.nn.functional.pad(extra["mm_token_type_ids"], (0, len(more)))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
+
+
 class Difference(NamedTuple):
     """An answer that differs: the two, and how far apart the two best logits lie where they part, in roundings of the
     largest logit there."""

@@ -8,7 +8,7 @@ import knocked
 import pytest
 import tiny
 import torch
-from knocked import Rule
+from knocked import dropped
 from PIL import Image
 
 import mllm_fast as mf
@@ -32,30 +32,10 @@ WAYS = [
 WORDS = {"max_new_tokens": 4}
 
 
-def dropped(ctx: mf.Context) -> list[Rule]:
-    """What a context leaves out, as rules of the definition: one a layer."""
-    after = tuple(range(ctx.prefix_length, ctx.prefix_length + knocked.ROOM))
-    rules = []
-    for layer, positions in enumerate(ctx.positions.tolist()):
-        gone = tuple(sorted({*range(ctx.prefix_length)} - {*positions}))
-        rules += [Rule(gone, after, (layer,), (layer,))] if gone else []
-    return rules
-
-
-def whole(vlm: mf.VLM, pictures: list, more: list[int]) -> dict:
-    """The model's inputs for the uncompressed prefix and what follows it."""
-    inputs, _, _ = vlm.prompts.prepare([pictures], [PROMPT])
-    ids = torch.cat([inputs["input_ids"][0], torch.tensor(more, dtype=torch.long)])[None]
-    extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    if "mm_token_type_ids" in extra:
-        extra["mm_token_type_ids"] = torch.nn.functional.pad(extra["mm_token_type_ids"], (0, len(more)))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
-
-
 def masked_logits(vlm: mf.VLM, ctx: mf.Context, more: list[int], pictures: list) -> torch.Tensor:
     """Logits of the rows after the prefix, by eager attention over everything with the dropped tokens masked."""
     with torch.no_grad(), knocked.eager(vlm, dropped(ctx), [ctx.layout]):
-        return vlm.model(**whole(vlm, pictures, more)).logits[0, ctx.prefix_length :]
+        return vlm.model(**knocked.whole(vlm, pictures, PROMPT, more)).logits[0, ctx.prefix_length :]
 
 
 def turn(vlm: mf.VLM, question: str, images: int = 1) -> list[int]:
@@ -124,7 +104,7 @@ def test_keeping_everything_is_the_uncompressed_cache(vlm, picture):
     ctx = vlm.compress(picture, keep=1.0, prompt=PROMPT, **WORDS)
     assert ctx.num_tokens == ctx.prefix_length
     for question in QUESTIONS:
-        inputs = whole(vlm, [picture], turn(vlm, question))
+        inputs = knocked.whole(vlm, [picture], PROMPT, turn(vlm, question))
         with torch.no_grad():
             out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
         said = ctx.ask(question, max_new_tokens=6)
@@ -150,7 +130,9 @@ def test_a_chat_sees_what_was_said(vlm, picture):
         more = before + turn(vlm, question)
         answer = chat.ask(question, max_new_tokens=3)
         with torch.no_grad():
-            out = vlm.model.generate(**whole(vlm, [picture], more), max_new_tokens=3, do_sample=False)[0]
+            out = vlm.model.generate(**knocked.whole(vlm, [picture], PROMPT, more), max_new_tokens=3, do_sample=False)[
+                0
+            ]
         assert out.tolist()[: len(answer.input_ids)] == answer.input_ids.tolist()
     assert len(chat.turns) == 3
     assert ctx.ask(QUESTIONS[1], max_new_tokens=3).token_ids  # the context itself knows nothing of the chat
@@ -186,7 +168,7 @@ def test_explains_what_is_kept(vlm, picture):
     layout = mf.TokenLayout(len(ex.input_ids), ex.layout.prompt_length, ctx.layout.images)
     plan = vlm.plan([rule.knockout for rule in dropped(ctx)], [layout])
     with torch.no_grad(), recording(vlm.text, 3, plan) as record:
-        cache = vlm.model(**whole(vlm, [picture], more[:-1]), use_cache=True).past_key_values
+        cache = vlm.model(**knocked.whole(vlm, [picture], PROMPT, more[:-1]), use_cache=True).past_key_values
     masked = ctx.explain(QUESTIONS[0], "red green two")
     masked._trace = make_trace(record, cache, 3, ex.layout.prompt_length)
     torch.testing.assert_close(ex.head_scores, masked.head_scores, rtol=1e-6, atol=1e-7)
@@ -225,7 +207,7 @@ def test_mass_is_the_mean_of_eager_attention(vlm, picture, score):
     """Over heads, and over the prompt's rows after the picture or the rows of what was said."""
     reading = read(vlm, picture, PROMPT, [score], max_new_tokens=5)
     said = vlm.generate(picture, PROMPT, max_new_tokens=5)
-    inputs = whole(vlm, [picture], said.token_ids)
+    inputs = knocked.whole(vlm, [picture], PROMPT, said.token_ids)
     with torch.no_grad(), tiny.eager(vlm.model):
         attentions = vlm.model(**inputs, output_attentions=True).attentions
     rows = said.layout.positions("query" if score == "query" else "generated")
