@@ -11,8 +11,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table() -> str:
-    names = ("scores", "explanation", "fidelity", "attention", "knockouts")
-    scores, explanation, fidelity, attention, knockouts = (
+    names = ("scores", "explanation", "fidelity", "attention", "knockouts", "reprompt", "reprompt_quality")
+    scores, explanation, fidelity, attention, knockouts, reprompt, quality = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     accuracy = json.loads((ROOT / "mllm_fast" / "shapes" / "accuracy.json").read_text())
@@ -23,6 +23,10 @@ def table() -> str:
             *_attention(attention),
             "",
             *_knockouts(knockouts),
+            "",
+            *_reprompt(reprompt),
+            "",
+            *_quality(quality),
             "",
             *_cost(explanation),
             "",
@@ -104,6 +108,66 @@ def _knockouts(knockouts: dict) -> list[str]:
     ]
 
 
+def _reprompt(reprompt: dict) -> list[str]:
+    asked, files = reprompt["questions"], reprompt["files"]
+    peak = asked["peak megabytes"]
+    lines = [
+        f"32 questions of 12 tokens about one picture, 8 new tokens each, by a LLaVA of random weights (16 layers of"
+        f" d = 1,024; a prefix of 576 image and 64 text tokens), from a context of {asked['kept']} of {asked['prefix']}"
+        " tokens:",
+        "",
+        "| way | questions a second | `ask_many` is faster by |",
+        "| --- | ---: | ---: |",
+    ]
+    names = {
+        "generate from the picture": "transformers, `generate` from the picture",
+        "uncompressed cache, copied": "transformers, the uncompressed cache copied for each question",
+        "uncompressed cache, 32 copies": "transformers, one batch over 32 copies of the uncompressed cache",
+        "compressed cache, 32 copies": "plain torch, one batch over 32 copies of the context",
+        "ask_many": "`ask_many`, one copy of the context",
+    }
+    for name, label in names.items():
+        faster = "" if name == "ask_many" else f"{asked['times faster'][name]:.1f} x"
+        lines.append(f"| {label} | {32 / asked['seconds'][name]:.1f} | {faster} |")
+    ms, size = files["ms"], files["megabytes"]
+    lines += [
+        "",
+        f"The context holds {asked['context megabytes']:.1f} MB, the uncompressed cache"
+        f" {asked['uncompressed megabytes']:.1f}; keys and values at their peak: {peak['ask_many']:.0f} MB, 32 copies"
+        f" {peak['32 copies']:,.0f} MB. Saving takes {ms['save']:.1f} ms and loading {ms['load']:.1f}"
+        f" ({files['over safetensors']:.2f} times safetensors alone); as int8 {size['int8']:.1f} MB, errors"
+        f" {files['int8 errors']['keys']:.1%} of keys and {files['int8 errors']['values']:.1%} of values. Loading a"
+        f" context and asking it one question takes {ms['load, ask']:.0f} ms, reading the picture again"
+        f" {ms['picture, compress, ask']:.0f} ms.",
+    ]
+    return lines
+
+
+def _quality(quality: dict) -> list[str]:
+    found, shares = quality["accuracy"], (1, 2, 5, 10, 20, 50)
+    percent = lambda label: f"{100 * found[label]['accuracy']:.1f}"  # noqa: E731
+    lines = [
+        f"Right answers of the embedded model (%), {quality['scenes']} held-out scenes with 8 questions each, from what"
+        f" is kept of the image tokens; everything kept: {percent('full')}, the prompt's tokens alone:"
+        f" {percent('query alone')}, all image tokens without the prompt's: {percent('100 % alone')} (standard errors"
+        f" up to {100 * max(row['error'] for row in found.values()):.1f}):",
+        "",
+        "| kept | " + " | ".join(f"{share} %" for share in shares) + " |",
+        "| --- |" + " ---: |" * len(shares),
+    ]
+    words = {
+        "generated": "attended by the reply",
+        "query": "attended by the prompt",
+        "norm": "small keys",
+        "random": "random",
+    }
+    for lead, end, parts in (("query + ", "", "prompt and tokens"), ("", " alone", "tokens alone")):
+        for score, word in words.items():
+            row = [percent(f"{lead}{share} %{end}, {score}") for share in shares]
+            lines.append(f"| {parts}, {word} | {' | '.join(row)} |")
+    return [*lines, "", "![Right answers over the share of image tokens kept](docs/reprompt.png)"]
+
+
 def _cost(explanation: dict) -> list[str]:
     one, long = explanation["one token"], explanation["long answer"]
     return [
@@ -157,7 +221,7 @@ def _machine(scores: dict) -> str:
     return (
         f"Measured on two cores of an {m['cpu']} ({m['instruction sets']}), torch {m['torch']}; no GPU was at hand."
         " Run `python benchmarks/scores.py`, `attention.py`,"
-        " `knockouts.py`, `explanation.py`, `fidelity.py` on yours."
+        " `knockouts.py`, `reprompt.py`, `reprompt_quality.py`, `explanation.py`, `fidelity.py` on yours."
     )
 
 

@@ -14,12 +14,13 @@ _HOME = {
     "VLM": ".vlm",
     "Answer": ".answers",
     "Context": ".context",
+    "ContextStore": ".store",
     "Explanation": ".explain",
     "Knockout": ".knockout",
     "TokenLayout": ".layout",
     "InputError": ".errors",
 }
-__all__ = ["VLM", "Answer", "Context", "Explanation", "InputError", "Knockout", "TokenLayout"]
+__all__ = ["VLM", "Answer", "Context", "ContextStore", "Explanation", "InputError", "Knockout", "TokenLayout"]
 
 if TYPE_CHECKING:
     from .answers import Answer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .explain import Explanation
     from .knockout import Knockout
     from .layout import TokenLayout
+    from .store import ContextStore
     from .vlm import VLM
 
 

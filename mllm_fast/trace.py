@@ -36,16 +36,13 @@ class Trace:
     scale: tuple[float, ...]
     positions: Tensor | None = None
 
-    def spread(self, values: Tensor, layer: int, length: int) -> Tensor:
-        """Numbers [..., N'] of the first keys of a layer, laid out over a sequence of `length`: float32, on the CPU, 0
-        where no key is."""
-        out = torch.zeros(*values.shape[:-1], length)
-        count = values.shape[-1]
+    def spread(self, values: Tensor, layers: Sequence[int], length: int) -> Tensor:
+        """Numbers [n, N'] of the first keys of n layers, laid out over a sequence of `length`: float32 [n, length], on
+        the CPU, 0 where no key is."""
+        values, count = values.float().cpu(), values.shape[1]
         if self.positions is None:
-            out[..., :count] = values
-        else:
-            out[..., self.positions[layer, :count]] = values.float().cpu()
-        return out
+            return torch.nn.functional.pad(values, (0, length - count))
+        return torch.zeros(len(values), length).scatter_(1, self.positions[list(layers), :count], values)
 
     def attention(self, token: int, layer: int) -> Tensor:
         """alpha of one row: float32 or wider [H, N'], N' = its position + 1."""
@@ -60,6 +57,20 @@ class Trace:
         if seen is not None:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return torch.softmax(scores, -1)
+
+    def every_write(self, token: int) -> Tensor:
+        """alpha_jp v_jp of every head for every position of one row, and behind these their sum: [L * H, N' + 1, D]."""
+        stop = int(self.rows[token]) + 1
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        keys, values = (torch.stack(parts)[:, :, :stop].to(wide) for parts in (self.keys, self.values))
+        layers, kv_heads, _, width = keys.shape
+        query = self.query[token].to(wide) * torch.tensor(self.scale, dtype=wide, device=keys.device)[:, None, None]
+        scores = query.reshape(layers, kv_heads, -1, width) @ keys.mT  # [L, Hkv, H / Hkv, N']
+        for layer, seen in enumerate(self.seen):
+            if seen is not None:
+                scores[layer].masked_fill_(~seen[token, :stop].to(scores.device), -torch.inf)
+        writes = torch.softmax(scores, -1)[..., None] * values[:, :, None]
+        return torch.cat([writes.flatten(0, 2), self.output[token].to(wide).flatten(0, 1)[:, None]], 1)
 
     def position_values(self, token: int, heads: list[tuple[int, int]]) -> Tensor:
         """alpha_jp v_jp of some heads, (layer, head) each, for every position of one row: [len(heads), N', D]."""

@@ -126,7 +126,7 @@ def test_a_chat_sees_what_was_said(vlm, picture):
     ctx = vlm.compress(picture, keep=1.0, prompt=PROMPT, **WORDS)
     chat = ctx.chat()
     for i, question in enumerate(QUESTIONS):
-        before = [] if not i else chat._sequence[ctx.prefix_length :].tolist() + chat._unread
+        before = chat.turns[-1].input_ids[ctx.prefix_length :].tolist() if i else []
         more = before + turn(vlm, question)
         answer = chat.ask(question, max_new_tokens=3)
         with torch.no_grad():
@@ -202,6 +202,25 @@ def test_streams_and_explains_each_step(vlm, picture):
         stream.knockout = mf.Knockout("image", "generated")
 
 
+def test_long_answers_get_more_room(built, picture):
+    """More tokens than the room that is made at once."""
+    vlm = mf.VLM(*built("internvl"))
+    ctx = vlm.compress(picture, keep=0.3, prompt=PROMPT, **WORDS)
+    ids = turn(vlm, QUESTIONS[0]) + [9 + i % 7 for i in range(45)]
+    expected = masked_logits(vlm, ctx, ids, [picture])
+    torch.testing.assert_close(stepwise(vlm, ctx, ids, 6), expected[5:], rtol=0, atol=1e-9)
+
+
+def test_small_keys_draw_attention(vlm, picture):
+    """The score "norm" keeps the tokens whose keys are shortest, a mean over heads."""
+    reading = read(vlm, picture, PROMPT, [])
+    image = reading.layout.positions("image")
+    ctx = reading.context(4, "norm")
+    for layer, keys in enumerate(reading.keys):
+        shortest = keys.norm(dim=-1).mean(0)[image].topk(4, largest=False).indices
+        assert set(ctx.kept(layer).positions.tolist()) == set(image[shortest].tolist())
+
+
 @pytest.mark.parametrize("score", ["query", "generated"])
 def test_mass_is_the_mean_of_eager_attention(vlm, picture, score):
     """Over heads, and over the prompt's rows after the picture or the rows of what was said."""
@@ -227,3 +246,15 @@ def test_scores_take_part_in_no_more_than_they_say(vlm, picture):
     assert generated.wants(0, layout.length) is False
     assert generated.wants(layout.length, 1) is True
     assert generated.mean() is None
+
+
+def test_a_turn_that_ended_is_closed_by_the_template(shapes, picture):
+    """The tokens of a conversation are the template's: no end of turn is missing or doubled."""
+    ctx = shapes.compress(picture, keep=1.0, score="query")
+    chat, asked = ctx.chat(), ["how many objects are there?", "what color is the star?"]
+    for question in asked:
+        chat.ask(question)
+    turns = [shapes.prompts.turn_ids(ctx.prompt, 1, question) for question in asked]
+    assert len(chat.turns[0].token_ids) == 1, "ended, not cut off"
+    expected = [*ctx.input_ids.tolist(), *turns[0], *chat.turns[0].token_ids, *turns[1]]
+    assert chat.turns[1].input_ids[: chat.turns[1].layout.prompt_length].tolist() == expected
