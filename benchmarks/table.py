@@ -137,8 +137,8 @@ def _reprompt(reprompt: dict) -> list[str]:
         f" {peak['32 copies']:,.0f} MB. Saving takes {ms['save']:.1f} ms and loading {ms['load']:.1f}"
         f" ({files['over safetensors']:.2f} times safetensors alone); as int8 {size['int8']:.1f} MB, errors"
         f" {files['int8 errors']['keys']:.1%} of keys and {files['int8 errors']['values']:.1%} of values. Loading a"
-        f" context and asking it one question takes {ms['load, ask']:.0f} ms, reading the picture again"
-        f" {ms['picture, compress, ask']:.0f} ms.",
+        f" context and asking it one question takes {ms['load, ask']:.0f} ms, `generate` from the picture"
+        f" {ms['picture, generate']:.0f} ms.",
     ]
     return lines
 

@@ -147,6 +147,8 @@ def _attached(
         if rows:
             record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)
         mass = False if shares is None else shares.wants(key.shape[2] - query.shape[2], query.shape[2])
+        if isinstance(mass, Tensor):
+            mass = mass.to(query.device)
         found = attend(query, key, value, attention_mask, scale, closed, mass, backend)
         if rows:
             record.output[layer].append(record.take(found.output.transpose(1, 2)))

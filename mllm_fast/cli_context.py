@@ -125,7 +125,10 @@ def ask(
         raise InputError(f"{file}: there is no question in it; write one a line")
     ctx = _context(context, model, device, dtype, max_pixels, backend)
     if not asked and not sys.stdin.isatty():
-        asked = _questions(sys.stdin)
+        try:
+            asked = _questions(sys.stdin)
+        except UnicodeDecodeError:
+            raise InputError("stdin is not UTF-8 text") from None
         if not asked:
             raise InputError("there is no question: give one behind the context, in a file, or on stdin")
     if not asked:
@@ -203,11 +206,7 @@ def _context(
     vlm = load(model, device, dtype, max_pixels, backend)
     from .context import Context
 
-    pictures = vlm.prompts.load(images) if images else []  # type: ignore[arg-type]
-    ctx = Context.load(path, vlm, pictures)
-    if pictures and [p.size for p in pictures] != [i.size for i in ctx.layout.images]:
-        raise InputError(f"{path} was made of other pictures: their sizes are {[i.size for i in ctx.layout.images]}")
-    return ctx
+    return Context.load(path, vlm, images or [])
 
 
 def _converse(ctx: Context, max_new_tokens: int) -> None:

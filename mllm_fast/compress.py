@@ -16,6 +16,7 @@ from .context import Context
 from .errors import InputError
 from .kernels import topk_compaction
 from .layout import TokenLayout
+from .prompts import one_answer
 
 if TYPE_CHECKING:
     from .vlm import VLM
@@ -47,14 +48,15 @@ class AttendedTokens:
 
     def add(self, layer: int, mass: Tensor) -> None:
         """Of `Watcher`: the mass [1, H, N], a mean over the pass's counted rows."""
-        self._sum[layer] += self._counted * mass[0, :, : self._length].float().mean(0).cpu()
+        here = self._sum[layer].to(mass.device)  # moved once: a copy to the CPU at each token would wait for the GPU
+        self._sum[layer] = here + self._counted * mass[0, :, : self._length].float().mean(0)
         self._rows[layer] += self._counted
 
     def mean(self) -> Tensor | None:
         """float32 [L, N], over heads and counted rows; None if there was no such row."""
         if not all(self._rows):
             return None
-        return torch.stack([total / rows for total, rows in zip(self._sum, self._rows, strict=True)])
+        return torch.stack([total.cpu() / rows for total, rows in zip(self._sum, self._rows, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def read(
     """
     for score in scores:
         check_choice("score", score, SCORES)
+    one_answer("compress", options)
     _check_full_attention(vlm)
     pictures = vlm.prompts.load(image)
     inputs, (layout,), _ = vlm.prompts.prepare([pictures], [prompt])
@@ -158,13 +161,14 @@ def read(
         with recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
             output = vlm.run(inputs, length, settings)
         cache = output.past_key_values
+        _check_cache(cache, layout.length)
         peak = max(peak, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
         if watcher is not None:
             mass = watcher.mean()
             if mass is None:
                 raise InputError(
-                    f"the model said nothing to {prompt!r}, so there are no rows to score by: give another prompt, or"
-                    " score='query'"
+                    f"no token of a reply to {prompt!r} was read (max_new_tokens is {length}), so there are no rows to"
+                    " score by: give another prompt, more tokens, or score='query'"
                 )
             watched[score] = mass
         if score == "generated":
@@ -182,6 +186,16 @@ def read(
         images=tuple(pictures),
         peak_nbytes=peak,
     )
+
+
+def _check_cache(cache: Any, length: int) -> None:
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if not isinstance(keys, Tensor) or keys.shape[-2] < length or not isinstance(layer.values, Tensor):
+            raise InputError(
+                f"a {type(layer).__name__} does not hold all keys and values as they are: leave cache_implementation at"
+                " transformers' default"
+            )
 
 
 def _next_position(record: Recording, length: int) -> int:
@@ -205,7 +219,7 @@ def kept_count(keep: float | int, total: int) -> int:
         return keep
     if not 0 < keep <= 1:  # NaN too
         raise InputError(f"keep, as a share, is above 0 and at most 1.0, got {keep}")
-    return math.ceil(round(keep * total, 9))
+    return max(1, math.ceil(round(keep * total, 9)))
 
 
 def check_choice(name: str, given: str, choices: Sequence[str]) -> None:

@@ -52,8 +52,8 @@ class Context:
         keys, values: [L, Hkv, M, D]. positions: of the kept tokens in the uncompressed prefix, int64 [L, M], ascending.
         layout, input_ids: of the uncompressed prefix (system, image and query tokens). position: of the next token, for
             the rotary embedding. prompt: of the first turn. description: what the model said to it, if that was the
-            score. settings: how it was made. images: the pictures, none in a context from a file. peak_nbytes: most
-            bytes of keys and values held while it was made.
+            score. settings: keep, score and parts, and how many image tokens are kept. images: the pictures, where
+            they are at hand. peak_nbytes: most bytes of keys and values held while it was made, 0 if from a file.
     """
 
     vlm: VLM
@@ -121,7 +121,8 @@ class Context:
     def ask_many(
         self, questions: Sequence[str], *, max_new_tokens: int = 32, batch_size: int = _BATCH, **options: Any
     ) -> list[Answer]:
-        """Answer questions, `batch_size` at a time in one pass over one copy of the prefix: each as if asked alone.
+        """Answer questions, `batch_size` at a time in one pass over one copy of the prefix: each as if asked alone (but
+        that questions sampled together draw from one stream of random numbers).
 
         Raises:
             InputError: no question, an empty one, or one too long for the model's window.
@@ -167,7 +168,12 @@ class Context:
 
         def start() -> Iterator[Any]:
             for said in self._generate(session, [ids], [sequence], max_new_tokens, options):
-                yield said and (int(said[0][0]), float(said[1][0]), session, said[2][0], not bool(said[3][0]))
+                if said is None:
+                    yield None
+                    continue
+                token = int(said[0][0])
+                log_prob = said[1][0, token] - said[1][0].logsumexp(-1)
+                yield token, float(log_prob), session, said[2][0], not bool(said[3][0])
 
         stream.begin(start)
         return stream
@@ -229,7 +235,7 @@ class Context:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
-        """Read a context that was saved. `images`: the pictures, if they are to be drawn upon.
+        """Read a context that was saved. `images`: the pictures (or their files), if they are to be drawn upon.
 
         Raises:
             InputError: no such file, not a context, a newer format, a damaged file, another model or type.
@@ -247,14 +253,17 @@ class Context:
         session = self._session(len(ids), max_new_tokens - 1)
         prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
         longest = max(map(len, prompts))
-        sequences = torch.empty(0)
+        sequences, ends = torch.empty(0), [0] * len(ids)
         with self._running(), session.recording():
             for said in self._generate(session, ids, prompts, max_new_tokens, options):
-                sequences = sequences if said is None else said[2]
+                if said is not None:
+                    sequences = said[2]
+                    length = sequences.shape[1]
+                    ends = [end or (0 if more else length) for end, more in zip(ends, said[3].tolist(), strict=True)]
         stop = self.vlm.prompts.stop_ids(options)
         return [
-            answer_of(one[longest - len(prompt) :], self._asked(len(prompt)), self.vlm.processor.tokenizer, stop)
-            for one, prompt in zip(sequences.cpu(), prompts, strict=True)
+            answer_of(one[longest - len(prompt) : end], self._asked(len(prompt)), self.vlm.processor.tokenizer, stop)
+            for one, prompt, end in zip(sequences.cpu(), prompts, ends, strict=True)
         ]
 
     def _generate(
@@ -268,7 +277,8 @@ class Context:
         """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
         one_answer("a context's answer", options)
         rows = [prompt.flip(0) for prompt in prompts]
-        padding = self.vlm.processor.tokenizer.pad_token_id or 0
+        # a token that every sequence holds: processors that look which tokens there are see no other
+        padding = int(self.input_ids[0])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).flip(1)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
         device = self.vlm.model.device
@@ -302,17 +312,22 @@ class _Asked:
     """What a stream over a context needs to attach and to explain."""
 
     def __init__(self, context: Context, session: Session):
-        self._context, self._session = context, session
+        self._context = context
+        self._session: Session | None = session
 
-    def recording(self, rows: int):
+    def recording(self, rows: int) -> AbstractContextManager[Recording]:
+        assert self._session is not None  # a closed stream computes nothing
         return self._session.recording(rows)
 
     def trace(self, record: Recording, cache: Any, length: int) -> Trace:
-        return self._context.trace(self._session, record, 1, length)
+        return self._context.trace(cache, record, 1, length)
+
+    def close(self) -> None:
+        self._session = None  # steps that are still to be explained hold it
 
 
 class Chat:
-    """A conversation over a context. `turns`: the answers so far."""
+    """A conversation over a context, for one thread. `turns`: the answers so far."""
 
     def __init__(self, context: Context):
         self.context = context
@@ -335,11 +350,11 @@ class Chat:
                     self._session, [[*self._unread, *ids]], [sequence], max_new_tokens, options
                 ):
                     sequence = sequence if said is None else said[2][0].cpu()
+            stop = vlm.prompts.stop_ids(options)
+            answer = answer_of(sequence, layout, vlm.processor.tokenizer, stop)
         except BaseException:
             self._session.back(before)  # as if it had not been asked
             raise
-        stop = vlm.prompts.stop_ids(options)
-        answer = answer_of(sequence, layout, vlm.processor.tokenizer, stop)
         # the last token was not read; a stop token is left to the template, which ends the turn in its own way
         self._sequence, last = sequence[:-1], int(sequence[-1])
         self._unread = [] if last in stop else [last]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,19 @@ def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> d
 def load(path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
     """See `Context.load`."""
     description, tensors = read(path)
-    check_model(path, description, vlm)
-    return unpack(description, tensors, vlm, images)
+    _check_model(path, description, vlm)
+    try:
+        context = unpack(description, tensors, vlm)
+        _check_shapes(context)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(f"{path}: its parts do not fit together ({first_line(error)}); make it again") from None
+    if not images:
+        return context
+    pictures = vlm.prompts.load(images)
+    sizes = [image.size for image in context.layout.images]
+    if [picture.size for picture in pictures] != sizes:
+        raise InputError(f"{path} was made of other pictures: their sizes are {sizes}")
+    return replace(context, images=tuple(pictures))
 
 
 def pack(ctx: Context, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
@@ -80,24 +92,32 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if "mllm_fast.context" not in metadata:
-                raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
-            description = json.loads(metadata["mllm_fast.context"])
-            if description.get("version", 0) > VERSION:
-                raise InputError(
-                    f"{path}: format {description['version']}, this mllm-fast reads up to {VERSION}; update mllm-fast"
-                )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: no context file, or one that was cut off ({first_line(error)})") from None
-    if metadata.get("mllm_fast.checksum") != checksum(metadata["mllm_fast.context"], tensors):
+    return parse(path, metadata, tensors)
+
+
+def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file's content; see `read`."""
+    text = metadata.get("mllm_fast.context")
+    if text is None:
+        raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
+    if metadata.get("mllm_fast.checksum") != checksum(text, tensors):
         raise InputError(f"{path}: the file was damaged or edited (its checksum does not fit); make it again")
+    try:
+        description = json.loads(text)
+        version = int(description["version"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{path}: its description cannot be read; make it again") from None
+    if version > VERSION:
+        raise InputError(f"{path}: format {version}, this mllm-fast reads up to {VERSION}; update mllm-fast")
     return description, tensors
 
 
-def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM) -> Context:
     """The context of a file that was read."""
     device, dtype = vlm.model.device, vlm.model.dtype
     if description["storage"] == "int8":
@@ -125,7 +145,6 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM, im
         prompt=description["prompt"],
         description=description["description"],
         settings=description["settings"],
-        images=tuple(images),
     )
 
 
@@ -174,16 +193,40 @@ def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str,
     }
 
 
-def check_model(path: Any, description: dict[str, Any], vlm: VLM) -> None:
-    """Raise InputError if a context was made with another model."""
-    made, config = description["model"], vlm.model.config
-    if made["fingerprint"] != fingerprint(vlm.model):
+def _check_model(path: Any, description: dict[str, Any], vlm: VLM) -> None:
+    made, config = description.get("model"), vlm.model.config
+    if not isinstance(made, dict) or made.get("fingerprint") != fingerprint(vlm.model):
         here = getattr(config, "_name_or_path", "") or config.model_type
+        made = made if isinstance(made, dict) else {}
+        dtype = str(vlm.model.dtype).removeprefix("torch.")
         raise InputError(
-            f"{path}: made with another model, {made['id'] or made['type']} in {description['dtype']} (fingerprint"
-            f" {made['fingerprint'][:12]}), not with {here} in {str(vlm.model.dtype).removeprefix('torch.')}"
-            f" ({fingerprint(vlm.model)[:12]}); load that one"
+            f"{path}: made with another model, {made.get('id') or made.get('type')} in {description.get('dtype')}"
+            f" (fingerprint {str(made.get('fingerprint'))[:12]}), or another version of transformers; not with {here}"
+            f" in {dtype} ({fingerprint(vlm.model)[:12]}): load that one, or make the context again"
         )
+
+
+def _check_shapes(ctx: Context) -> None:
+    """Raise ValueError if a context's parts do not fit each other and the model."""
+    text, length = ctx.vlm.text, len(ctx.input_ids)
+    kv_heads = getattr(text.config, "num_key_value_heads", None) or text.num_heads
+    shape = (len(text.layers), kv_heads, ctx.positions.shape[-1], text.head_dim)
+    for name, tensor in (("keys", ctx.keys), ("values", ctx.values)):
+        if tuple(tensor.shape) != shape or tensor.dtype != ctx.vlm.model.dtype:
+            raise ValueError(f"{name} is {ctx.vlm.model.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    steps = ctx.positions.diff(dim=1)
+    if ctx.positions.shape[:-1] != shape[:1] or not shape[2] or bool((steps < 1).any()):
+        raise ValueError("positions ascend in each layer")
+    if int(ctx.positions.min()) < 0 or int(ctx.positions.max()) >= length:
+        raise ValueError(f"positions are 0 to {length - 1}")
+    if int(ctx.input_ids.min()) < 0 or int(ctx.input_ids.max()) >= text.unembedding().weight.shape[0]:
+        raise ValueError("input_ids lie outside the vocabulary")
+    for image in ctx.layout.images:
+        count = sum(tile.rows * tile.cols for tile in image.tiles)
+        if count != len(image.positions) or not 0 <= int(image.positions.min()) <= int(image.positions.max()) < length:
+            raise ValueError("an image's tiles and positions disagree")
+    if not isinstance(ctx.position, int) or not isinstance(ctx.prompt, str) or not isinstance(ctx.settings, dict):
+        raise TypeError("position, prompt and settings are a number, a text and an object")
 
 
 def _to_int8(tensor: Tensor, over: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,15 +35,12 @@ def write_whole(path: Path, content: bytes) -> None:
 def whole_file(path: Path) -> Iterator[str]:
     """The name of a temporary file beside the target, to be written inside; on leaving it is flushed to the disk and
     takes the target's place, or is removed if something went wrong: no reader ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
-    os.close(handle)
+    name = str(path.parent / f"{TEMPORARY}{uuid.uuid4().hex}")
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the rights of any other new file
     try:
         yield name
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
-        mode = os.umask(0)
-        os.umask(mode)
-        os.chmod(name, 0o666 & ~mode)  # mkstemp's files are private, a saved one should be as any other
         os.replace(name, path)
     except BaseException:
         with suppress(FileNotFoundError):

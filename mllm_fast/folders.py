@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ from .files import TEMPORARY
 
 _ENDING = ".safetensors"
 _LOCKS = 256
+_OURS = re.compile(r"[0-9a-f]{64}\.safetensors")  # nothing else in a folder is counted or removed
+_FORGOTTEN = 24 * 3600  # seconds after which an unfinished file of a remote folder is nobody's
 
 
 class Folder(Protocol):
@@ -26,7 +30,7 @@ class Folder(Protocol):
     def reading(self, key: str) -> Any:
         """A context manager that gives the path of the key's file, to be read inside, or None."""
 
-    def write(self, key: str, make: Callable[[Path], object], nbytes: int) -> None:
+    def write(self, key: str, make: Callable[[Path], object]) -> None:
         """Store what `make` writes to a path; not if it is larger than the budget."""
 
     def drop(self, key: str) -> None:
@@ -49,7 +53,7 @@ class LocalFolder:
     leaves none behind, only an unfinished file, which the next one to tidy up removes."""
 
     def __init__(self, path: Path, budget: int):
-        self.path = path
+        self.path = path = path.absolute()
         self.budget = budget
         self._latest = 0  # the last time stamp given, so that a clock that is set back does not turn the order round
         try:
@@ -81,25 +85,28 @@ class LocalFolder:
             pass  # a file of somebody else's can be read all the same
         yield path
 
-    def write(self, key: str, make: Callable[[Path], object], nbytes: int) -> None:
+    def write(self, key: str, make: Callable[[Path], object]) -> None:
         """See `Folder`; only who holds the key's lock may call this."""
-        if nbytes > self.budget:
-            return
         path = self._file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
+        if path.stat().st_size > self.budget:
+            self.drop(key)
+            return
         self._stamp(path)
         self._tidy(keep=path)
 
     def drop(self, key: str) -> None:
         """See `Folder`."""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             self._file(key).unlink()
 
     def files(self) -> list[tuple[int, int, Path]]:
         """(time of last use, bytes, path) of each file, least recently used first."""
         found = []
-        for path in self.path.glob(f"??/*{_ENDING}"):
+        for path in self.path.glob(f"[0-9a-f][0-9a-f]/*{_ENDING}"):
+            if not _OURS.fullmatch(path.name):
+                continue
             with suppress(FileNotFoundError):  # removed meanwhile
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
@@ -117,8 +124,8 @@ class LocalFolder:
                 if path != keep:
                     with suppress(OSError):
                         path.unlink()
-                    total -= size
-        for path in self.path.glob(f"??/{TEMPORARY}*"):
+                        total -= size
+        for path in self.path.glob(f"[0-9a-f][0-9a-f]/{TEMPORARY}*"):
             # its writer holds the key's lock as long as it lives
             with self._flock(f"{int(path.parent.name, 16):02x}", wait=False) as free:
                 if free:
@@ -139,7 +146,7 @@ class LocalFolder:
 
         path = self.path / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have emptied the folder
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # whoever may read it may lock it
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -148,7 +155,8 @@ class LocalFolder:
                 return
             yield True
         finally:
-            os.close(handle)  # and with it the lock
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a child was forked meanwhile
+            os.close(handle)
 
 
 class RemoteFolder:
@@ -186,25 +194,40 @@ class RemoteFolder:
                 return
             yield path
 
-    def write(self, key: str, make: Callable[[Path], object], nbytes: int) -> None:
+    def write(self, key: str, make: Callable[[Path], object]) -> None:
         """See `Folder`."""
-        if nbytes > self.budget:
-            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{key}{_ENDING}"
             make(path)
-            unfinished = f"{self._root}/{TEMPORARY}{os.getpid()}-{key}"
-            self._fs.put_file(str(path), unfinished)
-            self._fs.mv(unfinished, self._file(key))
-        files = [one for one in self._fs.ls(self._root, detail=True) if one["name"].endswith(_ENDING)]
-        total = sum(one["size"] for one in files)
-        for one in sorted(files, key=_written):
+            if path.stat().st_size > self.budget:
+                return
+            unfinished = f"{self._root}/{TEMPORARY}{uuid.uuid4().hex}"
+            try:
+                self._fs.put_file(str(path), unfinished)
+                self._fs.mv(unfinished, self._file(key))
+            except BaseException:
+                with suppress(Exception):  # whatever file systems raise
+                    self._fs.rm_file(unfinished)
+                raise
+        self._tidy(keep=key)
+
+    def _tidy(self, keep: str) -> None:
+        """Keep the budget, and remove what killed processes left."""
+        self._fs.invalidate_cache()
+        found = [(one["name"].rpartition("/")[2], one) for one in self._fs.ls(self._root, detail=True)]
+        files = sorted((one for name, one in found if _OURS.fullmatch(name)), key=_written)
+        total = sum(one["size"] or 0 for one in files)
+        for one in files:
             if total <= self.budget:
                 break
-            if not one["name"].endswith(f"{key}{_ENDING}"):
+            if keep not in one["name"]:
                 with suppress(FileNotFoundError):
                     self._fs.rm_file(one["name"])
-                total -= one["size"]
+                    total -= one["size"] or 0
+        for name, one in found:
+            if name.startswith(TEMPORARY) and time.time() - self._fs.modified(one["name"]).timestamp() > _FORGOTTEN:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(one["name"])
 
     def drop(self, key: str) -> None:
         """See `Folder`."""

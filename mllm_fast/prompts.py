@@ -153,11 +153,18 @@ class Prompts:
                 )
 
 
+_RUNS_ELSEWHERE = ("guidance_scale", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "streamer")
+
+
 def one_answer(what: str, options: dict[str, Any]) -> None:
-    """Raise InputError for options that ask for several answers."""
+    """Raise InputError for options that ask for several answers, and for those that read or run the sequence in a way
+    of their own."""
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:
             raise InputError(
                 f"{what} follows one sequence, got {name}={options[name]}: call generate first and pass its"
                 " text to explain as answer="
             )
+    for name in _RUNS_ELSEWHERE:
+        if options.get(name) is not None:
+            raise InputError(f"{what} runs the model token by token and takes no {name}; use VLM.generate")

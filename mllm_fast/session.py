@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .adapters import TextModel
 from .attention import Recording, recording
+from .errors import InputError
 from .kernels import Attention, join, knockout_attention
-from .kernels.knockout_attention import HEAD_SIZES, reference
+from .kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from .trace import Trace, trace_of
 
 _ROOM = 32  # positions made ahead of what is there, at most
@@ -164,7 +165,12 @@ class Session:
             return knockout_attention(
                 query, key, value, start=start, scale=scale, lse=True, causal=causal, backend=self.backend
             )
-        return Attention(*reference.attention(query, key, value, None, None, start, scale, True, False, causal))
+        if self.backend in ("cpu", "triton"):
+            raise InputError(
+                f"backend={self.backend!r} serves heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; these are of"
+                f" {query.shape[3]}: use backend='auto' or 'torch'"
+            )
+        return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, False, causal))
 
 
 Said = tuple[
@@ -181,34 +187,35 @@ def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iter
     ) -> Iterator[Any]:
         yield None
         feed: Sequence[Sequence[int]] = ids
-        unfinished = torch.ones(len(ids), dtype=torch.bool, device=input_ids.device)
+        unfinished = torch.ones(len(ids), dtype=torch.bool)
         active = torch.arange(len(ids))  # the questions that the session still reads
         padding = getattr(generation_config, "_pad_token_tensor", None)
         filler = input_ids.new_zeros(()) if padding is None else padding.to(input_ids.device)
         logits: Tensor | None = None
         while True:
             read = session.read(feed).to(dtype=torch.float32, device=input_ids.device)
-            if logits is None:
+            if logits is None or len(active) == len(ids):
                 logits = read
             else:
-                logits = logits.clone()  # transformers' processors may have kept it
-                logits[active.to(logits.device)] = read
+                logits = logits.index_copy(0, active.to(logits.device), read)
             scores = logits_processor(input_ids, logits)
             if generation_config.do_sample:
                 tokens = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
             else:
                 tokens = scores.argmax(-1)
-            tokens = torch.where(unfinished, tokens, filler)
-            log_probs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            if not unfinished.all():
+                tokens = torch.where(unfinished.to(tokens.device), tokens, filler)
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, ())
-            yield tokens, log_probs, input_ids, unfinished
+            going_on = ~stopping_criteria(input_ids, ())
+            said, more = torch.stack([tokens, going_on.long()]).cpu()  # the one copy a pass
+            unfinished = unfinished & more.bool()
+            yield tokens, logits, input_ids, unfinished
             if not unfinished.any():
                 return
-            going = unfinished.cpu()[active]
+            going = unfinished[active]
             if 2 * int(going.sum()) <= len(active):  # half of the rows have nothing more to say
                 session.keep(going.nonzero()[:, 0])
                 active = active[going]
-            feed = tokens.cpu()[active][:, None].tolist()
+            feed = said[active][:, None].tolist()
 
     return loop

@@ -12,14 +12,13 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from .compress import PARTS, SCORES, check_choice, kept_count
 from .context import Context
-from .context_file import VERSION, check_model, read, save, unpack
+from .context_file import VERSION, load, pack, parse, save, unpack
 from .errors import InputError
 from .fingerprint import fingerprint
 from .folders import Folder, open_folder
@@ -42,7 +41,7 @@ class ContextStore:
         memory_bytes, disk_bytes: budgets. A context larger than a budget is not kept there.
         storage: of the files, "full" or "int8"; see `Context.save`.
 
-    `hits`, `misses`: contexts found, and computed.
+    `hits`, `misses`: contexts found, and computed. A folder that fails costs files and a warning, never an answer.
     """
 
     def __init__(
@@ -84,30 +83,34 @@ class ContextStore:
         pictures = vlm.prompts.load(image)
         settings = {"keep": keep, "prompt": prompt, "score": score, "parts": parts, **options}
         key = self.key(vlm, pictures, settings)
-        found = self._in_memory(key, vlm)
-        if found is not None:
-            return found
-        with self._alone(key):
-            found = self._in_memory(key, vlm) or self._on_disk(key, vlm, pictures)
-            if found is not None:
-                return found
-            made = vlm.compress(pictures, **settings)
-            with self._guard:
-                self.misses += 1
-            self._remember(key, made)
-            self._write(key, made)
-            return made
+        found = self._in_memory(key)
+        if found is None:
+            with self._alone(key):
+                found = self._in_memory(key) or self._on_disk(key, vlm)
+                if found is None:
+                    found = self._stored_form(vlm.compress(pictures, **settings))
+                    with self._guard:
+                        self.misses += 1
+                    self._remember(key, found)
+                    self._write(key, found)
+        # what is held is held without the pictures, and for any VLM of the same model
+        return replace(found, vlm=vlm, images=tuple(pictures))
 
     def key(self, vlm: VLM, pictures: list[Any], settings: dict[str, Any]) -> str:
         """The content's name, 64 hexadecimal digits."""
-        digest = hashlib.sha256()
+        inputs = vlm.prompts.inputs([pictures], [settings["prompt"]])
+        images = vlm.processor.image_processor.to_dict()
+        reading = [inputs["input_ids"].tolist(), images, vlm.model.generation_config.to_dict()]
+        about = [VERSION, self.storage, fingerprint(vlm.model), settings]
+        try:
+            text = json.dumps(about, sort_keys=True)
+        except TypeError as error:
+            raise InputError(f"the store takes options of numbers, texts and lists alone ({error})") from None
+        digest = hashlib.sha256(text.encode())
+        digest.update(json.dumps(reading, sort_keys=True, default=str).encode())
         for picture in pictures:
             digest.update(f"{picture.mode} {picture.size} ".encode())
             digest.update(picture.tobytes())
-        processor = vlm.processor
-        reading = [processor.image_processor.to_dict(), processor.chat_template, processor.tokenizer.get_vocab()]
-        about = [VERSION, self.storage, fingerprint(vlm.model), reading, settings]
-        digest.update(json.dumps(about, sort_keys=True, default=repr).encode())
         return digest.hexdigest()
 
     def clear(self) -> None:
@@ -123,7 +126,10 @@ class ContextStore:
             lock, waiting = self._busy.get(key, (threading.Lock(), 0))
             self._busy[key] = lock, waiting + 1
         try:
-            with lock, nullcontext() if self._folder is None else self._folder.locked(key):
+            with lock, ExitStack() as stack:
+                if self._folder is not None:
+                    with _no_answer_lost(self._folder, "locked"):
+                        stack.enter_context(self._folder.locked(key))
                 yield
         finally:
             with self._guard:
@@ -131,29 +137,37 @@ class ContextStore:
                 if waiting > 1:
                     self._busy[key] = lock, waiting - 1
 
-    def _in_memory(self, key: str, vlm: VLM) -> Context | None:
+    def _stored_form(self, context: Context) -> Context:
+        """A context as it will be found again: as int8 gives it back, without the pictures."""
+        bare = replace(context, images=())
+        if self.storage == "full":
+            return bare
+        tensors, metadata, _ = pack(bare, self.storage)
+        return replace(unpack(*parse(self.storage, metadata, tensors), context.vlm), peak_nbytes=context.peak_nbytes)
+
+    def _in_memory(self, key: str) -> Context | None:
         with self._guard:
             found = self._held.get(key)
-            if found is None or found.vlm is not vlm:
-                return None
-            self._held.move_to_end(key)
-            self.hits += 1
+            if found is not None:
+                self._held.move_to_end(key)
+                self.hits += 1
             return found
 
-    def _on_disk(self, key: str, vlm: VLM, pictures: list[Any]) -> Context | None:
+    def _on_disk(self, key: str, vlm: VLM) -> Context | None:
         if self._folder is None:
             return None
-        with self._folder.reading(key) as path:
+        found = None
+        with _no_answer_lost(self._folder, "read"), self._folder.reading(key) as path:
             if path is None:
                 return None
             try:
-                description, tensors = read(path)
-                check_model(path, description, vlm)
+                found = load(path, vlm)
             except InputError as error:
-                warnings.warn(f"a stored context is dropped and made again: {error}", stacklevel=3)
-                self._folder.drop(key)
-                return None
-        found = unpack(description, tensors, vlm, pictures)
+                if path.exists():  # else it was removed meanwhile, for the budget's sake
+                    warnings.warn(f"a stored context is dropped and made again: {error}", stacklevel=3)
+                    self._folder.drop(key)
+        if found is None:
+            return None
         with self._guard:
             self.hits += 1
         self._remember(key, found)
@@ -172,10 +186,15 @@ class ContextStore:
                 self.nbytes -= oldest.nbytes
 
     def _write(self, key: str, context: Context) -> None:
-        """A disk that is full, or was taken away, costs the file and not the answer."""
-        if self._folder is None:
-            return
-        try:
-            self._folder.write(key, lambda path: save(context, path, self.storage), context.nbytes)
-        except (OSError, SafetensorError) as error:
-            warnings.warn(f"a context could not be stored in {self._folder}: {error}", stacklevel=4)
+        if self._folder is not None:
+            with _no_answer_lost(self._folder, "written to"):
+                self._folder.write(key, lambda path: save(context, path, self.storage))
+
+
+@contextmanager
+def _no_answer_lost(folder: Folder, what: str) -> Iterator[None]:
+    """A folder that fails (full, taken away, not ours, out of reach) costs the file and not the answer."""
+    try:
+        yield
+    except Exception as error:  # remote file systems raise what they like
+        warnings.warn(f"the store {folder} could not be {what}: {error}", stacklevel=5)

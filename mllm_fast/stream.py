@@ -35,6 +35,9 @@ class Source(Protocol):
     def trace(self, record: Recording, cache: Any, length: int) -> Trace:
         """What explains one token, of a sequence of which `length` tokens were read."""
 
+    def close(self) -> None:
+        """Nothing more is computed."""
+
 
 class Step:
     """One token, as it was generated.
@@ -196,6 +199,8 @@ class Stream(Iterator[Step]):
         """Free the cache; no more steps come."""
         if self._passes is not None:
             self._passes.close()  # type: ignore[attr-defined]
+            if self._source is not None:
+                self._source.close()
         self._passes = None
 
     def __enter__(self) -> Stream:

@@ -87,7 +87,15 @@ def test_many_questions_are_each_alone(vlm, picture):
         torch.testing.assert_close(third, torch.stack([alone[0][2], alone[2][2]]), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3, "min_new_tokens": 3}], ids=["plain", "processors"])
+OPTIONS = {
+    "plain": {},
+    "processors": {"repetition_penalty": 1.3, "min_new_tokens": 3},
+    "a penalty on what pads": {"repetition_penalty": 1.3, "pad_token_id": 9},
+    "a filler that is a word": {"eos_token_id": [2, *range(9, 20)], "pad_token_id": 7},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_answers_in_one_batch_are_those_alone(vlm, picture, options):
     ctx = vlm.compress(picture, keep=0.3, prompt=PROMPT, **WORDS)
     together = ctx.ask_many(QUESTIONS, max_new_tokens=5, **options)

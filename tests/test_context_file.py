@@ -112,6 +112,66 @@ def test_what_is_wrong_with_a_file_is_said(built, picture, tmp_path, damage):
         mf.Context.load(path, vlm)
 
 
+UNFIT = {
+    "not an object": ([], {}, "cannot be read"),
+    "no version": ({"version": None}, {}, "cannot be read"),
+    "no images": ({"images": None}, {}, "do not fit together"),
+    "no keys": ({}, {"keys": None}, "do not fit together"),
+    "keys of another shape": ({}, {"keys": lambda t: t[:, :, 1:].contiguous()}, "keys is torch.float64"),
+    "keys of another type": ({}, {"keys": lambda t: t.float()}, "keys is torch.float64"),
+    "positions that do not ascend": ({}, {"positions": lambda t: t.flip(1).contiguous()}, "positions ascend"),
+    "positions beyond the prefix": ({}, {"positions": lambda t: t + 500}, "positions are 0 to"),
+    "ids beyond the vocabulary": ({}, {"input_ids": lambda t: t + 10**6}, "outside the vocabulary"),
+    "a position that is a text": ({"position": "7"}, {}, "are a number, a text and an object"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_parts_that_do_not_fit(built, picture, tmp_path, case):
+    """A file whose checksum is right may have been written by anybody."""
+    changes, replaced, message = UNFIT[case]
+    vlm = mf.VLM(*built("llava"))
+    path = tmp_path / "photo.safetensors"
+    vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query").save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    for name, change in replaced.items():
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name])
+    text = json.dumps(changes if isinstance(changes, list) else json.loads(metadata["mllm_fast.context"]) | changes)
+    metadata |= {"mllm_fast.context": text, "mllm_fast.checksum": context_file.checksum(text, tensors)}
+    save_file(tensors, path, metadata)
+    with pytest.raises(mf.InputError, match=message):
+        mf.Context.load(path, vlm)
+
+
+def test_pictures_to_draw_upon(built, picture, tmp_path):
+    vlm = mf.VLM(*built("llava"))
+    path = tmp_path / "photo.safetensors"
+    vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query").save(path)
+    assert mf.Context.load(path, vlm, [picture.convert("RGBA")]).images[0].mode == "RGB"
+    with pytest.raises(mf.InputError, match="made of other pictures"):
+        mf.Context.load(path, vlm, [picture, picture])
+
+
+def test_weights_written_by_way_of_data_show(built, picture, tmp_path):
+    """As adapters are merged: neither the address nor the version of the weight changes."""
+    vlm = mf.VLM(*built("llava"))
+    path = tmp_path / "photo.safetensors"
+    vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query").save(path)
+    weight = vlm.text.layers[1].mlp.up_proj.weight
+    before = weight.data.clone()
+    weight.data += 1e-3
+    try:
+        with pytest.raises(mf.InputError, match="another model"):
+            mf.Context.load(path, vlm)
+    finally:
+        weight.data.copy_(before)
+    assert mf.Context.load(path, vlm).num_tokens
+
+
 def test_every_word_counts(built, picture, tmp_path):
     """A change of any 64-bit word of keys and values shows in the checksum."""
     vlm = mf.VLM(*built("llava"))

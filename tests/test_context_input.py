@@ -73,7 +73,17 @@ def test_the_highest_mass_is_kept(vlm, picture):
 
 @pytest.mark.parametrize(
     ("keep", "total", "count"),
-    [(1.0, 7, 7), (0.05, 576, 29), (0.1, 30, 3), (1e-9, 7, 1), (0.3, 10, 3), (1, 7, 1), (7, 7, 7), (2 / 3, 3, 2)],
+    [
+        (1.0, 7, 7),
+        (0.05, 576, 29),
+        (0.1, 30, 3),
+        (1e-9, 7, 1),
+        (0.3, 10, 3),
+        (1, 7, 1),
+        (7, 7, 7),
+        (2 / 3, 3, 2),
+        (1e-12, 576, 1),
+    ],
 )
 def test_how_many_are_kept(keep, total, count):
     assert kept_count(keep, total) == count
@@ -150,6 +160,9 @@ BAD = [
     (lambda c: c.ask("two " * 600), "the model's window is 512"),
     (lambda c: c.ask("two", max_new_tokens=512), "the model's window is 512"),
     (lambda c: c.ask("two", num_beams=3), "follows one sequence, got num_beams=3"),
+    (lambda c: c.ask("two", guidance_scale=2.0), "takes no guidance_scale"),
+    (lambda c: c.ask("two", prompt_lookup_num_tokens=2), "takes no prompt_lookup_num_tokens"),
+    (lambda c: c.vlm.compress(c.images[0], prompt=PROMPT, num_beams=3), "compress follows one sequence"),
     (lambda c: c.ask("is <image> red"), "placeholder"),
     (lambda c: c.ask("\ud800"), "not valid Unicode"),
     (lambda c: c.kept(9), "layers are 0 to 2, got 9"),
@@ -176,7 +189,7 @@ def test_what_cannot_be_compressed(built, picture, monkeypatch):
         ({"parts": "all"}, "parts is one of"),
         ({"keep": 0.0}, "above 0"),
         ({"prompt": " "}, "the prompt is empty"),
-        ({"score": "generated", "max_new_tokens": 1}, "the model said nothing to"),
+        ({"score": "generated", "max_new_tokens": 1}, "no token of a reply to .* was read"),
     ):
         with pytest.raises(mf.InputError, match=message):
             vlm.compress(picture, **{"prompt": PROMPT, **options})

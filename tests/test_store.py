@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def test_computed_once(llava, tmp_path, url):
     first, second = pictures(2)
     made = [store.get(llava, one, **ASKED) for one in (first, second, first, first.copy())]
     assert (store.hits, store.misses) == (2, 2)
-    assert made[0] is made[2] is made[3]
+    assert made[0].keys is made[2].keys is made[3].keys
     assert same(made[0], llava.compress(first, **ASKED))
     if url is not None:
         other = ContextStore(where)
@@ -212,9 +211,9 @@ def test_a_full_disk_costs_the_file_alone(llava, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert any("could not be stored" in str(one.message) for one in seen)
+    assert any("could not be written to" in str(one.message) for one in seen)
     assert same(made, llava.compress(picture, **ASKED))
-    assert store.get(llava, picture, **ASKED) is made
+    assert store.get(llava, picture, **ASKED).keys is made.keys
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "locks"] == []
 
 
@@ -246,17 +245,72 @@ def test_where_a_store_cannot_be(tmp_path):
 
 
 def test_a_remote_folder_keeps_its_budget(llava):
-    a, b, c = pictures(3)
-    url = f"memory://budget-{Path(__file__).stem}"
-    size = llava.compress(a, **ASKED).nbytes
-    store = ContextStore(url, disk_bytes=3 * size)  # a file is larger than its tensors
+    a, b, c, d = pictures(4)
+    probe = ContextStore("memory://probe")
+    probe.get(llava, a, **ASKED)
+    files = probe._folder._fs.ls("/probe", detail=True)
+    assert len(files) == 1
+    store = ContextStore("memory://budget", disk_bytes=2 * files[0]["size"] + 100)
     for picture in (a, b, c):
         store.get(llava, picture, **ASKED)
-    fresh = ContextStore(url)
-    for picture in (a, b, c):
-        fresh.get(llava, picture, **ASKED)
-    assert fresh.misses >= 1
-    assert fresh.hits >= 1
+    probe._folder._fs.pipe_file("/budget/model.safetensors", b"not ours")
+    store.get(llava, d, **ASKED)
+    left = [one["name"] for one in store._folder._fs.ls("/budget", detail=True)]
+    assert len(left) == 3
+    assert "/budget/model.safetensors" in left
+    fresh = ContextStore("memory://budget")
+    fresh.get(llava, d, **ASKED)
+    assert (fresh.hits, fresh.misses) == (1, 0)
+
+
+def test_files_of_others_stay(llava, tmp_path):
+    """A model's shards beside the store's own folders are neither counted nor removed."""
+    others = [tmp_path / "v2" / "model-00001.safetensors", tmp_path / "ab" / "model.safetensors"]
+    for other in others:
+        other.parent.mkdir()
+        other.write_bytes(bytes(10_000))
+    store = ContextStore(str(tmp_path), disk_bytes=6000)
+    for picture in pictures(3):
+        store.get(llava, picture, **ASKED)
+    assert all(other.stat().st_size == 10_000 for other in others)
+    assert sum(size for _, size, _ in store._folder.files()) <= 6000
+
+
+def test_a_folder_that_fails_costs_no_answer(llava, tmp_path, monkeypatch):
+    picture = pictures(1)[0]
+    store = ContextStore(str(tmp_path))
+
+    def fail(*_, **__):
+        raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.warns(UserWarning, match=r"could not be (locked|written to)"):
+        made = store.get(llava, picture, **ASKED)
+    monkeypatch.undo()
+    assert same(made, llava.compress(picture, **ASKED))
+
+
+def test_int8_answers_are_the_same_from_memory_and_from_disk(llava, tmp_path):
+    picture = pictures(1)[0]
+    store = ContextStore(str(tmp_path), storage="int8")
+    made = store.get(llava, picture, **ASKED)
+    store.clear()
+    assert same(store.get(llava, picture, **ASKED), made)
+    assert not same(made, llava.compress(picture, **ASKED))
+
+
+def test_options_that_have_no_name_are_refused(llava):
+    with pytest.raises(mf.InputError, match="options of numbers, texts and lists alone"):
+        ContextStore().get(llava, pictures(1)[0], **ASKED, logits_processor=object())
+
+
+def test_another_vlm_of_the_same_model_finds_it(llava):
+    store, picture = ContextStore(), pictures(1)[0]
+    store.get(llava, picture, **ASKED)
+    other = mf.VLM(llava.model, llava.processor)
+    assert store.get(other, picture, **ASKED).vlm is other
+    assert store.hits == 1
+    assert all(context.images == () for context in store._held.values()), "pictures are not held"
 
 
 @pytest.mark.parametrize(
