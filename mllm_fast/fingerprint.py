@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,18 @@ from .kernels import weight_state
 
 _SAMPLES = 4096  # values of a large tensor that are looked at, evenly spaced
 _VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "_attn_implementation", "attn_implementation")
-_known: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
+
+
+class _Seen(NamedTuple):
+    """What was hashed: where the weights were, one value of each as it is now and as it was then, and the result."""
+
+    state: Hashable
+    values: list[torch.Tensor]
+    before: bytes
+    digest: str
+
+
+_known: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
 def fingerprint(model: Any) -> str:
@@ -23,32 +34,34 @@ def fingerprint(model: Any) -> str:
     more than 4,096 values as many of them, evenly spaced. A training step, merged adapters and quantisation show
     there; a few edited rows of a large matrix may not.
 
-    Kept until the configuration, a weight, or one of a few values of each weight is another one.
+    Kept until the configuration, a weight, or the middle value of a weight is another one.
     """
     tensors = dict(sorted(model.state_dict(keep_vars=True).items()))
     config = json.dumps(_without(model.config.to_dict()), sort_keys=True, default=str)
+    state = config, tuple(weight_state(tensor) for tensor in tensors.values())
+    seen = _known.get(model)
     # what is written by way of .data leaves no other trace than the values
-    state = config, tuple(weight_state(tensor) for tensor in tensors.values()), _few_values(list(tensors.values()))
-    if model in _known and _known[model][0] == state:
-        return _known[model][1]
+    if seen is not None and seen.state == state and _bytes(seen.values) == seen.before:
+        return seen.digest
     digest = hashlib.sha256(config.encode())
+    middle = []
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    _known[model] = state, digest.hexdigest()
+        if flat.numel():
+            middle.append(tensor.detach()[tuple(size // 2 for size in tensor.shape)].reshape(1))  # a view
+    _known[model] = _Seen(state, middle, _bytes(middle), digest.hexdigest())
     return digest.hexdigest()
 
 
-def _few_values(tensors: list[torch.Tensor]) -> bytes:
-    """The middle value of each tensor, with one copy from each device."""
-    middle: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-        if flat.numel():
-            middle.setdefault(flat.device, []).append(flat[flat.numel() // 2].double())
-    return b"".join(torch.stack(values).cpu().numpy().tobytes() for values in middle.values())
+def _bytes(values: list[torch.Tensor]) -> bytes:
+    """The values, with one copy from each device."""
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for value in values:
+        groups.setdefault((value.device, value.dtype), []).append(value)
+    return b"".join(torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in groups.values())
 
 
 def _without(config: Any) -> Any:
