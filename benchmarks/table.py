@@ -11,32 +11,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table() -> str:
-    names = ("scores", "explanation", "fidelity", "attention", "knockouts", "reprompt", "reprompt_quality")
-    scores, explanation, fidelity, attention, knockouts, reprompt, quality = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
+    scores, explanation, fidelity, attention, knockouts = map(
+        _result, ("scores", "explanation", "fidelity", "attention", "knockouts")
     )
     accuracy = json.loads((ROOT / "mllm_fast" / "shapes" / "accuracy.json").read_text())
-    return "\n".join(
-        [
-            *_speed(scores),
-            "",
-            *_attention(attention),
-            "",
-            *_knockouts(knockouts),
-            "",
-            *_reprompt(reprompt),
-            "",
-            *_quality(quality),
-            "",
-            *_cost(explanation),
-            "",
-            *_maps(fidelity),
-            "",
-            *_accuracy(accuracy),
-            "",
-            _machine(scores),
-        ]
-    )
+    parts = [_speed(scores), _attention(attention), _knockouts(knockouts)]
+    # figures that were not measured are left out, not made up
+    parts += [
+        make(_result(name)) for name, make in (("reprompt", _reprompt), ("reprompt_quality", _quality)) if _has(name)
+    ]
+    parts += [_cost(explanation), _maps(fidelity), _accuracy(accuracy), [_machine(scores)]]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _has(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
+
+
+def _result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _speed(scores: dict) -> list[str]:
