@@ -19,7 +19,7 @@ from .errors import InputError
 from .explain import Explanation, check_norm, nothing_generated
 from .layout import TokenLayout
 from .prompts import one_answer
-from .session import Session, passes
+from .session import Said, Session, passes
 from .stream import Stream, own_state
 from .trace import Trace
 
@@ -273,7 +273,7 @@ class Context:
         prompts: list[Tensor],
         max_new_tokens: int,
         options: dict[str, Any],
-    ) -> Iterator[Any]:
+    ) -> Iterator[Said | None]:
         """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
         one_answer("a context's answer", options)
         rows = [prompt.flip(0) for prompt in prompts]

@@ -173,18 +173,17 @@ class Session:
         return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, False, causal))
 
 
-Said = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # tokens [B], their log-probabilities [B], sequences [B, N], unfinished [B]
+# tokens [B], logits [B, V], sequences [B, N], unfinished [B] on the CPU
+Said = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iterator[Any]]:
+def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iterator[Said | None]]:
     """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares logits processors and stopping
     criteria as for its own: yields once before it begins, then what was said in each pass."""
 
     def loop(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
-    ) -> Iterator[Any]:
+    ) -> Iterator[Said | None]:
         yield None
         feed: Sequence[Sequence[int]] = ids
         unfinished = torch.ones(len(ids), dtype=torch.bool)

@@ -88,11 +88,12 @@ class ContextStore:
             with self._alone(key):
                 found = self._in_memory(key) or self._on_disk(key, vlm)
                 if found is None:
-                    found = self._stored_form(vlm.compress(pictures, **settings))
+                    made = vlm.compress(pictures, **settings)
+                    found = self._stored_form(made)
                     with self._guard:
                         self.misses += 1
                     self._remember(key, found)
-                    self._write(key, found)
+                    self._write(key, made)
         # what is held is held without the pictures, and for any VLM of the same model
         return replace(found, vlm=vlm, images=tuple(pictures))
 
