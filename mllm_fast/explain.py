@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Heads = int | str | Sequence[tuple[int, int]]
 METHODS = ("logprob", "attention")
-_LITTLE = 1 << 28  # flops
 _WRITE_ELEMENTS = 1 << 24  # of the writes handed to the kernel at a time: 64 MiB of float32
 
 
@@ -93,8 +92,6 @@ class Explanation:
     @torch.no_grad()
     def head_scores(self) -> Tensor:
         """Log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU."""
-        if self._head_scores is None and self._is_little():
-            self._score_everything()
         if self._head_scores is None:
             width = self._trace.residual.shape[-1]
             step = max(1, _WRITE_ELEMENTS // (self.num_layers * self.num_heads * width))
@@ -217,39 +214,6 @@ class Explanation:
                 )
         return wanted
 
-    def _is_little(self) -> bool:
-        """Whether one token's heads and positions, all of them, are quickly scored in one call (a streamed step of a
-        small model): two calls would cost more than what they leave out."""
-        flops = 2 * self.num_layers * self.num_heads * int(self._trace.rows[0]) * self._unembedding.weight.shape[0]
-        return len(self.tokens) == 1 and self.norm == "frozen" and flops * self._text.head_dim < _LITTLE
-
-    def _score_everything(self) -> None:
-        """Fill in head scores and position scores of a single token; nothing if the operators exceed their budget."""
-        text, trace = self._text, self._trace
-        every = [(layer, head) for layer in range(self.num_layers) for head in range(self.num_heads)]
-        made = self._operators.together(
-            ("every head", *(weight_state(output.weight) for output in text.outputs)),
-            self._unembedding,
-            _Projections(text, every, trace.residual.device),
-        )
-        if made is None:
-            return
-        device = trace.residual.device
-        scores = logprob_increase(
-            trace.residual[0],
-            trace.every_write(0),
-            torch.full((self.num_layers,), self.token_ids[0], device=device),
-            self._unembedding,
-            norm=self.norm,
-            final=trace.final.expand(self.num_layers, -1),
-            source=torch.arange(self.num_layers, device=device).repeat_interleave(self.num_heads),
-            operators=made,
-            backend=self._backend,
-        )
-        self._head_scores = scores[:, -1].float().cpu().reshape(1, self.num_layers, self.num_heads)
-        spread = trace.spread(scores[:, :-1], [layer for layer, _ in every], len(self.input_ids))
-        self._position_scores |= {(0, head): one for head, one in zip(every, spread, strict=True)}
-
     def _score_heads(self, tokens: range) -> Tensor:
         """[len(tokens), L, H]: one row a head, so the direct way, all layers and heads in one call."""
         trace, first, last = self._trace, tokens.start, tokens.stop
@@ -297,16 +261,3 @@ class Explanation:
             spread = self._trace.spread(scores, [layer for layer, _ in part], len(self.input_ids))
             done |= dict(zip(part, spread, strict=True))
         return [done[head] for head in heads]
-
-
-class _Projections(Sequence[Tensor]):
-    """The output projections of some heads, (layer, head) each, looked up when they are needed."""
-
-    def __init__(self, text: TextModel, heads: list[tuple[int, int]], device: torch.device):
-        self._text, self._heads, self._device = text, heads, device
-
-    def __len__(self) -> int:
-        return len(self._heads)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._text.projection(*self._heads[i]).detach().to(self._device)

@@ -58,20 +58,6 @@ class Trace:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return torch.softmax(scores, -1)
 
-    def every_write(self, token: int) -> Tensor:
-        """alpha_jp v_jp of every head for every position of one row, and behind these their sum: [L * H, N' + 1, D]."""
-        stop = int(self.rows[token]) + 1
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        keys, values = (torch.stack(parts)[:, :, :stop].to(wide) for parts in (self.keys, self.values))
-        layers, kv_heads, _, width = keys.shape
-        query = self.query[token].to(wide) * torch.tensor(self.scale, dtype=wide, device=keys.device)[:, None, None]
-        scores = query.reshape(layers, kv_heads, -1, width) @ keys.mT  # [L, Hkv, H / Hkv, N']
-        for layer, seen in enumerate(self.seen):
-            if seen is not None:
-                scores[layer].masked_fill_(~seen[token, :stop].to(scores.device), -torch.inf)
-        writes = torch.softmax(scores, -1)[..., None] * values[:, :, None]
-        return torch.cat([writes.flatten(0, 2), self.output[token].to(wide).flatten(0, 1)[:, None]], 1)
-
     def position_values(self, token: int, heads: list[tuple[int, int]]) -> Tensor:
         """alpha_jp v_jp of some heads, (layer, head) each, for every position of one row: [len(heads), N', D]."""
         stop, groups = int(self.rows[token]) + 1, self.query.shape[2] // self.keys[0].shape[0]

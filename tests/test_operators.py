@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase, weight_state
+from mllm_fast.kernels import OperatorCache, Unembedding, weight_state
 from mllm_fast.kernels.logprob_increase.operators import make_operator
-from oracle import cast, problem
+from oracle import problem
 
 UNEMBEDDING = Unembedding(weight=torch.randn(50, 8), gain=torch.rand(8))
 PROJECTION = torch.randn(8, 4)
@@ -64,33 +64,3 @@ def test_changed_weights_make_a_new_operator():
 def test_negative_budget():
     with pytest.raises(ValueError, match="budget"):
         OperatorCache(-1)
-
-
-@pytest.mark.parametrize("variant", [{}, {"bias": True, "softcap": 3.0}, {"kind": "layer"}], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_operators_made_together(variant, backend):
-    """All under one key: the scores are those of the projections."""
-    arguments, unembedding = cast(*problem(5, 7, 40, 24, 8, **variant), torch.float32)
-    cache = OperatorCache(1 << 20)
-    projection = arguments.pop("projection")
-    made = cache.together("all", unembedding, list(projection))
-    assert made.operators.shape == (5, 40, 8)
-    got = logprob_increase(unembedding=unembedding, **arguments, operators=made, backend=backend)
-    expected = logprob_increase(
-        unembedding=unembedding, **arguments, projection=projection, way="factored", backend=backend
-    )
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert cache.together("all", unembedding, list(projection)).operators is made.operators
-    assert OperatorCache(made.operators.nbytes - 1).together("all", unembedding, list(projection)) is None
-
-
-def test_operators_made_are_not_mixed_with_others():
-    arguments, unembedding = cast(*problem(5, 7, 40, 24, 8), torch.float32)
-    projection = arguments.pop("projection")
-    made = OperatorCache(1 << 20).together("all", unembedding, list(projection))
-    for change in ({"norm": "own"}, {"projection": projection}, {"keys": list(range(5))}, {"way": "direct"}):
-        with pytest.raises(ValueError, match="operators that are made go with norm='frozen'"):
-            logprob_increase(unembedding=unembedding, **arguments, operators=made, **change)
-    few = {name: tensor[:4] for name, tensor in arguments.items()}
-    with pytest.raises(ValueError, match=r"operators is \[4, 40, k\], got \[5, 40, 8\]"):
-        logprob_increase(unembedding=unembedding, **few, operators=made)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..dispatch import choose
 from .base import Base, mean
-from .operators import Made, OperatorCache, Operators, weight_state
+from .operators import OperatorCache, Operators, weight_state
 from .unembedding import Unembedding
 
 __all__ = ["OperatorCache", "Unembedding", "logprob_increase", "weight_state"]
@@ -42,7 +42,7 @@ def logprob_increase(
     final: Tensor | None = None,
     source: Tensor | None = None,
     way: str = "auto",
-    operators: OperatorCache | Made | None = None,
+    operators: OperatorCache | None = None,
     keys: Sequence[Hashable] | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -62,8 +62,7 @@ def logprob_increase(
             logits are then made once.
         way: "direct", "factored", or "auto" for the cheaper one by count of flops.
         operators, keys: a cache of the factored way's operators, and the G keys there: a head's name and the
-            `weight_state` of its projection's weight. Or the G operators themselves (`OperatorCache.together`), with
-            neither keys nor projection: `values` is then what would be projected, and the norm "frozen".
+            `weight_state` of its projection's weight.
         backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
@@ -78,11 +77,7 @@ def logprob_increase(
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
     backend = choose(residual.device, unembedding.weight.dtype, backend, op="logprob_increase")
     centred = unembedding.kind == "layer" and norm == "own"
-    made: Operators | Made | None = None
-    if isinstance(operators, Made):
-        made = operators
-    elif projection is not None:
-        made = Operators(unembedding, projection, centred, operators, keys)
+    made = None if projection is None else Operators(unembedding, projection, centred, operators, keys)
     if way == "auto":
         way = _cheaper_way(values, unembedding, made)
     residual, values = residual.to(wide), values.to(wide)
@@ -143,11 +138,11 @@ def _scales(
     return scale, -change / (root_before * root_after * (root_before + root_after))
 
 
-def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators | Made | None) -> str:
+def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators | None) -> str:
     """By flops a group: direct 2 R V d (and the projection); factored 2 R V k, and 2 V d k where the
     operator is not at hand."""
-    if operators is None or isinstance(operators, Made):
-        return "direct" if operators is None else "factored"
+    if operators is None:
+        return "direct"
     groups, rows, depth = values.shape
     vocab, width = unembedding.weight.shape
     direct = groups * rows * width * (vocab + depth)
@@ -161,12 +156,9 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
         raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
     if way not in WAYS:
         raise ValueError(f"way is one of {', '.join(WAYS)}, got {way!r}")
-    if way == "factored" and projection is None and not isinstance(operators, Made):
+    if way == "factored" and projection is None:
         raise ValueError("way='factored' needs `projection`: without it the values are the writes themselves")
-    if isinstance(operators, Made):
-        if projection is not None or keys is not None or norm != "frozen" or way == "direct":
-            raise ValueError("operators that are made go with norm='frozen', without keys, projection and way='direct'")
-    elif (operators is None) != (keys is None):
+    if (operators is None) != (keys is None):
         raise ValueError("operators and keys go together: give both or neither")
     vocab, width = unembedding.weight.shape
     if residual.ndim != 2 or residual.shape[1] != width:
@@ -178,10 +170,6 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
         raise ValueError(f"source lies in 0 .. {count - 1}, got {int(source.min())} .. {int(source.max())}")
     groups = count if source is None else len(source)
     depth = width
-    if isinstance(operators, Made):
-        depth = operators.operators.shape[2]
-        if len(operators) != groups or operators.operators.shape[1] != vocab:
-            raise ValueError(f"operators is [{groups}, {vocab}, k], got {list(operators.operators.shape)}")
     if projection is not None:
         sizes = {tuple(one.shape) for one in projection}
         depth = max((size[-1] for size in sizes), default=values.shape[-1])

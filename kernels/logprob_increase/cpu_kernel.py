@@ -9,16 +9,14 @@ from torch import Tensor
 
 from ..dispatch import cpu_extension, instruction_set
 from .base import Base
-from .operators import Made, Operators, held_together
+from .operators import Operators, held_together
 
 _LOG2E = 1 / math.log(2)
 _MADE_BYTES = 1 << 26  # of operators outside the cache that one call keeps alive
 _NEVER = -745.0  # a log-probability below the smallest float64: the word cannot be said
 
 
-def increase(
-    base: Base, writes: Tensor, operands: Tensor | Operators | Made, shift: Tensor | None, source: Tensor
-) -> Tensor:
+def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
     """See `torch_kernel.increase`."""
     if isinstance(operands, Tensor):
         total = log_sum_exp(writes, operands, *base.of(source, shift), base.cap)
@@ -27,7 +25,7 @@ def increase(
     for part, held in held_together(operands, _MADE_BYTES):
         lift = None if shift is None else shift[part]
         total = log_sum_exp(writes[part], held, *base.of(source[part], lift), base.cap)
-        rows = operands.rows(part, base.tokens[source[part]])
+        rows = torch.stack([one[token] for one, token in zip(held, base.tokens[source[part]].tolist(), strict=True)])
         out[part] = base.explained(writes[part], rows, lift, source[part]) - total
     return out
 

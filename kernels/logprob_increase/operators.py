@@ -55,24 +55,6 @@ class OperatorCache:
                 self._entries.move_to_end(full)
                 return self._entries[full]
         operator = make_operator(unembedding, projection, centred)
-        self._keep(full, operator)
-        return operator
-
-    def together(self, key: Hashable, unembedding: Unembedding, projections: Sequence[Tensor]) -> Made | None:
-        """The operators of all these projections (not centred) under one key; None where they exceed the budget."""
-        weight = unembedding.weight
-        if len(projections) * weight.shape[0] * projections[0].shape[1] * weight.element_size() > self.budget:
-            return None
-        (full,) = self.full_keys([key], unembedding, False)
-        with self._lock:
-            if full in self._entries:
-                self._entries.move_to_end(full)
-                return Made(self._entries[full])
-        made = torch.stack([make_operator(unembedding, one, False) for one in projections])
-        self._keep(full, made)
-        return Made(made)
-
-    def _keep(self, full: Hashable, operator: Tensor) -> None:
         with self._lock:
             if operator.nbytes <= self.budget and full not in self._entries:
                 self._entries[full] = operator
@@ -80,36 +62,12 @@ class OperatorCache:
                 while self.nbytes > self.budget:
                     _, oldest = self._entries.popitem(last=False)
                     self.nbytes -= oldest.nbytes
+        return operator
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
             self.nbytes = 0
-
-
-class Made:
-    """The operators of G groups, made already: [G, V, k]. Used as `Operators`."""
-
-    nbytes = 0  # of what has to be made
-
-    def __init__(self, operators: Tensor):
-        self.operators = operators
-        self._each = operators.unbind()
-
-    def __len__(self) -> int:
-        return len(self._each)
-
-    def __getitem__(self, group: int) -> Tensor:
-        return self._each[group]
-
-    def cached(self, group: int) -> bool:
-        """As `Operators.cached`."""
-        return True
-
-    def rows(self, part: slice, tokens: Tensor) -> Tensor:
-        """The row of a token in each operator of a part, [G', k]."""
-        chosen = self.operators[part]
-        return chosen[torch.arange(len(chosen), device=tokens.device), tokens]
 
 
 class Operators:
@@ -144,13 +102,8 @@ class Operators:
         """Whether the cache holds it now."""
         return self.cache is not None and self.full[group] in self.cache
 
-    def rows(self, part: slice, tokens: Tensor) -> Tensor:
-        """The row of a token in each operator of a part, [G', k]."""
-        groups = range(len(self))[part]
-        return torch.stack([self[g][token] for g, token in zip(groups, tokens.tolist(), strict=True)])
 
-
-def held_together(operators: Operators | Made, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
+def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Runs of groups, and their operators: of those that are not in the cache at most `most_made` bytes at a time."""
     first, made = 0, 0
     held: list[Tensor] = []

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .operators import Made, Operators
+from .operators import Operators
 
 _BLOCK_ELEMENTS = 1 << 20  # of [rows, block of words], so 4 MiB of float32 at a time
 
 
-def increase(
-    base: Base, writes: Tensor, operands: Tensor | Operators | Made, shift: Tensor | None, source: Tensor
-) -> Tensor:
+def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
     """S [G, R] of scaled writes [G, R, k] to the residual vectors `source` [G]; `operands` is one for all groups,
     [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None for frozen statistics."""
     if isinstance(operands, Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import triton_tiles
 from .base import Base
-from .operators import Made, Operators, held_together
+from .operators import Operators, held_together
 
 _LOG2E = 1 / math.log(2)
 _MADE_BYTES = 1 << 30  # of operators outside the cache that one launch keeps alive
@@ -51,7 +51,7 @@ def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
 def increase(
     base: Base,
     writes: Tensor,
-    operands: Tensor | Operators | Made,
+    operands: Tensor | Operators,
     shift: Tensor | None,
     source: Tensor,
     splits: int | None = None,
