@@ -28,7 +28,7 @@ from .cli_options import (
     load,
     progress,
 )
-from .errors import InputError
+from .errors import InputError, check_choice
 from .images import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def compress(
 
     check_target(out, ENDINGS)
     share = _keep(keep)
-    if storage not in STORAGES:
-        raise InputError(f"--storage is one of {', '.join(STORAGES)}, got {storage!r}")
+    check_choice("--storage", storage, STORAGES)
     pictures, _ = inputs(images, prompt)
     vlm = load(model, device, dtype, max_pixels, backend)
     with progress("reading the picture"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention import Recording, recording
 from .context import Context
-from .errors import InputError
+from .errors import InputError, check_choice
 from .kernels import topk_compaction
 from .layout import TokenLayout
 from .prompts import one_answer
@@ -220,11 +220,6 @@ def kept_count(keep: float | int, total: int) -> int:
     if not 0 < keep <= 1:  # NaN too
         raise InputError(f"keep, as a share, is above 0 and at most 1.0, got {keep}")
     return max(1, math.ceil(round(keep * total, 9)))
-
-
-def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
-    if given not in choices:
-        raise InputError(f"{name} is one of {', '.join(choices)}, got {given!r}")
 
 
 def _check_full_attention(vlm: VLM) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .context import Context
-from .errors import InputError, first_line
+from .errors import InputError, check_choice, first_line
 from .files import check_target, whole_file
 from .fingerprint import fingerprint
 from .layout import ImageLayout, Tile, TokenLayout
@@ -40,8 +40,7 @@ def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> d
     """See `Context.save`."""
     target = Path(path)
     check_target(target, ENDINGS)
-    if storage not in STORAGES:
-        raise InputError(f"storage is one of {', '.join(STORAGES)}, got {storage!r}")
+    check_choice("storage", storage, STORAGES)
     tensors, metadata, errors = pack(ctx, storage)
     with whole_file(target) as name:
         save_file(tensors, name, metadata)

@@ -1,5 +1,9 @@
 """The one exception for input that cannot be used."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Says what was got, what is accepted and what to do. The command line prints it in one line and
@@ -10,3 +14,9 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's message, behind the error's name where that line says little."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return line if len(line) > 20 else f"{type(error).__name__} {line}".strip()
+
+
+def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+    """Raise InputError unless `given` is one of the choices."""
+    if given not in choices:
+        raise InputError(f"{name} is one of {', '.join(choices)}, got {given!r}")

@@ -63,6 +63,11 @@ class Prompts:
             first += len(images)
         return inputs, layouts, padding
 
+    def text(self, num_images: int, prompt: str) -> str:
+        """A first turn with pictures, as the chat template spells it."""
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
     def inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
         """The processor's inputs for a batch, on the model's device."""
         if not getattr(self.processor, "chat_template", None):
@@ -71,14 +76,10 @@ class Prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the picture")
             self._check_text(prompt, "prompt")
-        chats = [
-            [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]}]
-            for images, prompt in zip(pictures, prompts, strict=True)
-        ]
         several = len(prompts) > 1
         batch = {"padding": True, "padding_side": "left"} if several else {}
         try:
-            texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+            texts = [self.text(len(images), prompt) for images, prompt in zip(pictures, prompts, strict=True)]
             given = (pictures, texts) if several else (pictures[0], texts[0])
             inputs = self.processor(images=given[0], text=given[1], return_tensors="pt", **batch)
         except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise

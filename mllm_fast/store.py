@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .compress import PARTS, SCORES, check_choice, kept_count
+from .compress import PARTS, SCORES, kept_count
 from .context import Context
-from .context_file import VERSION, load, pack, parse, save, unpack
-from .errors import InputError
+from .context_file import STORAGES, VERSION, load, pack, parse, save, unpack
+from .errors import InputError, check_choice
 from .fingerprint import fingerprint
 from .folders import Folder, open_folder
 
@@ -55,7 +55,7 @@ class ContextStore:
         for name, given in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
             if given < 0:
                 raise InputError(f"{name} is a number of bytes, 0 or more, got {given}")
-        check_choice("storage", storage, ("full", "int8"))
+        check_choice("storage", storage, STORAGES)
         self.memory_bytes = memory_bytes
         self.storage = storage
         self.hits = self.misses = 0
@@ -99,9 +99,11 @@ class ContextStore:
 
     def key(self, vlm: VLM, pictures: list[Any], settings: dict[str, Any]) -> str:
         """The content's name, 64 hexadecimal digits."""
-        inputs = vlm.prompts.inputs([pictures], [settings["prompt"]])
-        images = vlm.processor.image_processor.to_dict()
-        reading = [inputs["input_ids"].tolist(), images, vlm.model.generation_config.to_dict()]
+        # what decides how picture and prompt are read, without reading them: a context that is held costs no more
+        processor = vlm.processor
+        plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
+        ids = processor.tokenizer(vlm.prompts.text(len(pictures), settings["prompt"])).input_ids
+        reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
         about = [VERSION, self.storage, fingerprint(vlm.model), settings]
         try:
             text = json.dumps(about, sort_keys=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from .adapters import find_adapter, text_model
 from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
-from .compress import PARTS, SCORES, check_choice, kept_count, read
+from .compress import PARTS, SCORES, kept_count, read
 from .context import Context
-from .errors import InputError
+from .errors import InputError, check_choice
 from .explain import Explanation, check_norm, nothing_generated
 from .images import MAX_PIXELS
 from .kernels import OperatorCache

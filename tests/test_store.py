@@ -80,6 +80,9 @@ def test_everything_that_matters_is_in_the_key(llava, built):
     llava.processor.image_processor.image_mean = [0.4] * 3
     keys.append(store.key(llava, *variants[0]))
     llava.processor.image_processor.image_mean = size
+    llava.processor.num_additional_image_tokens += 1
+    keys.append(store.key(llava, *variants[0]))
+    llava.processor.num_additional_image_tokens -= 1
     assert len(set(keys)) == len(keys)
     assert store.key(llava, [first.copy()], dict(ASKED)) == keys[0]
 
