@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 VERSION = 1
 STORAGES = ("full", "int8")
 ENDINGS = (".safetensors",)
-_ROW = 512  # 64-bit words that are summed together
+_ROW = 8 * 512  # bytes that are summed together, as 64-bit words
+_PART = 256 * _ROW  # bytes that are summed while they are in the cache
 
 
 def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
@@ -91,20 +92,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return parse(path, metadata, tensors)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: no context file, or one that was cut off ({first_line(error)})") from None
-    return parse(path, metadata, tensors)
 
 
 def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file's content; see `read`."""
+    """The description and copies of the tensors (which may lie in a mapped file) of a file's content; see `read`."""
     text = metadata.get("mllm_fast.context")
     if text is None:
         raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
-    if metadata.get("mllm_fast.checksum") != checksum(text, tensors):
+    copies: dict[str, Tensor] = {}
+    if metadata.get("mllm_fast.checksum") != checksum(text, tensors, copies):
         raise InputError(f"{path}: the file was damaged or edited (its checksum does not fit); make it again")
     try:
         description = json.loads(text)
@@ -113,7 +115,7 @@ def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
         raise InputError(f"{path}: its description cannot be read; make it again") from None
     if version > VERSION:
         raise InputError(f"{path}: format {version}, this mllm-fast reads up to {VERSION}; update mllm-fast")
-    return description, tensors
+    return description, copies
 
 
 def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM) -> Context:
@@ -147,18 +149,25 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM) ->
     )
 
 
-def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+def checksum(text: str, tensors: dict[str, Tensor], copies: dict[str, Tensor] | None = None) -> str:
     """SHA-256 of the text, of the tensors' names, types and shapes, and of the sums of their bytes, read as 64-bit
-    words in rows of 512, by row and by column: as fast as memory, and no change of one place leaves it as it was."""
+    words in rows of 512, by row and, 256 rows at a time, by column: as fast as memory, and no change of one place
+    leaves it as it was. `copies`: takes a copy of each tensor, made on the way; the sums are those of the copies."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        even = len(raw) // (8 * _ROW) * 8 * _ROW
-        words = raw[:even].view(torch.int64).reshape(-1, _ROW)
-        for part in (words.sum(0), words.sum(1), raw[even:]):
-            digest.update(part.numpy().tobytes())
+        if copies is not None:
+            copies[name] = torch.empty_like(tensor)
+        raw = tensor.reshape(-1).view(torch.uint8)
+        for begin in range(0, len(raw), _PART):
+            part = raw[begin : begin + _PART]
+            if copies is not None:
+                part = copies[name].reshape(-1).view(torch.uint8)[begin : begin + _PART].copy_(part)
+            even = len(part) // _ROW * _ROW
+            words = part[:even].view(torch.int64).reshape(-1, _ROW // 8)
+            for sums in (words.sum(0), words.sum(1), part[even:]):
+                digest.update(sums.numpy().data)
     return digest.hexdigest()
 
 
