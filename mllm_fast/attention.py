@@ -72,7 +72,7 @@ class Recording:
     def take(self, hidden: Tensor) -> Tensor:
         """The recorded rows of [B, R, ...]; copied if there are others, so that the rest of the pass can be freed."""
         rows = hidden if hidden.shape[1] == self.rows else hidden[:, -self.rows :].clone()
-        return rows.detach().to(self.device)
+        return (rows.detach() if rows.requires_grad else rows).to(self.device)
 
     def on_attention(
         self, layer: int, query: Tensor, keys: int, mask: RowMask | Tensor | None, scale: float, closed: Closed | None

@@ -109,8 +109,8 @@ class Explanation:
         scores = self.head_scores[self.token_index(token)].flatten()
         best = scores.topk(min(k, len(scores)))
         return [
-            (int(i) // self.num_heads, int(i) % self.num_heads, float(score))
-            for score, i in zip(best.values, best.indices, strict=True)
+            (i // self.num_heads, i % self.num_heads, score)
+            for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
     @torch.no_grad()
@@ -219,14 +219,13 @@ class Explanation:
         trace, first, last = self._trace, tokens.start, tokens.stop
         count, layers, device = len(tokens), self.num_layers, trace.residual.device
         wide = torch.promote_types(trace.output.dtype, torch.float32)
-        writes = trace.residual.new_empty(count, layers, self.num_heads, trace.residual.shape[-1], dtype=wide)
-        for layer in range(layers):
-            weight = self._text.outputs[layer].weight.detach().to(device=device, dtype=wide)
-            split = weight.reshape(weight.shape[0], self.num_heads, -1).permute(1, 2, 0)  # [H, D, d]
-            writes[:, layer] = (trace.output[first:last, layer].to(wide).transpose(0, 1) @ split).transpose(0, 1)
+        writes = []
+        for layer, output in enumerate(trace.output[first:last].to(wide).permute(1, 2, 0, 3)):  # [H, T, D]
+            weight = self._text.outputs[layer].weight.to(device=device, dtype=wide)
+            writes.append(output @ weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0))  # [H, D, d]
         scores = logprob_increase(
             trace.residual[first:last].flatten(0, 1),
-            writes.flatten(0, 1),
+            torch.stack(writes).permute(2, 0, 1, 3).flatten(0, 1),
             torch.tensor(self.token_ids[first:last], device=device).repeat_interleave(layers),
             self._unembedding,
             norm=self.norm,
@@ -250,7 +249,7 @@ class Explanation:
                 self._trace.position_values(index, part),
                 torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
-                projection=[self._text.projection(layer, head).detach().to(device) for layer, head in part],
+                projection=[self._text.projection(layer, head).to(device) for layer, head in part],
                 norm=self.norm,
                 final=self._trace.final[index].expand(len(layers), -1),
                 source=torch.tensor([layers.index(layer) for layer, _ in part], device=device),
@@ -259,5 +258,5 @@ class Explanation:
                 keys=[(layer, head, weight_state(self._text.outputs[layer].weight)) for layer, head in part],
             )
             spread = self._trace.spread(scores, [layer for layer, _ in part], len(self.input_ids))
-            done |= dict(zip(part, spread, strict=True))
+            done |= dict(zip(part, spread.unbind(), strict=True))
         return [done[head] for head in heads]

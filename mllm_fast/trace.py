@@ -60,17 +60,20 @@ class Trace:
 
     def position_values(self, token: int, heads: list[tuple[int, int]]) -> Tensor:
         """alpha_jp v_jp of some heads, (layer, head) each, for every position of one row: [len(heads), N', D]."""
-        stop, groups = int(self.rows[token]) + 1, self.query.shape[2] // self.keys[0].shape[0]
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        keys = torch.stack([self.keys[layer][head // groups, :stop] for layer, head in heads]).to(wide)
-        query = torch.stack([self.query[token, layer, head] * self.scale[layer] for layer, head in heads]).to(wide)
-        scores = (keys @ query[..., None])[..., 0]
-        for row, (layer, _) in zip(scores, heads, strict=True):
+        stop, each = int(self.rows[token]) + 1, self.query.shape[2]
+        groups = each // self.keys[0].shape[0]
+        query = self.query[token].flatten(0, 1)
+        wide, device = torch.promote_types(query.dtype, torch.float32), query.device
+        keys = torch.stack([self.keys[layer][head // groups] for layer, head in heads])[:, :stop].to(wide)
+        values = torch.stack([self.values[layer][head // groups] for layer, head in heads])[:, :stop].to(wide)
+        query = query[torch.tensor([layer * each + head for layer, head in heads], device=device)].to(wide)
+        scale = torch.tensor([self.scale[layer] for layer, _ in heads], device=device, dtype=wide)
+        scores = (keys @ query[..., None])[..., 0] * scale[:, None]
+        for i, (layer, _) in enumerate(heads):
             seen = self.seen[layer]
             if seen is not None:
-                row.masked_fill_(~seen[token, :stop].to(row.device), -torch.inf)
-        values = torch.stack([self.values[layer][head // groups, :stop] for layer, head in heads])
-        return torch.softmax(scores, -1)[..., None] * values.to(wide)
+                scores[i].masked_fill_(~seen[token, :stop].to(device), -torch.inf)
+        return torch.softmax(scores, -1)[..., None] * values
 
 
 def make_trace(
@@ -99,8 +102,8 @@ def make_trace(
                 f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
                 " use transformers' default cache and a sequence shorter than the model's sliding window"
             )
-        keys.append(k[batch_index, :, :length].to(record.device))
-        values.append(v[batch_index, :, :length].to(record.device))
+        keys.append(_first(k[batch_index], length).to(record.device))
+        values.append(_first(v[batch_index], length).to(record.device))
     return trace_of(record, keys, values, rows, batch_index=batch_index)
 
 
@@ -115,10 +118,10 @@ def trace_of(
     """Join a recording of as many rows as `rows` with keys and values, one [Hkv, N, D] a layer; see `Trace`."""
     count, length = len(rows), keys[0].shape[1]
     return Trace(
-        residual=torch.stack([_rows(r, batch_index, count) for r in record.residual], 1),
-        query=torch.stack([_rows(q, batch_index, count) for q in record.query], 1),
-        output=torch.stack([_rows(o, batch_index, count) for o in record.output], 1),
-        final=_rows(record.final, batch_index, count),
+        residual=_rows(record.residual, batch_index, count),
+        query=_rows(record.query, batch_index, count),
+        output=_rows(record.output, batch_index, count),
+        final=_rows([record.final], batch_index, count)[:, 0],
         keys=tuple(keys),
         values=tuple(values),
         rows=rows,
@@ -143,10 +146,16 @@ def _check_passes(record: Recording, rows: list[int], one_sequence: bool) -> Non
         )
 
 
-def _rows(passes: list[Tensor], batch_index: int, count: int) -> Tensor:
-    if len(passes) == 1:
-        return passes[0][batch_index, :count]
-    return torch.cat([one[batch_index] for one in passes])[:count]
+def _rows(layers: list[list[Tensor]], batch_index: int, count: int) -> Tensor:
+    """The first rows of one sequence, [count, L, ...], of the passes [B, rows, ...] of each layer."""
+    joined = [passes[0] if len(passes) == 1 else torch.cat(passes, 1) for passes in layers]
+    if len(joined[0]) > 1:
+        joined, batch_index = [one[batch_index : batch_index + 1] for one in joined], 0
+    return torch.stack(joined, 2)[batch_index, :count]
+
+
+def _first(heads: Tensor, length: int) -> Tensor:
+    return heads if heads.shape[1] == length else heads[:, :length]
 
 
 def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int) -> Tensor | None:

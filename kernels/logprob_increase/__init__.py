@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from .base import Base, mean
+from .base import Base, centred
 from .operators import OperatorCache, Operators, weight_state
 from .unembedding import Unembedding
 
@@ -76,8 +76,8 @@ def logprob_increase(
     _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys)
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
     backend = choose(residual.device, unembedding.weight.dtype, backend, op="logprob_increase")
-    centred = unembedding.kind == "layer" and norm == "own"
-    made = None if projection is None else Operators(unembedding, projection, centred, operators, keys)
+    own_mean = unembedding.kind == "layer" and norm == "own"  # is the write's own mean taken off it?
+    made = None if projection is None else Operators(unembedding, projection, own_mean, operators, keys)
     if way == "auto":
         way = _cheaper_way(values, unembedding, made)
     residual, values = residual.to(wide), values.to(wide)
@@ -92,15 +92,15 @@ def logprob_increase(
     scale, rescale = _scales(residual, values, outward, source, unembedding, norm, final)
     base = Base(residual, tokens, unembedding, norm, final, scale)
     kernel = importlib.import_module(f".{backend}_kernel", __package__)
-    scaled = values * (scale[source, None] + rescale)[..., None]
-    shift = rescale if norm == "own" else None
+    after = scale[source, None] if rescale is None else scale[source, None] + rescale
+    scaled = values * after[..., None]
     if way == "direct":
-        if centred:
+        if own_mean:
             scaled = scaled - scaled.mean(-1, keepdim=True)
         if unembedding.gain is not None:
             scaled = scaled * unembedding.gain.to(wide)
-        return kernel.increase(base, scaled, unembedding.weight, shift, source)
-    return kernel.increase(base, scaled, made, shift, source)
+        return kernel.increase(base, scaled, unembedding.weight, rescale, source)
+    return kernel.increase(base, scaled, made, rescale, source)
 
 
 def _scales(
@@ -111,8 +111,8 @@ def _scales(
     unembedding: Unembedding,
     norm: str,
     final: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The norm's scale r0 at each residual vector, [B], and r - r0 for each write, [G, R].
+) -> tuple[Tensor, Tensor | None]:
+    """The norm's scale r0 at each residual vector, [B], and r - r0 for each write, [G, R], None where they are equal.
 
     r - r0 is computed from the change of the mean square, not as a difference of two scales: for a small
     write the two agree in all digits but the last. With a projection the change comes from the d_head x
@@ -120,14 +120,13 @@ def _scales(
     """
     if norm == "frozen":
         x = final.to(residual.dtype)  # type: ignore[union-attr]
-        square = (x - mean(x, unembedding)).square().mean(-1)
-        return torch.rsqrt(square + unembedding.eps), values.new_zeros(values.shape[:2])
-    h = residual - mean(residual, unembedding)
+        return torch.rsqrt(centred(x, unembedding).square().mean(-1) + unembedding.eps), None
+    h = centred(residual, unembedding)
     width = residual.shape[-1]
     before = h.square().mean(-1) + unembedding.eps
     scale, before, h = torch.rsqrt(before), before[source, None], h[source, :, None]
     if outward is None:
-        w = values - mean(values, unembedding)
+        w = centred(values, unembedding)
         change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
     else:
         if unembedding.kind == "layer":
@@ -166,8 +165,7 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
     count = len(residual)
     if source is not None and (source.ndim != 1 or source.dtype != torch.int64):
         raise ValueError(f"source is int64 [G], got {source.dtype} {tuple(source.shape)}")
-    if source is not None and len(source) and not (int(source.min()) >= 0 and int(source.max()) < count):
-        raise ValueError(f"source lies in 0 .. {count - 1}, got {int(source.min())} .. {int(source.max())}")
+    _check_range("source lies", [] if source is None else source.tolist(), count)
     groups = count if source is None else len(source)
     depth = width
     if projection is not None:
@@ -182,10 +180,14 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
         raise ValueError(f"values is [{groups}, R, k] with k >= 1, got {tuple(values.shape)}")
     if tokens.shape != (count,) or tokens.dtype != torch.int64:
         raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
-    if count and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab):
-        raise ValueError(f"tokens lie in 0 .. {vocab - 1}, got {int(tokens.min())} .. {int(tokens.max())}")
+    _check_range("tokens lie", tokens.tolist(), vocab)
     if norm == "frozen" and (final is None or final.shape != residual.shape):
         got = None if final is None else tuple(final.shape)
         raise ValueError(f"norm='frozen' needs final [{count}, {width}], the final layer's output, got {got}")
     if keys is not None and len(keys) != groups:
         raise ValueError(f"keys has one entry a group, {groups}, got {len(keys)}")
+
+
+def _check_range(what: str, ids: list[int], stop: int) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < stop):
+        raise ValueError(f"{what} in 0 .. {stop - 1}, got {min(ids)} .. {max(ids)}")

@@ -16,8 +16,9 @@ class Base:
     """
 
     def __init__(self, residual, tokens: Tensor, unembedding: Unembedding, norm: str, final, scale: Tensor):
-        centre = mean(residual if norm == "own" else final.to(residual.dtype), unembedding)
-        self.lean = unembedding.times((residual - centre).T).T.contiguous()
+        if unembedding.kind == "layer":
+            residual = residual - (residual if norm == "own" else final.to(residual.dtype)).mean(-1, keepdim=True)
+        self.lean = unembedding.times(residual.T).T.contiguous()
         raw = scale[:, None] * self.lean
         offset = unembedding.offset(residual.dtype)
         self.raw = raw if offset is None else raw + offset
@@ -45,8 +46,6 @@ class Base:
         return change
 
 
-def mean(x: Tensor, unembedding: Unembedding) -> Tensor:
-    """What the final norm takes off x: its mean, or nothing."""
-    if unembedding.kind == "rms":
-        return x.new_zeros(())
-    return x.mean(-1, keepdim=True)
+def centred(x: Tensor, unembedding: Unembedding) -> Tensor:
+    """x without what the final norm takes off it: its mean, or nothing."""
+    return x if unembedding.kind == "rms" else x - x.mean(-1, keepdim=True)

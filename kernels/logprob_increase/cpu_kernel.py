@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import cpu_extension, instruction_set
@@ -13,7 +14,7 @@ from .operators import Operators, held_together
 
 _LOG2E = 1 / math.log(2)
 _MADE_BYTES = 1 << 26  # of operators outside the cache that one call keeps alive
-_NEVER = -745.0  # a log-probability below the smallest float64: the word cannot be said
+_NEVER = -745.0 * _LOG2E  # a log-probability below the smallest float64: the word cannot be said
 
 
 def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def log_sum_exp(
     writes = (writes * unit).contiguous()
     shift = None if shift is None else (shift * unit).contiguous()
     # masked words: kept apart from the running peak, which they would drag far from all others
-    base = (base * _LOG2E).masked_fill(base < _NEVER, -math.inf).contiguous()
+    base = F.threshold(base * _LOG2E, _NEVER, -math.inf).contiguous()
     lean = None if lean is None else lean.contiguous()
     each = [one.contiguous() for one in (operand if isinstance(operand, list) else [operand])]
     raw = None if raw is None else raw.contiguous()
