@@ -1,4 +1,4 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | info`. stdout carries the
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | info`. stdout carries the
 result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit code 2."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_context
+from . import cli_context, cli_eval
 from .cli_options import (
     OUT,
     Backend,
@@ -48,6 +48,7 @@ app = typer.Typer(
 app.command()(cli_context.compress)
 app.command()(cli_context.ask)
 app.command()(cli_context.kept)
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command()

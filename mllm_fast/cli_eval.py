@@ -1,0 +1,124 @@
+"""The command `mllm-fast eval`: figures of the papers, on any model and on your own pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table as Printed
+
+from .cli_options import OUT, Backend, Device, Dtype, Json, Model, progress
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .evaluation.evaluation import Evaluation
+    from .evaluation.report import Report, Table
+    from .evaluation.run import Progress
+
+NAMES = ("attention-share", "knockout-sweep", "localisation")
+_SCENES = 40
+
+
+def evaluate(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or all.")],
+    images: Annotated[
+        Path | None, typer.Option("--images", "-i", help="A folder of pictures; generated scenes if none.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help=f"How many pictures; all of a folder, {_SCENES} scenes.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the rows and the report; used again, it goes on.")
+    ] = Path("mllm-fast-eval"),
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is asked.")] = "Describe the image.",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the generated scenes.")] = 0,
+    processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
+    model: Model = "shapes",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a figure of the papers: rows (.jsonl), tables, charts and a page, in a folder."""
+    chosen = NAMES if name == "all" else (name,)
+    if not set(chosen) <= set(NAMES):
+        raise InputError(f"the evaluation is one of {', '.join(NAMES)}, or all, got {name!r}")
+    with progress("loading the libraries"):
+        from .evaluation.report import save, to_html
+        from .evaluation.rows import SETTINGS
+        from .evaluation.run import ModelChoice, run
+        from .evaluation.samples import pictures, scenes
+        from .files import write_whole
+    if images is not None and "localisation" in chosen:
+        raise InputError("localisation needs the objects' masks, which generated scenes have; leave --images out")
+    samples = scenes(count or _SCENES, seed) if images is None else pictures(images, count)
+    choice = ModelChoice(model, device, dtype, backend)
+    reports = []
+    for one in chosen:
+        folder = out / one
+        with _bar(one) as tell:
+            rows = run(_evaluation(one, prompt, max_new_tokens), samples, choice, folder, processes, tell)
+        report = _evaluation(one, prompt, max_new_tokens).report(rows)
+        settings = json.loads((folder / SETTINGS).read_text())
+        save(report, folder, settings)
+        reports.append((report, settings))
+    if len(reports) > 1:
+        write_whole(out / "report.html", to_html(reports, "Where a model looks, and what it needs").encode())
+    if as_json:
+        typer.echo(json.dumps({report.name: {**report.figures, "failed": report.failed} for report, _ in reports}))
+        return
+    for report, _ in reports:
+        _print(report)
+    saved = out / "report.html" if len(reports) > 1 else out / chosen[0] / "report.html"
+    OUT.print(f"saved {escape(str(saved))}", highlight=False)
+
+
+def _evaluation(name: str, prompt: str, max_new_tokens: int) -> Evaluation:
+    from .evaluation.attention_share import AttentionShare
+    from .evaluation.knockout_sweep import KnockoutSweep
+    from .evaluation.localisation import Localisation
+
+    kinds = {kind.name: kind for kind in (AttentionShare, KnockoutSweep, Localisation)}
+    return kinds[name](prompt=prompt, max_new_tokens=max_new_tokens)  # type: ignore[abstract]
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Progress]:
+    """A progress bar on stderr, if somebody looks."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit="picture", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tell
+
+
+def _print(report: Report) -> None:
+    OUT.print(f"[bold]{escape(report.title)}[/]", highlight=False)
+    for sentence in report.says:
+        OUT.print(escape(sentence), highlight=False)
+    for table in report.tables:
+        OUT.print(_printed(table), highlight=False)
+    for name, why in report.failed.items():
+        OUT.print(f"[red]{escape(name)}[/]: {escape(why)}", highlight=False)
+
+
+def _printed(table: Table) -> Printed:
+    printed = Printed(title=table.title, title_justify="left", title_style="bold")
+    for i, column in enumerate(table.columns):
+        printed.add_column(escape(column), justify="right" if i and _numeric(table, i) else "left", overflow="fold")
+    for row in table.rows:
+        printed.add_row(*map(escape, row))
+    return printed
+
+
+def _numeric(table: Table, column: int) -> bool:
+    return all(row[column][:1].isdigit() or row[column] == "-" for row in table.rows)

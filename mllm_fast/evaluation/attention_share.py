@@ -1,0 +1,92 @@
+"""Where generated tokens look, layer by layer (arXiv 2411.17491, figures 1 and A5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..shares import TYPES
+from .evaluation import Evaluation, split
+from .report import COLORS, Chart, Report, Table
+from .rows import Row
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+_MARKS = {"system": "s", "image": "o", "query": "^", "generated": "D"}
+_COLORS = {"system": "#777777", "image": COLORS[0], "query": COLORS[1], "generated": COLORS[2]}
+
+
+class AttentionShare(Evaluation):
+    """A row a layer: the mean over heads and generated tokens of the attention that each type of token gets."""
+
+    name: ClassVar[str] = "attention-share"
+
+    def __init__(self, prompt: str = "Describe the image.", max_new_tokens: int = 64):
+        self.settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        limit = self.settings["max_new_tokens"]
+        said = vlm.generate(sample.image, self.settings["prompt"], attention_share=True, max_new_tokens=limit)
+        if said.attention_share is None:  # the end of the text came at once: no generated token was read
+            return []
+        shares = {name: said.attention_share[name].mean(1).tolist() for name in TYPES}
+        layers = range(len(shares["image"]))
+        return [{"layer": layer, **{name: shares[name][layer] for name in TYPES}} for layer in layers]
+
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        used, failed = split(rows)
+        samples = [one for one in used.values() if one]
+        if not samples:
+            return Report(self.name, _TITLE, ["No sample gave an answer."], [], [], {"samples": 0}, failed)
+        # [type][sample, layer]
+        shares = {name: np.array([[row[name] for row in one] for one in samples]) for name in TYPES}
+        spread = {name: np.percentile(array, (25, 50, 75), axis=0) for name, array in shares.items()}
+        image = spread["image"][1]
+        top = int(image.argmax())
+        says = [
+            f"Median over {len(samples)} pictures. The picture gets most attention in layer {top} ({image[top]:.0%} of"
+            f" it) and least in layer {int(image.argmin())} ({image.min():.0%})."
+        ]
+        if len(samples) < len(used):
+            says.append(f"{len(used) - len(samples)} pictures were answered with nothing, and are left out.")
+        table = Table(
+            "Share of the generated tokens' attention, median (quartiles), %",
+            ["layer", *TYPES],
+            [[str(layer), *(_cell(spread[name][:, layer]) for name in TYPES)] for layer in range(len(image))],
+        )
+        figures = {
+            "samples": len(samples),
+            "quartiles": {name: [list(map(float, q)) for q in spread[name]] for name in TYPES},
+        }
+        chart = Chart(
+            "attention-share",
+            lambda figure: _draw(figure, spread),
+            "Share of the generated tokens' attention over layers, by type of token; bands span the quartiles of the"
+            " pictures.",
+        )
+        return Report(self.name, _TITLE, says, [table], [chart], figures, failed)
+
+
+_TITLE = "Where the generated tokens look"
+
+
+def _cell(quartiles: np.ndarray) -> str:
+    low, middle, high = 100 * quartiles
+    return f"{middle:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _draw(figure: Any, spread: dict[str, np.ndarray]) -> None:
+    axes = figure.subplots()
+    layers = np.arange(spread["image"].shape[1])
+    for name, (low, middle, high) in spread.items():
+        axes.fill_between(layers, 100 * low, 100 * high, color=_COLORS[name], alpha=0.15, linewidth=0)
+        axes.plot(layers, 100 * middle, color=_COLORS[name], marker=_MARKS[name], label=name)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of attention (%)")
+    axes.set_ylim(0, 100)
+    axes.set_xticks(layers[:: max(1, len(layers) // 16)])
+    axes.grid(alpha=0.25)
+    axes.legend(title="attention to", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

@@ -1,0 +1,50 @@
+"""What an evaluation is: rows for a sample, and a report from all rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from .report import Report
+from .rows import Row
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+
+class Evaluation(ABC):
+    """One figure of a paper. `settings`, plain JSON, decide its rows together with the model and the sample."""
+
+    name: ClassVar[str]
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        """The rows of one sample, plain JSON without NaN; the same whatever came before.
+
+        Raises:
+            InputError, OSError: the sample cannot be used.
+        """
+
+    @abstractmethod
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        """The report on the rows of all samples."""
+
+
+def split(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """The rows of the samples that could be used, and why the others could not."""
+    failed = {name: one[0]["error"] for name, one in rows.items() if one and "error" in one[0]}
+    return {name: one for name, one in rows.items() if name not in failed}, failed
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, s / sqrt(n) with n - 1 in s; NaN where there are too few values for it."""
+    array = np.asarray(values, float)
+    if not len(array):
+        return float("nan"), float("nan")
+    error = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else float("nan")
+    return float(array.mean()), float(error)

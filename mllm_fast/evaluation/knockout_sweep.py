@@ -1,0 +1,175 @@
+"""What a description still names when the picture is knocked out (arXiv 2411.17491, figures 2e, 2f and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..errors import InputError, check_choice
+from ..knockout import Knockout
+from .evaluation import Evaluation, mean_and_error, split
+from .judge import Judge, scores, shapes_judge
+from .report import COLORS, Chart, Report, Table
+from .rows import Row
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+TARGETS = ("generated", "query", "query+generated")
+REFERENCES = ("answer", "truth")
+_FIGURES = ("f1", "precision", "recall")
+_LOOKS = {"generated": ("o", "-"), "query": ("s", "--"), "query+generated": ("^", "-.")}
+_STARTS = 16  # starting layers of a deep model that are tried, evenly spaced
+
+
+class KnockoutSweep(Evaluation):
+    """A row a configuration: image -> target from a layer on, or in all layers but the middle half, and nothing at all.
+
+    Args:
+        reference: what a description is compared with: "answer", the model's own without a knockout, as in the paper;
+            "truth", the objects that are known of the picture.
+        judge: of the objects; that of the generated scenes by default.
+    """
+
+    name: ClassVar[str] = "knockout-sweep"
+
+    def __init__(
+        self,
+        prompt: str = "Describe the image.",
+        reference: str = "answer",
+        judge: Judge | None = None,
+        max_new_tokens: int = 64,
+    ):
+        check_choice("reference", reference, REFERENCES)
+        self.judge = judge or shapes_judge()
+        self.settings: dict[str, Any] = {
+            "prompt": prompt,
+            "reference": reference,
+            "judge": self.judge.settings,
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        limit, prompt = self.settings["max_new_tokens"], self.settings["prompt"]
+        answer = vlm.generate(sample.image, prompt, max_new_tokens=limit).text
+        reference = answer if self.settings["reference"] == "answer" else _truth(sample)
+        found = [{"target": "", "layers": "", "said": answer, **self.judge.compare(reference, answer).counts}]
+        for target in TARGETS:
+            for layers in configurations(len(vlm.text.layers)):
+                rule = Knockout("image", target, layers)
+                said = vlm.generate(sample.image, prompt, knockout=rule, max_new_tokens=limit).text
+                counts = self.judge.compare(reference, said).counts
+                found.append({"target": target, "layers": layers, "said": said, **counts})
+        return found
+
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        used, failed = split(rows)
+        title = "What a description still names with the picture knocked out"
+        if not used:
+            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
+        found = {
+            (row["target"], row["layers"]): _mean([one[i] for one in used.values()])
+            for i, row in enumerate(next(iter(used.values())))
+        }
+        everywhere = {target: found[target, "from 0"]["f1"][0] for target in TARGETS}
+        band = next(layers for _, layers in found if layers.startswith("except"))
+        compared = "its own description without a knockout" if self.settings["reference"] == "answer" else "the truth"
+        says = [
+            f"Objects that the model names, against {compared}, over {len(used)} pictures. With the picture closed to"
+            f" the generated tokens in all layers F1 is {everywhere['generated']:.2f}, closed to the query"
+            f" {everywhere['query']:.2f}, closed to both {everywhere['query+generated']:.2f}; closed to both in all"
+            f" layers {band}, {found['query+generated', band]['f1'][0]:.2f}.",
+        ]
+        table = Table(
+            "Objects named with image -> target knocked out, mean over pictures ± standard error",
+            ["image -> target", "layers", *_FIGURES],
+            [
+                [target or "nothing", layers or "-", *(_cell(means[figure]) for figure in _FIGURES)]
+                for (target, layers), means in found.items()
+            ],
+        )
+        name, one = next(iter(used.items()))
+        said = Table(
+            f"What is said of {name}",
+            ["image -> target", "layers", "answer"],
+            [
+                [row["target"] or "nothing", row["layers"] or "-", row["said"] or "(nothing)"]
+                for row in one
+                if row["layers"] in ("", "from 0", band)
+            ],
+        )
+        figures = {
+            "samples": len(used),
+            "means": [
+                {"target": target, "layers": layers, **{name: means[name] for name in _FIGURES}}
+                for (target, layers), means in found.items()
+            ],
+        }
+        chart = Chart(
+            "knockout-sweep",
+            lambda figure: _draw(figure, found, band),
+            "F1 of the named objects when the picture is closed to the query, to the generated tokens or to both from a"
+            " layer on; on the right in all layers but the middle half. Bars are standard errors.",
+        )
+        return Report(self.name, title, says, [table, said], [chart], _finite(figures), failed)
+
+
+def configurations(num_layers: int) -> list[str]:
+    """Layers to knock out: from each of up to 16 layers on, and all but the middle half."""
+    starts = range(0, num_layers, -(-num_layers // _STARTS))
+    middle = f"{num_layers // 4}-{max(num_layers // 4, num_layers - num_layers // 4 - 1)}"
+    return [*(f"from {start}" for start in starts), f"except {middle}"]
+
+
+def _truth(sample: Sample) -> str:
+    if sample.things is None:
+        raise InputError(f"{sample.name}: nothing is known of its objects; use reference 'answer'")
+    return ", ".join(f"a {thing.name}" for thing in sample.things)
+
+
+def _mean(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Mean over pictures of each figure, and its standard error; pictures where it is not defined are left out."""
+    each = [scores(row["tp"], row["fp"], row["fn"]) for row in rows]
+    return {name: mean_and_error([v for one in each if (v := one[name]) is not None]) for name in _FIGURES}
+
+
+def _cell(value: tuple[float, float]) -> str:
+    return "-" if np.isnan(value[0]) else f"{value[0]:.3f} ± {value[1]:.3f}"
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    for row in figures["means"]:
+        for name in _FIGURES:
+            row[name] = [None if np.isnan(value) else value for value in row[name]]
+    return figures
+
+
+def _draw(figure: Any, found: dict[tuple[str, str], dict], band: str) -> None:
+    axes = figure.subplots()
+    starts = [int(layers.split()[1]) for target, layers in found if target == TARGETS[0] and layers.startswith("from")]
+    aside = starts[-1] + max(1.5, 0.12 * len(starts))
+    for i, (target, color) in enumerate(zip(TARGETS, COLORS, strict=False)):
+        mark, style = _LOOKS[target]
+        shift = 0.01 * (i - 1) * aside  # side by side where they are equal
+        means, errors = zip(*(found[target, f"from {start}"]["f1"] for start in starts), strict=True)
+        axes.errorbar(
+            [s + shift for s in starts],
+            means,
+            errors,
+            color=color,
+            marker=mark,
+            linestyle=style,
+            capsize=2,
+            label=target,
+        )
+        axes.errorbar([aside + shift], *([v] for v in found[target, band]["f1"]), color=color, marker=mark, capsize=2)
+    axes.set_xticks([*starts, aside], [*map(str, starts), f"all but\n{band.split()[1]}"])
+    axes.axvline((starts[-1] + aside) / 2, color="#bbbbbb", linewidth=1)
+    axes.set_xlabel("knocked out from this layer on")
+    axes.set_ylabel("F1 of the named objects")
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(alpha=0.25)
+    axes.legend(title="image closed to", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

@@ -1,0 +1,166 @@
+"""Does a word look at its object? (arXiv 2411.17491, figures 6 and 7.) The peak of its attention, layer by layer, and
+of its log-probability map, against the object's mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError
+from ..layout import ImageLayout
+from .evaluation import Evaluation, mean_and_error, split
+from .judge import NounJudge, shapes_judge
+from .report import COLORS, Chart, Report, Table
+from .rows import Row
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..explain import Explanation
+    from ..vlm import VLM
+
+BANDS = ("first third", "middle third", "last third", "all layers")
+_TITLE = "Does a word look at its object?"
+
+
+class Localisation(Evaluation):
+    """A row a word that names an object of the picture: does the peak of its map lie within one token of the mask?
+
+    The word's row is the one its noun's first token is predicted from. An object's mask is that of all things of its
+    name; `near` widens it by so many tokens on every side. Maps: the attention of each layer, and of each third of the
+    layers, mean over heads; the log-probability increase of the ten best heads. `chance`: the share of the picture's
+    tokens that would count.
+    """
+
+    name: ClassVar[str] = "localisation"
+
+    def __init__(
+        self,
+        prompt: str = "Describe the image.",
+        words: NounJudge | None = None,
+        near: int = 1,
+        max_new_tokens: int = 64,
+    ):
+        if near < 0:
+            raise InputError(f"near is a number of tokens, 0 or more, got {near}")
+        self.words = words or shapes_judge()
+        self.settings: dict[str, Any] = {
+            "prompt": prompt,
+            "vocabulary": self.words.settings,
+            "near": near,
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        if sample.things is None:
+            raise InputError(f"{sample.name}: no masks are known of its objects")
+        ex = vlm.explain(sample.image, self.settings["prompt"], max_new_tokens=self.settings["max_new_tokens"])
+        found: list[Row] = []
+        layout, starts = ex.layout.images[0], np.cumsum([0, *map(len, ex.tokens)])
+        for mention in self.words.mentions("".join(ex.tokens)):
+            masks = [thing.mask for thing in sample.things if thing.name == mention.name]
+            if not masks:
+                continue
+            token = int(np.searchsorted(starts, mention.noun, side="right")) - 1
+            hits = widened(cells(np.any(masks, 0), layout), self.settings["near"])
+            found.append({"thing": mention.name, "token": token, **_peaks(ex, token, layout, hits)})
+        return found
+
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        used, failed = split(rows)
+        words = [row for one in used.values() for row in one]
+        if not words:
+            return Report(self.name, _TITLE, ["No word named an object of its picture."], [], [], {"words": 0}, failed)
+        chance = float(np.mean([row["chance"] for row in words]))
+        layers = [mean_and_error([row["layers"][i] for row in words]) for i in range(len(words[0]["layers"]))]
+        bands = {name: mean_and_error([row["bands"][name] for row in words]) for name in words[0]["bands"]}
+        logprob = mean_and_error([row["logprob"] for row in words])
+        best = int(np.argmax([mean for mean, _ in layers]))
+        says = [
+            f"{len(words)} words that name an object, of {len(used)} pictures. The highest token of a word's"
+            f" log-probability map lies at its object in {logprob[0]:.1%}; that of its attention in"
+            f" {layers[best][0]:.1%} in layer {best}, the best one, and in {bands['all layers'][0]:.1%} averaged over"
+            f" all layers. Chance is {chance:.1%}."
+        ]
+        cell = lambda value: f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}"  # noqa: E731
+        table = Table(
+            f"Peak within {self.settings['near']} token of the object's mask, % ± standard error",
+            ["map", "at the object"],
+            [
+                ["log-probability increase", cell(logprob)],
+                *([f"attention, {name}", cell(bands[name])] for name in bands),
+                *([f"attention, layer {i}", cell(value)] for i, value in enumerate(layers)),
+                ["chance", f"{100 * chance:.1f}"],
+            ],
+        )
+        figures = {"words": len(words), "logprob": logprob[0], "chance": chance, "layers": [mean for mean, _ in layers]}
+        figures["bands"] = {name: mean for name, (mean, _) in bands.items()}
+        chart = Chart(
+            "localisation",
+            lambda figure: _draw(figure, layers, logprob, chance),
+            "How often the highest token of a word's attention lies at its object, layer by layer; beside it the word's"
+            " log-probability map, and chance. Bars and the band are standard errors.",
+        )
+        return Report(self.name, _TITLE, says, [table], [chart], figures, failed)
+
+
+def cells(mask: np.ndarray, layout: ImageLayout) -> np.ndarray:
+    """The cells of an image's grid with at least one pixel of a mask (bool [height, width]), bool [rows, cols]."""
+    width, height = layout.size
+    if mask.shape != (height, width):
+        raise InputError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {width} x {height}")
+    rows, cols = layout.grid
+    left, top, right, bottom = layout.box
+    y, x = np.nonzero(mask)
+    # the pixel's middle tells its cell
+    row, col = (y + 0.5 - top) / (bottom - top) * rows, (x + 0.5 - left) / (right - left) * cols
+    inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
+    found = np.zeros((rows, cols), bool)
+    found[row[inside].astype(int), col[inside].astype(int)] = True
+    return found
+
+
+def widened(cells: np.ndarray, by: int) -> np.ndarray:
+    """The cells within `by` of one that is set, diagonals included."""
+    padded = np.pad(cells, by)
+    rows, cols = cells.shape
+    shifts = [padded[i : i + rows, j : j + cols] for i in range(2 * by + 1) for j in range(2 * by + 1)]
+    return np.any(shifts, 0)
+
+
+def _peaks(ex: Explanation, token: int, layout: ImageLayout, hits: np.ndarray) -> Row:
+    attention = ex.attention(token).mean(1)[:, layout.positions]  # [layers, tokens]
+    thirds = np.array_split(np.arange(len(attention)), 3)
+    parts = dict(zip(BANDS, [*thirds, np.arange(len(attention))], strict=True))
+    peak = lambda values: bool(hits.flat[int(values.argmax())])  # noqa: E731
+
+    def at(values: Tensor) -> bool:
+        return peak(layout.to_grid(values))
+
+    return {
+        "layers": [at(values) for values in attention],
+        "bands": {name: at(attention[which].mean(0)) for name, which in parts.items() if len(which)},
+        "logprob": peak(ex.heatmap(token)),
+        "chance": float(hits.mean()),
+    }
+
+
+def _draw(figure: Any, layers: list, logprob: tuple[float, float], chance: float) -> None:
+    axes = figure.subplots()
+    means, errors = (100 * np.array(values) for values in zip(*layers, strict=True))
+    numbers = np.arange(len(layers))
+    axes.axhspan(
+        100 * (logprob[0] - logprob[1]), 100 * (logprob[0] + logprob[1]), color=COLORS[0], alpha=0.2, linewidth=0
+    )
+    axes.axhline(100 * logprob[0], color=COLORS[0], label="log-probability map")
+    axes.errorbar(
+        numbers, means, errors, color=COLORS[1], marker="s", linestyle="--", capsize=2, label="attention of a layer"
+    )
+    axes.axhline(100 * chance, color="#777777", linestyle=":", label="chance")
+    axes.set_xticks(numbers[:: max(1, len(numbers) // 16)])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("peak at the object (% of words)")
+    axes.set_ylim(0, 103)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

@@ -1,0 +1,147 @@
+"""A report: sentences, tables and charts, as one HTML page, as text and as JSON."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import write_whole
+
+# of Okabe and Ito's palette, which people who see few colours can tell apart
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem"
+    ";color:#1a1a1a;background:#fff}"
+    "h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.5rem;border-top:1px solid #ccc;padding-top:1rem}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
+    "caption{text-align:left;font-weight:600;padding-bottom:.3rem}"
+    "th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
+    "th:first-child,td:first-child{text-align:left}"
+    "figure{margin:1rem 0}figure img{max-width:100%;height:auto}figcaption,.note{color:#555;font-size:.9rem}"
+    ".wide{overflow-x:auto}"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` of cells; numbers as they are to be read, texts."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`draw` is given a matplotlib Figure. `caption` says what is to be seen, for who cannot see it too."""
+
+    name: str
+    draw: Callable[[Any], None]
+    caption: str
+    size: tuple[float, float] = (8.5, 4.4)
+
+    def png(self) -> bytes:
+        """Raises InputError without matplotlib."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+        figure = Figure(figsize=self.size, dpi=130, layout="constrained")
+        FigureCanvasAgg(figure)
+        self.draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one evaluation found. `says`: sentences; `figures`: the numbers, plain JSON."""
+
+    name: str
+    title: str
+    says: Sequence[str]
+    tables: Sequence[Table]
+    charts: Sequence[Chart]
+    figures: dict[str, Any]
+    failed: dict[str, str] = field(default_factory=dict)  # sample -> why it gave no row
+
+
+def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
+    """Write report.html, report.md, figures.json and the charts, each of which appears whole."""
+    charts = {f"{chart.name}.png": chart.png() for chart in report.charts}
+    page = to_html([(report, settings)], report.title)
+    content = {
+        "figures.json": (json.dumps({"settings": settings, **report.figures}, indent=1) + "\n").encode(),
+        "report.md": to_markdown(report).encode(),
+        **charts,
+        "report.html": page.encode(),
+    }
+    for name, data in content.items():
+        write_whole(folder / name, data)
+    return [folder / name for name in content]
+
+
+def to_markdown(report: Report) -> str:
+    """The sentences and the tables."""
+    lines = [f"# {report.title}", "", *report.says, ""]
+    for table in report.tables:
+        lines += [f"**{table.title}**", "", _line(table.columns), _line(["---"] + ["---:"] * (len(table.columns) - 1))]
+        lines += [_line(row) for row in table.rows]
+        lines += ["", table.note, ""] if table.note else [""]
+    if report.failed:
+        lines += [_failures(report), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _failures(report: Report) -> str:
+    first = "; ".join(f"{name}: {why}" for name, why in list(report.failed.items())[:5])
+    return f"{len(report.failed)} samples could not be used: {first}{'; ...' if len(report.failed) > 5 else ''}."
+
+
+def to_html(reports: Sequence[tuple[Report, dict[str, Any]]], title: str) -> str:
+    """One page, with everything in it and nothing fetched, of several reports and their settings."""
+    parts = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+        f"<h1>{html.escape(title)}</h1>",
+    ]
+    for report, settings in reports:
+        if len(reports) > 1:
+            parts.append(f'<h2 id="{html.escape(report.name)}">{html.escape(report.title)}</h2>')
+        parts += [f"<p>{html.escape(sentence)}</p>" for sentence in report.says]
+        parts += [_figure(chart) for chart in report.charts]
+        parts += [_table(table) for table in report.tables]
+        if report.failed:
+            parts.append(f'<p class="note">{html.escape(_failures(report))}</p>')
+        said = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
+        parts.append(f'<p class="note">Settings: {html.escape(said)}</p>')
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _figure(chart: Chart) -> str:
+    data, caption = base64.b64encode(chart.png()).decode(), html.escape(chart.caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _table(table: Table) -> str:
+    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+    body = "".join(row("td", cells) for cells in table.rows)
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
+    head = f"<caption>{html.escape(table.title)}</caption><thead>{row('th', table.columns)}</thead>"
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>{note}'

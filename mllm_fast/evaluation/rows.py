@@ -1,0 +1,101 @@
+"""The rows of an evaluation on disk: a line of JSON a sample, whole after a kill at any moment.
+
+One process writes, each sample's line at once. What a kill cut off is a last line without its end: it is dropped before
+the file is used again, and every other sample is there once. `run.json` holds the settings the rows were made with: a
+folder of other settings is refused, not mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import write_whole
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two runs into one folder are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
+Row = dict[str, Any]
+SETTINGS, ROWS = "run.json", "rows.jsonl"
+
+
+class Rows:
+    """The rows of one run in a folder, made if it is not there. `settings`: what decides the rows, plain JSON."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder for one run, closed to others until the end.
+
+        Raises:
+            InputError: another run holds it, or it has rows of other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(f"{self.folder}: another run writes there; wait for it, or give another") from None
+            self._check()
+            _mend(self.folder / ROWS)
+            yield
+
+    def append(self, sample: str, rows: Sequence[Row]) -> None:
+        """Add a sample's rows, there for good once this returns."""
+        line = json.dumps({"sample": sample, "rows": list(rows)}, ensure_ascii=False, allow_nan=False) + "\n"
+        path = self.folder / ROWS
+        with open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(line.encode()) < len(line.encode()):  # a full disk
+                file.truncate(before)
+                raise OSError(f"{path}: the disk is full; run again when there is room")
+
+    def read(self) -> dict[str, list[Row]]:
+        """Sample -> its rows."""
+        try:
+            lines = (self.folder / ROWS).read_bytes().splitlines()
+        except FileNotFoundError:
+            return {}
+        entries = [json.loads(line) for line in lines]
+        return {entry["sample"]: entry["rows"] for entry in entries}
+
+    def _check(self) -> None:
+        path = self.folder / SETTINGS
+        if not path.exists():
+            if (self.folder / ROWS).exists():
+                raise InputError(
+                    f"{self.folder}: holds rows without the settings they were made with; give another folder"
+                )
+            write_whole(path, (json.dumps(self.settings, indent=1) + "\n").encode())
+            return
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise InputError(f"{path}: not the settings of a run; give another folder") from None
+        if found != self.settings:
+            names = sorted(n for n in found.keys() | self.settings.keys() if found.get(n) != self.settings.get(n))
+            said = "; ".join(f"{name} was {found.get(name)!r}, is {self.settings.get(name)!r}" for name in names)
+            raise InputError(
+                f"{self.folder}: holds a run of other settings ({said}); give another folder, or remove it"
+            )
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line that a kill left without its end."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)

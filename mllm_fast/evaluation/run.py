@@ -1,0 +1,122 @@
+"""Runs an evaluation over its samples: in this process or in several, and again from where it was killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InputError
+from ..fingerprint import fingerprint
+from .evaluation import Evaluation
+from .rows import Row, Rows
+from .samples import Sample, Samples
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+Progress = Callable[[int, int], None]  # samples done, of how many
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model that each process loads for itself; see `VLM.from_pretrained`. `threads`: torch's, or its own."""
+
+    name: str = "shapes"
+    device: str | None = None
+    dtype: str | None = None
+    backend: str = "auto"
+    threads: int | None = None
+
+    def load(self) -> VLM:
+        from ..vlm import VLM
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return VLM.from_pretrained(self.name, device=self.device, dtype=self.dtype, backend=self.backend)
+
+
+def run(
+    evaluation: Evaluation,
+    samples: Samples,
+    model: ModelChoice,
+    folder: Path,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, list[Row]]:
+    """Make the rows that `folder` does not hold yet; all rows of the samples, in their order.
+
+    A sample that cannot be used (a picture that is missing or damaged, a prompt beyond the model's window) gives one
+    row {"error": why}. Killed at any moment, the next run goes on with what is missing; the number of processes
+    decides nothing but the time.
+
+    Raises:
+        InputError: the folder holds rows of other settings, or another run writes to it.
+    """
+    if processes < 1:
+        raise InputError(f"processes is at least 1, got {processes}")
+    tell = progress or (lambda done, total: None)
+    vlm = model.load()
+    store = Rows(folder, _settings(evaluation, vlm, samples.origin))
+    with store.open():
+        done = store.read()
+        todo = [sample for sample in samples.list if sample.name not in done]
+        count = len(samples.list) - len(todo)
+        tell(count, len(samples.list))
+        for name, rows in _work(evaluation, todo, model, vlm, min(processes, len(todo))):
+            store.append(name, rows)
+            count += 1
+            tell(count, len(samples.list))
+        found = store.read()
+    return {sample.name: found[sample.name] for sample in samples.list}
+
+
+def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
+    """The rows of a sample, or the row that says why there are none."""
+    try:
+        return evaluation.rows(vlm, sample)
+    except (InputError, OSError) as error:
+        return [{"error": " ".join(str(error).split())}]
+
+
+def _settings(evaluation: Evaluation, vlm: VLM, origin: dict[str, Any]) -> dict[str, Any]:
+    config = vlm.model.config
+    return {
+        "evaluation": evaluation.name,
+        **evaluation.settings,
+        "model": getattr(config, "_name_or_path", "") or config.model_type,
+        "fingerprint": fingerprint(vlm.model),
+        "samples": origin,
+    }
+
+
+def _work(
+    evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, vlm: VLM, processes: int
+) -> Iterator[tuple[str, list[Row]]]:
+    """A sample's name and its rows, as they are made."""
+    if processes <= 1:
+        for sample in todo:
+            yield sample.name, rows_of(evaluation, vlm, sample)
+        return
+    threads = model.threads or max(1, (os.cpu_count() or 1) // processes)
+    setup = evaluation, replace(model, threads=threads)
+    with multiprocessing.get_context("spawn").Pool(processes, _begin, setup) as pool:
+        yield from pool.imap_unordered(_one, todo)
+
+
+_worker: tuple[Evaluation, VLM] | None = None
+
+
+def _begin(evaluation: Evaluation, model: ModelChoice) -> None:
+    global _worker
+    _worker = evaluation, model.load()
+
+
+def _one(sample: Sample) -> tuple[str, list[Row]]:
+    assert _worker is not None
+    return sample.name, rows_of(*_worker, sample)

@@ -1,0 +1,79 @@
+"""The pictures of an evaluation, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from ..shapes.scenes import Scene, generate_scene
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a picture: its name, and its mask, bool [height, width]."""
+
+    name: str
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture. `name` tells it from the others of a run; `source`: the file, or the generated scene; `things`: the
+    objects that are known, None where nothing is known of them."""
+
+    name: str
+    source: Path | Scene
+    things: tuple[Thing, ...] | None = None
+
+    @property
+    def image(self) -> Image.Image | Path:
+        """As `VLM.generate` takes it."""
+        return self.source.image if isinstance(self.source, Scene) else self.source
+
+    @property
+    def scene(self) -> Scene | None:
+        """Of a generated picture, for questions about it."""
+        return self.source if isinstance(self.source, Scene) else None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples, and where they come from, in plain JSON."""
+
+    list: Sequence[Sample]
+    origin: dict[str, Any]
+
+
+def scenes(count: int, seed: int = 0) -> Samples:
+    """Generated scenes; each depends on `seed` and its number alone, so that more of them begin with the same ones."""
+    if count < 1:
+        raise InputError(f"the number of scenes is at least 1, got {count}")
+    return Samples([_scene(i, seed) for i in range(count)], {"scenes": seed})
+
+
+def _scene(number: int, seed: int) -> Sample:
+    scene = generate_scene(np.random.default_rng([seed, number]))
+    return Sample(f"scene {number}", scene, tuple(Thing(f"{o.color} {o.shape}", o.mask) for o in scene.objects))
+
+
+def pictures(folder: Path, count: int | None = None) -> Samples:
+    """The pictures of a folder and of the folders in it, by name; the first `count` of them.
+
+    Raises:
+        InputError: no folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder of pictures")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not found:
+        raise InputError(f"{folder}: holds no picture ({', '.join(ENDINGS)})")
+    listed = [Sample(path.relative_to(folder).as_posix(), path) for path in found[:count]]
+    return Samples(listed, {"folder": str(folder)})

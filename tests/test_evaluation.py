@@ -1,0 +1,330 @@
+"""Evaluations: metrics against numbers computed by hand, rows that survive a kill, the command as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mllm_fast.errors import InputError
+from mllm_fast.evaluation.attention_share import AttentionShare
+from mllm_fast.evaluation.evaluation import mean_and_error
+from mllm_fast.evaluation.judge import NounJudge, scores, shapes_judge
+from mllm_fast.evaluation.knockout_sweep import KnockoutSweep, configurations
+from mllm_fast.evaluation.localisation import Localisation, cells, widened
+from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
+from mllm_fast.evaluation.rows import Rows
+from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.samples import pictures, scenes
+from mllm_fast.layout import ImageLayout, Tile
+from mllm_fast.shapes.questions import describe
+from mllm_fast.shapes.scenes import generate_scene
+
+MODEL = ModelChoice(device="cpu", threads=1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_noun_judge_is_exact_on_scenes(seed):
+    scene = generate_scene(np.random.default_rng(seed))
+    assert shapes_judge().objects(describe(scene)) == [f"{o.color} {o.shape}" for o in scene.objects]
+
+
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ("Two dogs, a puppy and 3 people.", ["dog", "dog", "dog", "person", "person", "person"]),
+        ("a big, brown bus; boxes", ["big brown bus", "box"]),
+        ("the BROWN big\nbuses", ["big brown bus"]),
+        ("dogma, boxer, 1999 dogs", ["dog"]),
+        ("a red car", []),
+        ("", []),
+    ],
+)
+def test_noun_phrases(text, objects):
+    judge = NounJudge({"dog": ["puppy"], "person": ["people"], "bus": [], "box": []}, {"big": ["large"], "brown": []})
+    assert judge.objects(text) == objects
+
+
+def test_a_vocabulary_that_says_two_things_is_refused():
+    with pytest.raises(InputError, match="'puppy' for 'dog' and for 'seal'"):
+        NounJudge({"dog": ["puppy"], "seal": ["puppy"]})
+    with pytest.raises(InputError, match="at least one noun"):
+        NounJudge({})
+
+
+def test_objects_are_matched_as_often_as_they_are_there():
+    found = shapes_judge().compare("a red circle, a red circle, a blue star", "a red circle, a blue ring, a blue star")
+    assert found.matched == ["blue star", "red circle"]
+    assert found.counts == {"tp": 2, "fp": 1, "fn": 1}
+    assert scores(**found.counts) == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert scores(0, 0, 2) == {"precision": None, "recall": 0.0, "f1": 0.0}
+    assert scores(0, 0, 0) == {"precision": None, "recall": None, "f1": None}
+
+
+def test_mean_and_error():
+    assert mean_and_error([1, 2, 6]) == pytest.approx((3, 7**0.5 / 3**0.5))
+    assert np.isnan(mean_and_error([1])[1])
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (1, ["from 0", "except 0-0"]),
+        (6, [*(f"from {i}" for i in range(6)), "except 1-4"]),
+        (32, [*(f"from {i}" for i in range(0, 32, 2)), "except 8-23"]),
+        (80, [*(f"from {i}" for i in range(0, 80, 5)), "except 20-59"]),
+    ],
+)
+def test_layers_of_the_sweep(layers, expected):
+    assert configurations(layers) == expected
+
+
+def test_the_sweep_by_hand():
+    row = lambda target, layers, tp, fp, fn: dict(target=target, layers=layers, said="x", tp=tp, fp=fp, fn=fn)  # noqa: E731
+    rest = [row(t, w, 0, 0, 2) for t in ("generated", "query", "query+generated") for w in ("from 0", "except 0-0")]
+    first = [row("", "", 2, 0, 0), row("generated", "from 0", 1, 1, 1), *rest[1:]]
+    second = [row("", "", 2, 0, 0), row("generated", "from 0", 2, 0, 0), *rest[1:]]
+    report = KnockoutSweep().report({"a": first, "b": second, "c": [{"error": "gone"}]})
+    means = {(m["target"], m["layers"]): m for m in report.figures["means"]}
+    assert means["generated", "from 0"]["f1"] == pytest.approx([0.75, 0.25])
+    assert means["query", "from 0"]["precision"] == [None, None]
+    assert means["", ""]["recall"] == [1, 0]
+    assert report.failed == {"c": "gone"}
+    json.dumps(report.figures, allow_nan=False)
+
+
+def test_shares_by_hand():
+    row = lambda image: [{"layer": 0, "system": 0.0, "image": image, "query": 1 - image, "generated": 0.0}]  # noqa: E731
+    report = AttentionShare().report({str(i): row(share) for i, share in enumerate((0.2, 0.4, 0.5, 0.8, 0.9))})
+    assert [q[0] for q in report.figures["quartiles"]["image"]] == pytest.approx([0.4, 0.5, 0.8])
+    assert report.tables[0].rows[0][2] == "50.0 (40.0-80.0)"
+
+
+def test_cells_of_a_mask():
+    """A picture of 40 x 20 of which the grid's 2 x 2 tokens cover the middle 20 x 20."""
+    layout = ImageLayout(torch.arange(4), (40, 20), (Tile(2, 2, (10.0, 0.0, 30.0, 20.0)),))
+    mask = np.zeros((20, 40), bool)
+    mask[9, 19] = mask[0, 0] = True  # the second one lies outside
+    assert cells(mask, layout).tolist() == [[True, False], [False, False]]
+    mask[10, 20] = True
+    assert cells(mask, layout).tolist() == [[True, False], [False, True]]
+    with pytest.raises(InputError, match="the mask is 20 x 40 pixels, its picture 40 x 20"):
+        cells(mask.T, layout)
+
+
+def test_widened():
+    one = np.zeros((4, 5), bool)
+    one[0, 1] = True
+    assert widened(one, 0).tolist() == one.tolist()
+    assert widened(one, 1).sum() == 6
+    assert widened(one, 1)[:2, :3].all()
+    assert widened(one, 9).all()
+
+
+def test_localisation_by_hand(monkeypatch):
+    """Two layers that look at the object and one that looks elsewhere; the words around it are left out."""
+    scene = scenes(1).list[0]
+    thing = scene.things[0]
+    mask = np.zeros((96, 96), bool)
+    mask[:8, :8] = True
+    sample = type(scene)("one", scene.source, (type(thing)("red circle", mask),))
+    layout = ImageLayout(torch.arange(2, 146), (96, 96), (Tile(12, 12, (0.0, 0.0, 96.0, 96.0)),))
+    peaks = [0, 13, 14]  # the token itself, one beside it, one further
+    attention = torch.zeros(3, 2, 150)
+    for layer, peak in enumerate(peaks):
+        attention[layer, :, 2 + peak] = 0.5
+    attention[:, :, 0] = 0.5  # no image token, though it gets more
+    asked = []
+
+    def explain(image, prompt, max_new_tokens):
+        return SimpleNamespace(
+            tokens=["a", " red", " cir", "cle", ",", " a", " blue", " star"],
+            layout=SimpleNamespace(images=[layout]),
+            attention=lambda token: asked.append(token) or attention,
+            heatmap=lambda token: attention[2, 0, 2:146].reshape(12, 12),
+        )
+
+    (row,) = Localisation().rows(SimpleNamespace(explain=explain), sample)
+    assert asked == [2]
+    assert row["layers"] == [True, True, False]
+    assert row["bands"] == {"first third": True, "middle third": True, "last third": False, "all layers": True}
+    assert row["logprob"] is False
+    assert row["chance"] == 4 / 144
+    report = Localisation().report({"one": [row, row | {"layers": [True, False, False], "logprob": True}]})
+    assert report.figures["layers"] == [1, 0.5, 0]
+    assert report.figures["logprob"] == 0.5
+
+
+def test_rows_after_a_kill(tmp_path):
+    """A line that was cut off is dropped, and its sample made again."""
+    rows = Rows(tmp_path / "run", {"seed": 1})
+    with rows.open():
+        rows.append("ä", [{"x": 1}])
+        rows.append("b", [])
+    path = tmp_path / "run" / "rows.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) - 3])
+    with rows.open():
+        assert rows.read() == {"ä": [{"x": 1}], "b": []}
+        rows.append("c", [{"x": 2}])
+        assert list(rows.read()) == ["ä", "b", "c"]
+    with pytest.raises(ValueError, match="Out of range float"), rows.open():
+        rows.append("d", [{"x": float("nan")}])
+    with rows.open():
+        assert list(rows.read()) == ["ä", "b", "c"]
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    rows = Rows(tmp_path, {})
+    with rows.open():
+        rows.append("a", [])
+        before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+            with pytest.raises(OSError, match="disk is full"):
+                rows.append("b", [{"text": "x" * 500}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        rows.append("c", [])
+        assert list(rows.read()) == ["a", "c"]
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    first, second = (Rows(tmp_path, {"seed": 1}).open() for _ in range(2))
+    with first, pytest.raises(InputError, match="another run writes there"), second:
+        pass
+    with pytest.raises(InputError, match=r"other settings \(seed was 1, is 2\);"), Rows(tmp_path, {"seed": 2}).open():
+        pass
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(InputError, match="not the settings of a run"), Rows(tmp_path, {"seed": 1}).open():
+        pass
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(InputError, match="rows without the settings"), Rows(tmp_path, {"seed": 1}).open():
+        pass
+
+
+def test_processes_and_kills_decide_nothing(tmp_path):
+    """The same rows from one process, from two, and from a run that was killed and went on."""
+    count, evaluation = 4, AttentionShare(max_new_tokens=6)
+    alone = run(evaluation, scenes(count), MODEL, tmp_path / "one")
+    two = run(evaluation, scenes(count), MODEL, tmp_path / "two", processes=2)
+    assert alone == two
+    command = [sys.executable, "-c", _ENDLESS.format(folder=str(tmp_path / "killed"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process.stdout.readline()  # the first sample is done
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    path = tmp_path / "killed" / "rows.jsonl"
+    held = path.read_bytes().count(b"\n")
+    assert 1 <= held < 200
+    told = []
+    again = run(evaluation, scenes(max(count, held)), MODEL, tmp_path / "killed", progress=lambda *p: told.append(p))
+    assert told[0][0] == held
+    assert {name: again[name] for name in alone} == alone
+    lines = path.read_bytes().splitlines()
+    assert len(lines) == len({json.loads(line)["sample"] for line in lines}) == max(count, held)
+
+
+_ENDLESS = """
+from pathlib import Path
+from mllm_fast.evaluation.attention_share import AttentionShare
+from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.samples import scenes
+tell = lambda done, total: done and print(done, flush=True)
+model = ModelChoice(device="cpu", threads=1)
+run(AttentionShare(max_new_tokens=6), scenes(200), model, Path({folder!r}), progress=tell)
+"""
+
+
+def test_pictures_of_a_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "b.JPG")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "deep" / "a.png")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "notes.txt").write_text("-")
+    found = pictures(tmp_path)
+    assert [sample.name for sample in found.list] == ["b.JPG", "c.png", "deep/a.png"]
+    rows = run(AttentionShare(max_new_tokens=2), found, MODEL, tmp_path / "out")
+    assert "c.png" in rows["c.png"][0]["error"]
+    assert len(rows["b.JPG"]) == 6
+    report = AttentionShare().report(rows)
+    assert report.figures["samples"] == 2
+    assert list(report.failed) == ["c.png"]
+    with pytest.raises(InputError, match="no folder"):
+        pictures(tmp_path / "gone")
+    with pytest.raises(InputError, match="holds no picture"):
+        pictures(tmp_path / "out")
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        scenes(0)
+
+
+def test_a_page_stands_alone(tmp_path):
+    """Nothing is fetched, nothing is taken for markup."""
+    chart = Chart("c", lambda figure: figure.subplots().plot([1, 2]), "a <line>")
+    report = Report("n", "T & t", ["<says>"], [Table("t", ["a", "b"], [["<x>", "1"]])], [chart], {}, {"s": "<why>"})
+    save(report, tmp_path, {"seed": 1})
+    page = (tmp_path / "report.html").read_text()
+    for text in ("<says>", "<x>", "<why>", "<line>"):
+        assert text not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "report.md", "figures.json", "c.png"}
+    assert "| &" not in (tmp_path / "report.md").read_text()
+    assert to_html([(report, {}), (report, {})], "both").count("<h2") == 2
+
+
+def eval_command(*arguments: str, folder) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mllm_fast.cli", "eval", *arguments]
+    environment = os.environ | {"COLUMNS": "100"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_the_command(tmp_path):
+    done = eval_command("all", "--count", "2", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"attention-share", "knockout-sweep", "localisation"}
+    assert all(one["failed"] == {} for one in found.values())
+    folder = tmp_path / "mllm-fast-eval"
+    rows = folder / "localisation" / "rows.jsonl"
+    before = rows.stat().st_mtime_ns
+    time.sleep(0.01)
+    again = eval_command("localisation", "--count", "2", folder=tmp_path)
+    assert "Does a word look at its object?" in again.stdout
+    assert rows.stat().st_mtime_ns == before
+    other = eval_command("localisation", "--count", "2", "--seed", "3", folder=tmp_path)
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
+    assert (folder / "report.html").read_text().count("<h2") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pope"], "the evaluation is one of attention-share"),
+        (["attention-share", "--images", "gone"], "is no folder of pictures"),
+        (["localisation", "--images", "."], "needs the objects' masks"),
+        (["attention-share", "--processes", "0"], "processes is at least 1"),
+    ],
+)
+def test_bad_commands(arguments, message, tmp_path):
+    done = eval_command(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not done.stdout
