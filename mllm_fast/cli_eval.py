@@ -18,6 +18,7 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from .evaluation.evaluation import Evaluation
+    from .evaluation.judge import Judge
     from .evaluation.report import Report, Table
     from .evaluation.run import Progress
 
@@ -37,6 +38,17 @@ def evaluate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is asked.")] = "Describe the image.",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the generated scenes.")] = 0,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(help='Objects to look for: a JSON file {"nouns": {"dog": ["puppy"]}, "attributes": {}}.'),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Compare descriptions by this model of an OpenAI-compatible endpoint instead.")
+    ] = None,
+    judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
+    reference: Annotated[
+        str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
+    ] = "answer",
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
     model: Model = "shapes",
     device: Device = None,
@@ -49,6 +61,11 @@ def evaluate(
     if not set(chosen) <= set(NAMES):
         raise InputError(f"the evaluation is one of {', '.join(NAMES)}, or all, got {name!r}")
     with progress("loading the libraries"):
+        from .evaluation.attention_share import AttentionShare
+        from .evaluation.judge import read_vocabulary
+        from .evaluation.judge_endpoint import EndpointJudge
+        from .evaluation.knockout_sweep import KnockoutSweep
+        from .evaluation.localisation import Localisation
         from .evaluation.report import save, to_html
         from .evaluation.rows import SETTINGS
         from .evaluation.run import ModelChoice, run
@@ -56,14 +73,25 @@ def evaluate(
         from .files import write_whole
     if images is not None and "localisation" in chosen:
         raise InputError("localisation needs the objects' masks, which generated scenes have; leave --images out")
+    words = None if vocabulary is None else read_vocabulary(vocabulary)
+    judge: Judge | None = words
+    if judge_model is not None:
+        judge = EndpointJudge(judge_model, base_url=judge_url, cache=out / "judge")
+    if images is not None and judge is None and "knockout-sweep" in chosen:
+        raise InputError("knockout-sweep needs to know your pictures' objects: give --vocabulary or --judge-model")
     samples = scenes(count or _SCENES, seed) if images is None else pictures(images, count)
     choice = ModelChoice(model, device, dtype, backend)
     reports = []
+    evaluations: dict[str, Evaluation] = {
+        AttentionShare.name: AttentionShare(prompt, max_new_tokens),
+        KnockoutSweep.name: KnockoutSweep(prompt, reference, judge, max_new_tokens),
+        Localisation.name: Localisation(prompt, words, max_new_tokens=max_new_tokens),
+    }
     for one in chosen:
         folder = out / one
         with _bar(one) as tell:
-            rows = run(_evaluation(one, prompt, max_new_tokens), samples, choice, folder, processes, tell)
-        report = _evaluation(one, prompt, max_new_tokens).report(rows)
+            rows = run(evaluations[one], samples, choice, folder, processes, tell)
+        report = evaluations[one].report(rows)
         settings = json.loads((folder / SETTINGS).read_text())
         save(report, folder, settings)
         reports.append((report, settings))
@@ -76,15 +104,6 @@ def evaluate(
         _print(report)
     saved = out / "report.html" if len(reports) > 1 else out / chosen[0] / "report.html"
     OUT.print(f"saved {escape(str(saved))}", highlight=False)
-
-
-def _evaluation(name: str, prompt: str, max_new_tokens: int) -> Evaluation:
-    from .evaluation.attention_share import AttentionShare
-    from .evaluation.knockout_sweep import KnockoutSweep
-    from .evaluation.localisation import Localisation
-
-    kinds = {kind.name: kind for kind in (AttentionShare, KnockoutSweep, Localisation)}
-    return kinds[name](prompt=prompt, max_new_tokens=max_new_tokens)  # type: ignore[abstract]
 
 
 @contextmanager

@@ -17,11 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.metrics import f1_score, precision_score, recall_score
 
 from mllm_fast.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.evaluation import mean_and_error
-from mllm_fast.evaluation.judge import NounJudge, scores, shapes_judge
+from mllm_fast.evaluation.judge import NounJudge, read_vocabulary, scores, shapes_judge
 from mllm_fast.evaluation.knockout_sweep import KnockoutSweep, configurations
 from mllm_fast.evaluation.localisation import Localisation, cells, widened
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
@@ -74,6 +75,40 @@ def test_objects_are_matched_as_often_as_they_are_there():
     assert scores(0, 0, 0) == {"precision": None, "recall": None, "f1": None}
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("dog", "a vocabulary is JSON"),
+        ("[]", "a vocabulary is JSON"),
+        ('{"nouns": {"dog": "puppy"}}', "a vocabulary is JSON"),
+        ('{"nouns": ["dog", " "]}', "a vocabulary is JSON"),
+        ('{"nouns": ["dog"], "verbs": []}', "nouns and attributes, not 'verbs'"),
+        ('{"attributes": ["red"]}', "at least one noun"),
+        (None, "no such file"),
+    ],
+)
+def test_vocabularies_that_cannot_be_used(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "v.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_vocabulary(tmp_path / "v.json")
+
+
+def test_a_vocabulary_of_ones_own(tmp_path):
+    (tmp_path / "v.json").write_text('{"nouns": {"dog": ["puppy"]}, "attributes": ["big"]}')
+    assert read_vocabulary(tmp_path / "v.json").objects("a big puppy") == ["big dog"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5))), min_size=2, max_size=8))
+def test_scores_are_those_of_scikit_learn(pictures):
+    truth, said = (np.array([[i in sets[side] for i in range(6)] for sets in pictures]) for side in (0, 1))
+    ours = [scores(len(a & b), len(b - a), len(a - b)) for a, b in pictures]
+    for name, theirs in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        each = [theirs(t, s, zero_division=np.nan) for t, s in zip(truth, said, strict=True)]
+        assert [np.nan if one[name] is None else one[name] for one in ours] == pytest.approx(each, nan_ok=True)
+
+
 def test_mean_and_error():
     assert mean_and_error([1, 2, 6]) == pytest.approx((3, 7**0.5 / 3**0.5))
     assert np.isnan(mean_and_error([1])[1])
@@ -93,7 +128,7 @@ def test_layers_of_the_sweep(layers, expected):
 
 
 def test_the_sweep_by_hand():
-    row = lambda target, layers, tp, fp, fn: dict(target=target, layers=layers, said="x", tp=tp, fp=fp, fn=fn)  # noqa: E731
+    row = lambda target, layers, tp, fp, fn: dict(target=target, layers=layers, said="x", tp=tp, fp=fp, fn=fn, tokens=1)  # noqa: E731
     rest = [row(t, w, 0, 0, 2) for t in ("generated", "query", "query+generated") for w in ("from 0", "except 0-0")]
     first = [row("", "", 2, 0, 0), row("generated", "from 0", 1, 1, 1), *rest[1:]]
     second = [row("", "", 2, 0, 0), row("generated", "from 0", 2, 0, 0), *rest[1:]]
@@ -321,6 +356,8 @@ def test_the_command(tmp_path):
         (["attention-share", "--images", "gone"], "is no folder of pictures"),
         (["localisation", "--images", "."], "needs the objects' masks"),
         (["attention-share", "--processes", "0"], "processes is at least 1"),
+        (["knockout-sweep", "--images", "."], "give --vocabulary or --judge-model"),
+        (["knockout-sweep", "--reference", "me"], "reference is one of answer, truth, got 'me'"),
     ],
 )
 def test_bad_commands(arguments, message, tmp_path):

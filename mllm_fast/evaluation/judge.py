@@ -3,9 +3,11 @@ noun phrases of a given vocabulary."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import InputError
@@ -16,11 +18,13 @@ _MOST = 100  # of one kind, from a number in digits: "2024 people" is a year
 
 
 class Comparison(NamedTuple):
-    """Objects of a reference and of what was said, and those in both; each as often as it is there."""
+    """Objects of a reference and of what was said, and those in both; each as often as it is there. `tokens`: what it
+    cost to ask."""
 
     reference: list[str]
     said: list[str]
     matched: list[str]
+    tokens: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -29,10 +33,20 @@ class Comparison(NamedTuple):
         return {"tp": tp, "fp": len(self.said) - tp, "fn": len(self.reference) - tp}
 
 
-class Judge(Protocol):
-    """Says which objects two descriptions name and share. `settings`, plain JSON, decide what it says."""
+class Unjudged(Exception):  # noqa: N818
+    """No usable answer was had of a judge; `tokens`: what it cost."""
 
-    settings: dict[str, Any]
+    def __init__(self, why: str, tokens: int = 0):
+        super().__init__(why)
+        self.tokens = tokens
+
+
+class Judge(Protocol):
+    """Says which objects two descriptions name and share, or raises Unjudged. `settings`, plain JSON, decide what it
+    says."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     def compare(self, reference: str, said: str) -> Comparison: ...
 
@@ -98,6 +112,36 @@ class NounJudge:
 def shapes_judge() -> NounJudge:
     """Exact on the generated scenes."""
     return NounJudge({shape: () for shape in SHAPES}, {color: () for color in COLORS})
+
+
+def read_vocabulary(path: Path) -> NounJudge:
+    """The judge of a JSON file: {"nouns": {name: [other words]}, "attributes": {...}}; a list will do for either.
+
+    Raises:
+        InputError: no such file, or one of another form.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts = [_named(found.pop(name, {})) for name in ("nouns", "attributes")]
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(
+            f'{path}: a vocabulary is JSON, {{"nouns": {{"dog": ["puppy"]}}, "attributes": {{}}}}'
+        ) from None
+    if found:
+        raise InputError(f"{path}: a vocabulary has nouns and attributes, not {', '.join(map(repr, found))}")
+    return NounJudge(*parts)
+
+
+def _named(entries: Any) -> dict[str, list[str]]:
+    """name -> other words."""
+    if isinstance(entries, list):
+        entries = {name: [] for name in entries}
+    for words in ([*entries.keys()], *entries.values()):
+        if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+            raise TypeError("not a list of words")
+    return entries
 
 
 def _words(names: Mapping[str, Iterable[str]], plurals: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import InputError, check_choice
 from ..knockout import Knockout
 from .evaluation import Evaluation, mean_and_error, split
-from .judge import Judge, scores, shapes_judge
+from .judge import Judge, Unjudged, scores, shapes_judge
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
 from .samples import Sample
@@ -56,14 +56,20 @@ class KnockoutSweep(Evaluation):
         limit, prompt = self.settings["max_new_tokens"], self.settings["prompt"]
         answer = vlm.generate(sample.image, prompt, max_new_tokens=limit).text
         reference = answer if self.settings["reference"] == "answer" else _truth(sample)
-        found = [{"target": "", "layers": "", "said": answer, **self.judge.compare(reference, answer).counts}]
+        found = [{"target": "", "layers": "", "said": answer, **self._judged(reference, answer)}]
         for target in TARGETS:
             for layers in configurations(len(vlm.text.layers)):
                 rule = Knockout("image", target, layers)
                 said = vlm.generate(sample.image, prompt, knockout=rule, max_new_tokens=limit).text
-                counts = self.judge.compare(reference, said).counts
-                found.append({"target": target, "layers": layers, "said": said, **counts})
+                found.append({"target": target, "layers": layers, "said": said, **self._judged(reference, said)})
         return found
+
+    def _judged(self, reference: str, said: str) -> Row:
+        try:
+            found = self.judge.compare(reference, said)
+        except Unjudged as error:
+            return {"unjudged": str(error), "tokens": error.tokens}
+        return {**found.counts, "tokens": found.tokens}
 
     def report(self, rows: dict[str, list[Row]]) -> Report:
         used, failed = split(rows)
@@ -83,6 +89,13 @@ class KnockoutSweep(Evaluation):
             f" {everywhere['query']:.2f}, closed to both {everywhere['query+generated']:.2f}; closed to both in all"
             f" layers {band}, {found['query+generated', band]['f1'][0]:.2f}.",
         ]
+        every = [row for one in used.values() for row in one]
+        unjudged = [row["unjudged"] for row in every if "unjudged" in row]
+        if unjudged:
+            says.append(f"{len(unjudged)} of {len(every)} descriptions are unjudged and left out: {unjudged[0]}.")
+        tokens = sum(row["tokens"] for row in every)
+        if tokens:
+            says.append(f"The judge's answers took {tokens:,} tokens.")
         table = Table(
             "Objects named with image -> target knocked out, mean over pictures ± standard error",
             ["image -> target", "layers", *_FIGURES],
@@ -103,6 +116,8 @@ class KnockoutSweep(Evaluation):
         )
         figures = {
             "samples": len(used),
+            "unjudged": len(unjudged),
+            "judge_tokens": tokens,
             "means": [
                 {"target": target, "layers": layers, **{name: means[name] for name in _FIGURES}}
                 for (target, layers), means in found.items()
@@ -131,8 +146,9 @@ def _truth(sample: Sample) -> str:
 
 
 def _mean(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Mean over pictures of each figure, and its standard error; pictures where it is not defined are left out."""
-    each = [scores(row["tp"], row["fp"], row["fn"]) for row in rows]
+    """Mean over pictures of each figure, and its standard error; pictures where it is not defined, and those that are
+    unjudged, are left out."""
+    each = [scores(row["tp"], row["fp"], row["fn"]) for row in rows if "unjudged" not in row]
     return {name: mean_and_error([v for one in each if (v := one[name]) is not None]) for name in _FIGURES}
 
 

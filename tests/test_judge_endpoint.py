@@ -1,0 +1,207 @@
+"""The judge that asks an endpoint, against a server that speaks OpenAI's protocol, and speaks it badly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("openai")
+
+from mllm_fast.errors import InputError
+from mllm_fast.evaluation.judge import Comparison, Unjudged
+from mllm_fast.evaluation.judge_endpoint import _EXAMPLES, EndpointJudge, parse
+from mllm_fast.evaluation.knockout_sweep import KnockoutSweep
+
+KEY = "sk-secret-0123456789"
+GOOD = json.dumps({"a": ["dog", "ball"], "b": ["puppy"], "pairs": [[0, 0]]})
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with what stands in `replies`, in turn: a text, (status, headers), "silence", or None for a refusal."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies: list = []
+        self.asked: list[dict] = []
+        self.keys: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        self.server.keys.append(self.headers["Authorization"])
+        reply = self.server.replies.pop(0)
+        if reply == "silence":
+            time.sleep(1.0)
+            return
+        if isinstance(reply, tuple):
+            status, headers = reply
+            return self._send(status, {"error": {"message": f"bad key {KEY}"}}, headers)
+        message = {"role": "assistant", "content": reply, "refusal": "I cannot" if reply is None else None}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+        self._send(200, {**answer, "usage": usage}, {})
+
+    def _send(self, status: int, content: dict, headers: dict) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def judge(server, tmp_path) -> EndpointJudge:
+    return make(server, cache=tmp_path / "cache")
+
+
+def make(server: Server, **options) -> EndpointJudge:
+    settings = {"attempts": 3, "timeout": 0.4, "pause": 0.01, "api_key": KEY, "base_url": server.url} | options
+    return EndpointJudge("judge", **settings)
+
+
+def test_a_good_answer(server, judge):
+    server.replies = [GOOD]
+    found = judge.compare("a dog with a ball", "a puppy")
+    assert found == Comparison(["dog", "ball"], ["puppy"], ["puppy"], 42)
+    assert found.counts == {"tp": 1, "fp": 0, "fn": 1}
+    (asked,) = server.asked
+    assert asked["model"] == "judge"
+    assert asked["temperature"] == 0
+    assert [m["role"] for m in asked["messages"]] == ["system", *["user", "assistant"] * 3, "user"]
+    assert "a puppy" in asked["messages"][-1]["content"]
+    assert server.keys == [f"Bearer {KEY}"]
+
+
+def test_worked_examples_are_of_the_form_asked_for():
+    for _, _, reply in _EXAMPLES:
+        parse(json.dumps(reply))
+
+
+@pytest.mark.parametrize(
+    ("failures", "why"),
+    [
+        ([(429, {"retry-after": "0"})], "status 429"),
+        ([(500, {}), (503, {"retry-after": "soon"})], "status 50"),
+        (["silence"], "no answer within 0.4 s"),
+        (["certainly! the objects are a dog"], "cannot be read"),
+        ([None], "refused or said nothing"),
+        ([""], "refused or said nothing"),
+    ],
+)
+def test_failures_are_tried_again_and_then_unjudged(server, judge, failures, why):
+    server.replies = [*failures, GOOD]
+    paid = sum((isinstance(reply, str) and reply != "silence") or reply is None for reply in failures)
+    found = judge.compare("a dog", "a puppy")
+    assert found.matched == ["puppy"]
+    assert found.tokens == 42 * (1 + paid)
+    server.replies = failures[-1:] * 3
+    with pytest.raises(Unjudged, match=f"{why}.*3 attempts"):
+        judge.compare("a dog", "a cat")
+    assert not server.replies
+
+
+def test_a_wait_that_is_asked_for_is_kept(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr("mllm_fast.evaluation.judge_endpoint.time.sleep", waits.append)
+    server.replies = [(429, {"retry-after": "7"}), (503, {}), (500, {}), (429, {"retry-after": "9999"}), GOOD]
+    make(server, attempts=5, pause=1.0).compare("a", "b")
+    assert waits == [7, 2, 4, 60]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_request_refused_as_such_ends_the_run_and_tells_no_key(server, judge, status):
+    server.replies = [(status, {})]
+    with pytest.raises(InputError, match=f"status {status}") as caught:
+        judge.compare("a dog", "a puppy")
+    assert KEY not in str(caught.value)
+
+
+def test_nothing_is_paid_for_twice_and_no_key_is_written(server, judge, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.replies = ["nonsense", GOOD]
+    first = judge.compare("a dog", "a puppy")
+    again = make(server, cache=tmp_path / "cache").compare("a dog", "a puppy")
+    assert again == first._replace(tokens=0)
+    assert len(server.asked) == 2
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 1
+    assert KEY not in files[0].read_text() + caplog.text + json.dumps(judge.settings) + repr(judge)
+    other = EndpointJudge("other", base_url=server.url, api_key=KEY, cache=tmp_path / "cache")
+    server.replies = [GOOD]
+    assert other.compare("a dog", "a puppy").tokens == 42
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[]", "not an object"),
+        ('{"a": [], "b": []}', "not an object"),
+        ('{"a": "dog", "b": [], "pairs": []}', '"a" is no list'),
+        ('{"a": [], "b": [1], "pairs": []}', '"b" is no list'),
+        ('{"a": ["x"], "b": ["y"], "pairs": [[0, 1]]}', "pairs of places"),
+        ('{"a": ["x"], "b": ["y"], "pairs": [[-1, 0]]}', "pairs of places"),
+        ('{"a": ["x"], "b": ["y"], "pairs": [[true, 0]]}', "pairs of places"),
+        ('{"a": ["x"], "b": ["y", "z"], "pairs": [[0, 0], [0, 1]]}', "paired twice"),
+        ('{"a": ["x", "w"], "b": ["y"], "pairs": [[0, 0], [1, 0]]}', "paired twice"),
+    ],
+)
+def test_answers_of_another_form(text, why):
+    with pytest.raises(ValueError, match=why):
+        parse(text)
+
+
+def test_a_fence_is_taken_off():
+    assert parse(f"```json\n{GOOD}\n```") == parse(GOOD)
+
+
+def test_the_unjudged_are_counted_and_left_out(server, judge):
+    """A sweep over a model that always says the same; every second description finds the judge speechless."""
+    server.replies = [reply for _ in range(20) for reply in (GOOD, None, None, None)]
+    text = SimpleNamespace(layers=[0])
+    vlm = SimpleNamespace(text=text, generate=lambda *a, **k: SimpleNamespace(text=f"a dog {len(server.asked)}"))
+    sweep = KnockoutSweep(judge=pickle.loads(pickle.dumps(judge)))
+    report = sweep.report({"one": sweep.rows(vlm, SimpleNamespace(image=None))})
+    assert report.figures["unjudged"] == 3
+    assert report.figures["judge_tokens"] == (4 + 3 * 3) * 42
+    assert any("3 of 7 descriptions are unjudged" in sentence for sentence in report.says)
+    f1 = [mean["f1"][0] for mean in report.figures["means"]]
+    assert [value is None for value in f1] == [False, True] * 3 + [False]
+    assert f1[0] == pytest.approx(2 / 3)
+
+
+def test_no_key(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="set OPENAI_API_KEY"):
+        EndpointJudge("judge")
