@@ -26,6 +26,7 @@ from .cli_options import (
     NewTokens,
     inputs,
     load,
+    parse_keep,
     progress,
 )
 from .errors import InputError, check_choice
@@ -64,7 +65,7 @@ def compress(
     from .files import check_target
 
     check_target(out, ENDINGS)
-    share = _keep(keep)
+    share = parse_keep(keep)
     check_choice("--storage", storage, STORAGES)
     pictures, _ = inputs(images, prompt)
     vlm = load(model, device, dtype, max_pixels, backend)
@@ -223,16 +224,6 @@ def _converse(ctx: Context, max_new_tokens: int) -> None:
             typer.echo(chat.ask(question, max_new_tokens=max_new_tokens).text)
         except InputError as error:
             typer.echo(f"mllm-fast: {error}", err=True)
-
-
-def _keep(text: str) -> float | int:
-    """ "5%", "0.05" as a share, "29" as a count."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if text.strip().isdigit() else float(text)
-    except ValueError:
-        raise InputError(f"--keep is a share (0.05, 5%) or a count (29), got {text!r}") from None
 
 
 def _lines(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as Printed
 
-from .cli_options import OUT, Backend, Device, Dtype, Json, Model, progress
+from .cli_options import OUT, Backend, Device, Dtype, Json, Model, parse_keep, progress
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -22,14 +22,25 @@ if TYPE_CHECKING:
     from .evaluation.report import Report, Table
     from .evaluation.run import Progress
 
-NAMES = ("attention-share", "knockout-sweep", "localisation")
+NAMES = ("attention-share", "knockout-sweep", "localisation", "mme", "redundancy", "pope")
+_BENCHMARKS = ("mme", "redundancy", "pope")
 _SCENES = 40
 
 
 def evaluate(
     name: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or all.")],
     images: Annotated[
-        Path | None, typer.Option("--images", "-i", help="A folder of pictures; generated scenes if none.")
+        Path | None,
+        typer.Option(
+            "--images", "-i", help="A folder of pictures (pope: of its questions'); generated scenes if none."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help="A benchmark's folder: MME's for mme and redundancy, POPE's for pope."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help='Shares of image tokens that mme, redundancy and pope keep: "5%"; several.')
     ] = None,
     count: Annotated[int | None, typer.Option(help=f"How many pictures; all of a folder, {_SCENES} scenes.")] = None,
     out: Annotated[
@@ -62,6 +73,7 @@ def evaluate(
         raise InputError(f"the evaluation is one of {', '.join(NAMES)}, or all, got {name!r}")
     with progress("loading the libraries"):
         from .evaluation.attention_share import AttentionShare
+        from .evaluation.benchmarks import mme, pope, scene_pairs
         from .evaluation.judge import read_vocabulary
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
@@ -70,6 +82,7 @@ def evaluate(
         from .evaluation.rows import SETTINGS
         from .evaluation.run import ModelChoice, run
         from .evaluation.samples import pictures, scenes
+        from .evaluation.yes_no import Mme, Pope, Redundancy
         from .files import write_whole
     if images is not None and "localisation" in chosen:
         raise InputError("localisation needs the objects' masks, which generated scenes have; leave --images out")
@@ -79,18 +92,31 @@ def evaluate(
         judge = EndpointJudge(judge_model, base_url=judge_url, cache=out / "judge")
     if images is not None and judge is None and "knockout-sweep" in chosen:
         raise InputError("knockout-sweep needs to know your pictures' objects: give --vocabulary or --judge-model")
+    shares = tuple(parse_keep(text) for text in keep or ())
+    if any(isinstance(share, int) for share in shares):
+        raise InputError(f"--keep is a share here, 5% or 0.05, got {', '.join(keep or ())}")
+    if data is not None and not (len(chosen) == 1 and name in _BENCHMARKS):
+        raise InputError(f"--data is a benchmark's folder, for one of {', '.join(_BENCHMARKS)}, not for {name}")
+    if images is not None and name in ("mme", "redundancy"):
+        raise InputError(f"{name} needs questions: give MME's folder with --data")
     samples = scenes(count or _SCENES, seed) if images is None else pictures(images, count)
+    asked = scene_pairs(count or _SCENES, seed)
+    if data is not None:
+        asked = pope(data, images, count) if name == "pope" else mme(data, count)
     choice = ModelChoice(model, device, dtype, backend)
     reports = []
     evaluations: dict[str, Evaluation] = {
         AttentionShare.name: AttentionShare(prompt, max_new_tokens),
         KnockoutSweep.name: KnockoutSweep(prompt, reference, judge, max_new_tokens),
         Localisation.name: Localisation(prompt, words, max_new_tokens=max_new_tokens),
+        Mme.name: Mme(shares or (0.02, 0.05), prompt),
+        Redundancy.name: Redundancy(shares, prompt=prompt) if shares else Redundancy(prompt=prompt),
+        Pope.name: Pope(shares, prompt),
     }
     for one in chosen:
         folder = out / one
         with _bar(one) as tell:
-            rows = run(evaluations[one], samples, choice, folder, processes, tell)
+            rows = run(evaluations[one], asked if one in _BENCHMARKS else samples, choice, folder, processes, tell)
         report = evaluations[one].report(rows)
         settings = json.loads((folder / SETTINGS).read_text())
         save(report, folder, settings)

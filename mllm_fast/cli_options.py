@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from .vlm import VLM
 
@@ -65,3 +67,13 @@ def progress(what: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def parse_keep(text: str) -> float | int:
+    """ "5%", "0.05" as a share, "29" as a count."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        raise InputError(f"--keep is a share (0.05, 5%) or a count (29), got {text!r}") from None

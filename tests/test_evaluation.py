@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from mllm_fast.cli_eval import NAMES
 from mllm_fast.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.evaluation import mean_and_error
@@ -334,7 +335,7 @@ def test_the_command(tmp_path):
     done = eval_command("all", "--count", "2", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {"attention-share", "knockout-sweep", "localisation"}
+    assert tuple(found) == NAMES
     assert all(one["failed"] == {} for one in found.values())
     folder = tmp_path / "mllm-fast-eval"
     rows = folder / "localisation" / "rows.jsonl"
@@ -346,13 +347,18 @@ def test_the_command(tmp_path):
     other = eval_command("localisation", "--count", "2", "--seed", "3", folder=tmp_path)
     assert other.returncode == 2
     assert "other settings" in other.stderr
-    assert (folder / "report.html").read_text().count("<h2") == 3
+    assert (folder / "report.html").read_text().count("<h2") == len(NAMES)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pope"], "the evaluation is one of attention-share"),
+        (["chair"], "the evaluation is one of attention-share"),
+        (["mme", "--data", "."], "holds no task of MME"),
+        (["pope", "--data", "."], "holds no file of questions"),
+        (["localisation", "--data", "."], "is a benchmark's folder"),
+        (["mme", "--images", "."], "give MME's folder with --data"),
+        (["mme", "--keep", "5"], "--keep is a share here, 5% or 0.05, got 5"),
         (["attention-share", "--images", "gone"], "is no folder of pictures"),
         (["localisation", "--images", "."], "needs the objects' masks"),
         (["attention-share", "--processes", "0"], "processes is at least 1"),

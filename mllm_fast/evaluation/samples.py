@@ -25,13 +25,25 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class YesNo:
+    """A question, and whether its answer is yes."""
+
+    text: str
+    truth: bool
+
+
+@dataclass(frozen=True)
 class Sample:
     """One picture. `name` tells it from the others of a run; `source`: the file, or the generated scene; `things`: the
-    objects that are known, None where nothing is known of them."""
+    objects that are known, None where nothing is known of them; `questions`: of a benchmark, and the `group` (task)
+    they belong to; `problem`: why it cannot be used, as far as its reader saw."""
 
     name: str
     source: Path | Scene
     things: tuple[Thing, ...] | None = None
+    questions: tuple[YesNo, ...] = ()
+    group: str = ""
+    problem: str = ""
 
     @property
     def image(self) -> Image.Image | Path:

@@ -1,0 +1,138 @@
+"""Benchmarks of yes-or-no questions, read as they are published: MME (arXiv 2306.13394) and POPE (arXiv 2305.10355).
+
+What does not fit the format (a picture that is missing, a line without an answer, a picture without its pair of
+questions) becomes a sample with a problem, which is counted and shown: never a silent skip.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..shapes.questions import Question, ask
+from ..shapes.scenes import Scene
+from .samples import ENDINGS, Sample, Samples, YesNo, scenes
+
+_PICTURES, _QUESTIONS = "images", "questions_answers_YN"
+_ANSWER = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
+
+
+def mme(folder: Path, count: int | None = None) -> Samples:
+    """MME's folder: one a task; in it pictures, and for each a text file of its name with two lines, question TAB
+    answer, side by side or in `images` and `questions_answers_YN`. The first `count` pictures of each task.
+
+    Raises:
+        InputError: no folder, or no task in it.
+    """
+    tasks = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found = [sample for task in tasks for sample in _task(task)[:count]]
+    if not found:
+        raise InputError(f"{folder}: holds no task of MME (folders with pictures and a text file beside each)")
+    return Samples(found, {"mme": str(folder)})
+
+
+def _task(task: Path) -> list[Sample]:
+    pictures, texts = _by_stem(task, _PICTURES, ENDINGS), _by_stem(task, _QUESTIONS, (".txt",))
+    return [_mme_sample(task.name, stem, pictures.get(stem), texts.get(stem)) for stem in sorted({*pictures, *texts})]
+
+
+def _by_stem(task: Path, inner: str, endings: tuple[str, ...]) -> dict[str, Path]:
+    """Files of a task and of one folder in it, by their names without the ending."""
+    places = [place for place in (task, task / inner) if place.is_dir()]
+    found = (path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in endings)
+    return {path.stem: path for path in found}
+
+
+def _mme_sample(task: str, stem: str, picture: Path | None, text: Path | None) -> Sample:
+    name = f"{task}/{stem}"
+    if picture is None or text is None:
+        missing = "picture" if picture is None else "text file of questions"
+        return Sample(name, picture or text, group=task, problem=f"{name}: its {missing} is missing")  # type: ignore[arg-type]
+    questions: list[YesNo] = []
+    for line in text.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        question, tab, answer = line.rpartition("\t")
+        said = _ANSWER.fullmatch(answer)
+        if not tab or not question.strip() or said is None:
+            problem = f"{name}: {line.strip()[:80]!r} is no question, a tab, and yes or no"
+            return Sample(name, picture, group=task, problem=problem)
+        questions.append(YesNo(question.strip(), said[1].lower() == "yes"))
+    problem = "" if len(questions) == 2 else f"{name}: has {len(questions)} questions, MME asks two of a picture"
+    return Sample(name, picture, questions=tuple(questions), group=task, problem=problem)
+
+
+def pope(folder: Path, pictures: Path | None = None, count: int | None = None) -> Samples:
+    """POPE's files (..._random.json, ..._popular.json, ..._adversarial.json: a line of JSON a question, or one list) in
+    `folder`; their pictures in `pictures`, by default anywhere in it. The first `count` pictures of each file.
+
+    Raises:
+        InputError: no folder, no file of questions in it, or one of another form.
+    """
+    files = sorted(folder.rglob("*.json")) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"{folder}: holds no file of questions of POPE (.json)")
+    where = pictures or folder
+    if not where.is_dir():
+        raise InputError(f"{where}: is no folder of pictures")
+    known = {path.name: path for path in sorted(where.rglob("*")) if path.suffix.lower() in ENDINGS}
+    found: list[Sample] = []
+    for file in files:
+        group = file.stem.rsplit("_", 1)[-1]
+        asked: dict[str, list[Any]] = {}
+        for entry in _entries(file):
+            asked.setdefault(str(entry.get("image")), []).append(entry)
+        for image, entries in list(asked.items())[:count]:
+            found.append(
+                _pope_sample(f"{file.stem}/{image}", group, known.get(Path(image).name), where / image, entries)
+            )
+    return Samples(found, {"pope": str(folder), "pictures": str(where)})
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        found = (
+            json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.splitlines()))
+        )
+        entries = [dict(entry) for entry in found]
+    except (ValueError, TypeError):
+        raise InputError(f"{file}: not POPE's questions (a line of JSON each, with image, text and label)") from None
+    return entries
+
+
+def _pope_sample(name: str, group: str, picture: Path | None, wanted: Path, entries: list[Any]) -> Sample:
+    if picture is None:
+        return Sample(name, wanted, group=group, problem=f"{name}: its picture is missing")
+    questions = []
+    for entry in entries:
+        text, said = entry.get("text"), _ANSWER.fullmatch(str(entry.get("label")))
+        if not isinstance(text, str) or not text.strip() or said is None:
+            problem = f"{name}: a question needs a text and a label, yes or no, got {entry.get('label')!r}"
+            return Sample(name, picture, group=group, problem=problem)
+        questions.append(YesNo(text.strip(), said[1].lower() == "yes"))
+    return Sample(name, picture, questions=tuple(questions), group=group)
+
+
+def scene_pairs(count: int, seed: int = 0) -> Samples:
+    """Generated scenes, each with a question whose answer is yes and one whose answer is no."""
+    plain = scenes(count, seed)
+    found = []
+    for number, sample in enumerate(plain.list):
+        assert sample.scene is not None
+        rng = np.random.default_rng([seed, number, 1])
+        pair = tuple(_asked(sample.scene, rng, answer) for answer in ("yes", "no"))
+        found.append(Sample(sample.name, sample.scene, sample.things, pair, "existence"))
+    return Samples(found, {"scene pairs": seed})
+
+
+def _asked(scene: Scene, rng: np.random.Generator, answer: str) -> YesNo:
+    while True:
+        question: Question | None = ask(scene, rng, "exists")
+        if question is not None and question.answer == answer:
+            return YesNo(question.text, answer == "yes")

@@ -1,0 +1,251 @@
+"""Yes-or-no benchmarks on compressed pictures (arXiv 2411.17491, table 1 and figure 9; POPE, arXiv 2305.10355)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from ..compress import kept_count, read
+from ..errors import InputError
+from .evaluation import Evaluation, mean_and_error, split
+from .report import COLORS, Chart, Report, Table
+from .rows import Row
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+_SAID = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+FULL, QUERY = "full", "query alone"
+
+
+class Way(NamedTuple):
+    """What is kept of a picture: the share of its tokens, and the parts, as `VLM.compress` takes them."""
+
+    keep: float
+    parts: str
+
+    @property
+    def name(self) -> str:
+        if self.parts == "query":
+            return QUERY
+        share = f"{100 * self.keep:g} %"
+        return (
+            FULL
+            if self == Way(1.0, "query+image")
+            else f"query + {share}"
+            if self.parts != "image"
+            else f"{share} alone"
+        )
+
+
+def ways(shares: Iterable[float]) -> list[Way]:
+    """Everything, the query and K, the query alone, K alone, for K in `shares`; everything alone if there are none."""
+    shares = sorted(set(shares), reverse=True)
+    if not shares:
+        return [Way(1.0, "query+image")]
+    both = [Way(share, "query+image") for share in shares if share != 1]
+    return [Way(1.0, "query+image"), *both, Way(1.0, "query"), *(Way(share, "image") for share in shares)]
+
+
+class YesNoBenchmark(Evaluation):
+    """A row a question and way: what was said, whether it means yes (None: neither yes nor no), and the tokens that a
+    re-prompt reads."""
+
+    def __init__(self, shares: Sequence[float] = (), prompt: str = "Describe the image.", max_new_tokens: int = 16):
+        for share in shares:
+            kept_count(share, 100)
+        self.shares = tuple(shares)
+        self.settings: dict[str, Any] = {
+            "shares": list(self.shares),
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        if sample.problem:
+            raise InputError(sample.problem)
+        if not sample.questions:
+            raise InputError(f"{sample.name}: has no yes-or-no questions")
+        reading = read(vlm, sample.image, self.settings["prompt"])
+        texts = [question.text for question in sample.questions]
+        found: list[Row] = []
+        for way in ways(self.shares):
+            context = reading.context(way.keep, "generated", way.parts)
+            answers = context.ask_many(texts, max_new_tokens=self.settings["max_new_tokens"])
+            for question, answer in zip(sample.questions, answers, strict=True):
+                asked = answer.layout.prompt_length - context.prefix_length
+                found.append(
+                    {
+                        "way": way.name,
+                        "group": sample.group,
+                        "question": question.text,
+                        "truth": question.truth,
+                        "said": answer.text,
+                        "yes": meaning(answer.text),
+                        "tokens": context.num_tokens + asked,
+                    }
+                )
+        return found
+
+
+def meaning(said: str) -> bool | None:
+    """Does an answer mean yes? By the first yes or no in it; None if there is neither."""
+    found = _SAID.search(said)
+    return None if found is None else found[1].lower() == "yes"
+
+
+def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
+    """MME's figures of one way, in %: ACC, the share of right answers; ACC+, of pictures all of whose answers are
+    right; the share of answers that are neither yes nor no, which count as wrong; tokens of a re-prompt."""
+    right = [[row["yes"] == row["truth"] for row in rows] for rows in samples]
+    every = [row for rows in samples for row in rows]
+    mean = lambda values: float(np.mean(list(values)))  # noqa: E731
+    return {
+        "ACC": 100 * mean(value for one in right for value in one),
+        "ACC+": 100 * mean(map(all, right)),
+        "neither": 100 * mean(row["yes"] is None for row in every),
+        "tokens": mean(row["tokens"] for row in every),
+    }
+
+
+def detection(rows: Sequence[Row]) -> dict[str, float | None]:
+    """POPE's figures, in %, yes being the positive answer; one that is neither counts as wrong, and not as yes."""
+    share = lambda part, whole: 100 * part / whole if whole else None  # noqa: E731
+    said = [row["yes"] is True for row in rows]
+    hits = sum(yes and row["truth"] for yes, row in zip(said, rows, strict=True))
+    truths = sum(row["truth"] for row in rows)
+    return {
+        "accuracy": share(sum(row["yes"] == row["truth"] for row in rows), len(rows)),
+        "precision": share(hits, sum(said)),
+        "recall": share(hits, truths),
+        "F1": share(2 * hits, sum(said) + truths),
+        "yes": share(sum(said), len(rows)),
+        "neither": share(sum(row["yes"] is None for row in rows), len(rows)),
+    }
+
+
+class Mme(YesNoBenchmark):
+    """Table 1 of arXiv 2411.17491: ACC and ACC+ of each way, per task and over all."""
+
+    name: ClassVar[str] = "mme"
+
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        used, failed = split(rows)
+        title = "Yes-or-no questions, answered from what is left of a picture"
+        if not used:
+            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
+        named = list(dict.fromkeys(row["way"] for row in next(iter(used.values()))))
+        groups = sorted({one[0]["group"] for one in used.values()})
+        of = lambda way, group=None: [  # noqa: E731
+            [row for row in one if row["way"] == way] for one in used.values() if group in (None, one[0]["group"])
+        ]
+        total = {way: accuracies(of(way)) for way in named}
+        each = {group: {way: accuracies(of(way, group)) for way in named} for group in groups}
+        same = sum(len({row["truth"] for row in one}) == 1 for one in used.values())
+        says = [f"{len(used)} pictures in {len(groups)} tasks; answers that are neither yes nor no count as wrong."]
+        if same:
+            says.append(f"Both answers are the same for {same} pictures.")
+        columns = ["ACC", "ACC+", "neither", "tokens"]
+        tables = [
+            Table(
+                "Over all, %, and tokens that a re-prompt reads",
+                ["kept", *columns],
+                [[way, *(f"{total[way][column]:.1f}" for column in columns)] for way in named],
+            ),
+            Table(
+                "ACC / ACC+ per task, %",
+                ["task", *named],
+                [[g, *(f"{each[g][w]['ACC']:.1f} / {each[g][w]['ACC+']:.1f}" for w in named)] for g in groups],
+            ),
+        ]
+        figures = {"samples": len(used), "same answers": same, "total": total, "tasks": each}
+        return Report(self.name, title, says, tables, [], figures, failed)
+
+
+class Redundancy(YesNoBenchmark):
+    """Figure 9 of arXiv 2411.17491: accuracy over the share of image tokens kept, with the query and without."""
+
+    name: ClassVar[str] = "redundancy"
+
+    def __init__(self, shares: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), **settings: Any):
+        super().__init__(shares or (1.0,), **settings)
+
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        used, failed = split(rows)
+        title = "How many image tokens does an answer need?"
+        if not used:
+            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
+        found: dict[str, tuple[float, float, float]] = {}
+        for way in dict.fromkeys(row["way"] for row in next(iter(used.values()))):
+            right = [[row["yes"] == row["truth"] for row in one if row["way"] == way] for one in used.values()]
+            tokens = np.mean([row["tokens"] for one in used.values() for row in one if row["way"] == way])
+            found[way] = *mean_and_error([100 * float(np.mean(one)) for one in right]), float(tokens)
+        says = [
+            f"{len(used)} pictures: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
+            f" re-prompt), {found[QUERY][0]:.1f} % with the query alone ({found[QUERY][2]:.0f})."
+        ]
+        table = Table(
+            "Right answers, % ± standard error over pictures",
+            ["kept", "right", "tokens a re-prompt"],
+            [[way, f"{mean:.1f} ± {error:.1f}", f"{tokens:.0f}"] for way, (mean, error, tokens) in found.items()],
+        )
+        chart = Chart(
+            "redundancy",
+            lambda figure: self._draw(figure, found),
+            "Right answers over the share of image tokens that each layer keeps, with the query's tokens and without;"
+            " lines: everything, and the query alone. Bars are standard errors.",
+        )
+        figures = {"samples": len(used), "right": {way: values[0] for way, values in found.items()}}
+        return Report(self.name, title, says, [table], [chart], figures, failed)
+
+    def _draw(self, figure: Any, found: dict[str, tuple[float, float, float]]) -> None:
+        axes = figure.subplots()
+        axes.axhline(found[FULL][0], color="#333333", label="everything")
+        axes.axhline(found[QUERY][0], color="#333333", linestyle=":", label=QUERY)
+        looks = (("query+image", COLORS[0], "o", "-", "query + K"), ("image", COLORS[1], "s", "--", "K alone"))
+        for parts, color, mark, style, label in looks:
+            shares = [share for share in self.shares if share < 1 or parts == "image"]
+            values = [found[Way(share, parts).name] for share in shares]
+            means, errors = [mean for mean, _, _ in values], [error for _, error, _ in values]
+            at = [100 * share for share in shares]
+            axes.errorbar(at, means, errors, color=color, marker=mark, linestyle=style, capsize=2, label=label)
+        axes.set_xscale("log")
+        axes.set_xticks([100 * share for share in self.shares], [f"{100 * share:g}" for share in self.shares])
+        axes.minorticks_off()
+        axes.set_xlabel("image tokens kept in each layer, K (%)")
+        axes.set_ylabel("right answers (%)")
+        axes.set_ylim(0, 104)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+
+class Pope(YesNoBenchmark):
+    """POPE: does the model see objects that are not there? Random, popular and adversarial questions."""
+
+    name: ClassVar[str] = "pope"
+
+    def report(self, rows: dict[str, list[Row]]) -> Report:
+        used, failed = split(rows)
+        title = "Does the model see what is not there?"
+        if not used:
+            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
+        every = [row for one in used.values() for row in one]
+        named = list(dict.fromkeys((row["group"], row["way"]) for row in every))
+        found = {
+            f"{group}, {way}": detection([row for row in every if (row["group"], row["way"]) == (group, way)])
+            for group, way in named
+        }
+        columns = list(next(iter(found.values())))
+        cell = lambda value: "-" if value is None else f"{value:.1f}"  # noqa: E731
+        table = Table(
+            "Yes is the positive answer, %",
+            ["questions, kept", *columns],
+            [[name, *(cell(values[column]) for column in columns)] for name, values in found.items()],
+            "An answer that is neither yes nor no counts as wrong, and not as yes.",
+        )
+        says = [f"{len(every) // len({way for _, way in named})} questions about {len(used)} pictures."]
+        return Report(self.name, title, says, [table], [], {"samples": len(used), "figures": found}, failed)
