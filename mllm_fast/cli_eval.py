@@ -48,6 +48,9 @@ def evaluate(
     ] = Path("mllm-fast-eval"),
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is asked.")] = "Describe the image.",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    masks: Annotated[
+        Path | None, typer.Option(help="The pictures' objects: a .json in COCO's format, or a folder of .png masks.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated scenes.")] = 0,
     vocabulary: Annotated[
         Path | None,
@@ -74,18 +77,21 @@ def evaluate(
     with progress("loading the libraries"):
         from .evaluation.attention_share import AttentionShare
         from .evaluation.benchmarks import mme, pope, scene_pairs
-        from .evaluation.judge import read_vocabulary
+        from .evaluation.judge import NounJudge, read_vocabulary
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
         from .evaluation.localisation import Localisation
+        from .evaluation.masks import coco, mask_folder
         from .evaluation.report import save, to_html
         from .evaluation.rows import SETTINGS
         from .evaluation.run import ModelChoice, run
         from .evaluation.samples import pictures, scenes
         from .evaluation.yes_no import Mme, Pope, Redundancy
         from .files import write_whole
-    if images is not None and "localisation" in chosen:
-        raise InputError("localisation needs the objects' masks, which generated scenes have; leave --images out")
+    if images is not None and masks is None and "localisation" in chosen:
+        raise InputError("localisation needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
+    if masks is not None and images is None:
+        raise InputError("--masks belong to pictures: give their folder with --images")
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge: Judge | None = words
     if judge_model is not None:
@@ -100,6 +106,9 @@ def evaluate(
     if images is not None and name in ("mme", "redundancy"):
         raise InputError(f"{name} needs questions: give MME's folder with --data")
     samples = scenes(count or _SCENES, seed) if images is None else pictures(images, count)
+    if images is not None and masks is not None:
+        samples = coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
+        words = words or NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
     asked = scene_pairs(count or _SCENES, seed)
     if data is not None:
         asked = pope(data, images, count) if name == "pope" else mme(data, count)

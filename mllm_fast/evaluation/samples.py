@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,12 +16,23 @@ from ..shapes.scenes import Scene, generate_scene
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+class Area(Protocol):
+    """What a mask can be made of."""
+
+    def mask(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Thing:
-    """An object of a picture: its name, and its mask, bool [height, width]."""
+    """An object of a picture: its name, and its mask or what one is made of when it is needed."""
 
     name: str
-    mask: np.ndarray
+    area: np.ndarray | Area
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [height, width]."""
+        return self.area if isinstance(self.area, np.ndarray) else self.area.mask()
 
 
 @dataclass(frozen=True)
