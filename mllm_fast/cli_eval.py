@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation.judge import Judge
     from .evaluation.report import Report, Table
     from .evaluation.run import Progress
+    from .evaluation.samples import Samples
 
 NAMES = ("attention-share", "knockout-sweep", "localisation", "mme", "redundancy", "pope")
 _BENCHMARKS = ("mme", "redundancy", "pope")
@@ -64,6 +65,7 @@ def evaluate(
         str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
     ] = "answer",
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write the rows as rows.parquet as well.")] = False,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
@@ -71,9 +73,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Make a figure of the papers: rows (.jsonl), tables, charts and a page, in a folder."""
+    _check(name, images, masks, data, count)
     chosen = NAMES if name == "all" else (name,)
-    if not set(chosen) <= set(NAMES):
-        raise InputError(f"the evaluation is one of {', '.join(NAMES)}, or all, got {name!r}")
     with progress("loading the libraries"):
         from .evaluation.attention_share import AttentionShare
         from .evaluation.benchmarks import mme, pope, scene_pairs
@@ -81,17 +82,11 @@ def evaluate(
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
         from .evaluation.localisation import Localisation
-        from .evaluation.masks import coco, mask_folder
         from .evaluation.report import save, to_html
-        from .evaluation.rows import SETTINGS
+        from .evaluation.rows import SETTINGS, write_parquet
         from .evaluation.run import ModelChoice, run
-        from .evaluation.samples import pictures, scenes
         from .evaluation.yes_no import Mme, Pope, Redundancy
         from .files import write_whole
-    if images is not None and masks is None and "localisation" in chosen:
-        raise InputError("localisation needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
-    if masks is not None and images is None:
-        raise InputError("--masks belong to pictures: give their folder with --images")
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge: Judge | None = words
     if judge_model is not None:
@@ -101,15 +96,10 @@ def evaluate(
     shares = tuple(parse_keep(text) for text in keep or ())
     if any(isinstance(share, int) for share in shares):
         raise InputError(f"--keep is a share here, 5% or 0.05, got {', '.join(keep or ())}")
-    if data is not None and not (len(chosen) == 1 and name in _BENCHMARKS):
-        raise InputError(f"--data is a benchmark's folder, for one of {', '.join(_BENCHMARKS)}, not for {name}")
-    if images is not None and name in ("mme", "redundancy"):
-        raise InputError(f"{name} needs questions: give MME's folder with --data")
-    samples = scenes(count or _SCENES, seed) if images is None else pictures(images, count)
-    if images is not None and masks is not None:
-        samples = coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
+    samples = _pictures(images, masks, count, seed)
+    if masks is not None:
         words = words or NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
-    asked = scene_pairs(count or _SCENES, seed)
+    asked = scene_pairs(_SCENES if count is None else count, seed)
     if data is not None:
         asked = pope(data, images, count) if name == "pope" else mme(data, count)
     choice = ModelChoice(model, device, dtype, backend)
@@ -126,6 +116,8 @@ def evaluate(
         folder = out / one
         with _bar(one) as tell:
             rows = run(evaluations[one], asked if one in _BENCHMARKS else samples, choice, folder, processes, tell)
+        if parquet:
+            write_parquet(rows, folder / "rows.parquet")
         report = evaluations[one].report(rows)
         settings = json.loads((folder / SETTINGS).read_text())
         save(report, folder, settings)
@@ -139,6 +131,35 @@ def evaluate(
         _print(report)
     saved = out / "report.html" if len(reports) > 1 else out / chosen[0] / "report.html"
     OUT.print(f"saved {escape(str(saved))}", highlight=False)
+
+
+def _check(name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None) -> None:
+    """Raise InputError for choices that do not go together, before anything is loaded."""
+    if name not in (*NAMES, "all"):
+        raise InputError(f"the evaluation is one of {', '.join(NAMES)}, or all, got {name!r}")
+    if count is not None and count < 1:
+        raise InputError(f"--count is at least 1, got {count}")
+    if name == "all" and (images is not None or data is not None):
+        raise InputError("all runs on generated scenes; for your own pictures name one evaluation")
+    if data is not None and name not in _BENCHMARKS:
+        raise InputError(f"--data is a benchmark's folder, for {', '.join(_BENCHMARKS)}, not for {name}")
+    if name in _BENCHMARKS and images is not None and (data is None or name != "pope"):
+        raise InputError(f"{name} needs questions: give the benchmark's folder with --data")
+    if name == "localisation" and images is not None and masks is None:
+        raise InputError("localisation needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
+    if masks is not None and (images is None or name in _BENCHMARKS):
+        raise InputError("--masks belong to pictures: give their folder with --images")
+
+
+def _pictures(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
+    from .evaluation.masks import coco, mask_folder
+    from .evaluation.samples import pictures, scenes
+
+    if images is None:
+        return scenes(_SCENES if count is None else count, seed)
+    if masks is None:
+        return pictures(images, count)
+    return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
 
 
 @contextmanager

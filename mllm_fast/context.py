@@ -215,6 +215,7 @@ class Context:
             operators=vlm.operators,
             trace=self.trace(session, record, count, len(said_text.input_ids) - 1),
             answer=said_text,
+            decode=vlm.processor.tokenizer.decode,
             prompt=question,
             images=self.pictures,
             norm=norm,

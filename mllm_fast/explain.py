@@ -7,7 +7,7 @@ exact, computed from the KV cache and two recorded vectors a layer and token.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,7 @@ class Explanation:
         operators: OperatorCache,
         trace: Trace,
         answer: Answer,
+        decode: Callable[[list[int]], str],
         prompt: str,
         images: list[Any],
         norm: str,
@@ -73,6 +74,7 @@ class Explanation:
         self._text = vlm_text
         self._operators = operators
         self._trace = trace
+        self._decode = decode
         self._backend = backend
         self._replay = replay
         self._unembedding = vlm_text.unembedding()
@@ -176,6 +178,29 @@ class Explanation:
     def verified(self, token: int) -> Verification | None:
         """What `verify` found for a token, None if it was not asked."""
         return next((one for one in self.verification if one.token == token), None)
+
+    def project(
+        self,
+        token: int | str,
+        layer: int,
+        head: int | None = None,
+        position: int | None = None,
+        *,
+        space: str = "unembedding",
+        k: int = 10,
+    ) -> list[tuple[str, float]]:
+        """The k words that a recorded vector is closest to, [(word, value)], largest first (arXiv 2411.10950).
+
+        The vector: the residual input of `layer` at the token's row (`layer` = `num_layers`: what the last one gives);
+        with `head` what this head writes there; with `position` too, what it writes from that position.
+
+        space: "unembedding": of a residual vector the log-probability of each word, through the final norm (the logit
+            lens); of a write the change of each word's logit, before any soft cap, under the final row's statistics.
+            "embedding": the dot product with each word's input embedding.
+        """
+        from .projection import project
+
+        return project(self, self.token_index(token), layer, head, position, space, k)
 
     def token_index(self, token: int | str) -> int:
         """The index of a token given by index (negative from the end) or by its text."""

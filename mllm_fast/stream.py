@@ -224,6 +224,7 @@ class Stream(Iterator[Step]):
             operators=vlm.operators,
             trace=trace,
             answer=said,
+            decode=vlm.processor.tokenizer.decode,
             prompt=self.prompt,
             images=self.images,
             norm=self._norm,

@@ -177,6 +177,7 @@ class VLM:
             operators=self.operators,
             trace=make_trace(record, cache, len(said.token_ids), layout.prompt_length),
             answer=said,
+            decode=self.processor.tokenizer.decode,
             prompt=prompt,
             images=pictures,
             norm=norm,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_fast.loading import model_folder
-from mllm_fast.shapes.batches import BatchMaker, patch_targets
+from mllm_fast.shapes.batches import IGNORE, BatchMaker, Mix, patch_targets
 from mllm_fast.shapes.build import build_processor, build_tokenizer
 from mllm_fast.shapes.evaluate import TABLE, Asker, single_turn, weights_digest
 from mllm_fast.shapes.questions import TASKS, ask, describe
@@ -84,7 +84,7 @@ def test_training_sees_what_the_processor_makes():
     """A packed training sample, question by question, equals the processor's prompt: ids and pixels."""
     processor = build_processor()
     maker = BatchMaker(processor.tokenizer)
-    batch = maker.draw(np.random.default_rng(3), 2, 4, chained=1.0, describe=1.0)
+    batch = maker.draw(np.random.default_rng(3), 2, 4, Mix(chained=1.0, describe=1.0))
     scene = generate_scene(np.random.default_rng(3), max_objects=4)
     first = batch.input_ids[0][: int((batch.turn[0] == 1).nonzero()[-1]) + 1]
     text = processor.tokenizer.decode(first[len(maker.prefix) :])
@@ -100,13 +100,40 @@ def test_training_sees_what_the_processor_makes():
 
 def test_isolated_questions_see_the_picture_and_themselves():
     maker = BatchMaker(build_tokenizer())
-    batch = maker.draw(np.random.default_rng(0), 3, 4, chained=0.0, describe=1.0)
+    batch = maker.draw(np.random.default_rng(0), 3, 4, Mix(chained=0.0, describe=1.0))
     for b in range(3):
         rows = (batch.turn[b] == 2).nonzero()[:, 0]
         seen = batch.visible[b, rows[-1]]
         assert seen[: len(maker.prefix)].all()
         assert set(batch.turn[b, seen].tolist()) == {0, 2}
         assert batch.position_ids[b, rows[0]] == len(maker.prefix)
+
+
+@pytest.mark.parametrize("by_object", [False, True])
+def test_later_questions_see_what_a_context_keeps(by_object):
+    """Of a turn that asked for a description: its prompt, not the answer, and a part of the picture."""
+    maker = BatchMaker(build_tokenizer())
+    mix = Mix(chained=0.0, prefixed=1.0, by_object=by_object)
+    batch = maker.draw(np.random.default_rng(0), 30, 4, mix)
+    image = torch.zeros(maker.length, dtype=torch.bool)
+    image[maker.image_start : len(maker.prefix)] = True
+    shares = []
+    for b in range(30):
+        assert batch.tasks[b][0] == "describe"
+        asking = (batch.turn[b] == 1) & (batch.labels[b] == IGNORE)
+        described = (batch.turn[b] == 1) & ~asking
+        for turn in range(2, len(batch.tasks[b]) + 1):
+            rows = (batch.turn[b] == turn).nonzero()[:, 0]
+            seen = batch.visible[b, rows[-1]]
+            assert seen[asking].all()
+            assert not seen[described].any()
+            assert seen[: maker.image_start].all()
+            assert set(batch.turn[b, seen & ~image].tolist()) == {0, 1, turn}
+            assert batch.position_ids[b, rows[0]] == len(maker.prefix) + int(asking.sum())
+            assert batch.input_ids[b, rows[0]] == maker.tokenizer.eos_token_id
+            shares.append(float(seen[image].float().mean()))
+    assert 0.15 < np.mean(np.array(shares) == 1) < 0.35
+    assert (np.mean(np.array(shares) == 0) > 0.2) == by_object
 
 
 def test_patch_targets():
@@ -144,9 +171,11 @@ def test_table_and_weights_are_in_step():
 def test_training_script_runs(tmp_path):
     """Every stage, a step each: what it saves loads and answers."""
     command = [sys.executable, "-m", "mllm_fast.shapes.train", "--out", tmp_path / "m", "--vision-steps", "1"]
-    command += ["--word-steps", "1", "--steps", "1", "--batch", "2", "--no-compile"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=tmp_path)
+    command += ["--word-steps", "1", "--steps", "1", "--context-steps", "1", "--batch", "2", "--no-compile"]
+    for folder, start in (("m", []), ("n", ["--start", tmp_path / "m"])):
+        command[4] = tmp_path / folder
+        subprocess.run([*command, *start], check=True, capture_output=True, timeout=300, cwd=tmp_path)
     import mllm_fast as mf
 
-    vlm = mf.VLM.from_pretrained(tmp_path / "m", device="cpu")
+    vlm = mf.VLM.from_pretrained(tmp_path / "n", device="cpu")
     assert vlm.generate(generate_scene(np.random.default_rng(0)).image, "what color is the star?", max_new_tokens=1)

@@ -135,8 +135,9 @@ class KnockoutSweep(Evaluation):
 def configurations(num_layers: int) -> list[str]:
     """Layers to knock out: from each of up to 16 layers on, and all but the middle half."""
     starts = range(0, num_layers, -(-num_layers // _STARTS))
-    middle = f"{num_layers // 4}-{max(num_layers // 4, num_layers - num_layers // 4 - 1)}"
-    return [*(f"from {start}" for start in starts), f"except {middle}"]
+    half = max(1, num_layers // 2)
+    first = (num_layers - half + 1) // 2
+    return [*(f"from {start}" for start in starts), f"except {first}-{first + half - 1}"]
 
 
 def _truth(sample: Sample) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import write_whole
+from ..files import whole_file, write_whole
 
 try:
     import fcntl
@@ -89,6 +89,24 @@ class Rows:
             raise InputError(
                 f"{self.folder}: holds a run of other settings ({said}); give another folder, or remove it"
             )
+
+
+def write_parquet(rows: dict[str, list[Row]], path: Path) -> None:
+    """All rows as one table, a column "sample" first; the file appears whole.
+
+    Raises:
+        InputError: pyarrow is not there.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError("Parquet needs pyarrow: pip install 'mllm-fast[parquet]'") from None
+    flat = [{"sample": sample, **row} for sample, several in rows.items() for row in several]
+    columns = dict.fromkeys(name for row in flat for name in row)  # of rows that failed, too
+    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in flat])
+    with whole_file(path) as name:
+        parquet.write_table(table, name)
 
 
 def _mend(path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -62,7 +62,8 @@ def run(
         raise InputError(f"processes is at least 1, got {processes}")
     tell = progress or (lambda done, total: None)
     vlm = model.load()
-    store = Rows(folder, _settings(evaluation, vlm, samples.origin))
+    settings = {"evaluation": evaluation.name, **evaluation.settings, "samples": samples.origin}
+    store = Rows(folder, settings | {"model": model.name, "fingerprint": fingerprint(vlm.model)})
     with store.open():
         done = store.read()
         todo = [sample for sample in samples.list if sample.name not in done]
@@ -82,17 +83,6 @@ def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
         return evaluation.rows(vlm, sample)
     except (InputError, OSError) as error:
         return [{"error": " ".join(str(error).split())}]
-
-
-def _settings(evaluation: Evaluation, vlm: VLM, origin: dict[str, Any]) -> dict[str, Any]:
-    config = vlm.model.config
-    return {
-        "evaluation": evaluation.name,
-        **evaluation.settings,
-        "model": getattr(config, "_name_or_path", "") or config.model_type,
-        "fingerprint": fingerprint(vlm.model),
-        "samples": origin,
-    }
 
 
 def _work(

@@ -3,12 +3,16 @@
 A picture's 144 image tokens cost far more than a question's dozen, so each picture carries several
 questions. In an *isolated* sample each question sees the picture and itself alone and takes the
 positions of a first turn (a block mask), which equals one question a prompt. In a *chained* sample
-the questions are the turns of one conversation.
+the questions are the turns of one conversation. In a *prefixed* sample the first turn asks for a
+description, and every later question sees the picture's prefix, the words that asked for the
+description and itself, not the description: what a compressed context leaves of a first turn. A random
+part of the image tokens is hidden from it, so that the asking words learn to sum up the picture.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +26,23 @@ IGNORE = -100
 _COLOR_NAMES = tuple(COLORS)
 _MIX = ("color",) * 3 + ("shape",) * 2 + ("exists",) * 3 + ("count",)
 _CENTERS = (np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), -1).reshape(-1, 2) + 0.5) * PATCH
+
+
+class Mix(NamedTuple):
+    """How the samples of a batch are made.
+
+    chained, prefixed: shares of samples of these kinds; the others are isolated. describe: share of the samples that
+    are not prefixed and ask for a description, in one of the first `describe_turns` turns. by_object: how later turns
+    of a prefixed sample see the picture. False: all of it (one turn of four), or a share of its tokens that is often
+    small. True: all of it (one of four), nothing (35 in 100), or a share of the objects' tokens and one, often small,
+    of the others': a compressed context keeps hardly any token of the background.
+    """
+
+    chained: float
+    prefixed: float = 0.0
+    describe: float = 0.6
+    describe_turns: int = 3
+    by_object: bool = False
 
 
 @dataclass
@@ -40,7 +61,8 @@ class PatchTargets:
 @dataclass
 class Batch:
     """`input_ids`, `position_ids`, `labels` int64 [B, L]; `visible` bool [B, L, L]; `turn` int64 [B, L],
-    0 for the picture's prefix, -1 for padding; `last` bool [B, L], the last prompt token of a question
+    0 for the picture's prefix, -1 for padding; `question` bool [B, L], words of questions, without those
+    that ask for a description first; `last` bool [B, L], the last prompt token of a question
     with keywords, in order of `keywords` int64 [n, 2]; `tasks` one list of task names a sample."""
 
     pixel_values: torch.Tensor
@@ -109,8 +131,8 @@ class BatchMaker:
             self._cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._cache[text]
 
-    def draw(self, rng: np.random.Generator, size: int, max_objects: int, chained: float, describe: float) -> Batch:
-        """`chained`: share of samples that are one conversation; `describe`: share that ask for it."""
+    def draw(self, rng: np.random.Generator, size: int, max_objects: int, mix: Mix) -> Batch:
+        """`size` pictures of up to `max_objects` objects, each with its questions."""
         scenes = [generate_scene(rng, max_objects=max_objects) for _ in range(size)]
         shape = (size, self.length)
         batch = Batch(
@@ -127,39 +149,67 @@ class BatchMaker:
             targets=patch_targets(scenes),
         )
         keywords: list[list[int]] = []
-        is_chained = torch.zeros(size, dtype=torch.bool)
-        for b, scene in enumerate(scenes):
-            is_chained[b] = rng.random() < chained
-            questions = _questions(scene, rng, describe)
-            batch.tasks.append(self._pack(batch, b, questions, bool(is_chained[b]), keywords))
+        kinds = [_kind(rng.random(), mix) for _ in scenes]
+        for b, (scene, kind) in enumerate(zip(scenes, kinds, strict=True)):
+            first = [_always(scene, rng, "describe")] if kind == "prefixed" else []
+            questions = first + _questions(scene, rng, 0.0 if first else mix.describe, mix.describe_turns)
+            batch.tasks.append(self._pack(batch, b, questions, kind, keywords))
         same = batch.turn[:, None, :] == batch.turn[:, :, None]
+        is_chained = torch.tensor([kind == "chained" for kind in kinds])
         earlier = is_chained[:, None, None] & (batch.turn[:, None, :] >= 0)
         visible = (batch.turn[:, None, :] == 0) | same | earlier
+        for b in (b for b, kind in enumerate(kinds) if kind == "prefixed"):
+            self._look_back(batch, b, visible[b], rng, mix.by_object)
         batch.visible = visible & torch.ones(self.length, self.length, dtype=torch.bool).tril()
         batch.keywords = torch.tensor(keywords, dtype=torch.long).reshape(-1, 2)
         return batch
 
-    def _pack(self, batch: Batch, b: int, questions: list[Question], chained: bool, keywords: list) -> list[str]:
+    def _look_back(
+        self, batch: Batch, b: int, visible: torch.Tensor, rng: np.random.Generator, by_object: bool
+    ) -> None:
+        """Later turns of a prefixed sample see the words that asked for the description, and a random part of the
+        picture, see `Mix`."""
+        asking = (batch.turn[b] == 1) & (batch.labels[b] == IGNORE)
+        shown = (batch.targets.shape[b] != 0).numpy()
+        for turn in range(2, len(batch.tasks[b]) + 1):
+            rows = (batch.turn[b] == turn).nonzero()
+            visible[rows, asking] = True
+            draw = rng.random()
+            if draw < 0.25:
+                kept: float | np.ndarray = 1.0
+            elif by_object:
+                kept = 0.0 if draw < 0.6 else np.where(shown, rng.random(), rng.random() ** 6)
+            else:
+                kept = rng.random() ** 2
+            hidden = torch.from_numpy(rng.random(NUM_IMAGE_TOKENS) >= kept).nonzero()[:, 0]
+            visible[rows, self.image_start + hidden] = False
+
+    def _pack(self, batch: Batch, b: int, questions: list[Question], kind: str, keywords: list) -> list[str]:
         n = len(self.prefix)
         batch.input_ids[b, :n] = torch.tensor(self.prefix)
         batch.position_ids[b, :n] = torch.arange(n)
         batch.turn[b, :n] = 0
         tasks: list[str] = []
-        at = n
+        at = begin = n
         for question in questions:
-            lead = "USER: " if chained and tasks else ""
+            describes = kind == "prefixed" and not tasks
+            lead = "USER: " if kind != "isolated" and tasks else ""
             prompt = self.encode(f"{lead}{question.text} ASSISTANT:")
+            if kind == "prefixed" and tasks:  # the answer that was dropped is closed
+                prompt = [self.tokenizer.eos_token_id, *prompt]
             answer = [*self.encode(question.answer), self.tokenizer.eos_token_id]
             end = at + len(prompt) + len(answer)
             if end > self.length:
                 continue
             batch.input_ids[b, at:end] = torch.tensor(prompt + answer)
             batch.labels[b, at + len(prompt) : end] = torch.tensor(answer)
-            start = at if chained else n
+            start = at if kind == "chained" else begin
             batch.position_ids[b, at:end] = start + torch.arange(end - at)
-            tasks.append(question.task)
+            if describes:
+                begin += len(prompt)
+            tasks.append(f"then {question.task}" if kind == "prefixed" and tasks else question.task)
             batch.turn[b, at:end] = len(tasks)
-            batch.question[b, at : at + len(prompt) - 1] = True
+            batch.question[b, at : at + len(prompt) - 1] = not describes
             if question.keywords:
                 batch.last[b, at + len(prompt) - 1] = True
                 ids = [self.encode(word)[0] for word in question.keywords]
@@ -168,14 +218,18 @@ class BatchMaker:
         return tasks
 
 
-def _questions(scene: Scene, rng: np.random.Generator, describe: float) -> list[Question]:
+def _kind(draw: float, mix: Mix) -> str:
+    return "chained" if draw < mix.chained else "prefixed" if draw < mix.chained + mix.prefixed else "isolated"
+
+
+def _questions(scene: Scene, rng: np.random.Generator, describe: float, describe_turns: int) -> list[Question]:
     kinds = [_MIX[i] for i in rng.permutation(len(_MIX))][:6]
     if rng.random() < describe:
-        kinds[int(rng.integers(3))] = "describe"
-    return [ask(scene, rng, kind) or _exists(scene, rng) for kind in kinds]
+        kinds[int(rng.integers(describe_turns))] = "describe"
+    return [ask(scene, rng, kind) or _always(scene, rng, "exists") for kind in kinds]
 
 
-def _exists(scene: Scene, rng: np.random.Generator) -> Question:
-    question = ask(scene, rng, "exists")
-    assert question is not None  # every scene allows it
+def _always(scene: Scene, rng: np.random.Generator, task: str) -> Question:
+    question = ask(scene, rng, task)
+    assert question is not None  # every scene allows these tasks
     return question

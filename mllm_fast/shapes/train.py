@@ -1,12 +1,18 @@
 """Train the embedded model from scratch: `python -m mllm_fast.shapes.train --out FOLDER`.
 
-Three stages. The vision tower learns what each patch shows; the projector and the word embeddings
-learn to name it; then the whole model learns to answer. Two additions to the answers' own loss keep
+Four stages. The vision tower learns what each patch shows; the projector and the word embeddings
+learn to name it; the whole model learns to answer; and last, at a lower rate, mostly from what a
+compressed context leaves of a picture. Two additions to the answers' own loss keep
 the model readable (a model taught by answers alone is right, but its residual stream does not decode
 into words): image tokens stay aligned with the words for what they show, and, early on, the last
 prompt token after layer 2 must decode to the word asked about (the "lens" loss). Question words may
 not look at the picture in most samples, so that the last token fetches the answer from the picture
-itself. Knockout figures of this model follow in part from that construction.
+itself. In a third of the samples a description is asked for first, by words that always look, and
+later questions see those words and a random part of the picture: the asking words learn to sum it up,
+as a large model's do, which is what a compressed context relies on. Figures of knockouts and of
+compression follow in part from that construction.
+
+The weights in the package were made in two runs: `--context-steps 0`, and `--start` with its result.
 """
 
 from __future__ import annotations
@@ -22,8 +28,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlavaForConditionalGeneration
 
-from .batches import IGNORE, Batch, BatchMaker, PatchTargets, vision_batch
+from .batches import IGNORE, Batch, BatchMaker, Mix, PatchTargets, vision_batch
 from .build import build_model, build_processor
 from .scenes import COLORS, SHAPES
 
@@ -106,10 +113,14 @@ class Trainer:
         print(f"[{time.monotonic() - self.start:7.1f} s]", *words, flush=True)
 
     def run(self) -> None:
-        self.train_vision(self.args.vision_steps)
-        self.train_words(self.args.word_steps)
-        self.train_answers(self.args.steps)
-        self.log("held-out", self.accuracy(16))
+        if self.args.start:
+            self.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(self.args.start).state_dict())
+        else:
+            self.train_vision(self.args.vision_steps)
+            self.train_words(self.args.word_steps)
+            self.train_answers(self.args.steps)
+        self.train_contexts(self.args.context_steps)
+        self.log("held-out", self.accuracy(24))
         self.save()
 
     def image_tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,8 +164,8 @@ class Trainer:
             progress = step / steps
             _set_rate(optimizer, args.rate * _cosine(step, steps, 100))
             most = 2 if progress < 0.12 else 3 if progress < 0.24 else 4
-            batch = self.batches.draw(self.rng, args.batch, most, chained=args.chained, describe=0.6)
-            visible = self.hide_picture(batch, args.blind_questions)
+            batch = self.batches.draw(self.rng, args.batch, most, Mix(args.chained, args.prefixed))
+            visible = self.hide_picture(batch, args.blind_questions, args.blind_later)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, image, lens = self.forward(batch, visible)
             answers = _next_token_loss(logits, batch.labels)
@@ -166,11 +177,29 @@ class Trainer:
             self.update(optimizer, loss)
             average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
             if step % 200 == 0:
-                self.log(f"answers {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(2))
+                self.log(f"answers {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(3))
 
-    def hide_picture(self, batch: Batch, share: float) -> torch.Tensor:
-        """`visible` with the picture hidden from the question words of a random `share` of samples."""
-        blind = batch.question & (torch.rand(len(batch.question), 1) < share)
+    def train_contexts(self, steps: int) -> None:
+        args, mix = self.args, Mix(chained=0.25, prefixed=0.6, describe_turns=4, by_object=True)
+        optimizer = _adamw([self.model], args.rate / 4, 0.05)
+        average = None
+        for step in range(steps):
+            _set_rate(optimizer, args.rate / 4 * _cosine(step, steps, 50))
+            batch = self.batches.draw(self.rng, args.batch, 4, mix)
+            visible = self.hide_picture(batch, args.blind_questions, args.blind_later)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, _, _ = self.forward(batch, visible)
+            answers = _next_token_loss(logits, batch.labels)
+            self.update(optimizer, answers)
+            average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
+            if step % 200 == 0:
+                self.log(f"contexts {step} ({step / steps:.0%}) loss {average:.4f}", self.accuracy(3))
+
+    def hide_picture(self, batch: Batch, share: float, later: float) -> torch.Tensor:
+        """`visible` with the picture hidden from the question words of a random `share` of samples,
+        `later` of those in which a description is asked for first."""
+        shares = torch.tensor([later if tasks[-1].startswith("then") else share for tasks in batch.tasks])
+        blind = batch.question & (torch.rand(len(batch.question)) < shares)[:, None]
         return batch.visible & ~(blind[:, :, None] & (batch.input_ids == self.batches.image_id)[:, None, :])
 
     def forward(self, batch: Batch, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -205,7 +234,8 @@ class Trainer:
         rng = np.random.default_rng(10**6)
         right: dict[str, list[bool]] = {}
         for i in range(batches):
-            batch = self.batches.draw(rng, self.args.batch, 4, chained=float(i % 2), describe=0.6)
+            mix = Mix(chained=float(i % 3 == 1), prefixed=float(i % 3 == 2), describe_turns=4)
+            batch = self.batches.draw(rng, self.args.batch, 4, mix)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, _, _ = self.forward(batch, batch.visible)
             hit = (logits[:, :-1].argmax(-1) == batch.labels[:, 1:]) | (batch.labels[:, 1:] == IGNORE)
@@ -259,10 +289,14 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500, help="batches of 64 for the vision tower")
     parser.add_argument("--word-steps", type=int, default=150, help="batches of 64 for projector and words")
     parser.add_argument("--steps", type=int, default=6000, help="batches for the whole model's answers")
+    parser.add_argument("--context-steps", type=int, default=500, help="batches for the last stage")
+    parser.add_argument("--start", default=None, help="weights after the third stage: run the last one alone")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
-    parser.add_argument("--chained", type=float, default=0.4, help="share of samples that are conversations")
+    parser.add_argument("--chained", type=float, default=0.3, help="share of samples that are conversations")
+    parser.add_argument("--prefixed", type=float, default=0.35, help="share that ask for a description first")
     parser.add_argument("--blind-questions", type=float, default=0.8, help="share of blind question words")
+    parser.add_argument("--blind-later", type=float, default=0.5, help="the same after a description was asked for")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
