@@ -162,8 +162,8 @@ def _quality(quality: dict) -> list[str]:
     rows = [row for row in quality["ordering"] if row["score"] == "generated"]
     near = [f"{r['K']} % against {r['against']} ({r['points']:+.1f} points)" for r in rows if r["standard errors"] < 2]
     said = (
-        "For K of 2 to 20 %, the prompt and what the reply attended to lie above the prompt alone, K alone and the prompt"
-        " with random tokens by two standard errors or more, paired by scene"
+        "For K of 2 to 20 %, the prompt and what the reply attended to lie above the prompt alone, K alone and the"
+        " prompt with random tokens by two standard errors or more, paired by scene"
     )
     lines += ["", f"{said}, but for {'; '.join(near)}." if near else f"{said}."]
     return [*lines, "", "![Right answers over the share of image tokens kept](docs/reprompt.png)"]
