@@ -44,7 +44,8 @@ class Step:
 
     Attributes:
         token: its text; empty while a character of several tokens is unfinished. token_id: its id. index: its
-            place in the answer. text: the answer so far. log_prob: of the token, before any sampling settings.
+            place in the answer. text: the answer so far, without special tokens. log_prob: of the token, before any
+            sampling settings.
     """
 
     def __init__(self, stream: Stream, index: int, token_id: int, token: str, text: str, log_prob: float):
@@ -121,7 +122,8 @@ class Stream(Iterator[Step]):
         self._sequence: Tensor | None = None
         self._record: Recording | None = None
         self._state: list[Any] = []
-        self._decoded = ""
+        self._special = set(vlm.processor.tokenizer.all_special_ids)
+        self._decoded = self._text = ""
         self._count = 0
         self._rules: tuple[Knockout, ...] = ()
         self._plan: Plan | None = None
@@ -173,7 +175,9 @@ class Stream(Iterator[Step]):
         if not now.endswith("\ufffd"):
             token = now[len(self._decoded) :] if now.startswith(self._decoded) else tokenizer.decode([token_id])
             self._decoded = now
-        step = Step(self, self._count, token_id, token, self._decoded.strip(), log_prob)
+            plain = now if self._special.isdisjoint(ids) else tokenizer.decode(ids, skip_special_tokens=True)
+            self._text = plain.strip()
+        step = Step(self, self._count, token_id, token, self._text, log_prob)
         if self._explain:
             step._recorded = self._record, cache, sequence  # type: ignore[assignment]
         self._count += 1

@@ -30,7 +30,7 @@ from mllm_fast.evaluation.localisation import Localisation, cells, widened
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.rows import Rows, write_parquet
 from mllm_fast.evaluation.run import ModelChoice, run
-from mllm_fast.evaluation.samples import pictures, scenes
+from mllm_fast.evaluation.samples import Samples, pictures, scenes
 from mllm_fast.layout import ImageLayout, Tile
 from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
@@ -120,7 +120,7 @@ def test_mean_and_error():
     ("layers", "expected"),
     [
         (1, ["from 0", "except 0-0"]),
-        (6, [*(f"from {i}" for i in range(6)), "except 2-4"]),
+        (6, [*(f"from {i}" for i in range(6)), "except 1-3"]),
         (32, [*(f"from {i}" for i in range(0, 32, 2)), "except 8-23"]),
         (80, [*(f"from {i}" for i in range(0, 80, 5)), "except 20-59"]),
     ],
@@ -271,7 +271,7 @@ def test_processes_and_kills_decide_nothing(tmp_path):
     two = run(evaluation, scenes(count), MODEL, tmp_path / "two", processes=2)
     assert alone == two
     command = [sys.executable, "-c", _ENDLESS.format(folder=str(tmp_path / "killed"))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path)
     process.stdout.readline()  # the first sample is done
     process.kill()
     process.wait()
@@ -296,6 +296,12 @@ tell = lambda done, total: done and print(done, flush=True)
 model = ModelChoice(device="cpu", threads=1)
 run(AttentionShare(max_new_tokens=6), scenes(200), model, Path({folder!r}), progress=tell)
 """
+
+
+def test_samples_of_one_name_are_refused(tmp_path):
+    samples = scenes(1)
+    with pytest.raises(InputError, match="two samples are called 'scene 0'"):
+        run(AttentionShare(), Samples([*samples.list, *samples.list], {}), MODEL, tmp_path)
 
 
 def test_pictures_of_a_folder(tmp_path):

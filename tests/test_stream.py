@@ -89,9 +89,12 @@ def test_a_padding_token_may_be_said(vlm, picture):
     ids = [*tokenizer("red blue").input_ids, tokenizer.pad_token_id, *tokenizer("green").input_ids]
     says = [*ids, tokenizer.eos_token_id]
     options = {"prefix_allowed_tokens_fn": lambda _, now: [says[len(now) - length]], "max_new_tokens": 9}
-    assert vlm.generate(picture, QUESTION, **options).token_ids == ids
+    said = vlm.generate(picture, QUESTION, **options)
+    assert said.token_ids == ids
     stream = vlm.stream(picture, QUESTION, **options)
-    assert [step.token_id for step in stream] == stream.answer.token_ids == ids
+    steps = list(stream)
+    assert [step.token_id for step in steps] == stream.answer.token_ids == ids
+    assert steps[-1].text == said.text == "red blue green"
 
 
 def test_log_probabilities_are_the_models(vlm, picture):

@@ -39,11 +39,12 @@ def mme_folder(tmp_path):
     inner = root / "posters" / "questions_answers_YN"
     inner.mkdir()
     (inner / "a.txt").write_text(PAIR)
-    for name in "bcde":
-        picture(root / "posters" / "images" / f"{name}.png")
+    for name in ("b.png", "c.png", "d.png", "e.png", "f.png", "f.jpg"):
+        picture(root / "posters" / "images" / name)
     (inner / "b.txt").write_text("Is there a dog?\tYes\n")
     (inner / "c.txt").write_text("Is there a dog? Yes\nIs there a cat?\tNo\n")
     (inner / "d.txt").write_text("Is there a dog?\tMaybe\nIs there a cat?\tNo\n")
+    (inner / "f.txt").write_text(PAIR)
     (root / "readme.txt").write_text("-")
     return root
 
@@ -61,6 +62,7 @@ def test_mme_as_it_is_published(mme_folder):
         "posters/c": "posters/c: 'Is there a dog? Yes' is no question, a tab, and yes or no",
         "posters/d": "posters/d: 'Is there a dog?\\tMaybe' is no question, a tab, and yes or no",
         "posters/e": "posters/e: its text file of questions is missing",
+        "posters/f": "posters/f: its picture is there 2 times",
     }
     assert {sample.group for sample in found.values()} == {"existence", "posters"}
     assert [sample.name for sample in mme(mme_folder, 1).list] == ["existence/000 1", "posters/a"]
@@ -72,7 +74,7 @@ def test_problems_are_rows(mme_folder, tmp_path):
     evaluation = Mme(max_new_tokens=1)
     report = evaluation.report(run(evaluation, mme(mme_folder), MODEL, tmp_path / "out"))
     assert report.figures["samples"] == 2
-    assert len(report.failed) == 6
+    assert len(report.failed) == 7
     assert "a.jpg" in report.failed["posters/a"]
 
 
@@ -92,7 +94,7 @@ def test_pope_as_it_is_published(lines, tmp_path):
     found = {sample.name: sample for sample in pope(tmp_path).list}
     first = found["coco_pope_popular/COCO_val2014_000000310196.jpg"]
     assert first.questions == (YesNo("Is there a dog?", True), YesNo("Is there a car?", False))
-    assert first.group == "popular"
+    assert first.group == "coco_pope_popular"
     assert found["coco_pope_popular/a b.png"].questions == (YesNo("Is there a cat?", False),)
     assert found["coco_pope_popular/gone.jpg"].problem.endswith("its picture is missing")
     assert "got 'perhaps'" in found["coco_pope_random/a b.png"].problem

@@ -38,21 +38,27 @@ def mme(folder: Path, count: int | None = None) -> Samples:
 
 def _task(task: Path) -> list[Sample]:
     pictures, texts = _by_stem(task, _PICTURES, ENDINGS), _by_stem(task, _QUESTIONS, (".txt",))
-    return [_mme_sample(task.name, stem, pictures.get(stem), texts.get(stem)) for stem in sorted({*pictures, *texts})]
+    stems = sorted({*pictures, *texts})
+    return [_mme_sample(task.name, stem, pictures.get(stem, []), texts.get(stem, [])) for stem in stems]
 
 
-def _by_stem(task: Path, inner: str, endings: tuple[str, ...]) -> dict[str, Path]:
+def _by_stem(task: Path, inner: str, endings: tuple[str, ...]) -> dict[str, list[Path]]:
     """Files of a task and of one folder in it, by their names without the ending."""
     places = [place for place in (task, task / inner) if place.is_dir()]
     found = (path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in endings)
-    return {path.stem: path for path in found}
+    by_stem: dict[str, list[Path]] = {}
+    for path in found:
+        by_stem.setdefault(path.stem, []).append(path)
+    return by_stem
 
 
-def _mme_sample(task: str, stem: str, picture: Path | None, text: Path | None) -> Sample:
+def _mme_sample(task: str, stem: str, pictures: list[Path], texts: list[Path]) -> Sample:
     name = f"{task}/{stem}"
-    if picture is None or text is None:
-        missing = "picture" if picture is None else "text file of questions"
-        return Sample(name, picture or text, group=task, problem=f"{name}: its {missing} is missing")  # type: ignore[arg-type]
+    for what, files in (("picture", pictures), ("text file of questions", texts)):
+        if len(files) != 1:
+            state = f"is there {len(files)} times" if files else "is missing"
+            return Sample(name, [*pictures, *texts][0], group=task, problem=f"{name}: its {what} {state}")
+    (picture,), (text,) = pictures, texts
     questions: list[YesNo] = []
     for line in text.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         if not line.strip():
@@ -83,13 +89,13 @@ def pope(folder: Path, pictures: Path | None = None, count: int | None = None) -
     known = {path.name: path for path in sorted(where.rglob("*")) if path.suffix.lower() in ENDINGS}
     found: list[Sample] = []
     for file in files:
-        group = file.stem.rsplit("_", 1)[-1]
+        place = file.relative_to(folder).with_suffix("").as_posix()
         asked: dict[str, list[Any]] = {}
         for entry in _entries(file):
             asked.setdefault(str(entry.get("image")), []).append(entry)
         for image, entries in list(asked.items())[:count]:
             found.append(
-                _pope_sample(f"{file.stem}/{image}", group, known.get(Path(image).name), where / image, entries)
+                _pope_sample(f"{place}/{image}", file.stem, known.get(Path(image).name), where / image, entries)
             )
     return Samples(found, {"pope": str(folder), "pictures": str(where)})
 

@@ -136,7 +136,7 @@ def configurations(num_layers: int) -> list[str]:
     """Layers to knock out: from each of up to 16 layers on, and all but the middle half."""
     starts = range(0, num_layers, -(-num_layers // _STARTS))
     half = max(1, num_layers // 2)
-    first = (num_layers - half + 1) // 2
+    first = (num_layers - half) // 2
     return [*(f"from {start}" for start in starts), f"except {first}-{first + half - 1}"]
 
 

@@ -60,6 +60,9 @@ def run(
     """
     if processes < 1:
         raise InputError(f"processes is at least 1, got {processes}")
+    names = [sample.name for sample in samples.list]
+    if len(set(names)) < len(names):
+        raise InputError(f"two samples are called {max(names, key=names.count)!r}: their rows could not be told apart")
     tell = progress or (lambda done, total: None)
     vlm = model.load()
     settings = {"evaluation": evaluation.name, **evaluation.settings, "samples": samples.origin}
