@@ -128,8 +128,7 @@ def _reprompt(reprompt: dict) -> list[str]:
         f"The context holds {asked['context megabytes']:.1f} MB, the uncompressed cache"
         f" {asked['uncompressed megabytes']:.1f}; keys and values at their peak: {peak['ask_many']:.0f} MB, 32 copies"
         f" {peak['32 copies']:,.0f} MB. Saving takes {ms['save']:.1f} ms and loading {ms['load']:.1f}"
-        f" ({files['over safetensors']:.2f} times safetensors alone, {files['over safetensors, flushed']:.2f} if that"
-        f" is flushed to the disk too); as int8 {size['int8']:.1f} MB, errors"
+        f" ({files['over safetensors']:.2f} times safetensors alone); as int8 {size['int8']:.1f} MB, errors"
         f" {files['int8 errors']['keys']:.1%} of keys and {files['int8 errors']['values']:.1%} of values. Loading a"
         f" context and asking it one question takes {ms['load, ask']:.0f} ms, `generate` from the picture"
         f" {ms['picture, generate']:.0f} ms.",
