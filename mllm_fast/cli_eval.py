@@ -82,11 +82,12 @@ def evaluate(
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
         from .evaluation.localisation import Localisation
-        from .evaluation.report import save, to_html
+        from .evaluation.report import check_charts, save, to_html
         from .evaluation.rows import SETTINGS, write_parquet
         from .evaluation.run import ModelChoice, run
         from .evaluation.yes_no import Mme, Pope, Redundancy
         from .files import write_whole
+    check_charts()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge: Judge | None = words
     if judge_model is not None:

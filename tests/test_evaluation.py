@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from mllm_fast.cli_eval import NAMES
+from mllm_fast.cli_eval import NAMES, evaluate
 from mllm_fast.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.evaluation import mean_and_error
@@ -339,6 +339,14 @@ def test_a_page_stands_alone(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"report.html", "report.md", "figures.json", "c.png"}
     assert "| &" not in (tmp_path / "report.md").read_text()
     assert to_html([(report, {}), (report, {})], "both").count("<h2") == 2
+
+
+def test_without_matplotlib_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"pip install 'mllm-fast\[viz\]'"):
+        evaluate("attention-share")
+    assert not list(tmp_path.iterdir())
 
 
 def eval_command(*arguments: str, folder) -> subprocess.CompletedProcess:

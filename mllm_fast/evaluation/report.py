@@ -29,6 +29,14 @@ _STYLE = (
 )
 
 
+def check_charts() -> None:
+    """Raise InputError if no chart can be drawn, before any work is done for one."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+
+
 @dataclass(frozen=True)
 class Table:
     """`rows` of cells; numbers as they are to be read, texts."""
@@ -50,11 +58,10 @@ class Chart:
 
     def png(self) -> bytes:
         """Raises InputError without matplotlib."""
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+        check_charts()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=self.size, dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         self.draw(figure)
