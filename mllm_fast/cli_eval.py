@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -77,7 +77,6 @@ def evaluate(
     chosen = NAMES if name == "all" else (name,)
     with progress("loading the libraries"):
         from .evaluation.attention_share import AttentionShare
-        from .evaluation.benchmarks import mme, pope, scene_pairs
         from .evaluation.judge import NounJudge, read_vocabulary
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
@@ -97,14 +96,11 @@ def evaluate(
     shares = tuple(parse_keep(text) for text in keep or ())
     if any(isinstance(share, int) for share in shares):
         raise InputError(f"--keep is a share here, 5% or 0.05, got {', '.join(keep or ())}")
-    samples = _pictures(images, masks, count, seed)
-    if masks is not None:
-        words = words or NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
-    asked = scene_pairs(_SCENES if count is None else count, seed)
-    if data is not None:
-        asked = pope(data, images, count) if name == "pope" else mme(data, count)
+    samples = {one: _samples(one, images, masks, data, count, seed) for one in chosen}
+    if masks is not None and words is None:
+        words = NounJudge({thing.name: () for sample in samples[name].list for thing in sample.things or ()})
     choice = ModelChoice(model, device, dtype, backend)
-    reports = []
+    reports: list[tuple[Report, dict[str, Any]]] = []
     evaluations: dict[str, Evaluation] = {
         AttentionShare.name: AttentionShare(prompt, max_new_tokens),
         KnockoutSweep.name: KnockoutSweep(prompt, reference, judge, max_new_tokens),
@@ -113,10 +109,12 @@ def evaluate(
         Redundancy.name: Redundancy(shares, prompt=prompt) if shares else Redundancy(prompt=prompt),
         Pope.name: Pope(shares, prompt),
     }
+    with progress(f"loading {model}"):
+        vlm = choice.load()
     for one in chosen:
         folder = out / one
         with _bar(one) as tell:
-            rows = run(evaluations[one], asked if one in _BENCHMARKS else samples, choice, folder, processes, tell)
+            rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm)
         if parquet:
             write_parquet(rows, folder / "rows.parquet")
         report = evaluations[one].report(rows)
@@ -152,10 +150,18 @@ def _check(name: str, images: Path | None, masks: Path | None, data: Path | None
         raise InputError("--masks belong to pictures: give their folder with --images")
 
 
-def _pictures(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
+def _samples(
+    name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
+) -> Samples:
+    """The pictures that an evaluation runs on."""
+    from .evaluation.benchmarks import mme, pope, scene_pairs
     from .evaluation.masks import coco, mask_folder
     from .evaluation.samples import pictures, scenes
 
+    if data is not None:
+        return pope(data, images, count) if name == "pope" else mme(data, count)
+    if name in _BENCHMARKS:
+        return scene_pairs(_SCENES if count is None else count, seed)
     if images is None:
         return scenes(_SCENES if count is None else count, seed)
     if masks is None:
@@ -190,11 +196,7 @@ def _print(report: Report) -> None:
 def _printed(table: Table) -> Printed:
     printed = Printed(title=table.title, title_justify="left", title_style="bold")
     for i, column in enumerate(table.columns):
-        printed.add_column(escape(column), justify="right" if i and _numeric(table, i) else "left", overflow="fold")
+        printed.add_column(escape(column), justify="right" if table.numeric(i) else "left", overflow="fold")
     for row in table.rows:
         printed.add_row(*map(escape, row))
     return printed
-
-
-def _numeric(table: Table, column: int) -> bool:
-    return all(row[column][:1].isdigit() or row[column] == "-" for row in table.rows)

@@ -10,6 +10,10 @@ class InputError(ValueError):
     exits with code 2."""
 
 
+class EndsRunError(InputError):
+    """What no single picture is to blame for: the next one would meet it as well."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, behind the error's name where that line says little."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -244,13 +244,15 @@ class Explanation:
         trace, first, last = self._trace, tokens.start, tokens.stop
         count, layers, device = len(tokens), self.num_layers, trace.residual.device
         wide = torch.promote_types(trace.output.dtype, torch.float32)
-        writes = []
+        width = trace.residual.shape[-1]
+        writes = torch.empty(count, layers, self.num_heads, width, dtype=wide, device=device)
         for layer, output in enumerate(trace.output[first:last].to(wide).permute(1, 2, 0, 3)):  # [H, T, D]
             weight = self._text.outputs[layer].weight.to(device=device, dtype=wide)
-            writes.append(output @ weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0))  # [H, D, d]
+            heads = output @ weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)  # [H, T, d]
+            writes[:, layer] = heads.transpose(0, 1)
         scores = logprob_increase(
             trace.residual[first:last].flatten(0, 1),
-            torch.stack(writes).permute(2, 0, 1, 3).flatten(0, 1),
+            writes.flatten(0, 1),
             torch.tensor(self.token_ids[first:last], device=device).repeat_interleave(layers),
             self._unembedding,
             norm=self.norm,

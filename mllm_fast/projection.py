@@ -67,7 +67,4 @@ def _values(ex: Explanation, token: int, vector: Tensor, space: str, write: bool
     if not write:
         return torch.log_softmax(text.logits(text.norm(vector.to(text.head.weight.dtype))).float(), -1)  # type: ignore[arg-type]
     unembedding, final = text.unembedding(), ex._trace.final[token].float()
-    if unembedding.kind == "layer":
-        vector, final = vector - vector.mean(), final - final.mean()
-    scale = torch.rsqrt(final.square().mean() + unembedding.eps)
-    return unembedding.times((vector.float() * scale)[:, None])[:, 0]
+    return unembedding.times((unembedding.centred(vector.float()) * unembedding.scale(final))[:, None])[:, 0]

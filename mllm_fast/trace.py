@@ -102,8 +102,8 @@ def make_trace(
                 f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
                 " use transformers' default cache and a sequence shorter than the model's sliding window"
             )
-        keys.append(_first(k[batch_index], length).to(record.device))
-        values.append(_first(v[batch_index], length).to(record.device))
+        keys.append(k[batch_index][:, :length].to(record.device))
+        values.append(v[batch_index][:, :length].to(record.device))
     return trace_of(record, keys, values, rows, batch_index=batch_index)
 
 
@@ -152,10 +152,6 @@ def _rows(layers: list[list[Tensor]], batch_index: int, count: int) -> Tensor:
     if len(joined[0]) > 1:
         joined, batch_index = [one[batch_index : batch_index + 1] for one in joined], 0
     return torch.stack(joined, 2)[batch_index, :count]
-
-
-def _first(heads: Tensor, length: int) -> Tensor:
-    return heads if heads.shape[1] == length else heads[:, :length]
 
 
 def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int) -> Tensor | None:

@@ -172,6 +172,33 @@ def test_weights_written_by_way_of_data_show(built, picture, tmp_path):
     assert mf.Context.load(path, vlm).num_tokens
 
 
+def test_another_configuration_is_another_model(built, picture, tmp_path):
+    vlm = mf.VLM(*built("llava"))
+    path = tmp_path / "photo.safetensors"
+    vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query").save(path)
+    config = vlm.model.config.text_config
+    before = config.rms_norm_eps
+    config.rms_norm_eps = 2 * before
+    try:
+        with pytest.raises(mf.InputError, match="another model"):
+            mf.Context.load(path, vlm)
+    finally:
+        config.rms_norm_eps = before
+    assert mf.Context.load(path, vlm).num_tokens
+
+
+def test_a_loaded_context_does_not_live_in_its_file(vlm, ctx, tmp_path):
+    path = tmp_path / "photo.safetensors"
+    ctx.save(path)
+    again = mf.Context.load(path, vlm)
+    with open(path, "r+b") as file:  # in place, as no tool of this library writes
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(bytes(size))
+    assert torch.equal(again.keys, ctx.keys)
+    assert torch.equal(again.values, ctx.values)
+
+
 def test_every_word_counts(built, picture, tmp_path):
     """A change of any 64-bit word of keys and values shows in the checksum."""
     vlm = mf.VLM(*built("llava"))

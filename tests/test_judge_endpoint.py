@@ -15,10 +15,12 @@ import pytest
 
 pytest.importorskip("openai")
 
-from mllm_fast.errors import InputError
+from mllm_fast.errors import EndsRunError, InputError
 from mllm_fast.evaluation.judge import Comparison, Unjudged
 from mllm_fast.evaluation.judge_endpoint import _EXAMPLES, EndpointJudge, parse
 from mllm_fast.evaluation.knockout_sweep import KnockoutSweep
+from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.samples import scenes
 
 KEY = "sk-secret-0123456789"
 GOOD = json.dumps({"a": ["dog", "ball"], "b": ["puppy"], "pairs": [[0, 0]]})
@@ -139,10 +141,22 @@ def test_a_wait_that_is_asked_for_is_kept(server, monkeypatch):
     assert waits == [7, 2, 4, 60]
 
 
+def test_after_a_refused_key_the_next_run_does_all(server, judge, tmp_path):
+    """No sample is written off for what is no fault of its own."""
+    sweep = KnockoutSweep(judge=judge)
+    todo = scenes(2)
+    server.replies = [(401, {})]
+    with pytest.raises(EndsRunError, match="status 401"):
+        run(sweep, todo, ModelChoice(), tmp_path / "rows")
+    server.replies = [GOOD] * 100
+    rows = run(sweep, todo, ModelChoice(), tmp_path / "rows")
+    assert all("tp" in row for one in rows.values() for row in one)
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_request_refused_as_such_ends_the_run_and_tells_no_key(server, judge, status):
     server.replies = [(status, {})]
-    with pytest.raises(InputError, match=f"status {status}") as caught:
+    with pytest.raises(EndsRunError, match=f"status {status}") as caught:
         judge.compare("a dog", "a puppy")
     assert KEY not in str(caught.value)
 

@@ -49,6 +49,21 @@ def test_positions_sum_to_the_head(explained):
                 assert sum(part[word] for part in parts) == pytest.approx(value, abs=1e-4)
 
 
+def test_a_layer_norm_takes_the_mean_off():
+    model, processor = BUILD["llava"]()
+    width = model.config.text_config.hidden_size
+    norm = torch.nn.LayerNorm(width)
+    torch.nn.init.normal_(norm.weight)
+    model.model.language_model.norm = norm
+    vlm = mf.VLM(model.double(), processor)
+    ex = vlm.explain(PICTURE, "what color is the circle ?", max_new_tokens=1)
+    write = vlm.text.projection(1, 0).detach() @ ex._trace.output[0, 1, 0]
+    scale = (ex._trace.final[0].var(correction=0) + norm.eps).rsqrt()
+    expected = vlm.text.head.weight.detach() @ (norm.weight.detach() * (write - write.mean()) * scale)
+    found = ex.project(0, 1, 0, k=3)
+    assert [value for _, value in found] == pytest.approx(expected.topk(3).values.tolist(), rel=1e-5)
+
+
 def test_the_embedding_space(explained):
     vlm, ex = explained
     table = vlm.text.decoder.get_input_embeddings().weight.detach()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from .base import Base, centred
+from .base import Base
 from .operators import OperatorCache, Operators, weight_state
 from .unembedding import Unembedding
 
@@ -96,7 +96,7 @@ def logprob_increase(
     scaled = values * after[..., None]
     if way == "direct":
         if own_mean:
-            scaled = scaled - scaled.mean(-1, keepdim=True)
+            scaled = unembedding.centred(scaled)
         if unembedding.gain is not None:
             scaled = scaled * unembedding.gain.to(wide)
         return kernel.increase(base, scaled, unembedding.weight, rescale, source)
@@ -119,18 +119,16 @@ def _scales(
     d_head Gram matrix, without making the write.
     """
     if norm == "frozen":
-        x = final.to(residual.dtype)  # type: ignore[union-attr]
-        return torch.rsqrt(centred(x, unembedding).square().mean(-1) + unembedding.eps), None
-    h = centred(residual, unembedding)
+        return unembedding.scale(final.to(residual.dtype)), None  # type: ignore[union-attr]
+    h = unembedding.centred(residual)
     width = residual.shape[-1]
     before = h.square().mean(-1) + unembedding.eps
     scale, before, h = torch.rsqrt(before), before[source, None], h[source, :, None]
     if outward is None:
-        w = centred(values, unembedding)
+        w = unembedding.centred(values)
         change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
     else:
-        if unembedding.kind == "layer":
-            outward = outward - outward.mean(-2, keepdim=True)
+        outward = unembedding.centred(outward.mT).mT
         change = 2 * (values @ (outward.mT @ h))[..., 0] + ((values @ (outward.mT @ outward)) * values).sum(-1)
     change = change / width
     root_before, root_after = before.sqrt(), (before + change).clamp_min(unembedding.eps).sqrt()

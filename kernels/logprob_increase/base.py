@@ -44,8 +44,3 @@ class Base:
             before = self.raw[source, tokens][:, None] / self.cap
             change = self.cap * (torch.tanh(before + change / self.cap) - torch.tanh(before))
         return change
-
-
-def centred(x: Tensor, unembedding: Unembedding) -> Tensor:
-    """x without what the final norm takes off it: its mean, or nothing."""
-    return x if unembedding.kind == "rms" else x - x.mean(-1, keepdim=True)

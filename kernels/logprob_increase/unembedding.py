@@ -40,6 +40,14 @@ class Unembedding:
             if tensor is not None and tensor.shape != (size,):
                 raise ValueError(f"{name} has shape [{size}], got {tuple(tensor.shape)}")
 
+    def centred(self, x: Tensor) -> Tensor:
+        """x [..., d] without what the norm takes off it: its mean, or nothing."""
+        return x if self.kind == "rms" else x - x.mean(-1, keepdim=True)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What the norm multiplies x [..., d] by, but for the gain: [...]."""
+        return torch.rsqrt(self.centred(x).square().mean(-1) + self.eps)
+
     def times(self, columns: Tensor) -> Tensor:
         """weight diag(gain) columns, [V, d] x [d, n] -> [V, n], accumulated in float32 or wider; the
         weight is widened a block of rows at a time, never as a whole."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..shares import TYPES
-from .evaluation import Evaluation, split
+from .evaluation import Evaluation
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
 from .samples import Sample
@@ -23,6 +23,7 @@ class AttentionShare(Evaluation):
     """A row a layer: the mean over heads and generated tokens of the attention that each type of token gets."""
 
     name: ClassVar[str] = "attention-share"
+    title: ClassVar[str] = "Where the generated tokens look"
 
     def __init__(self, prompt: str = "Describe the image.", max_new_tokens: int = 64):
         self.settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
@@ -36,11 +37,10 @@ class AttentionShare(Evaluation):
         layers = range(len(shares["image"]))
         return [{"layer": layer, **{name: shares[name][layer] for name in TYPES}} for layer in layers]
 
-    def report(self, rows: dict[str, list[Row]]) -> Report:
-        used, failed = split(rows)
-        samples = [one for one in used.values() if one]
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        samples = [one for one in rows.values() if one]
         if not samples:
-            return Report(self.name, _TITLE, ["No sample gave an answer."], [], [], {"samples": 0}, failed)
+            return self.nothing("No sample gave an answer.")
         # [type][sample, layer]
         shares = {name: np.array([[row[name] for row in one] for one in samples]) for name in TYPES}
         spread = {name: np.percentile(array, (25, 50, 75), axis=0) for name, array in shares.items()}
@@ -50,8 +50,8 @@ class AttentionShare(Evaluation):
             f"Median over {len(samples)} pictures. The picture gets most attention in layer {top} ({image[top]:.0%} of"
             f" it) and least in layer {int(image.argmin())} ({image.min():.0%})."
         ]
-        if len(samples) < len(used):
-            says.append(f"{len(used) - len(samples)} pictures were answered with nothing, and are left out.")
+        if len(samples) < len(rows):
+            says.append(f"{len(rows) - len(samples)} pictures were answered with nothing, and are left out.")
         table = Table(
             "Share of the generated tokens' attention, median (quartiles), %",
             ["layer", *TYPES],
@@ -67,10 +67,7 @@ class AttentionShare(Evaluation):
             "Share of the generated tokens' attention over layers, by type of token; bands span the quartiles of the"
             " pictures.",
         )
-        return Report(self.name, _TITLE, says, [table], [chart], figures, failed)
-
-
-_TITLE = "Where the generated tokens look"
+        return Report(self.name, self.title, says, [table], [chart], figures)
 
 
 def _cell(quartiles: np.ndarray) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ class Evaluation(ABC):
     """One figure of a paper. `settings`, plain JSON, decide its rows together with the model and the sample."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
     settings: dict[str, Any]
 
     @abstractmethod
@@ -27,18 +29,23 @@ class Evaluation(ABC):
         """The rows of one sample, plain JSON without NaN; the same whatever came before.
 
         Raises:
-            InputError, OSError: the sample cannot be used.
+            InputError, OSError: the sample cannot be used. EndsRunError: nor can any other.
         """
 
     @abstractmethod
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        """The report on the rows of the samples that could be used, one or more."""
+
     def report(self, rows: dict[str, list[Row]]) -> Report:
-        """The report on the rows of all samples."""
+        """The report on all samples, with why some could not be used."""
+        failed = {name: one[0]["error"] for name, one in rows.items() if one and "error" in one[0]}
+        used = {name: one for name, one in rows.items() if name not in failed}
+        found = self.findings(used) if used else self.nothing("No sample could be used.")
+        return replace(found, failed=failed)
 
-
-def split(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """The rows of the samples that could be used, and why the others could not."""
-    failed = {name: one[0]["error"] for name, one in rows.items() if one and "error" in one[0]}
-    return {name: one for name, one in rows.items() if name not in failed}, failed
+    def nothing(self, why: str) -> Report:
+        """A report without figures."""
+        return Report(self.name, self.title, [why], [], [], {})
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, first_line
+from ..errors import EndsRunError, first_line
 from ..files import write_whole
 from .judge import Comparison, Unjudged
 
@@ -94,7 +94,7 @@ class EndpointJudge:
 
         Raises:
             Unjudged: no usable answer after all attempts.
-            InputError: the endpoint refuses the key, the model or the request as such.
+            EndsRunError: the endpoint refuses the key, the model or the request as such.
         """
         messages = _messages(reference, said)
         kept = self._kept(messages)
@@ -133,7 +133,7 @@ class EndpointJudge:
             if status in (408, 409, 429) or status >= 500:
                 raise _Again(f"status {status}", _seconds(error.response.headers.get("retry-after"))) from None
             # the message of a refusal may repeat a part of the key
-            raise InputError(
+            raise EndsRunError(
                 f"the judge's endpoint refused the request with status {status}; see its key and model"
             ) from None
         tokens = reply.usage.total_tokens if reply.usage else 0
@@ -147,13 +147,13 @@ class EndpointJudge:
             try:
                 import openai
             except ImportError:
-                raise InputError("this judge needs openai: pip install 'mllm-fast[judge]'") from None
+                raise EndsRunError("this judge needs openai: pip install 'mllm-fast[judge]'") from None
             try:
                 self._client = openai.OpenAI(
                     base_url=self.base_url, api_key=self._key, timeout=self._timeout, max_retries=0
                 )
             except openai.OpenAIError:
-                raise InputError("the judge's endpoint needs a key: set OPENAI_API_KEY") from None
+                raise EndsRunError("the judge's endpoint needs a key: set OPENAI_API_KEY") from None
         return self._client
 
     def _kept(self, messages: Sequence[dict[str, str]]) -> Path | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError, check_choice
 from ..knockout import Knockout
-from .evaluation import Evaluation, mean_and_error, split
+from .evaluation import Evaluation, mean_and_error
 from .judge import Judge, Unjudged, scores, shapes_judge
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
@@ -35,6 +35,7 @@ class KnockoutSweep(Evaluation):
     """
 
     name: ClassVar[str] = "knockout-sweep"
+    title: ClassVar[str] = "What a description still names with the picture knocked out"
 
     def __init__(
         self,
@@ -71,25 +72,21 @@ class KnockoutSweep(Evaluation):
             return {"unjudged": str(error), "tokens": error.tokens}
         return {**found.counts, "tokens": found.tokens}
 
-    def report(self, rows: dict[str, list[Row]]) -> Report:
-        used, failed = split(rows)
-        title = "What a description still names with the picture knocked out"
-        if not used:
-            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
         found = {
-            (row["target"], row["layers"]): _mean([one[i] for one in used.values()])
-            for i, row in enumerate(next(iter(used.values())))
+            (row["target"], row["layers"]): _mean([one[i] for one in rows.values()])
+            for i, row in enumerate(next(iter(rows.values())))
         }
         everywhere = {target: found[target, "from 0"]["f1"][0] for target in TARGETS}
         band = next(layers for _, layers in found if layers.startswith("except"))
         compared = "its own description without a knockout" if self.settings["reference"] == "answer" else "the truth"
         says = [
-            f"Objects that the model names, against {compared}, over {len(used)} pictures. With the picture closed to"
+            f"Objects that the model names, against {compared}, over {len(rows)} pictures. With the picture closed to"
             f" the generated tokens in all layers F1 is {everywhere['generated']:.2f}, closed to the query"
             f" {everywhere['query']:.2f}, closed to both {everywhere['query+generated']:.2f}; closed to both in all"
             f" layers {band}, {found['query+generated', band]['f1'][0]:.2f}.",
         ]
-        every = [row for one in used.values() for row in one]
+        every = [row for one in rows.values() for row in one]
         unjudged = [row["unjudged"] for row in every if "unjudged" in row]
         if unjudged:
             says.append(f"{len(unjudged)} of {len(every)} descriptions are unjudged and left out: {unjudged[0]}.")
@@ -104,7 +101,7 @@ class KnockoutSweep(Evaluation):
                 for (target, layers), means in found.items()
             ],
         )
-        name, one = next(iter(used.items()))
+        name, one = next(iter(rows.items()))
         said = Table(
             f"What is said of {name}",
             ["image -> target", "layers", "answer"],
@@ -115,7 +112,7 @@ class KnockoutSweep(Evaluation):
             ],
         )
         figures = {
-            "samples": len(used),
+            "samples": len(rows),
             "unjudged": len(unjudged),
             "judge_tokens": tokens,
             "means": [
@@ -129,7 +126,7 @@ class KnockoutSweep(Evaluation):
             "F1 of the named objects when the picture is closed to the query, to the generated tokens or to both from a"
             " layer on; on the right in all layers but the middle half. Bars are standard errors.",
         )
-        return Report(self.name, title, says, [table, said], [chart], _finite(figures), failed)
+        return Report(self.name, self.title, says, [table, said], [chart], _finite(figures))
 
 
 def configurations(num_layers: int) -> list[str]:

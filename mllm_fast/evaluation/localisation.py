@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..layout import ImageLayout
-from .evaluation import Evaluation, mean_and_error, split
+from .evaluation import Evaluation, mean_and_error
 from .judge import NounJudge, shapes_judge
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..vlm import VLM
 
 BANDS = ("first third", "middle third", "last third", "all layers")
-_TITLE = "Does a word look at its object?"
 
 
 class Localisation(Evaluation):
@@ -34,6 +33,7 @@ class Localisation(Evaluation):
     """
 
     name: ClassVar[str] = "localisation"
+    title: ClassVar[str] = "Does a word look at its object?"
 
     def __init__(
         self,
@@ -67,18 +67,17 @@ class Localisation(Evaluation):
             found.append({"thing": mention.name, "token": token, **_peaks(ex, token, layout, hits)})
         return found
 
-    def report(self, rows: dict[str, list[Row]]) -> Report:
-        used, failed = split(rows)
-        words = [row for one in used.values() for row in one]
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        words = [row for one in rows.values() for row in one]
         if not words:
-            return Report(self.name, _TITLE, ["No word named an object of its picture."], [], [], {"words": 0}, failed)
+            return self.nothing("No word named an object of its picture.")
         chance = float(np.mean([row["chance"] for row in words]))
         layers = [mean_and_error([row["layers"][i] for row in words]) for i in range(len(words[0]["layers"]))]
         bands = {name: mean_and_error([row["bands"][name] for row in words]) for name in words[0]["bands"]}
         logprob = mean_and_error([row["logprob"] for row in words])
         best = int(np.argmax([mean for mean, _ in layers]))
         says = [
-            f"{len(words)} words that name an object, of {len(used)} pictures. The highest token of a word's"
+            f"{len(words)} words that name an object, of {len(rows)} pictures. The highest token of a word's"
             f" log-probability map lies at its object in {logprob[0]:.1%}; that of its attention in"
             f" {layers[best][0]:.1%} in layer {best}, the best one, and in {bands['all layers'][0]:.1%} averaged over"
             f" all layers. Chance is {chance:.1%}."
@@ -102,7 +101,7 @@ class Localisation(Evaluation):
             "How often the highest token of a word's attention lies at its object, layer by layer; beside it the word's"
             " log-probability map, and chance. Bars and the band are standard errors.",
         )
-        return Report(self.name, _TITLE, says, [table], [chart], figures, failed)
+        return Report(self.name, self.title, says, [table], [chart], figures)
 
 
 def cells(mask: np.ndarray, layout: ImageLayout) -> np.ndarray:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,15 @@ from ..files import write_whole
 
 # of Okabe and Ito's palette, which people who see few colours can tell apart
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_NUMBER = re.compile(r"[+\-−]?(\d|$)")  # and a dash where there is none
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem"
     ";color:#1a1a1a;background:#fff}"
     "h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.5rem;border-top:1px solid #ccc;padding-top:1rem}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
     "caption{text-align:left;font-weight:600;padding-bottom:.3rem}"
-    "th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
-    "th:first-child,td:first-child{text-align:left}"
+    "th,td{padding:.25rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}"
+    ".number{text-align:right;white-space:nowrap}"
     "figure{margin:1rem 0}figure img{max-width:100%;height:auto}figcaption,.note{color:#555;font-size:.9rem}"
     ".wide{overflow-x:auto}"
 )
@@ -45,6 +47,10 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def numeric(self, column: int) -> bool:
+        """Are its cells numbers? They are then set flush right."""
+        return all(_NUMBER.match(row[column]) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def to_markdown(report: Report) -> str:
     """The sentences and the tables."""
     lines = [f"# {report.title}", "", *report.says, ""]
     for table in report.tables:
-        lines += [f"**{table.title}**", "", _line(table.columns), _line(["---"] + ["---:"] * (len(table.columns) - 1))]
+        lines += [f"**{table.title}**", "", _line(table.columns), _line(_rules(table))]
         lines += [_line(row) for row in table.rows]
         lines += ["", table.note, ""] if table.note else [""]
     if report.failed:
@@ -112,6 +118,10 @@ def to_markdown(report: Report) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _rules(table: Table) -> list[str]:
+    return ["---:" if table.numeric(i) else "---" for i in range(len(table.columns))]
 
 
 def _failures(report: Report) -> str:
@@ -147,7 +157,12 @@ def _figure(chart: Chart) -> str:
 
 
 def _table(table: Table) -> str:
-    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
+    kinds = [' class="number"' if table.numeric(i) else "" for i in range(len(table.columns))]
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        parts = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(parts)}</tr>"
+
     body = "".join(row("td", cells) for cells in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     head = f"<caption>{html.escape(table.title)}</caption><thead>{row('th', table.columns)}</thead>"

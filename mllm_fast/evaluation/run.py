@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import InputError
+from ..errors import EndsRunError, InputError
 from ..fingerprint import fingerprint
 from .evaluation import Evaluation
 from .rows import Row, Rows
@@ -48,15 +48,17 @@ def run(
     folder: Path,
     processes: int = 1,
     progress: Progress | None = None,
+    vlm: VLM | None = None,
 ) -> dict[str, list[Row]]:
     """Make the rows that `folder` does not hold yet; all rows of the samples, in their order.
 
     A sample that cannot be used (a picture that is missing or damaged, a prompt beyond the model's window) gives one
     row {"error": why}. Killed at any moment, the next run goes on with what is missing; the number of processes
-    decides nothing but the time.
+    decides nothing but the time. `vlm`: the model, if it is loaded already.
 
     Raises:
-        InputError: the folder holds rows of other settings, or another run writes to it.
+        InputError: the folder holds rows of other settings, or another run writes to it. EndsRunError: what would fail
+            every sample, which then leaves no row.
     """
     if processes < 1:
         raise InputError(f"processes is at least 1, got {processes}")
@@ -64,7 +66,7 @@ def run(
     if len(set(names)) < len(names):
         raise InputError(f"two samples are called {max(names, key=names.count)!r}: their rows could not be told apart")
     tell = progress or (lambda done, total: None)
-    vlm = model.load()
+    vlm = vlm or model.load()
     settings = {"evaluation": evaluation.name, **evaluation.settings, "samples": samples.origin}
     store = Rows(folder, settings | {"model": model.name, "fingerprint": fingerprint(vlm.model)})
     with store.open():
@@ -84,6 +86,8 @@ def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
     """The rows of a sample, or the row that says why there are none."""
     try:
         return evaluation.rows(vlm, sample)
+    except EndsRunError:
+        raise
     except (InputError, OSError) as error:
         return [{"error": " ".join(str(error).split())}]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..compress import kept_count, read
 from ..errors import InputError
-from .evaluation import Evaluation, mean_and_error, split
+from .evaluation import Evaluation, mean_and_error
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
 from .samples import Sample
@@ -32,14 +32,9 @@ class Way(NamedTuple):
     def name(self) -> str:
         if self.parts == "query":
             return QUERY
-        share = f"{100 * self.keep:g} %"
-        return (
-            FULL
-            if self == Way(1.0, "query+image")
-            else f"query + {share}"
-            if self.parts != "image"
-            else f"{share} alone"
-        )
+        if self.parts == "image":
+            return f"{100 * self.keep:g} % alone"
+        return FULL if self.keep == 1 else f"query + {100 * self.keep:g} %"
 
 
 def ways(shares: Iterable[float]) -> list[Way]:
@@ -132,21 +127,19 @@ class Mme(YesNoBenchmark):
     """Table 1 of arXiv 2411.17491: ACC and ACC+ of each way, per task and over all."""
 
     name: ClassVar[str] = "mme"
+    title: ClassVar[str] = "Yes-or-no questions, answered from what is left of a picture"
 
-    def report(self, rows: dict[str, list[Row]]) -> Report:
-        used, failed = split(rows)
-        title = "Yes-or-no questions, answered from what is left of a picture"
-        if not used:
-            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
-        named = list(dict.fromkeys(row["way"] for row in next(iter(used.values()))))
-        groups = sorted({one[0]["group"] for one in used.values()})
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        named = list(dict.fromkeys(row["way"] for row in next(iter(rows.values()))))
+        groups = sorted({one[0]["group"] for one in rows.values()})
         of = lambda way, group=None: [  # noqa: E731
-            [row for row in one if row["way"] == way] for one in used.values() if group in (None, one[0]["group"])
+            [row for row in one if row["way"] == way] for one in rows.values() if group in (None, one[0]["group"])
         ]
         total = {way: accuracies(of(way)) for way in named}
         each = {group: {way: accuracies(of(way, group)) for way in named} for group in groups}
-        same = sum(len({row["truth"] for row in one}) == 1 for one in used.values())
-        says = [f"{len(used)} pictures in {len(groups)} tasks; answers that are neither yes nor no count as wrong."]
+        same = sum(len({row["truth"] for row in one}) == 1 for one in rows.values())
+        tasks = f"{len(groups)} task{'s' * (len(groups) != 1)}"
+        says = [f"{len(rows)} pictures in {tasks}; answers that are neither yes nor no count as wrong."]
         if same:
             says.append(f"Both answers are the same for {same} pictures.")
         columns = ["ACC", "ACC+", "neither", "tokens"]
@@ -162,30 +155,27 @@ class Mme(YesNoBenchmark):
                 [[g, *(f"{each[g][w]['ACC']:.1f} / {each[g][w]['ACC+']:.1f}" for w in named)] for g in groups],
             ),
         ]
-        figures = {"samples": len(used), "same answers": same, "total": total, "tasks": each}
-        return Report(self.name, title, says, tables, [], figures, failed)
+        figures = {"samples": len(rows), "same answers": same, "total": total, "tasks": each}
+        return Report(self.name, self.title, says, tables, [], figures)
 
 
 class Redundancy(YesNoBenchmark):
     """Figure 9 of arXiv 2411.17491: accuracy over the share of image tokens kept, with the query and without."""
 
     name: ClassVar[str] = "redundancy"
+    title: ClassVar[str] = "How many image tokens does an answer need?"
 
     def __init__(self, shares: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), **settings: Any):
         super().__init__(shares or (1.0,), **settings)
 
-    def report(self, rows: dict[str, list[Row]]) -> Report:
-        used, failed = split(rows)
-        title = "How many image tokens does an answer need?"
-        if not used:
-            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
         found: dict[str, tuple[float, float, float]] = {}
-        for way in dict.fromkeys(row["way"] for row in next(iter(used.values()))):
-            right = [[row["yes"] == row["truth"] for row in one if row["way"] == way] for one in used.values()]
-            tokens = np.mean([row["tokens"] for one in used.values() for row in one if row["way"] == way])
+        for way in dict.fromkeys(row["way"] for row in next(iter(rows.values()))):
+            right = [[row["yes"] == row["truth"] for row in one if row["way"] == way] for one in rows.values()]
+            tokens = np.mean([row["tokens"] for one in rows.values() for row in one if row["way"] == way])
             found[way] = *mean_and_error([100 * float(np.mean(one)) for one in right]), float(tokens)
         says = [
-            f"{len(used)} pictures: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
+            f"{len(rows)} pictures: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
             f" re-prompt), {found[QUERY][0]:.1f} % with the query alone ({found[QUERY][2]:.0f})."
         ]
         table = Table(
@@ -199,8 +189,8 @@ class Redundancy(YesNoBenchmark):
             "Right answers over the share of image tokens that each layer keeps, with the query's tokens and without;"
             " lines: everything, and the query alone. Bars are standard errors.",
         )
-        figures = {"samples": len(used), "right": {way: values[0] for way, values in found.items()}}
-        return Report(self.name, title, says, [table], [chart], figures, failed)
+        figures = {"samples": len(rows), "right": {way: values[0] for way, values in found.items()}}
+        return Report(self.name, self.title, says, [table], [chart], figures)
 
     def _draw(self, figure: Any, found: dict[str, tuple[float, float, float]]) -> None:
         axes = figure.subplots()
@@ -227,13 +217,10 @@ class Pope(YesNoBenchmark):
     """POPE: does the model see objects that are not there? Random, popular and adversarial questions."""
 
     name: ClassVar[str] = "pope"
+    title: ClassVar[str] = "Does the model see what is not there?"
 
-    def report(self, rows: dict[str, list[Row]]) -> Report:
-        used, failed = split(rows)
-        title = "Does the model see what is not there?"
-        if not used:
-            return Report(self.name, title, ["No sample could be used."], [], [], {"samples": 0}, failed)
-        every = [row for one in used.values() for row in one]
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        every = [row for one in rows.values() for row in one]
         named = list(dict.fromkeys((row["group"], row["way"]) for row in every))
         found = {
             f"{group}, {way}": detection([row for row in every if (row["group"], row["way"]) == (group, way)])
@@ -247,5 +234,5 @@ class Pope(YesNoBenchmark):
             [[name, *(cell(values[column]) for column in columns)] for name, values in found.items()],
             "An answer that is neither yes nor no counts as wrong, and not as yes.",
         )
-        says = [f"{len(every) // len({way for _, way in named})} questions about {len(used)} pictures."]
-        return Report(self.name, title, says, [table], [], {"samples": len(used), "figures": found}, failed)
+        says = [f"{len(every) // len({way for _, way in named})} questions about {len(rows)} pictures."]
+        return Report(self.name, self.title, says, [table], [], {"samples": len(rows), "figures": found})
