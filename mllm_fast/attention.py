@@ -22,11 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .adapters import TextModel
 from .knockout import Plan
-from .masks import Closed, RowMask, attend, row_mask, seen_by
+from .masks import Closed, RowMask, attend, row_mask, seen_by, weigh
 from .shares import Watcher
 
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
 Attending = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
+Weighing = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
 _names = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -96,10 +97,12 @@ def recording(
     shares: Watcher | None = None,
     backend: str = "auto",
     attending: Attending | None = None,
+    weighing: Weighing | None = None,
 ) -> Iterator[Recording]:
     """Run the text part on `masks.attend` and record the last `rows` rows of every forward pass inside.
 
-    `attending` takes its place: for who keeps keys and values, and the rule of who sees whom, elsewhere.
+    `attending` takes its place: for who keeps keys and values, and the rule of who sees whom, elsewhere. `weighing` is
+    given every layer's weights, by `masks.weigh`, through which gradients flow where they are on.
 
     Only the text part is touched: vision towers use the same interface of transformers. The name under
     which the functions are registered is new each time, so that several models do not meet; other threads
@@ -108,7 +111,7 @@ def recording(
     with model_lock(text):
         if str(text.config._attn_implementation).startswith("mllm_fast_"):
             raise RuntimeError("this model is being recorded already; leave that block first")
-        with _attached(text, rows, knockouts, shares, backend, attending) as record:
+        with _attached(text, rows, knockouts, shares, backend, attending, weighing) as record:
             yield record
 
 
@@ -120,6 +123,7 @@ def _attached(
     shares: Watcher | None,
     backend: str,
     attending: Attending | None,
+    weighing: Weighing | None,
 ) -> Iterator[Recording]:
     record = Recording(rows, len(text.layers), text.outputs[-1].weight.device)
     name = f"mllm_fast_{next(_names)}"
@@ -144,6 +148,10 @@ def _attached(
         closed = None
         if knockouts is not None and table is not None:
             closed = knockouts.segments(len(query), key.shape[2]), table
+        if weighing is not None:
+            output, alpha = weigh(query, key, value, attention_mask, scale, closed)
+            weighing(layer, alpha)
+            return output.transpose(1, 2).contiguous(), None
         if rows:
             record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)
         mass = False if shares is None else shares.wants(key.shape[2] - query.shape[2], query.shape[2])

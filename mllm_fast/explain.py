@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .adapters import TextModel
-from .errors import InputError
+from .errors import InputError, check_choice
 from .kernels import OperatorCache, logprob_increase, weight_state
-from .layout import TokenLayout
+from .layout import ImageLayout, TokenLayout
+from .maps import METHODS, find
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .verify import Replay, Verification
 
 Heads = int | str | Sequence[tuple[int, int]]
-METHODS = ("logprob", "attention")
 _WRITE_ELEMENTS = 1 << 24  # of the writes handed to the kernel at a time: 64 MiB of float32
 
 
@@ -143,19 +143,32 @@ class Explanation:
     def heatmap(self, token: int | str, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
         """A map over a picture's tokens, float32 [rows, cols] (`layout.images[image].grid`).
 
-        method: "logprob", the sum of the position scores of `heads`; "attention", the mean attention of all
-        layers and heads, the usual baseline. A thumbnail's tokens are spread over the cells they cover.
+        method: "logprob", the sum of the position scores of `heads`; or another way to draw a map, to compare with:
+            "attention", "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive" (see the modules of
+            `mllm_fast.maps`). All but the first two and "random" run the model again: not of a stream or a context.
+
+        A thumbnail's tokens are spread over the cells they cover.
         """
-        if method not in METHODS:
-            raise InputError(f"method is one of {', '.join(METHODS)}, got {method!r}")
-        if not 0 <= image < len(self.layout.images):
-            raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
-        where = self.layout.images[image]
-        if method == "logprob":
-            values = self.position_scores(token, heads).sum(0)
-        else:
-            values = self.attention(token).mean((0, 1))
-        return where.to_grid(values[where.positions])
+        where = self._image(image)
+        return where.to_grid(self.token_values(token, method, heads, image))
+
+    def token_values(self, token: int | str, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
+        """What `heatmap` lays on the grid: a number an image token, float32 [n], on the CPU."""
+        check_choice("method", method, METHODS)
+        return find(method)(self, self.token_index(token), self._image(image), heads).float().cpu()
+
+    @property
+    def replay(self) -> Replay:
+        """What is needed to run the sequence again.
+
+        Raises:
+            InputError: of explanations made by stream, or of a context.
+        """
+        if self._replay is None:
+            raise InputError(
+                "explanations made by stream, or of a context, keep too little to run the model again: use VLM.explain"
+            )
+        return self._replay
 
     def verify(
         self, top: float = 0.05, controls: int = 8, *, tokens: Sequence[int | str] | None = None, heads: Heads = 10
@@ -222,6 +235,11 @@ class Explanation:
         from .render import save
 
         save(self, path, None if token is None else self.token_index(token))
+
+    def _image(self, image: int) -> ImageLayout:
+        if not 0 <= image < len(self.layout.images):
+            raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
+        return self.layout.images[image]
 
     def _heads(self, index: int, heads: Heads) -> list[tuple[int, int]]:
         if heads == "all":

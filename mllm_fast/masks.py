@@ -150,6 +150,24 @@ def attend(
     return Attention(out, None, None if mass is False else share)
 
 
+def weigh(
+    query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | None, scale: float, closed: Closed | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend` with its weights as an array: output [B, H, R, D] and alpha [B, H, R, N], through which gradients
+    flow."""
+    if mask is None:
+        raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
+    rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    seen, bias = seen_by(mask, 0, rows, rows, keys, closed)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).mT * scale
+    scores = scores if bias is None else scores + bias
+    # the lowest number in place of -inf: a row that sees nothing would have no gradient but NaN
+    alpha = torch.softmax(scores.masked_fill(~seen, torch.finfo(wide).min), -1).masked_fill(~seen, 0)
+    return alpha.to(value.dtype) @ value, alpha
+
+
 def seen_by(
     mask: RowMask | Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
 ) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ knockout, applied to arXiv 2411.10950's maps)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,10 +91,6 @@ class Replay:
 @torch.inference_mode()
 def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads) -> Verification:
     """See `Explanation.verify`."""
-    if ex._replay is None:
-        raise InputError(
-            "explanations made by stream, or of a context, keep too little to be verified: use VLM.explain"
-        )
     if not 0 < top < 1:
         raise InputError(f"top is a share of the image's tokens between 0 and 1, got {top}")
     if controls < 1:
@@ -104,15 +101,21 @@ def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads)
     generator = torch.Generator().manual_seed(_SEED)
     random = [patches[torch.randperm(len(patches), generator=generator)[:count]] for _ in range(controls)]
     variants = [patches[:0], order[:count], order[-count:], *random]
-    logs = _log_probs(ex, token, variants)
+    logs = log_probs(ex, token, variants)
     change = [float(x) for x in logs[1:] - logs[0]]
     return Verification(token, float(logs[0]), count, len(patches), change[0], change[1], tuple(change[2:]))
 
 
-def _log_probs(ex: Explanation, token: int, variants: list[Tensor]) -> Tensor:
-    """log p(token) with each set of patches knocked out, float32 [len(variants)]."""
-    replay, trace = ex._replay, ex._trace
-    assert replay is not None
+@torch.inference_mode()
+def log_probs(ex: Explanation, token: int, variants: Sequence[Tensor]) -> Tensor:
+    """log p(token) with each set of patches (positions) knocked out, image patches -> query and generated in all
+    layers: float32 [len(variants)].
+
+    Raises:
+        InputError: the explanation keeps too little, see `Explanation.replay`.
+    """
+    ex.replay  # noqa: B018
+    trace = ex._trace
     # rows before the first one that a knockout touches are as they were
     rows = torch.cat([ex.layout.positions("query"), ex.layout.positions("generated")])
     row = int(trace.rows[token])
@@ -124,11 +127,10 @@ def _log_probs(ex: Explanation, token: int, variants: list[Tensor]) -> Tensor:
     return torch.log_softmax(logits, -1)[:, ex.token_ids[token]].cpu()
 
 
-def _run(ex: Explanation, variants: list[Tensor], first: int, row: int) -> Tensor:
+def _run(ex: Explanation, variants: Sequence[Tensor], first: int, row: int) -> Tensor:
     """The logits at `row`, [len(variants), V]: positions first .. row run again, over the keys and values of those
     before."""
-    replay, trace = ex._replay, ex._trace
-    assert replay is not None
+    replay, trace = ex.replay, ex._trace
     text, count = replay.text, len(variants)
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(zip(trace.keys, trace.values, strict=True)):

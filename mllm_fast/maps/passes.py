@@ -1,0 +1,60 @@
+"""The explained sequence run again up to one row, for maps that need more than was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention import Weighing, model_lock, recording
+from ..knockout import plan_of
+
+if TYPE_CHECKING:
+    from ..explain import Explanation
+
+
+def hidden_states(ex: Explanation, stop: int, weighing: Weighing | None = None, embeds: Tensor | None = None) -> Tensor:
+    """The final norm's output of the first `stop` positions, [stop, d], under the explanation's own knockouts.
+
+    weighing: given each layer's attention, [1, H, stop, stop]; gradients flow only with it. embeds: in place of
+    `input_embeddings`.
+    """
+    replay = ex.replay
+    text, positions = replay.text, replay.positions
+    embeds = input_embeddings(ex, stop) if embeds is None else embeds
+    plan = plan_of(replay.rules, [ex.layout], len(text.layers), device=embeds.device)
+    with recording(text, knockouts=plan, backend=replay.backend, weighing=weighing):
+        found = text.decoder(
+            inputs_embeds=embeds[None],
+            attention_mask=None,
+            position_ids=None if positions is None else positions[..., :stop],
+            use_cache=False,
+        )
+    return found.last_hidden_state[0]
+
+
+def input_embeddings(ex: Explanation, stop: int) -> Tensor:
+    """What the decoder reads at the first `stop` positions, [stop, d], image tokens included."""
+    return ex.replay.embeds[0, :stop]
+
+
+@contextmanager
+def differentiable(ex: Explanation, stop: int) -> Iterator[Tensor]:
+    """The input embeddings as a leaf [stop, d]: inside, gradients are on for it and off for the weights."""
+    with model_lock(ex.replay.text), torch.inference_mode(False), torch.enable_grad():
+        weights = [weight for weight in _weights(ex) if weight.requires_grad]
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            yield input_embeddings(ex, stop).clone().requires_grad_()
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+
+
+def _weights(ex: Explanation) -> Iterator[Tensor]:
+    yield from ex.replay.text.decoder.parameters()
+    yield from ex.replay.text.head.parameters()
