@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .evaluation.run import Progress
     from .evaluation.samples import Samples
 
-NAMES = ("attention-share", "knockout-sweep", "localisation", "mme", "redundancy", "pope")
+NAMES = ("attention-share", "knockout-sweep", "localisation", "fidelity", "mme", "redundancy", "pope")
+_NEEDS_MASKS = ("localisation", "fidelity")
 _BENCHMARKS = ("mme", "redundancy", "pope")
 _SCENES = 40
 
@@ -77,6 +78,7 @@ def evaluate(
     chosen = NAMES if name == "all" else (name,)
     with progress("loading the libraries"):
         from .evaluation.attention_share import AttentionShare
+        from .evaluation.fidelity import Fidelity
         from .evaluation.judge import NounJudge, read_vocabulary
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
@@ -105,6 +107,7 @@ def evaluate(
         AttentionShare.name: AttentionShare(prompt, max_new_tokens),
         KnockoutSweep.name: KnockoutSweep(prompt, reference, judge, max_new_tokens),
         Localisation.name: Localisation(prompt, words, max_new_tokens=max_new_tokens),
+        Fidelity.name: Fidelity(prompt, words, max_new_tokens=max_new_tokens),
         Mme.name: Mme(shares or (0.02, 0.05), prompt),
         Redundancy.name: Redundancy(shares, prompt=prompt) if shares else Redundancy(prompt=prompt),
         Pope.name: Pope(shares, prompt),
@@ -144,8 +147,8 @@ def _check(name: str, images: Path | None, masks: Path | None, data: Path | None
         raise InputError(f"--data is a benchmark's folder, for {', '.join(_BENCHMARKS)}, not for {name}")
     if name in _BENCHMARKS and images is not None and (data is None or name != "pope"):
         raise InputError(f"{name} needs questions: give the benchmark's folder with --data")
-    if name == "localisation" and images is not None and masks is None:
-        raise InputError("localisation needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
+    if name in _NEEDS_MASKS and images is not None and masks is None:
+        raise InputError(f"{name} needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
     if masks is not None and (images is None or name in _BENCHMARKS):
         raise InputError("--masks belong to pictures: give their folder with --images")
 

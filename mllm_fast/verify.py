@@ -109,7 +109,7 @@ def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads)
 @torch.inference_mode()
 def log_probs(ex: Explanation, token: int, variants: Sequence[Tensor]) -> Tensor:
     """log p(token) with each set of patches (positions) knocked out, image patches -> query and generated in all
-    layers: float32 [len(variants)].
+    layers: float64 [len(variants)].
 
     Raises:
         InputError: the explanation keeps too little, see `Explanation.replay`.
@@ -123,7 +123,8 @@ def log_probs(ex: Explanation, token: int, variants: Sequence[Tensor]) -> Tensor
     each = sum(k[:, : row + 1].nbytes for k in (*trace.keys, *trace.values))
     step = max(1, _CACHE_BYTES // each)
     parts = [_run(ex, variants[i : i + step], first, row) for i in range(0, len(variants), step)]
-    logits = torch.cat(parts).float()
+    # where p is near 1 the differences of log p drown in float32
+    logits = torch.cat(parts).double()
     return torch.log_softmax(logits, -1)[:, ex.token_ids[token]].cpu()
 
 

@@ -20,17 +20,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from mllm_fast import cli
 from mllm_fast.cli_eval import NAMES, evaluate
 from mllm_fast.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.evaluation import mean_and_error
 from mllm_fast.evaluation.judge import NounJudge, read_vocabulary, scores, shapes_judge
 from mllm_fast.evaluation.knockout_sweep import KnockoutSweep, configurations
-from mllm_fast.evaluation.localisation import Localisation, cells, widened
+from mllm_fast.evaluation.localisation import Localisation
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.rows import Rows, write_parquet
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import Samples, pictures, scenes
+from mllm_fast.evaluation.words import cells, widened
 from mllm_fast.layout import ImageLayout, Tile
 from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
@@ -392,6 +394,7 @@ def test_the_command(tmp_path):
         (["mme", "--keep", "5"], "--keep is a share here, 5% or 0.05, got 5"),
         (["attention-share", "--images", "gone"], "is no folder of pictures"),
         (["localisation", "--images", "."], "give --masks"),
+        (["fidelity", "--images", "."], "fidelity needs your pictures' objects: give --masks"),
         (["localisation", "--masks", "."], "give their folder with --images"),
         (["localisation", "--images", ".", "--masks", "gone.json"], "there is no such file"),
         (["mme", "--count", "0"], "at least 1, got 0"),
@@ -402,8 +405,12 @@ def test_the_command(tmp_path):
         (["knockout-sweep", "--reference", "me"], "reference is one of answer, truth, got 'me'"),
     ],
 )
-def test_bad_commands(arguments, message, tmp_path):
-    done = eval_command(*arguments, folder=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not done.stdout
+def test_bad_commands(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mllm-fast", "eval", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert message in err
+    assert not out

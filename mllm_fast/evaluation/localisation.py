@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from ..layout import ImageLayout
 from .evaluation import Evaluation, mean_and_error
 from .judge import NounJudge, shapes_judge
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
 from .samples import Sample
+from .words import Word, words_at_objects
 
 if TYPE_CHECKING:
     from ..explain import Explanation
@@ -56,16 +56,8 @@ class Localisation(Evaluation):
         if sample.things is None:
             raise InputError(f"{sample.name}: no masks are known of its objects")
         ex = vlm.explain(sample.image, self.settings["prompt"], max_new_tokens=self.settings["max_new_tokens"])
-        found: list[Row] = []
-        layout, starts = ex.layout.images[0], np.cumsum([0, *map(len, ex.tokens)])
-        for mention in self.words.mentions("".join(ex.tokens)):
-            masks = [thing.mask for thing in sample.things if thing.name == mention.name]
-            if not masks:
-                continue
-            token = int(np.searchsorted(starts, mention.noun, side="right")) - 1
-            hits = widened(cells(np.any(masks, 0), layout), self.settings["near"])
-            found.append({"thing": mention.name, "token": token, **_peaks(ex, token, layout, hits)})
-        return found
+        words = words_at_objects(ex, self.words, sample.things, self.settings["near"])
+        return [{"thing": word.name, "token": word.token, **_peaks(ex, word)} for word in words]
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         words = [row for one in rows.values() for row in one]
@@ -104,35 +96,12 @@ class Localisation(Evaluation):
         return Report(self.name, self.title, says, [table], [chart], figures)
 
 
-def cells(mask: np.ndarray, layout: ImageLayout) -> np.ndarray:
-    """The cells of an image's grid with at least one pixel of a mask (bool [height, width]), bool [rows, cols]."""
-    width, height = layout.size
-    if mask.shape != (height, width):
-        raise InputError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {width} x {height}")
-    rows, cols = layout.grid
-    left, top, right, bottom = layout.box
-    y, x = np.nonzero(mask)
-    # the pixel's middle tells its cell
-    row, col = (y + 0.5 - top) / (bottom - top) * rows, (x + 0.5 - left) / (right - left) * cols
-    inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
-    found = np.zeros((rows, cols), bool)
-    found[row[inside].astype(int), col[inside].astype(int)] = True
-    return found
-
-
-def widened(cells: np.ndarray, by: int) -> np.ndarray:
-    """The cells within `by` of one that is set, diagonals included."""
-    padded = np.pad(cells, by)
-    rows, cols = cells.shape
-    shifts = [padded[i : i + rows, j : j + cols] for i in range(2 * by + 1) for j in range(2 * by + 1)]
-    return np.any(shifts, 0)
-
-
-def _peaks(ex: Explanation, token: int, layout: ImageLayout, hits: np.ndarray) -> Row:
-    attention = ex.attention(token).mean(1)[:, layout.positions]  # [layers, tokens]
+def _peaks(ex: Explanation, word: Word) -> Row:
+    layout = ex.layout.images[0]
+    attention = ex.attention(word.token).mean(1)[:, layout.positions]  # [layers, tokens]
     thirds = np.array_split(np.arange(len(attention)), 3)
     parts = dict(zip(BANDS, [*thirds, np.arange(len(attention))], strict=True))
-    peak = lambda values: bool(hits.flat[int(values.argmax())])  # noqa: E731
+    peak = lambda values: bool(word.hits.flat[int(values.argmax())])  # noqa: E731
 
     def at(values: Tensor) -> bool:
         return peak(layout.to_grid(values))
@@ -140,8 +109,8 @@ def _peaks(ex: Explanation, token: int, layout: ImageLayout, hits: np.ndarray) -
     return {
         "layers": [at(values) for values in attention],
         "bands": {name: at(attention[which].mean(0)) for name, which in parts.items() if len(which)},
-        "logprob": peak(ex.heatmap(token)),
-        "chance": float(hits.mean()),
+        "logprob": peak(ex.heatmap(word.token)),
+        "chance": float(word.hits.mean()),
     }
 
 
