@@ -171,9 +171,11 @@ def _attached(
         return hook
 
     def before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if kwargs.get("inputs_embeds") is not None:
-            record.embeds.append(kwargs["inputs_embeds"])
-            record.positions.append(kwargs.get("position_ids"))
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:  # a model without eyes
+            embeds = text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])  # type: ignore[operator]
+        record.embeds.append(embeds)
+        record.positions.append(kwargs.get("position_ids"))
 
     handles = []
     try:

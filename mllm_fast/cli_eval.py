@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .evaluation.run import Progress
     from .evaluation.samples import Samples
 
-NAMES = ("attention-share", "knockout-sweep", "localisation", "fidelity", "mme", "redundancy", "pope")
-_NEEDS_MASKS = ("localisation", "fidelity")
+NAMES = ("attention-share", "knockout-sweep", "heads", "localisation", "fidelity", "mme", "redundancy", "pope")
+_NEEDS_MASKS = ("heads", "localisation", "fidelity")
 _BENCHMARKS = ("mme", "redundancy", "pope")
 _SCENES = 40
 
@@ -65,6 +65,15 @@ def evaluate(
     reference: Annotated[
         str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
     ] = "answer",
+    question: Annotated[
+        str, typer.Option(help="heads: what is asked of an object; {noun} is its name.")
+    ] = "what color is the {noun}?",
+    statement: Annotated[
+        str, typer.Option(help="heads: the sentence that answers it, for the textual question.")
+    ] = "the {noun} is {attribute}.",
+    second_model: Annotated[
+        str | None, typer.Option(help="heads: a language model to compare with, a folder or a hub id.")
+    ] = None,
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
     parquet: Annotated[bool, typer.Option("--parquet", help="Write the rows as rows.parquet as well.")] = False,
     model: Model = "shapes",
@@ -79,6 +88,7 @@ def evaluate(
     with progress("loading the libraries"):
         from .evaluation.attention_share import AttentionShare
         from .evaluation.fidelity import Fidelity
+        from .evaluation.heads import Heads
         from .evaluation.judge import NounJudge, read_vocabulary
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
@@ -103,15 +113,17 @@ def evaluate(
         words = NounJudge({thing.name: () for sample in samples[name].list for thing in sample.things or ()})
     choice = ModelChoice(model, device, dtype, backend)
     reports: list[tuple[Report, dict[str, Any]]] = []
-    evaluations: dict[str, Evaluation] = {
-        AttentionShare.name: AttentionShare(prompt, max_new_tokens),
-        KnockoutSweep.name: KnockoutSweep(prompt, reference, judge, max_new_tokens),
-        Localisation.name: Localisation(prompt, words, max_new_tokens=max_new_tokens),
-        Fidelity.name: Fidelity(prompt, words, max_new_tokens=max_new_tokens),
-        Mme.name: Mme(shares or (0.02, 0.05), prompt),
-        Redundancy.name: Redundancy(shares, prompt=prompt) if shares else Redundancy(prompt=prompt),
-        Pope.name: Pope(shares, prompt),
+    make: dict[str, Callable[[], Evaluation]] = {
+        AttentionShare.name: lambda: AttentionShare(prompt, max_new_tokens),
+        KnockoutSweep.name: lambda: KnockoutSweep(prompt, reference, judge, max_new_tokens),
+        Heads.name: lambda: Heads(question, statement, words, second_model=second_model),
+        Localisation.name: lambda: Localisation(prompt, words, max_new_tokens=max_new_tokens),
+        Fidelity.name: lambda: Fidelity(prompt, words, max_new_tokens=max_new_tokens),
+        Mme.name: lambda: Mme(shares or (0.02, 0.05), prompt),
+        Redundancy.name: lambda: Redundancy(shares, prompt=prompt) if shares else Redundancy(prompt=prompt),
+        Pope.name: lambda: Pope(shares, prompt),
     }
+    evaluations = {one: make[one]() for one in chosen}
     with progress(f"loading {model}"):
         vlm = choice.load()
     for one in chosen:

@@ -151,6 +151,8 @@ def read(
     one_answer("compress", options)
     _check_full_attention(vlm)
     pictures = vlm.prompts.load(image)
+    if not pictures:
+        raise InputError("there is no picture to compress; give one, or a list of them")
     inputs, (layout,), _ = vlm.prompts.prepare([pictures], [prompt])
     watched: dict[str, Tensor] = {}
     description, peak = "", 0

@@ -237,6 +237,8 @@ class Explanation:
         save(self, path, None if token is None else self.token_index(token))
 
     def _image(self, image: int) -> ImageLayout:
+        if not self.layout.images:
+            raise InputError("the prompt has no picture to lay a map on")
         if not 0 <= image < len(self.layout.images):
             raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
         return self.layout.images[image]

@@ -64,7 +64,7 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
 
     source = model_folder(name)
     _check_folder(name, Path(source))
-    with _failures(name), _quiet():
+    with failures(name), quiet():
         settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise InputError(f"{name}: config.json does not describe a model; copy it again")
@@ -77,7 +77,7 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
         )
     if "vision_config" not in settings:
         raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
-    with _failures(name), _quiet():
+    with failures(name), quiet():
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
         loader: Any = AutoModelForImageTextToText
@@ -86,7 +86,7 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
     if missing:
         raise InputError(f"{name}: the weights lack {len(missing)} tensors, {missing[0]} among them; copy them again")
     if "device_map" not in options:
-        with _failures(name):
+        with failures(name):
             model = model.to(device)
     return model.eval(), processor
 
@@ -135,7 +135,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _failures(name: str) -> Iterator[None]:
+def failures(name: str) -> Iterator[None]:
     """transformers' many exceptions for a model that cannot be loaded, as one line."""
     try:
         yield
@@ -146,7 +146,7 @@ def _failures(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and notes of the libraries while a model loads: stdout and stderr are the caller's."""
     from transformers.utils import logging as hf_logging
 

@@ -32,7 +32,7 @@ def project(
     if k < 1:
         raise InputError(f"k is at least 1, got {k}")
     vector = _write(ex, token, layer, head, position) if head is not None else _residual(ex, token, layer)
-    values = _values(ex, token, vector, space, head is not None).float().cpu()
+    values = word_values(ex, token, vector, space, head is not None).float().cpu()
     best = values.topk(min(k, len(values)))
     return [(ex._decode([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
@@ -58,8 +58,10 @@ def _write(ex: Explanation, token: int, layer: int, head: int, position: int | N
     return ex._text.projection(layer, head).to(value) @ value
 
 
-def _values(ex: Explanation, token: int, vector: Tensor, space: str, write: bool) -> Tensor:
-    """[V]: of each word."""
+@torch.no_grad()
+def word_values(ex: Explanation, token: int, vector: Tensor, space: str, write: bool = False) -> Tensor:
+    """What `project` ranks, of every word: [V] of a vector [d], in float32 or wider. `write`: it is no residual vector
+    but added to one."""
     text = ex._text
     if space == "embedding":
         table = text.decoder.get_input_embeddings().weight  # type: ignore[operator]

@@ -33,11 +33,13 @@ class Prompts:
         self.max_pixels = max_pixels
         self.window: int | None = getattr(config, "max_position_embeddings", None)
 
-    def load(self, image: Images) -> list[Any]:
-        """The pictures of one prompt."""
+    def load(self, image: Images | None) -> list[Any]:
+        """The pictures of one prompt; none for a prompt of text alone, where None is given."""
+        if image is None:
+            return []
         many = image if isinstance(image, (list, tuple)) else [image]
         if not many:
-            raise InputError("no picture was given; give one, or a list of them")
+            raise InputError("no picture was given; give one, a list of them, or None for text alone")
         return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
 
     def pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
@@ -76,12 +78,16 @@ class Prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the picture")
             self._check_text(prompt, "prompt")
+        if any(pictures) and not all(pictures):
+            raise InputError("a batch has pictures for all of its prompts or for none")
         several = len(prompts) > 1
         batch = {"padding": True, "padding_side": "left"} if several else {}
         try:
             texts = [self.text(len(images), prompt) for images, prompt in zip(pictures, prompts, strict=True)]
             given = (pictures, texts) if several else (pictures[0], texts[0])
-            inputs = self.processor(images=given[0], text=given[1], return_tensors="pt", **batch)
+            inputs = self.processor(
+                images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
+            )
         except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise
             raise InputError(f"the processor cannot take this picture and prompt: {first_line(error)}") from error
         for name, value in inputs.items():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save as save_tensors
 
+from .errors import InputError
 from .explain import Explanation
 from .files import check_target, write_whole
 
@@ -80,6 +81,8 @@ def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]
 def _png(ex: Explanation, token: int | None) -> bytes:
     from .picture import draw_sheet, draw_token
 
+    if not ex.images:
+        raise InputError("an explanation of text alone has no picture: save it as .html, .json or .safetensors")
     if token is None and len(ex.tokens) > 1:
         return _encode(draw_sheet(ex))
     return _encode(draw_token(ex, token or 0))

@@ -96,6 +96,8 @@ def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads)
     if controls < 1:
         raise InputError(f"controls is at least 1, got {controls}")
     patches = ex.layout.positions("image")
+    if not len(patches):
+        raise InputError("the prompt has no picture, so there are no patches to knock out")
     count = max(1, math.ceil(top * len(patches)))
     order = patches[ex.position_scores(token, heads).sum(0)[patches].argsort(descending=True, stable=True)]
     generator = torch.Generator().manual_seed(_SEED)

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .adapters import find_adapter, text_model
+from .adapters import Adapter, find_adapter, text_model
 from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
 from .compress import PARTS, SCORES, kept_count, read
@@ -44,6 +44,7 @@ class VLM:
         max_pixels: largest picture that is read, in pixels.
         operator_bytes: budget of the operator cache that makes repeated explanations fast.
         backend: of the kernels, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
+        adapter: where the model keeps its parts, for an architecture that is not listed.
 
     Raises:
         InputError: the architecture is not supported, or the backend unknown or of no use on the model's device.
@@ -57,8 +58,9 @@ class VLM:
         max_pixels: int = MAX_PIXELS,
         operator_bytes: int = _OPERATOR_BYTES,
         backend: str = "auto",
+        adapter: Adapter | None = None,
     ):
-        self.adapter = find_adapter(model)
+        self.adapter = find_adapter(model) if adapter is None else adapter
         try:  # a choice that cannot serve is refused here, not by the first call that needs it
             choose(model.device, model.dtype, backend, op="knockout_attention")
         except ValueError as error:
@@ -91,7 +93,7 @@ class VLM:
         return cls(model, processor, max_pixels=max_pixels, backend=backend)
 
     @overload
-    def generate(self, image: Images, prompt: str, **options: Any) -> Answer: ...
+    def generate(self, image: Images | None, prompt: str, **options: Any) -> Answer: ...
     @overload
     def generate(self, image: Sequence[Images], prompt: list[str], **options: Any) -> list[Answer]: ...
 
@@ -108,7 +110,8 @@ class VLM:
         """Answer a prompt about one picture, or about several.
 
         Args:
-            image: a picture, or several for one prompt; for a list of prompts a list as long, of these.
+            image: a picture, several for one prompt, or None for text alone; for a list of prompts a list as long, of
+                these.
             prompt: the question, without the image placeholder; or a list of prompts, answered in one batch.
             knockout: what may not attend to what; one `Knockout` or several.
             attention_share: sum up where the generated tokens look, see `Answer`; for one answer a prompt.
@@ -135,7 +138,7 @@ class VLM:
 
     def explain(
         self,
-        image: Images,
+        image: Images | None,
         prompt: str,
         answer: str | None = None,
         *,
@@ -147,7 +150,7 @@ class VLM:
         """Generate an answer, or force `answer`, and explain every token of it from that one pass.
 
         Args:
-            image: a picture, or several for one prompt.
+            image: a picture, several for one prompt, or None for a prompt of text alone.
             prompt: the question, without the image placeholder.
             answer: the text to be explained in place of the model's own answer.
             norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
@@ -187,7 +190,7 @@ class VLM:
 
     def stream(
         self,
-        image: Images,
+        image: Images | None,
         prompt: str,
         *,
         explain: bool = False,
@@ -258,7 +261,7 @@ class VLM:
         reading = read(self, image, prompt, [score], max_new_tokens, **options)
         return reading.context(keep, score, parts, seed)
 
-    def prepare(self, image: Images, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
+    def prepare(self, image: Images | None, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
         """The processor's inputs for one sequence, on the model's device, and the pictures' sizes
         (width, height)."""
         pictures = self.prompts.load(image)

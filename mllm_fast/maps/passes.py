@@ -36,6 +36,22 @@ def hidden_states(ex: Explanation, stop: int, weighing: Weighing | None = None, 
     return found.last_hidden_state[0]
 
 
+@torch.inference_mode()
+def layer_inputs(ex: Explanation, position: int) -> Tensor:
+    """The residual vector at one position as each layer reads it, and behind the last layer: [L + 1, d]."""
+    replay = ex.replay
+    found: list[Tensor] = []
+    take = lambda _, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0, position])  # noqa: E731
+    modules = [*replay.text.layers, replay.text.norm]
+    handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in modules]
+    try:
+        hidden_states(ex, position + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(found)
+
+
 def input_embeddings(ex: Explanation, stop: int) -> Tensor:
     """What the decoder reads at the first `stop` positions, [stop, d], image tokens included."""
     return ex.replay.embeds[0, :stop]

@@ -1,0 +1,204 @@
+"""Which heads answer, and what they carry (arXiv 2411.10950, figures 3 to 5): a question about a picture, and the same
+one about a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..answers import token_texts
+from ..errors import InputError
+from ..maps.passes import layer_inputs
+from ..projection import word_values
+from .evaluation import Evaluation, mean_and_error
+from .heads_report import report_of
+from .judge import NounJudge, shapes_judge
+from .report import Report
+from .rows import Row
+from .samples import Sample
+from .text_alone import load_text_model
+from .words import cells, widened
+
+if TYPE_CHECKING:
+    from ..explain import Explanation
+    from ..vlm import VLM
+
+TOP = 10  # heads, and image tokens, that are looked at
+
+
+class Heads(Evaluation):
+    """A row an object of a picture that has an attribute, and a noun that no other object there has.
+
+    The visual question is asked of the picture, the textual one of `statement` alone, which holds the answer; the right
+    answer's first token is explained. visual, textual: log-probability increase of every head, [L][H]; second: that of
+    another, text-only model for the textual question. right: would the model say so itself? held: the share of the
+    (positive) increase of the ten best heads at the object's tokens, and at the statement's word; area: the object's
+    share of the picture.
+
+    writes, layers, embedding: how well the right word can be read (1 / its rank among all words, and its logit less
+    that of another attribute) from the best heads' writes from their best position, from the residual vector at the
+    best image token before each layer, and from that token's input embedding among the words' embeddings.
+
+    attention: of the ten best heads to the ten best image tokens, and what is left of it when the question names
+    another object.
+    """
+
+    name: ClassVar[str] = "heads"
+    title: ClassVar[str] = "Which heads answer, and what they carry"
+
+    def __init__(
+        self,
+        question: str = "what color is the {noun}?",
+        statement: str = "the {noun} is {attribute}.",
+        words: NounJudge | None = None,
+        near: int = 1,
+        seed: int = 0,
+        second_model: str | None = None,
+    ):
+        if "{noun}" not in question:
+            raise InputError(f"the question names the object as {{noun}}, got {question!r}")
+        if "{noun}" not in statement or "{attribute}" not in statement:
+            raise InputError(f"the statement has {{noun}} and {{attribute}}, got {statement!r}")
+        self.words = words or shapes_judge()
+        if len(self.words.attributes) < 2 or len(self.words.nouns) < 2:
+            raise InputError("heads need a vocabulary of two nouns and two attributes or more")
+        self.settings: dict[str, Any] = {
+            "question": question,
+            "statement": statement,
+            "vocabulary": self.words.settings,
+            "near": near,
+            "seed": seed,
+            "second_model": second_model,
+        }
+        self._second: VLM | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_second": None}  # each process loads its own
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        if sample.things is None:
+            raise InputError(f"{sample.name}: no masks are known of its objects")
+        named = [self._named(thing.name) for thing in sample.things]
+        nouns = [noun for _, noun in named]
+        found = []
+        for thing, (attribute, noun) in zip(sample.things, named, strict=True):
+            if attribute and nouns.count(noun) == 1:
+                rng = np.random.default_rng([self.settings["seed"], *thing.name.encode(), *sample.name.encode()])
+                others = [other for other in nouns if other and other != noun]
+                others = others or [other for other in self.words.nouns if other != noun]
+                wrong = [other for other in self.words.attributes if other != attribute]
+                pick = lambda names, rng=rng: names[int(rng.integers(len(names)))]  # noqa: E731
+                found.append(self._row(vlm, sample.image, attribute, noun, pick(others), pick(wrong), thing.mask))
+        return found
+
+    def _named(self, name: str) -> tuple[str, str]:
+        """The attribute and the noun of an object's name, "" where it has none or several."""
+        mentions = self.words.mentions(name)
+        if len(mentions) != 1:
+            return "", ""
+        attribute = [word for word in self.words.attributes if word in mentions[0].name.split()]
+        noun = next(noun for noun in self.words.nouns if mentions[0].name.endswith(noun))
+        return (attribute[0] if len(attribute) == 1 else ""), noun
+
+    def _row(
+        self, vlm: VLM, image: Any, attribute: str, noun: str, other: str, wrong: str, mask: np.ndarray
+    ) -> dict[str, Any]:
+        question = self.settings["question"].format(noun=noun)
+        statement = self.settings["statement"].format(noun=noun, attribute=attribute)
+        visual = vlm.explain(image, question, attribute)
+        sentence = f"{statement} {question}"
+        textual, second = vlm.explain(None, sentence, attribute), self._explain_second(vlm, sentence, attribute)
+        elsewhere = vlm.explain(image, self.settings["question"].format(noun=other), attribute)
+        picture = visual.layout.images[0]
+        hits = widened(cells(mask, picture), self.settings["near"])
+        best = [head[:2] for head in visual.top_heads(0, TOP)]
+        values = visual.token_values(0, heads=best)
+        tokens = picture.positions[values.topk(min(TOP, len(values))).indices]
+        against = int(vlm.prompts.answer_ids(wrong)[0])
+        stages = layer_inputs(visual, int(tokens[0]))
+        looks = [float(_attention(ex, best, tokens)) for ex in (visual, elsewhere)]
+        spread = visual.heatmap(0, heads=best).clamp_min(0)
+        rest = visual.position_scores(0, best).sum(0).clamp_min(0).sum() - values.clamp_min(0).sum()
+        return {
+            "noun": noun,
+            "attribute": attribute,
+            "visual": visual.head_scores[0].tolist(),
+            "textual": textual.head_scores[0].tolist(),
+            **({} if second is None else {"second": second.head_scores[0].tolist()}),
+            "right": {"visual": _says(visual), "textual": _says(textual)},
+            "held": {
+                "visual": _share(spread[torch.from_numpy(hits)].sum(), spread.sum() + rest),
+                "textual": _at_word(vlm, textual, statement, attribute),
+            },
+            "area": float(hits.mean()),
+            "writes": {"visual": _from_writes(visual, against), "textual": _from_writes(textual, against)},
+            "layers": [
+                readable(word_values(visual, 0, x, "unembedding"), visual.token_ids[0], against) for x in stages
+            ],
+            "embedding": readable(word_values(visual, 0, stages[0], "embedding"), visual.token_ids[0], against),
+            "attention": {"own": looks[0], "other": looks[1]},
+        }
+
+    def _explain_second(self, vlm: VLM, sentence: str, attribute: str) -> Explanation | None:
+        name = self.settings["second_model"]
+        if name is None:
+            return None
+        if self._second is None:
+            self._second = load_text_model(name, vlm)
+        return self._second.explain(None, sentence, attribute)
+
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        every = [row for one in rows.values() for row in one]
+        if not every:
+            return self.nothing("No object has an attribute and a noun of its own.")
+        return report_of(self.name, self.title, every, len(rows))
+
+
+def readable(values: Tensor, right: int, wrong: int) -> dict[str, float]:
+    """Of a number a word [V]: 1 / the rank of the right word, and its number less that of the wrong one."""
+    rank = 1 + int((values > values[right]).sum())
+    return {"reciprocal rank": 1 / rank, "logit minus": float(values[right] - values[wrong])}
+
+
+def _says(ex: Explanation) -> bool:
+    """Is the explained token what the model itself would have said?"""
+    return int(word_values(ex, 0, ex._trace.final[0], "unembedding").argmax()) == ex.token_ids[0]
+
+
+def _from_writes(ex: Explanation, against: int) -> dict[str, float]:
+    """The mean over the best heads, of each what it writes from its best position."""
+    heads = [head[:2] for head in ex.top_heads(0, TOP)]
+    at = ex.position_scores(0, heads).argmax(1)
+    values = ex._trace.position_values(0, heads)
+    found = []
+    for i, head in enumerate(heads):
+        write = ex._text.projection(*head).to(values) @ values[i, int(at[i])]
+        found.append(readable(word_values(ex, 0, write, "unembedding", write=True), ex.token_ids[0], against))
+    return {name: mean_and_error([one[name] for one in found])[0] for name in found[0]}
+
+
+def _attention(ex: Explanation, heads: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
+    alpha = ex.attention(0)
+    return torch.stack([alpha[layer, head, tokens].sum() for layer, head in heads]).mean()
+
+
+def _share(part: Tensor, whole: Tensor) -> float | None:
+    return float(part / whole) if whole > 0 else None
+
+
+def _at_word(vlm: VLM, ex: Explanation, statement: str, word: str) -> float | None:
+    """The share of the increase at the tokens of the statement's word; None where the tokens do not spell it."""
+    ids = ex.input_ids[: ex.layout.prompt_length].tolist()
+    texts = token_texts(vlm.processor.tokenizer, ids)
+    text, ends = "".join(texts), np.cumsum([len(one) for one in texts])
+    at = text.find(statement)
+    if at < 0:
+        return None
+    begin = at + statement.rindex(word)
+    inside = (ends > begin) & (ends - [len(one) for one in texts] < begin + len(word))
+    scores = ex.position_scores(0, TOP).sum(0).clamp_min(0)
+    return _share(scores[: len(inside)][torch.from_numpy(inside)].sum(), scores.sum())
