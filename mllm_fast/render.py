@@ -28,6 +28,8 @@ def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None
     """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
     target = Path(path)
     check_target(target, ENDINGS)
+    if not ex.images and target.suffix.lower() in (".png", ".html"):
+        raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
     write_whole(target, _FORMATS[target.suffix.lower()](ex, token))
 
 
@@ -81,8 +83,6 @@ def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]
 def _png(ex: Explanation, token: int | None) -> bytes:
     from .picture import draw_sheet, draw_token
 
-    if not ex.images:
-        raise InputError("an explanation of text alone has no picture: save it as .html, .json or .safetensors")
     if token is None and len(ex.tokens) > 1:
         return _encode(draw_sheet(ex))
     return _encode(draw_token(ex, token or 0))
