@@ -75,6 +75,7 @@ def evaluate(
         str | None, typer.Option(help="heads: a language model to compare with, a folder or a hub id.")
     ] = None,
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="The processes are actors of a Ray Data job.")] = False,
     parquet: Annotated[bool, typer.Option("--parquet", help="Write the rows as rows.parquet as well.")] = False,
     model: Model = "shapes",
     device: Device = None,
@@ -129,7 +130,7 @@ def evaluate(
     for one in chosen:
         folder = out / one
         with _bar(one) as tell:
-            rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm)
+            rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm, ray)
         if parquet:
             write_parquet(rows, folder / "rows.parquet")
         report = evaluations[one].report(rows)

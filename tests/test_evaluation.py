@@ -31,7 +31,7 @@ from mllm_fast.evaluation.localisation import Localisation
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.rows import Rows, write_parquet
 from mllm_fast.evaluation.run import ModelChoice, run
-from mllm_fast.evaluation.samples import Samples, pictures, scenes
+from mllm_fast.evaluation.samples import Sample, Samples, pictures, scenes
 from mllm_fast.evaluation.words import cells, widened
 from mllm_fast.layout import ImageLayout, Tile
 from mllm_fast.shapes.questions import describe
@@ -293,6 +293,34 @@ def test_processes_and_kills_decide_nothing(tmp_path):
     assert {name: again[name] for name in alone} == alone
     lines = path.read_bytes().splitlines()
     assert len(lines) == len({json.loads(line)["sample"] for line in lines}) == max(count, held)
+
+
+def test_a_ray_job_gives_the_same_rows(tmp_path):
+    """In a process of its own: Ray starts servers. A sample that cannot be used is told from the others there too."""
+    samples = scenes(3)
+    missing = Sample("gone", tmp_path / "gone.png", ())
+    samples = Samples([*samples.list, missing], samples.origin)
+    alone = run(AttentionShare(max_new_tokens=6), samples, MODEL, tmp_path / "one")
+    script = _RAY.format(folder=str(tmp_path / "ray"), gone=str(tmp_path / "gone.png"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    assert "error" in alone["gone"][0]
+    lines = (tmp_path / "ray" / "rows.jsonl").read_bytes().splitlines()
+    assert len(lines) == len({json.loads(line)["sample"] for line in lines}) == 4
+
+
+_RAY = """
+import json
+from pathlib import Path
+from mllm_fast.evaluation.attention_share import AttentionShare
+from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.samples import Sample, Samples, scenes
+some = scenes(3)
+some = Samples([*some.list, Sample("gone", Path({gone!r}), ())], some.origin)
+found = run(AttentionShare(max_new_tokens=6), some, ModelChoice(device="cpu"), Path({folder!r}), 2, ray=True)
+print(json.dumps(found))
+"""
 
 
 _ENDLESS = """

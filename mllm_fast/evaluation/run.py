@@ -13,6 +13,7 @@ import torch
 
 from ..errors import EndsRunError, InputError
 from ..fingerprint import fingerprint
+from ..loading import parse_device
 from .evaluation import Evaluation
 from .rows import Row, Rows
 from .samples import Sample, Samples
@@ -33,6 +34,10 @@ class ModelChoice:
     backend: str = "auto"
     threads: int | None = None
 
+    def place(self) -> torch.device:
+        """Where it will be."""
+        return parse_device(self.device)
+
     def load(self) -> VLM:
         from ..vlm import VLM
 
@@ -49,12 +54,14 @@ def run(
     processes: int = 1,
     progress: Progress | None = None,
     vlm: VLM | None = None,
+    ray: bool = False,
 ) -> dict[str, list[Row]]:
     """Make the rows that `folder` does not hold yet; all rows of the samples, in their order.
 
     A sample that cannot be used (a picture that is missing or damaged, a prompt beyond the model's window) gives one
-    row {"error": why}. Killed at any moment, the next run goes on with what is missing; the number of processes
-    decides nothing but the time. `vlm`: the model, if it is loaded already.
+    row {"error": why}. Killed at any moment, the next run goes on with what is missing; neither the number of
+    processes nor `ray`, which makes them actors of a Ray Data job, decides anything but the time. `vlm`: the model, if
+    it is loaded already.
 
     Raises:
         InputError: the folder holds rows of other settings, or another run writes to it. EndsRunError: what would fail
@@ -74,7 +81,7 @@ def run(
         todo = [sample for sample in samples.list if sample.name not in done]
         count = len(samples.list) - len(todo)
         tell(count, len(samples.list))
-        for name, rows in _work(evaluation, todo, model, vlm, min(processes, len(todo))):
+        for name, rows in _work(evaluation, todo, model, vlm, min(processes, len(todo)), ray):
             store.append(name, rows)
             count += 1
             tell(count, len(samples.list))
@@ -93,9 +100,14 @@ def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
 
 
 def _work(
-    evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, vlm: VLM, processes: int
+    evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, vlm: VLM, processes: int, ray: bool
 ) -> Iterator[tuple[str, list[Row]]]:
     """A sample's name and its rows, as they are made."""
+    if ray and todo:
+        from .ray_job import ray_rows
+
+        yield from ray_rows(evaluation, todo, model, processes)
+        return
     if processes <= 1:
         for sample in todo:
             yield sample.name, rows_of(evaluation, vlm, sample)

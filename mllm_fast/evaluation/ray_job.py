@@ -1,0 +1,73 @@
+"""An evaluation's samples as a Ray Data job: on this machine's cores, or on the cluster that Ray is connected to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EndsRunError
+from .evaluation import Evaluation
+from .rows import Row
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from .run import ModelChoice
+
+
+def ray_rows(
+    evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, workers: int
+) -> Iterator[tuple[str, list[Row]]]:
+    """A sample's name and its rows, as they are made; `workers` actors, each with its own model: on a GPU of its own if
+    the model is on one, else on one core.
+
+    Raises:
+        EndsRunError: Ray is not there, or what no sample is to blame for.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise EndsRunError("--ray needs Ray: pip install 'mllm-fast[ray]'") from None
+    gpu = model.place().type == "cuda"
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    try:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # each job's plan and progress otherwise
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        asked = ray.data.range(len(todo), override_num_blocks=len(todo))  # a block a sample: none waits for another
+        worker: Any = _Worker
+        made = asked.map(
+            worker,
+            fn_constructor_args=(evaluation, replace(model, threads=model.threads or 1), todo),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=0 if gpu else 1,
+            num_gpus=1 if gpu else 0,
+        )
+        for found in made.iter_rows():
+            entry = json.loads(found["entry"])
+            if "ends" in entry:
+                raise EndsRunError(entry["ends"])
+            yield entry["sample"], entry["rows"]
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+class _Worker:
+    """One actor. Rows travel as JSON, so that they are what the other ways write."""
+
+    def __init__(self, evaluation: Evaluation, model: ModelChoice, samples: Sequence[Sample]):
+        self._evaluation, self._vlm, self._samples = evaluation, model.load(), samples
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+        from .run import rows_of
+
+        sample = self._samples[int(item["id"])]
+        try:
+            entry = {"sample": sample.name, "rows": rows_of(self._evaluation, self._vlm, sample)}
+        except EndsRunError as error:  # which Ray would wrap in pages of its own
+            entry = {"ends": str(error)}
+        return {"entry": json.dumps(entry, ensure_ascii=False, allow_nan=False)}
