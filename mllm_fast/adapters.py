@@ -16,6 +16,7 @@ from torch import nn
 from .errors import InputError
 from .kernels import Unembedding
 from .layout import Tile
+from .offload import weight_of
 
 Tiling = tuple[tuple[Tile, ...], tuple[int, int]]  # tiles in token order, and (rows, cols) of the canvas
 
@@ -45,14 +46,14 @@ class TextModel:
     decoder: nn.Module
     layers: tuple[nn.Module, ...]
     norm: nn.Module
-    head: nn.Module
+    head: Any
     outputs: tuple[nn.Linear, ...]
     num_heads: int
     head_dim: int
 
     def projection(self, layer: int, head: int) -> torch.Tensor:
         """O_j: [hidden size, head dim], a view of the output projection's weight."""
-        return self.outputs[layer].weight[:, head * self.head_dim : (head + 1) * self.head_dim]
+        return weight_of(self.outputs[layer])[:, head * self.head_dim : (head + 1) * self.head_dim]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the final norm's output [..., d]: [..., V]."""
@@ -65,8 +66,8 @@ class TextModel:
         norm: Any = self.norm
         layer = isinstance(norm, nn.LayerNorm)
         return Unembedding(
-            weight=self.head.weight.detach(),  # type: ignore[union-attr, operator]
-            gain=_detached(norm.weight),
+            weight=weight_of(self.head),
+            gain=weight_of(norm),
             norm_bias=_detached(getattr(norm, "bias", None)),
             bias=_detached(getattr(self.head, "bias", None)),
             eps=norm.eps if layer else norm.variance_epsilon,

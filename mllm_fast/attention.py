@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .adapters import TextModel
 from .knockout import Plan
 from .masks import Closed, RowMask, attend, row_mask, seen_by, weigh
+from .offload import device_of
 from .shares import Watcher
 
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
@@ -125,7 +126,7 @@ def _attached(
     attending: Attending | None,
     weighing: Weighing | None,
 ) -> Iterator[Recording]:
-    record = Recording(rows, len(text.layers), text.outputs[-1].weight.device)
+    record = Recording(rows, len(text.layers), device_of(text.outputs[-1]))
     name = f"mllm_fast_{next(_names)}"
     before = text.config._attn_implementation
 

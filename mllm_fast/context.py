@@ -18,6 +18,7 @@ from .attention import Recording
 from .errors import InputError
 from .explain import Explanation, check_norm, nothing_generated
 from .layout import TokenLayout
+from .offload import device_of
 from .prompts import one_answer
 from .session import Said, Session, passes
 from .stream import Stream, own_state
@@ -282,7 +283,7 @@ class Context:
         padding = int(self.input_ids[0])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).flip(1)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
-        device = self.vlm.model.device
+        device = device_of(self.vlm.model)
         inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
         settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": passes(session, ids)}
         return self.vlm.run(inputs, max_new_tokens, settings)

@@ -26,6 +26,7 @@ from .errors import InputError, check_choice, first_line
 from .files import check_target, whole_file
 from .fingerprint import fingerprint
 from .layout import ImageLayout, Tile, TokenLayout
+from .offload import device_of
 
 if TYPE_CHECKING:
     from .vlm import VLM
@@ -120,7 +121,7 @@ def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
 
 def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM) -> Context:
     """The context of a file that was read."""
-    device, dtype = vlm.model.device, vlm.model.dtype
+    device, dtype = device_of(vlm.model), vlm.model.dtype
     if description["storage"] == "int8":
         keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
     else:
@@ -227,7 +228,7 @@ def _check_shapes(ctx: Context) -> None:
         raise ValueError("positions ascend in each layer")
     if int(ctx.positions.min()) < 0 or int(ctx.positions.max()) >= length:
         raise ValueError(f"positions are 0 to {length - 1}")
-    if int(ctx.input_ids.min()) < 0 or int(ctx.input_ids.max()) >= text.unembedding().weight.shape[0]:
+    if int(ctx.input_ids.min()) < 0 or int(ctx.input_ids.max()) >= text.head.out_features:
         raise ValueError("input_ids lie outside the vocabulary")
     for image in ctx.layout.images:
         count = sum(tile.rows * tile.cols for tile in image.tiles)

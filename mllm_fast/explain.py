@@ -18,6 +18,7 @@ from .errors import InputError, check_choice
 from .kernels import OperatorCache, logprob_increase, weight_state
 from .layout import ImageLayout, TokenLayout
 from .maps import METHODS, find
+from .offload import weight_of
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class Explanation:
         width = trace.residual.shape[-1]
         writes = torch.empty(count, layers, self.num_heads, width, dtype=wide, device=device)
         for layer, output in enumerate(trace.output[first:last].to(wide).permute(1, 2, 0, 3)):  # [H, T, D]
-            weight = self._text.outputs[layer].weight.to(device=device, dtype=wide)
+            weight = weight_of(self._text.outputs[layer]).to(device=device, dtype=wide)
             heads = output @ weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)  # [H, T, d]
             writes[:, layer] = heads.transpose(0, 1)
         scores = logprob_increase(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .kernels import weight_state
+from .offload import stored_tensor
 
 _SAMPLES = 4096  # values of a large tensor that are looked at, evenly spaced
 _VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "_attn_implementation", "attn_implementation")
@@ -49,11 +50,14 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256(config.encode())
     middle = []
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        offloaded = tensor.is_meta
+        if offloaded:
+            tensor = stored_tensor(model, name)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        if flat.numel():
+        if flat.numel() and not offloaded:
             middle.append(tensor.detach()[tuple(size // 2 for size in tensor.shape)].reshape(1))  # a view
     _known[model] = _Seen(settings, state, middle, _bytes(middle), digest.hexdigest())
     return digest.hexdigest()

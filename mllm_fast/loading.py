@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device is 'cpu', 'cuda' or 'cuda:N', got {device!r}") from None
+        raise InputError(f"device is 'cpu', 'cuda', 'cuda:N' or 'auto', got {device!r}") from None
     if parsed.type == "cuda":
         count = torch.cuda.device_count()
         if (parsed.index or 0) >= count:
@@ -77,6 +78,8 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
         )
     if "vision_config" not in settings:
         raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
+    if "device_map" in options and find_spec("accelerate") is None:
+        raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
     with failures(name), quiet():
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))

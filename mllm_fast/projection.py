@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, check_choice
+from .offload import weight_of
 
 if TYPE_CHECKING:
     from .explain import Explanation
@@ -64,7 +65,7 @@ def word_values(ex: Explanation, token: int, vector: Tensor, space: str, write: 
     but added to one."""
     text = ex._text
     if space == "embedding":
-        table = text.decoder.get_input_embeddings().weight  # type: ignore[operator]
+        table = weight_of(text.decoder.get_input_embeddings())  # type: ignore[operator]
         return table.to(vector.device) @ vector.to(table.dtype)
     if not write:
         return torch.log_softmax(text.logits(text.norm(vector.to(text.head.weight.dtype))).float(), -1)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from .answers import prompt_layout
 from .errors import InputError, first_line
 from .images import ImageSource, load_image
 from .layout import TokenLayout
+from .offload import device_of
 
 Images = ImageSource | Sequence[ImageSource]
 _REPLY = "mllmfastreply"  # stands for an answer in a chat template, to find where it goes
@@ -93,7 +94,7 @@ class Prompts:
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 dtype = self.model.dtype if value.is_floating_point() else None
-                inputs[name] = value.to(device=self.model.device, dtype=dtype)
+                inputs[name] = value.to(device=device_of(self.model), dtype=dtype)
         self.check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
         return inputs
 
@@ -129,7 +130,7 @@ class Prompts:
         ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
         if not ids:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
-        return torch.tensor(ids, device=self.model.device)
+        return torch.tensor(ids, device=device_of(self.model))
 
     def stop_ids(self, options: dict[str, Any]) -> set[int]:
         """Ids that end an answer and are no part of it."""

@@ -24,6 +24,7 @@ from .kernels.dispatch import choose
 from .knockout import Knockout, Plan, as_rules, plan_of
 from .layout import TokenLayout
 from .loading import load_pretrained, parse_device, parse_dtype
+from .offload import device_of
 from .prompts import Images, Prompts, one_answer
 from .shares import AttentionShares
 from .stream import Stream, one_sequence
@@ -62,7 +63,7 @@ class VLM:
     ):
         self.adapter = find_adapter(model) if adapter is None else adapter
         try:  # a choice that cannot serve is refused here, not by the first call that needs it
-            choose(model.device, model.dtype, backend, op="knockout_attention")
+            choose(device_of(model), model.dtype, backend, op="knockout_attention")
         except ValueError as error:
             raise InputError(str(error)) from None
         self.model = model
@@ -85,9 +86,12 @@ class VLM:
     ) -> VLM:
         """Load "shapes" (the embedded model), a folder, or a hub id.
 
-        `device`: the GPU if there is one, else the CPU. `dtype`: float32 on the CPU, else bfloat16. Other
-        options go to transformers' `from_pretrained`.
+        `device`: the GPU if there is one, else the CPU; "auto" spreads a model that is too big for one GPU over all of
+        them, the CPU and (with `offload_folder`) the disk. `dtype`: float32 on the CPU, else bfloat16. Other options go
+        to transformers' `from_pretrained`.
         """
+        if device == "auto":
+            device, options = None, {"device_map": "auto", **options}
         where = parse_device(device)
         model, processor = load_pretrained(str(name), where, parse_dtype(dtype, where), **options)
         return cls(model, processor, max_pixels=max_pixels, backend=backend)
@@ -271,7 +275,7 @@ class VLM:
         self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None
     ) -> Plan | None:
         """The plan of some knockouts for sequences of these layouts; None where there is no knockout."""
-        return plan_of(knockout, layouts, len(self.text.layers), padding, self.model.device, self.prompts.window)
+        return plan_of(knockout, layouts, len(self.text.layers), padding, device_of(self.model), self.prompts.window)
 
     def run(
         self,

@@ -57,7 +57,19 @@ def test_op_is_a_function_however_it_was_imported():
 
 def test_data_flows_one_way():
     """Nothing to the left imports from the right."""
-    order = ["kernels", "errors", "files", "images", "layout", "adapters", "answers", "prompts", "knockout", "shares"]
+    order = [
+        "kernels",
+        "errors",
+        "offload",
+        "files",
+        "images",
+        "layout",
+        "adapters",
+        "answers",
+        "prompts",
+        "knockout",
+        "shares",
+    ]
     order += ["masks", "attention", "trace", "session", "verify", "maps", "explain", "stream", "context"]
     order += [
         "compress",

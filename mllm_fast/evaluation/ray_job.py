@@ -35,7 +35,6 @@ def ray_rows(
     if mine:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     try:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # each job's plan and progress otherwise
         ray.data.DataContext.get_current().enable_progress_bars = False
         asked = ray.data.range(len(todo), override_num_blocks=len(todo))  # a block a sample: none waits for another
         worker: Any = _Worker
@@ -46,6 +45,7 @@ def ray_rows(
             num_cpus=0 if gpu else 1,
             num_gpus=1 if gpu else 0,
         )
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # else each job's plan and progress; made with the data
         for found in made.iter_rows():
             entry = json.loads(found["entry"])
             if "ends" in entry:

@@ -36,7 +36,7 @@ class ModelChoice:
 
     def place(self) -> torch.device:
         """Where it will be."""
-        return parse_device(self.device)
+        return parse_device(None if self.device == "auto" else self.device)
 
     def load(self) -> VLM:
         from ..vlm import VLM

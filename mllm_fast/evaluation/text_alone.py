@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import Adapter
 from ..errors import EndsRunError, InputError
 from ..loading import failures, quiet
+from ..offload import device_of
 
 if TYPE_CHECKING:
     from ..vlm import VLM
@@ -56,6 +57,7 @@ def load_text_model(name: str, like: VLM) -> VLM:
     kind = loaded.config.model_type
     if kind not in ARCHITECTURES:
         raise EndsRunError(f"{name}: a text model is one of {', '.join(ARCHITECTURES)}, got {kind!r}")
-    model = loaded.to(like.model.device).eval()
+    model: Any = loaded
+    model = model.to(device_of(like.model)).eval()
     adapter = Adapter(kind, (kind,), lambda *_: ((), (1, 1)), decoder="model")
     return VLM(model, TextProcessor(tokenizer, like.processor), adapter=adapter, backend=like.backend)

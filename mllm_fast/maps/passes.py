@@ -61,7 +61,8 @@ def input_embeddings(ex: Explanation, stop: int) -> Tensor:
 def differentiable(ex: Explanation, stop: int) -> Iterator[Tensor]:
     """The input embeddings as a leaf [stop, d]: inside, gradients are on for it and off for the weights."""
     with model_lock(ex.replay.text), torch.inference_mode(False), torch.enable_grad():
-        weights = [weight for weight in _weights(ex) if weight.requires_grad]
+        # what is read in layer by layer is another tensor each time
+        weights = [weight for weight in _weights(ex) if weight.requires_grad and not weight.is_inference()]
         try:
             for weight in weights:
                 weight.requires_grad_(False)
