@@ -30,7 +30,7 @@ _SCENES = 40
 
 
 def evaluate(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or all.")],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, judges, or all.")],
     images: Annotated[
         Path | None,
         typer.Option(
@@ -59,9 +59,17 @@ def evaluate(
         typer.Option(help='Objects to look for: a JSON file {"nouns": {"dog": ["puppy"]}, "attributes": {}}.'),
     ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help="Compare descriptions by this model of an OpenAI-compatible endpoint instead.")
+        str | None,
+        typer.Option(
+            help="A model of an OpenAI-compatible endpoint: compares descriptions instead, and answers from one (mme,"
+            " redundancy, pope)."
+        ),
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a million of its tokens, in dollars, to count cost.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="judges: a .csv of people's labels; knockout-sweep writes one to correct.")
+    ] = None,
     reference: Annotated[
         str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
     ] = "answer",
@@ -84,28 +92,38 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Make a figure of the papers: rows (.jsonl), tables, charts and a page, in a folder."""
-    _check(name, images, masks, data, count)
+    _check(name, images, masks, data, count, labels)
     chosen = NAMES if name == "all" else (name,)
     with progress("loading the libraries"):
+        from .evaluation.agreement import agreement_report, read_labels
         from .evaluation.attention_share import AttentionShare
+        from .evaluation.endpoint import Endpoint
         from .evaluation.fidelity import Fidelity
         from .evaluation.heads import Heads
-        from .evaluation.judge import NounJudge, read_vocabulary
+        from .evaluation.judge import NounJudge, read_vocabulary, shapes_judge
         from .evaluation.judge_endpoint import EndpointJudge
         from .evaluation.knockout_sweep import KnockoutSweep
         from .evaluation.localisation import Localisation
-        from .evaluation.report import check_charts, save, to_html
+        from .evaluation.reader_endpoint import EndpointReader
+        from .evaluation.report import check_charts
         from .evaluation.rows import SETTINGS, write_parquet
         from .evaluation.run import ModelChoice, run
-        from .evaluation.yes_no import Mme, Pope, Redundancy
-        from .files import write_whole
+        from .evaluation.yes_no import REDUNDANCY_SHARES, Mme, Pope, Redundancy
     check_charts()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge: Judge | None = words
+    reader: EndpointReader | None = None
     if judge_model is not None:
-        judge = EndpointJudge(judge_model, base_url=judge_url, cache=out / "judge")
+        endpoint = Endpoint(judge_model, base_url=judge_url, cache=out / "judge")
+        judge, reader = EndpointJudge(endpoint), EndpointReader(endpoint)
     if images is not None and judge is None and "knockout-sweep" in chosen:
         raise InputError("knockout-sweep needs to know your pictures' objects: give --vocabulary or --judge-model")
+    if labels is not None:
+        judges: dict[str, Judge] = {"vocabulary": words or shapes_judge()}
+        if judge is not None and judge is not words:
+            judges["endpoint"] = judge
+        _report([(agreement_report(read_labels(labels), judges, price), {"labels": str(labels)})], out, as_json)
+        return
     shares = tuple(parse_keep(text) for text in keep or ())
     if any(isinstance(share, int) for share in shares):
         raise InputError(f"--keep is a share here, 5% or 0.05, got {', '.join(keep or ())}")
@@ -116,13 +134,13 @@ def evaluate(
     reports: list[tuple[Report, dict[str, Any]]] = []
     make: dict[str, Callable[[], Evaluation]] = {
         AttentionShare.name: lambda: AttentionShare(prompt, max_new_tokens),
-        KnockoutSweep.name: lambda: KnockoutSweep(prompt, reference, judge, max_new_tokens),
+        KnockoutSweep.name: lambda: KnockoutSweep(prompt, reference, judge, max_new_tokens, price),
         Heads.name: lambda: Heads(question, statement, words, second_model=second_model),
         Localisation.name: lambda: Localisation(prompt, words, max_new_tokens=max_new_tokens),
         Fidelity.name: lambda: Fidelity(prompt, words, max_new_tokens=max_new_tokens),
-        Mme.name: lambda: Mme(shares or (0.02, 0.05), prompt),
-        Redundancy.name: lambda: Redundancy(shares, prompt=prompt) if shares else Redundancy(prompt=prompt),
-        Pope.name: lambda: Pope(shares, prompt),
+        Mme.name: lambda: Mme(shares or (0.02, 0.05), prompt, reader=reader),
+        Redundancy.name: lambda: Redundancy(shares or REDUNDANCY_SHARES, prompt=prompt, reader=reader),
+        Pope.name: lambda: Pope(shares, prompt, reader=reader),
     }
     evaluations = {one: make[one]() for one in chosen}
     with progress(f"loading {model}"):
@@ -133,10 +151,18 @@ def evaluate(
             rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm, ray)
         if parquet:
             write_parquet(rows, folder / "rows.parquet")
-        report = evaluations[one].report(rows)
-        settings = json.loads((folder / SETTINGS).read_text())
-        save(report, folder, settings)
-        reports.append((report, settings))
+        reports.append((evaluations[one].report(rows), json.loads((folder / SETTINGS).read_text())))
+    _report(reports, out, as_json)
+
+
+def _report(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
+    """Save the reports, and one page of several, and print them."""
+    from .evaluation.report import save, to_html
+    from .files import write_whole
+
+    for report, settings in reports:
+        (out / report.name).mkdir(parents=True, exist_ok=True)
+        save(report, out / report.name, settings)
     if len(reports) > 1:
         write_whole(out / "report.html", to_html(reports, "Where a model looks, and what it needs").encode())
     if as_json:
@@ -144,14 +170,18 @@ def evaluate(
         return
     for report, _ in reports:
         _print(report)
-    saved = out / "report.html" if len(reports) > 1 else out / chosen[0] / "report.html"
+    saved = out / "report.html" if len(reports) > 1 else out / reports[0][0].name / "report.html"
     OUT.print(f"saved {escape(str(saved))}", highlight=False)
 
 
-def _check(name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None) -> None:
+def _check(
+    name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None, labels: Path | None
+) -> None:
     """Raise InputError for choices that do not go together, before anything is loaded."""
-    if name not in (*NAMES, "all"):
-        raise InputError(f"the evaluation is one of {', '.join(NAMES)}, or all, got {name!r}")
+    if name not in (*NAMES, "judges", "all"):
+        raise InputError(f"the evaluation is one of {', '.join(NAMES)}, judges, or all, got {name!r}")
+    if (name == "judges") != (labels is not None):
+        raise InputError("judges need people's labels, and nothing else does: give --labels, a .csv")
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")
     if name == "all" and (images is not None or data is not None):
@@ -212,7 +242,9 @@ def _print(report: Report) -> None:
 def _printed(table: Table) -> Printed:
     printed = Printed(title=table.title, title_justify="left", title_style="bold")
     for i, column in enumerate(table.columns):
-        printed.add_column(escape(column), justify="right" if table.numeric(i) else "left", overflow="fold")
+        printed.add_column(
+            escape(column), justify="right" if table.numeric(i) else "left", overflow="fold", no_wrap=i == 0
+        )
     for row in table.rows:
         printed.add_row(*map(escape, row))
     return printed

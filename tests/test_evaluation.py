@@ -430,6 +430,10 @@ def test_the_command(tmp_path):
         (["pope", "--images", "."], "give the benchmark's folder with --data"),
         (["attention-share", "--processes", "0"], "processes is at least 1"),
         (["knockout-sweep", "--images", "."], "give --vocabulary or --judge-model"),
+        (["judges"], "give --labels"),
+        (["mme", "--labels", "x.csv"], "give --labels"),
+        (["judges", "--labels", "gone.csv"], "there is no such file"),
+        (["heads", "--question", "what?"], "names the object as {noun}"),
         (["knockout-sweep", "--reference", "me"], "reference is one of answer, truth, got 'me'"),
     ],
 )

@@ -18,19 +18,27 @@ _MOST = 100  # of one kind, from a number in digits: "2024 people" is a year
 
 
 class Comparison(NamedTuple):
-    """Objects of a reference and of what was said, and those in both; each as often as it is there. `tokens`: what it
-    cost to ask."""
+    """Objects of a reference and of what was said; those of the latter that the reference has, and those of the
+    reference that were missed; each as often as it is there. `tokens`: what it cost to ask."""
 
     reference: list[str]
     said: list[str]
     matched: list[str]
+    missed: list[str]
     tokens: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
         """tp, fp, fn."""
         tp = len(self.matched)
-        return {"tp": tp, "fp": len(self.said) - tp, "fn": len(self.reference) - tp}
+        return {"tp": tp, "fp": len(self.said) - tp, "fn": len(self.missed)}
+
+    @property
+    def labels(self) -> list[tuple[str, str]]:
+        """(object, "tp", "fp" or "fn") of every object."""
+        wrong = (Counter(self.said) - Counter(self.matched)).elements()
+        parts = (("tp", self.matched), ("fp", wrong), ("fn", self.missed))
+        return [(name, label) for label, names in parts for name in sorted(names)]
 
 
 class Unjudged(Exception):  # noqa: N818
@@ -106,7 +114,8 @@ class NounJudge:
     def compare(self, reference: str, said: str) -> Comparison:
         """Of two descriptions."""
         left, right = self.objects(reference), self.objects(said)
-        return Comparison(left, right, sorted((Counter(left) & Counter(right)).elements()))
+        both = Counter(left) & Counter(right)
+        return Comparison(left, right, sorted(both.elements()), sorted((Counter(left) - both).elements()))
 
 
 def shapes_judge() -> NounJudge:

@@ -1,20 +1,12 @@
-"""The judge that asks a language model: any endpoint that speaks OpenAI's protocol, through the `openai` client.
-
-What comes back must be JSON of one form, or it is asked for again. Answers are kept in a folder by what was asked, so
-that nothing is paid for twice. No key is written or logged anywhere.
-"""
+"""The judge that asks a language model. What comes back must be JSON of one form, or it is asked for again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..errors import EndsRunError, first_line
-from ..files import write_whole
+from .endpoint import Endpoint, Unanswered
 from .judge import Comparison, Unjudged
 
 _INSTRUCTIONS = """\
@@ -54,40 +46,13 @@ _EXAMPLES = (
 
 
 class EndpointJudge:
-    """Asks a language model which objects two descriptions share.
+    """Asks a language model which objects two descriptions share."""
 
-    Args:
-        model: its name there.
-        base_url, api_key: of the endpoint; the client's own by default (OPENAI_BASE_URL, OPENAI_API_KEY).
-        cache: a folder for answers.
-        attempts: how often one question is asked before it counts as unjudged.
-        timeout: of one request, in seconds. pause: before the second attempt, doubled before each other one.
-
-    Raises:
-        InputError: the `openai` package is not there, or no key is given.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        cache: Path | None = None,
-        attempts: int = 5,
-        timeout: float = 60.0,
-        pause: float = 1.0,
-    ):
-        self.model, self.base_url = model, base_url
-        self._key, self._cache = api_key, cache
-        self._attempts, self._timeout, self._pause = attempts, timeout, pause
-        self._client: Any = None
-        self._connect()
+    def __init__(self, endpoint: Endpoint):
+        self._endpoint = endpoint
         told = json.dumps([_INSTRUCTIONS, _EXAMPLES])
-        self.settings = {"judge": "endpoint", "model": model, "prompt": hashlib.sha256(told.encode()).hexdigest()[:12]}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_client": None}  # a connection belongs to one process
+        prompt = hashlib.sha256(told.encode()).hexdigest()[:12]
+        self.settings = {"judge": "endpoint", "model": endpoint.model, "prompt": prompt}
 
     def compare(self, reference: str, said: str) -> Comparison:
         """Of two descriptions.
@@ -96,87 +61,11 @@ class EndpointJudge:
             Unjudged: no usable answer after all attempts.
             EndsRunError: the endpoint refuses the key, the model or the request as such.
         """
-        messages = _messages(reference, said)
-        kept = self._kept(messages)
-        if kept is not None and kept.exists():
-            return parse(kept.read_text())
-        tokens, why = 0, ""
-        for attempt in range(self._attempts):
-            wait = self._pause * 2**attempt
-            try:
-                text, used = self._ask(messages)
-                tokens += used
-                found = _read(text)
-            except _Again as again:
-                why, wait = str(again), max(wait, again.after)
-                tokens += again.tokens
-            else:
-                if kept is not None:
-                    write_whole(kept, text.encode())
-                return found._replace(tokens=tokens)
-            if attempt + 1 < self._attempts:
-                time.sleep(min(wait, 60.0))
-        raise Unjudged(f"{why} ({self._attempts} attempts)", tokens)
-
-    def _ask(self, messages: list[dict[str, str]]) -> tuple[str, int]:
-        """The text of one reply, and the tokens it cost."""
-        import openai
-
         try:
-            reply = self._connect().chat.completions.create(model=self.model, messages=messages, temperature=0)
-        except openai.APITimeoutError:
-            raise _Again(f"no answer within {self._timeout:g} s") from None
-        except openai.APIConnectionError:
-            raise _Again("no connection") from None
-        except openai.APIStatusError as error:
-            status = error.status_code
-            if status in (408, 409, 429) or status >= 500:
-                raise _Again(f"status {status}", _seconds(error.response.headers.get("retry-after"))) from None
-            # the message of a refusal may repeat a part of the key
-            raise EndsRunError(
-                f"the judge's endpoint refused the request with status {status}; see its key and model"
-            ) from None
-        tokens = reply.usage.total_tokens if reply.usage else 0
-        message = reply.choices[0].message if reply.choices else None
-        if message is None or getattr(message, "refusal", None) or not message.content:
-            raise _Again("the model refused or said nothing", tokens=tokens)
-        return message.content, tokens
-
-    def _connect(self) -> Any:
-        if self._client is None:
-            try:
-                import openai
-            except ImportError:
-                raise EndsRunError("this judge needs openai: pip install 'mllm-fast[judge]'") from None
-            try:
-                self._client = openai.OpenAI(
-                    base_url=self.base_url, api_key=self._key, timeout=self._timeout, max_retries=0
-                )
-            except openai.OpenAIError:
-                raise EndsRunError("the judge's endpoint needs a key: set OPENAI_API_KEY") from None
-        return self._client
-
-    def _kept(self, messages: Sequence[dict[str, str]]) -> Path | None:
-        if self._cache is None:
-            return None
-        self._cache.mkdir(parents=True, exist_ok=True)
-        asked = json.dumps([self.model, self.base_url, messages])
-        return self._cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-
-
-class _Again(Exception):  # noqa: N818
-    """Worth another attempt, after so many seconds; what this one cost."""
-
-    def __init__(self, why: str, after: float = 0.0, tokens: int = 0):
-        super().__init__(why)
-        self.after, self.tokens = after, tokens
-
-
-def _read(text: str) -> Comparison:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise _Again(f"the answer cannot be read: {first_line(error)}") from None
+            found, tokens = self._endpoint.ask(_messages(reference, said), parse)
+        except Unanswered as error:
+            raise Unjudged(str(error), error.tokens) from None
+        return found._replace(tokens=tokens)
 
 
 def parse(text: str) -> Comparison:
@@ -200,7 +89,9 @@ def parse(text: str) -> Comparison:
     for side in (0, 1):
         if len({pair[side] for pair in pairs}) < len(pairs):
             raise ValueError("an object is paired twice")
-    return Comparison(found["a"], found["b"], [found["b"][j] for _, j in pairs])
+    paired = {i for i, _ in pairs}
+    missed = [name for i, name in enumerate(found["a"]) if i not in paired]
+    return Comparison(found["a"], found["b"], [found["b"][j] for _, j in pairs], missed)
 
 
 def _is_pair(pair: Any, first: int, second: int) -> bool:
@@ -215,10 +106,3 @@ def _messages(reference: str, said: str) -> list[dict[str, str]]:
     for a, b, reply in _EXAMPLES:
         messages += [ask(a, b), {"role": "assistant", "content": json.dumps(reply)}]
     return [*messages, ask(reference, said)]
-
-
-def _seconds(header: str | None) -> float:
-    try:
-        return max(0.0, float(header or 0))
-    except ValueError:
-        return 0.0

@@ -9,6 +9,8 @@ import numpy as np
 
 from ..errors import InputError, check_choice
 from ..knockout import Knockout
+from .agreement import labels_csv
+from .endpoint import cost
 from .evaluation import Evaluation, mean_and_error
 from .judge import Judge, Unjudged, scores, shapes_judge
 from .report import COLORS, Chart, Report, Table
@@ -43,9 +45,11 @@ class KnockoutSweep(Evaluation):
         reference: str = "answer",
         judge: Judge | None = None,
         max_new_tokens: int = 64,
+        price: float | None = None,
     ):
         check_choice("reference", reference, REFERENCES)
         self.judge = judge or shapes_judge()
+        self.price = price  # of a million of the judge's tokens, in dollars; decides no row
         self.settings: dict[str, Any] = {
             "prompt": prompt,
             "reference": reference,
@@ -57,7 +61,8 @@ class KnockoutSweep(Evaluation):
         limit, prompt = self.settings["max_new_tokens"], self.settings["prompt"]
         answer = vlm.generate(sample.image, prompt, max_new_tokens=limit).text
         reference = answer if self.settings["reference"] == "answer" else _truth(sample)
-        found = [{"target": "", "layers": "", "said": answer, **self._judged(reference, answer)}]
+        first = {"target": "", "layers": "", "reference": reference, "said": answer}
+        found = [first | self._judged(reference, answer)]
         for target in TARGETS:
             for layers in configurations(len(vlm.text.layers)):
                 rule = Knockout("image", target, layers)
@@ -70,7 +75,7 @@ class KnockoutSweep(Evaluation):
             found = self.judge.compare(reference, said)
         except Unjudged as error:
             return {"unjudged": str(error), "tokens": error.tokens}
-        return {**found.counts, "tokens": found.tokens}
+        return {**found.counts, "labels": found.labels, "tokens": found.tokens}
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         found = {
@@ -92,7 +97,7 @@ class KnockoutSweep(Evaluation):
             says.append(f"{len(unjudged)} of {len(every)} descriptions are unjudged and left out: {unjudged[0]}.")
         tokens = sum(row["tokens"] for row in every)
         if tokens:
-            says.append(f"The judge's answers took {tokens:,} tokens.")
+            says.append(f"The judge's answers took {cost(tokens, self.price)}.")
         table = Table(
             "Objects named with image -> target knocked out, mean over pictures ± standard error",
             ["image -> target", "layers", *_FIGURES],
@@ -126,7 +131,12 @@ class KnockoutSweep(Evaluation):
             "F1 of the named objects when the picture is closed to the query, to the generated tokens or to both from a"
             " layer on; on the right in all layers but the middle half. Bars are standard errors.",
         )
-        return Report(self.name, self.title, says, [table, said], [chart], _finite(figures))
+        labels = labels_csv(
+            (one[0]["reference"], row["said"], row["labels"]) for one in rows.values() for row in one if "labels" in row
+        )
+        return Report(
+            self.name, self.title, says, [table, said], [chart], _finite(figures), files={"labels.csv": labels}
+        )
 
 
 def configurations(num_layers: int) -> list[str]:

@@ -87,16 +87,19 @@ class Report:
     charts: Sequence[Chart]
     figures: dict[str, Any]
     failed: dict[str, str] = field(default_factory=dict)  # sample -> why it gave no row
+    files: dict[str, str] = field(default_factory=dict)  # name -> text, saved beside it
 
 
 def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Write report.html, report.md, figures.json and the charts, each of which appears whole."""
+    """Write report.html, report.md, figures.json, the charts and the report's own files, each of which appears
+    whole."""
     charts = {f"{chart.name}.png": chart.png() for chart in report.charts}
     page = to_html([(report, settings)], report.title)
     content = {
         "figures.json": (json.dumps({"settings": settings, **report.figures}, indent=1) + "\n").encode(),
         "report.md": to_markdown(report).encode(),
         **charts,
+        **{name: text.encode() for name, text in report.files.items()},
         "report.html": page.encode(),
     }
     for name, data in content.items():

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from ..compress import kept_count, read
 from ..errors import InputError
+from .endpoint import Unanswered
 from .evaluation import Evaluation, mean_and_error
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
-from .samples import Sample
+from .samples import Sample, YesNo
 
 if TYPE_CHECKING:
     from ..vlm import VLM
 
 _SAID = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-FULL, QUERY = "full", "query alone"
+REDUNDANCY_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+FULL, QUERY, READER = "full", "query alone", "description to LLM"
 
 
 class Way(NamedTuple):
@@ -46,18 +48,36 @@ def ways(shares: Iterable[float]) -> list[Way]:
     return [Way(1.0, "query+image"), *both, Way(1.0, "query"), *(Way(share, "image") for share in shares)]
 
 
+class Reader(Protocol):
+    """Answers a question from a description, and says what that cost in tokens; or raises Unanswered."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def answer(self, description: str, question: str) -> tuple[str, int]: ...
+
+
 class YesNoBenchmark(Evaluation):
     """A row a question and way: what was said, whether it means yes (None: neither yes nor no), and the tokens that a
-    re-prompt reads."""
+    re-prompt reads. `reader`: one way more, the picture's description to a language model; "unanswered": why there is
+    no answer of it."""
 
-    def __init__(self, shares: Sequence[float] = (), prompt: str = "Describe the image.", max_new_tokens: int = 16):
+    def __init__(
+        self,
+        shares: Sequence[float] = (),
+        prompt: str = "Describe the image.",
+        max_new_tokens: int = 16,
+        reader: Reader | None = None,
+    ):
         for share in shares:
             kept_count(share, 100)
         self.shares = tuple(shares)
+        self.reader = reader
         self.settings: dict[str, Any] = {
             "shares": list(self.shares),
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,
+            "reader": None if reader is None else reader.settings,
         }
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
@@ -73,18 +93,39 @@ class YesNoBenchmark(Evaluation):
             answers = context.ask_many(texts, max_new_tokens=self.settings["max_new_tokens"])
             for question, answer in zip(sample.questions, answers, strict=True):
                 asked = answer.layout.prompt_length - context.prefix_length
-                found.append(
-                    {
-                        "way": way.name,
-                        "group": sample.group,
-                        "question": question.text,
-                        "truth": question.truth,
-                        "said": answer.text,
-                        "yes": meaning(answer.text),
-                        "tokens": context.num_tokens + asked,
-                    }
-                )
+                found.append(_row(sample, way.name, question, answer.text, context.num_tokens + asked))
+        if self.reader is not None:
+            found += [self._read(self.reader, sample, question, reading.description) for question in sample.questions]
         return found
+
+    def _read(self, reader: Reader, sample: Sample, question: YesNo, description: str) -> Row:
+        try:
+            return _row(sample, READER, question, *reader.answer(description, question.text))
+        except Unanswered as error:
+            return _row(sample, READER, question, "", error.tokens) | {"unanswered": str(error)}
+
+
+def _row(sample: Sample, way: str, question: YesNo, said: str, tokens: int) -> Row:
+    return {
+        "way": way,
+        "group": sample.group,
+        "question": question.text,
+        "truth": question.truth,
+        "said": said,
+        "yes": meaning(said),
+        "tokens": tokens,
+    }
+
+
+def answered(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+    """The rows without those of a picture and way of which one is unanswered, so that all are of whole pictures; and
+    what to say of it."""
+    gone = {(name, row["way"]): row["unanswered"] for name, one in rows.items() for row in one if "unanswered" in row}
+    kept = {name: [row for row in one if (name, row["way"]) not in gone] for name, one in rows.items()}
+    if not gone:
+        return kept, []
+    why = next(iter(gone.values()))
+    return kept, [f"{READER}: {len(gone)} of {len(rows)} pictures are left out, without an answer: {why}."]
 
 
 def meaning(said: str) -> bool | None:
@@ -98,7 +139,7 @@ def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
     right; the share of answers that are neither yes nor no, which count as wrong; tokens of a re-prompt."""
     right = [[row["yes"] == row["truth"] for row in rows] for rows in samples]
     every = [row for rows in samples for row in rows]
-    mean = lambda values: float(np.mean(list(values)))  # noqa: E731
+    mean = lambda values: mean_and_error(list(values))[0]  # noqa: E731
     return {
         "ACC": 100 * mean(value for one in right for value in one),
         "ACC+": 100 * mean(map(all, right)),
@@ -130,16 +171,20 @@ class Mme(YesNoBenchmark):
     title: ClassVar[str] = "Yes-or-no questions, answered from what is left of a picture"
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
-        named = list(dict.fromkeys(row["way"] for row in next(iter(rows.values()))))
+        rows, left_out = answered(rows)
+        named = list(dict.fromkeys(row["way"] for one in rows.values() for row in one))
         groups = sorted({one[0]["group"] for one in rows.values()})
         of = lambda way, group=None: [  # noqa: E731
-            [row for row in one if row["way"] == way] for one in rows.values() if group in (None, one[0]["group"])
+            found
+            for one in rows.values()
+            if group in (None, one[0]["group"]) and (found := [row for row in one if row["way"] == way])
         ]
         total = {way: accuracies(of(way)) for way in named}
         each = {group: {way: accuracies(of(way, group)) for way in named} for group in groups}
         same = sum(len({row["truth"] for row in one}) == 1 for one in rows.values())
         tasks = f"{len(groups)} task{'s' * (len(groups) != 1)}"
         says = [f"{len(rows)} pictures in {tasks}; answers that are neither yes nor no count as wrong."]
+        says += left_out
         if same:
             says.append(f"Both answers are the same for {same} pictures.")
         columns = ["ACC", "ACC+", "neither", "tokens"]
@@ -150,9 +195,9 @@ class Mme(YesNoBenchmark):
                 [[way, *(f"{total[way][column]:.1f}" for column in columns)] for way in named],
             ),
             Table(
-                "ACC / ACC+ per task, %",
+                "ACC/ACC+ per task, %",
                 ["task", *named],
-                [[g, *(f"{each[g][w]['ACC']:.1f} / {each[g][w]['ACC+']:.1f}" for w in named)] for g in groups],
+                [[g, *(f"{each[g][w]['ACC']:.0f}/{each[g][w]['ACC+']:.0f}" for w in named)] for g in groups],
             ),
         ]
         figures = {"samples": len(rows), "same answers": same, "total": total, "tasks": each}
@@ -165,18 +210,21 @@ class Redundancy(YesNoBenchmark):
     name: ClassVar[str] = "redundancy"
     title: ClassVar[str] = "How many image tokens does an answer need?"
 
-    def __init__(self, shares: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), **settings: Any):
+    def __init__(self, shares: Sequence[float] = REDUNDANCY_SHARES, **settings: Any):
         super().__init__(shares or (1.0,), **settings)
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
+        rows, left_out = answered(rows)
         found: dict[str, tuple[float, float, float]] = {}
-        for way in dict.fromkeys(row["way"] for row in next(iter(rows.values()))):
-            right = [[row["yes"] == row["truth"] for row in one if row["way"] == way] for one in rows.values()]
+        for way in dict.fromkeys(row["way"] for one in rows.values() for row in one):
+            every = ([row["yes"] == row["truth"] for row in one if row["way"] == way] for one in rows.values())
+            right = [one for one in every if one]
             tokens = np.mean([row["tokens"] for one in rows.values() for row in one if row["way"] == way])
             found[way] = *mean_and_error([100 * float(np.mean(one)) for one in right]), float(tokens)
         says = [
             f"{len(rows)} pictures: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
-            f" re-prompt), {found[QUERY][0]:.1f} % with the query alone ({found[QUERY][2]:.0f})."
+            f" re-prompt), {found[QUERY][0]:.1f} % with the query alone ({found[QUERY][2]:.0f}).",
+            *left_out,
         ]
         table = Table(
             "Right answers, % ± standard error over pictures",
@@ -220,6 +268,7 @@ class Pope(YesNoBenchmark):
     title: ClassVar[str] = "Does the model see what is not there?"
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
+        rows, left_out = answered(rows)
         every = [row for one in rows.values() for row in one]
         named = list(dict.fromkeys((row["group"], row["way"]) for row in every))
         found = {
@@ -234,5 +283,5 @@ class Pope(YesNoBenchmark):
             [[name, *(cell(values[column]) for column in columns)] for name, values in found.items()],
             "An answer that is neither yes nor no counts as wrong, and not as yes.",
         )
-        says = [f"{len(every) // len({way for _, way in named})} questions about {len(rows)} pictures."]
+        says = [f"{sum(row['way'] == FULL for row in every)} questions about {len(rows)} pictures.", *left_out]
         return Report(self.name, self.title, says, [table], [], {"samples": len(rows), "figures": found})

@@ -1,4 +1,4 @@
-"""The judge that asks an endpoint, against a server that speaks OpenAI's protocol, and speaks it badly."""
+"""Judges and readers behind an endpoint, against a server that speaks OpenAI's protocol, and speaks it badly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -15,12 +16,18 @@ import pytest
 
 pytest.importorskip("openai")
 
+from mllm_fast import VLM
 from mllm_fast.errors import EndsRunError, InputError
-from mllm_fast.evaluation.judge import Comparison, Unjudged
+from mllm_fast.evaluation.agreement import Labelled, agreement, agreement_report, read_labels
+from mllm_fast.evaluation.benchmarks import scene_pairs
+from mllm_fast.evaluation.endpoint import Endpoint, Unanswered, cost
+from mllm_fast.evaluation.judge import Comparison, Unjudged, shapes_judge
 from mllm_fast.evaluation.judge_endpoint import _EXAMPLES, EndpointJudge, parse
 from mllm_fast.evaluation.knockout_sweep import KnockoutSweep
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.reader_endpoint import EndpointReader
+from mllm_fast.evaluation.run import ModelChoice, rows_of, run
 from mllm_fast.evaluation.samples import scenes
+from mllm_fast.evaluation.yes_no import Mme
 
 KEY = "sk-secret-0123456789"
 GOOD = json.dumps({"a": ["dog", "ball"], "b": ["puppy"], "pairs": [[0, 0]]})
@@ -89,13 +96,13 @@ def judge(server, tmp_path) -> EndpointJudge:
 
 def make(server: Server, **options) -> EndpointJudge:
     settings = {"attempts": 3, "timeout": 0.4, "pause": 0.01, "api_key": KEY, "base_url": server.url} | options
-    return EndpointJudge("judge", **settings)
+    return EndpointJudge(Endpoint("judge", **settings))
 
 
 def test_a_good_answer(server, judge):
     server.replies = [GOOD]
     found = judge.compare("a dog with a ball", "a puppy")
-    assert found == Comparison(["dog", "ball"], ["puppy"], ["puppy"], 42)
+    assert found == Comparison(["dog", "ball"], ["puppy"], ["puppy"], ["ball"], 42)
     assert found.counts == {"tp": 1, "fp": 0, "fn": 1}
     (asked,) = server.asked
     assert asked["model"] == "judge"
@@ -135,7 +142,7 @@ def test_failures_are_tried_again_and_then_unjudged(server, judge, failures, why
 
 def test_a_wait_that_is_asked_for_is_kept(server, monkeypatch):
     waits = []
-    monkeypatch.setattr("mllm_fast.evaluation.judge_endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("mllm_fast.evaluation.endpoint.time.sleep", waits.append)
     server.replies = [(429, {"retry-after": "7"}), (503, {}), (500, {}), (429, {"retry-after": "9999"}), GOOD]
     make(server, attempts=5, pause=1.0).compare("a", "b")
     assert waits == [7, 2, 4, 60]
@@ -171,7 +178,7 @@ def test_nothing_is_paid_for_twice_and_no_key_is_written(server, judge, tmp_path
     files = list((tmp_path / "cache").iterdir())
     assert len(files) == 1
     assert KEY not in files[0].read_text() + caplog.text + json.dumps(judge.settings) + repr(judge)
-    other = EndpointJudge("other", base_url=server.url, api_key=KEY, cache=tmp_path / "cache")
+    other = EndpointJudge(Endpoint("other", base_url=server.url, api_key=KEY, cache=tmp_path / "cache"))
     server.replies = [GOOD]
     assert other.compare("a dog", "a puppy").tokens == 42
 
@@ -218,4 +225,119 @@ def test_no_key(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="set OPENAI_API_KEY"):
-        EndpointJudge("judge")
+        Endpoint("judge")
+
+
+def test_what_was_kept_for_another_way_of_reading_is_asked_again(server, tmp_path):
+    endpoint = Endpoint("judge", base_url=server.url, api_key=KEY, cache=tmp_path)
+    server.replies = ["yes", GOOD]
+    asked = [{"role": "user", "content": "?"}]
+    assert endpoint.ask(asked, str.strip) == ("yes", 42)
+    assert endpoint.ask(asked, str.strip) == ("yes", 0)
+    assert endpoint.ask(asked, parse)[1] == 42
+    assert not server.replies
+
+
+def test_questions_to_a_language_model_that_has_a_description(server, tmp_path):
+    """Answered, said vaguely, and never answered: the last one's picture is left out of that row, and counted."""
+    settings = {"base_url": server.url, "api_key": KEY, "attempts": 2, "pause": 0.01, "timeout": 1}
+    reader = EndpointReader(Endpoint("reader", **settings))
+    vlm = VLM.from_pretrained("shapes")
+    listed = scene_pairs(3).list
+    evaluation = pickle.loads(pickle.dumps(Mme((), reader=reader)))
+    # two questions a picture
+    truths = [question.truth for sample in listed for question in sample.questions]
+    good = ["Yes." if truth else "no" for truth in truths]
+    server.replies = [good[0], good[1], good[2], "It depends", good[4], (500, {}), (500, {})]
+    rows = {sample.name: rows_of(evaluation, vlm, sample) for sample in listed}
+    report = evaluation.report(rows)
+    found = report.figures["total"]["description to LLM"]
+    assert found["ACC"] == 75
+    assert found["ACC+"] == 50
+    assert found["neither"] == 25
+    assert found["tokens"] == 42
+    assert report.figures["total"]["full"]["ACC"] > 50
+    assert any("1 of 3 pictures are left out, without an answer: status 500" in sentence for sentence in report.says)
+    asked = server.asked[0]["messages"][1]["content"]
+    assert asked.startswith("Description: a ")
+    assert listed[0].questions[0].text in asked
+    server.replies = [None, None]
+    with pytest.raises(Unanswered):
+        reader.answer("a dog", "is there a dog?")
+
+
+def test_cost():
+    assert cost(1_234_567, None) == "1,234,567 tokens"
+    assert cost(2_500_000, 0.4) == "2,500,000 tokens, about $1.00"
+
+
+def write(path, *lines):
+    path.write_text("\r\n".join(lines), encoding="utf-8-sig")
+    return path
+
+
+def test_agreement_by_hand(server, judge, tmp_path):
+    """People see a circle that the vocabulary takes for another; the endpoint agrees with them on all but a ball."""
+    path = write(
+        tmp_path / "labels.csv",
+        "said,reference,object,label",
+        'a red circle,"a red circle, a blue star",The Red  circle,tp',
+        'a red circle,"a red circle, a blue star",blue star,FN',
+        "a red ring,a red circle,red ring,TP",
+        ",a red circle,,",
+    )
+    pairs = read_labels(path)
+    assert pairs[0] == Labelled(
+        "a red circle, a blue star", "a red circle", {("red circle", "tp"): 1, ("blue star", "fn"): 1}
+    )
+    assert [len(pair.labels) for pair in pairs] == [2, 1, 0]
+    server.replies = [
+        json.dumps({"a": ["red circle", "blue star", "ball"], "b": ["red circle"], "pairs": [[0, 0]]}),
+        json.dumps({"a": ["red circle"], "b": ["red ring"], "pairs": [[0, 0]]}),
+        *[None] * 3,
+    ]
+    report = agreement_report(pairs, {"vocabulary": shapes_judge(), "endpoint": judge}, 10.0)
+    found = report.figures["agreement"]
+    # the vocabulary: red circle TP, blue star FN; red ring FP, red circle FN; red circle FN
+    assert found["people, vocabulary"] == {"same": 2, "people": 3, "vocabulary": 5, "agreement": 0.5}
+    # the endpoint: one label too many, and nothing of the third pair
+    assert found["people, endpoint"] == {"same": 3, "people": 3, "endpoint": 4, "agreement": pytest.approx(6 / 7)}
+    assert found["vocabulary, endpoint"]["same"] == 2
+    assert any("endpoint gave no usable answer on 1 pairs" in sentence for sentence in report.says)
+    assert any("endpoint took 210 tokens, about $0.00" in sentence for sentence in report.says)
+    assert agreement([None], [Counter()]) == (0, 0, 0)
+
+
+def test_labels_to_correct(tmp_path):
+    """What the sweep writes is what is read."""
+    sweep = KnockoutSweep()
+    rows = sweep.rows(VLM.from_pretrained("shapes"), scenes(1).list[0])
+    report = sweep.report({"one": rows})
+    path = tmp_path / "labels.csv"
+    path.write_text(report.files["labels.csv"])
+    pairs = read_labels(path)
+    assert {pair.said for pair in pairs} == {row["said"] for row in rows}
+    found = agreement_report(pairs, {"vocabulary": shapes_judge()}).figures["agreement"]["people, vocabulary"]
+    assert found["vocabulary"] > 0
+    assert found["agreement"] == 1
+    counts = Counter(label for row in rows for _, label in row["labels"])
+    assert counts == {label: sum(row[label] for row in rows) for label in counts}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["reference,said,object"], "has no column label"),
+        (["reference,said,object,label"], "holds no descriptions"),
+        (["reference,said,object,label", "a,b,dog,right"], "line 2: a label is TP, FP or FN of an object, got 'right'"),
+        (["reference,said,object,label", "a,b,,TP"], "line 2: a label is"),
+    ],
+)
+def test_tables_that_are_none(lines, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_labels(write(tmp_path / "labels.csv", *lines))
+    with pytest.raises(InputError, match="no such file"):
+        read_labels(tmp_path / "gone.csv")
+    (tmp_path / "latin.csv").write_bytes(b"\xe9\xff")
+    with pytest.raises(InputError, match="no text in UTF-8"):
+        read_labels(tmp_path / "latin.csv")

@@ -1,0 +1,140 @@
+"""How far judges of descriptions agree, with each other and with people (arXiv 2411.17491, section 4.2: 95 %)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import InputError
+from .endpoint import cost
+from .judge import Judge, Unjudged
+from .report import Report, Table
+
+COLUMNS = ("reference", "said", "object", "label")
+LABELS = ("tp", "fp", "fn")
+Labels = Counter[tuple[str, str]]  # (object, label) -> how often
+
+
+class Labelled(NamedTuple):
+    """Two descriptions, and the labels of their objects."""
+
+    reference: str
+    said: str
+    labels: Labels
+
+
+def labels_csv(entries: Iterable[tuple[str, str, Sequence[tuple[str, str]]]]) -> str:
+    """(reference, said, [(object, label)]) as a table, a line a label, for people to correct."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    pairs = {(reference, said): labels for reference, said, labels in entries}  # one that comes twice, once
+    for (reference, said), labels in pairs.items():
+        writer.writerows([reference, said, name, label.upper()] for name, label in labels or [("", "")])
+    return text.getvalue()
+
+
+def read_labels(path: Path) -> list[Labelled]:
+    """A table of people's labels: columns reference, said, object and label (TP, FP or FN), a line an object; a pair of
+    descriptions with nothing in them has one line without object and label.
+
+    Raises:
+        InputError: no such file, a column that is missing, a label that is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no text in UTF-8; save the table as CSV, UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise InputError(f"{path}: has no column {', '.join(missing)}; a table of labels has {', '.join(COLUMNS)}")
+    found: dict[tuple[str, str], Labels] = {}
+    for row in reader:
+        labels = found.setdefault((row["reference"] or "", row["said"] or ""), Counter())
+        name, label = _plain(row["object"] or ""), (row["label"] or "").strip().lower()
+        if not name and not label:
+            continue
+        if not name or label not in LABELS:
+            raise InputError(
+                f"{path}, line {reader.line_num}: a label is TP, FP or FN of an object, got {row['label']!r} of"
+                f" {row['object']!r}"
+            )
+        labels[name, label] += 1
+    if not found:
+        raise InputError(f"{path}: holds no descriptions")
+    return [Labelled(*pair, labels) for pair, labels in found.items()]
+
+
+def judged(pairs: Sequence[Labelled], judge: Judge) -> tuple[list[Labels | None], int]:
+    """A judge's labels of each pair, None where it gave no answer; and the tokens they cost."""
+    found: list[Labels | None] = []
+    tokens = 0
+    for pair in pairs:
+        try:
+            comparison = judge.compare(pair.reference, pair.said)
+        except Unjudged as error:
+            found.append(None)
+            tokens += error.tokens
+            continue
+        found.append(Counter((_plain(name), label) for name, label in comparison.labels))
+        tokens += comparison.tokens
+    return found, tokens
+
+
+def agreement(ones: Iterable[Labels | None], others: Iterable[Labels | None]) -> tuple[int, int, int]:
+    """How many labels are the same, and how many each side gave, over the pairs that both judged."""
+    shared = first = second = 0
+    for one, other in zip(ones, others, strict=True):
+        if one is not None and other is not None:
+            shared += (one & other).total()
+            first += one.total()
+            second += other.total()
+    return shared, first, second
+
+
+def agreement_report(pairs: Sequence[Labelled], judges: Mapping[str, Judge], price: float | None = None) -> Report:
+    """Every judge against the people's labels, and against each other."""
+    labels: dict[str, list[Labels | None]] = {"people": [pair.labels for pair in pairs]}
+    says, rows = (
+        [f"{len(pairs)} pairs of descriptions, with {sum(p.labels.total() for p in pairs)} labels by people."],
+        [],
+    )
+    figures: dict[str, dict[str, float | int | None]] = {}
+    for name, judge in judges.items():
+        labels[name], tokens = judged(pairs, judge)
+        unjudged = labels[name].count(None)
+        if unjudged:
+            says.append(f"{name} gave no usable answer on {unjudged} pairs, which are left out.")
+        if tokens:
+            says.append(f"{name} took {cost(tokens, price)}.")
+    names = list(labels)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            shared, first, second = agreement(labels[one], labels[other])
+            same = 2 * shared / (first + second) if first + second else None
+            figures[f"{one}, {other}"] = {"same": shared, one: first, other: second, "agreement": same}
+            rows.append([f"{one}, {other}", str(shared), str(first), str(second), _percent(same)])
+    table = Table(
+        "Agreement on objects and their labels",
+        ["first, second", "the same", "of the first", "of the second", "agreement"],
+        rows,
+        "An object is right (TP), not in the reference (FP) or missed (FN). Agreement: twice the labels that are the"
+        " same over all labels of both.",
+    )
+    return Report("judges", "Do the judges agree?", says, [table], [], {"pairs": len(pairs), "agreement": figures})
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _plain(name: str) -> str:
+    """Case, spaces and articles tell no object from another."""
+    words = name.lower().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

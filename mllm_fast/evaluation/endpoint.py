@@ -1,0 +1,166 @@
+"""Questions to a language model behind any endpoint that speaks OpenAI's protocol, through the `openai` client.
+
+What cannot be read is asked for again. Answers are kept in a folder by what was asked, so that nothing is paid for
+twice. No key is written or logged anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import EndsRunError, first_line
+from ..files import write_whole
+
+T = TypeVar("T")
+Messages = Sequence[dict[str, str]]
+
+
+def cost(tokens: int, price: float | None) -> str:
+    """Tokens, and what they cost at so many dollars a million."""
+    return f"{tokens:,} tokens" if price is None else f"{tokens:,} tokens, about ${tokens * price / 1e6:,.2f}"
+
+
+class Unanswered(Exception):  # noqa: N818
+    """No usable answer after all attempts; `tokens`: what they cost."""
+
+    def __init__(self, why: str, tokens: int = 0):
+        super().__init__(why)
+        self.tokens = tokens
+
+
+class Endpoint:
+    """One model of an endpoint.
+
+    Args:
+        model: its name there.
+        base_url, api_key: of the endpoint; the client's own by default (OPENAI_BASE_URL, OPENAI_API_KEY).
+        cache: a folder for answers.
+        attempts: how often one question is asked before it counts as unanswered.
+        timeout: of one request, in seconds. pause: before the second attempt, doubled before each other one.
+
+    Raises:
+        EndsRunError: the `openai` package is not there, or no key is given.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        cache: Path | None = None,
+        attempts: int = 5,
+        timeout: float = 60.0,
+        pause: float = 1.0,
+    ):
+        self.model, self.base_url = model, base_url
+        self._key, self._cache = api_key, cache
+        self._attempts, self._timeout, self._pause = attempts, timeout, pause
+        self._client: Any = None
+        self._connect()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_client": None}  # a connection belongs to one process
+
+    def ask(self, messages: Messages, read: Callable[[str], T]) -> tuple[T, int]:
+        """What `read` makes of the model's reply, and the tokens that all attempts cost; it raises ValueError for a
+        reply that cannot be read.
+
+        Raises:
+            Unanswered: no usable reply after all attempts.
+            EndsRunError: the endpoint refuses the key, the model or the request as such.
+        """
+        kept = self._kept(messages)
+        if kept is not None and kept.exists():
+            with contextlib.suppress(ValueError):  # kept by another way of reading
+                return read(kept.read_text()), 0
+        tokens, why = 0, ""
+        for attempt in range(self._attempts):
+            wait = self._pause * 2**attempt
+            try:
+                text, used = self._reply(messages)
+                tokens += used
+                found = _read(text, read)
+            except _Again as again:
+                why, wait = str(again), max(wait, again.after)
+                tokens += again.tokens
+            else:
+                if kept is not None:
+                    write_whole(kept, text.encode())
+                return found, tokens
+            if attempt + 1 < self._attempts:
+                time.sleep(min(wait, 60.0))
+        raise Unanswered(f"{why} ({self._attempts} attempts)", tokens)
+
+    def _reply(self, messages: Messages) -> tuple[str, int]:
+        """The text of one reply, and the tokens it cost."""
+        import openai
+
+        try:
+            reply = self._connect().chat.completions.create(model=self.model, messages=messages, temperature=0)
+        except openai.APITimeoutError:
+            raise _Again(f"no answer within {self._timeout:g} s") from None
+        except openai.APIConnectionError:
+            raise _Again("no connection") from None
+        except openai.APIStatusError as error:
+            status = error.status_code
+            if status in (408, 409, 429) or status >= 500:
+                raise _Again(f"status {status}", _seconds(error.response.headers.get("retry-after"))) from None
+            # the message of a refusal may repeat a part of the key
+            raise EndsRunError(
+                f"the endpoint refused the request with status {status}; see its key and model"
+            ) from None
+        tokens = reply.usage.total_tokens if reply.usage else 0
+        message = reply.choices[0].message if reply.choices else None
+        if message is None or getattr(message, "refusal", None) or not message.content:
+            raise _Again("the model refused or said nothing", tokens=tokens)
+        return message.content, tokens
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            try:
+                import openai
+            except ImportError:
+                raise EndsRunError("an endpoint needs openai: pip install 'mllm-fast[judge]'") from None
+            try:
+                self._client = openai.OpenAI(
+                    base_url=self.base_url, api_key=self._key, timeout=self._timeout, max_retries=0
+                )
+            except openai.OpenAIError:
+                raise EndsRunError("the endpoint needs a key: set OPENAI_API_KEY") from None
+        return self._client
+
+    def _kept(self, messages: Messages) -> Path | None:
+        if self._cache is None:
+            return None
+        self._cache.mkdir(parents=True, exist_ok=True)
+        asked = json.dumps([self.model, self.base_url, messages])
+        return self._cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+
+
+class _Again(Exception):  # noqa: N818
+    """Worth another attempt, after so many seconds; what this one cost."""
+
+    def __init__(self, why: str, after: float = 0.0, tokens: int = 0):
+        super().__init__(why)
+        self.after, self.tokens = after, tokens
+
+
+def _read(text: str, read: Callable[[str], T]) -> T:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise _Again(f"the answer cannot be read: {first_line(error)}") from None
+
+
+def _seconds(header: str | None) -> float:
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        return 0.0
