@@ -334,6 +334,23 @@ run(AttentionShare(max_new_tokens=6), scenes(200), model, Path({folder!r}), prog
 """
 
 
+def test_what_was_missing_is_tried_again(tmp_path):
+    """And nothing else; no sample is there twice."""
+    listed = scenes(2).list
+    late = Sample("late", tmp_path / "late.png")
+    samples, folder = Samples([listed[0], late, listed[1]], {}), tmp_path / "rows"
+    first = run(AttentionShare(max_new_tokens=4), samples, MODEL, folder)
+    assert "late.png" in first["late"][0]["error"]
+    listed[0].scene.image.save(tmp_path / "late.png")
+    told = []
+    again = run(AttentionShare(max_new_tokens=4), samples, MODEL, folder, progress=lambda *p: told.append(p))
+    assert told[0] == (2, 3)
+    assert [row["layer"] for row in again["late"]] == list(range(6))
+    assert all(again[name] == first[name] for name in ("scene 0", "scene 1"))
+    names = [json.loads(line)["sample"] for line in (folder / "rows.jsonl").read_bytes().splitlines()]
+    assert sorted(names) == ["late", "scene 0", "scene 1"]
+
+
 def test_samples_of_one_name_are_refused(tmp_path):
     samples = scenes(1)
     with pytest.raises(InputError, match="two samples are called 'scene 0'"):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn import metrics
 
 import mllm_fast as mf
 from mllm_fast.evaluation import fidelity
@@ -51,6 +52,8 @@ def test_curves_by_hand(monkeypatch):
     assert insertion["worst"] == pytest.approx([0, 0, 0, 0, 0, 0, 0.4, 0.9, 1])
     assert area([1.0] * len(SHARES)) == pytest.approx(1)
     assert area(list(SHARES)) == pytest.approx(0.5)
+    curve = np.random.default_rng(0).random(len(SHARES)).tolist()
+    assert area(curve) == pytest.approx(metrics.auc(SHARES, curve))
 
 
 def test_bytes_alive_at_once():

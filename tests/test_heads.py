@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from sklearn import metrics
 
 import mllm_fast as mf
 from mllm_fast.evaluation import heads
@@ -29,6 +30,8 @@ def test_measures_by_hand():
     assert overlap(found, np.array([[0, 5], [4, 3]]), 2) == 1
     values = torch.tensor([0.5, 3.0, 2.0, -1.0])
     assert readable(values, 2, 0) == {"reciprocal rank": 0.5, "logit minus": 1.5}
+    ranks = metrics.label_ranking_average_precision_score(np.eye(4)[2:3], values[None].numpy())
+    assert readable(values, 2, 0)["reciprocal rank"] == ranks
     assert readable(values, 3, 1) == {"reciprocal rank": 0.25, "logit minus": -4.0}
 
 

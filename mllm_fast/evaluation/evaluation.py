@@ -38,7 +38,7 @@ class Evaluation(ABC):
 
     def report(self, rows: dict[str, list[Row]]) -> Report:
         """The report on all samples, with why some could not be used."""
-        failed = {name: one[0]["error"] for name, one in rows.items() if one and "error" in one[0]}
+        failed = {name: one[0]["error"] for name, one in rows.items() if is_failed(one)}
         used = {name: one for name, one in rows.items() if name not in failed}
         found = self.findings(used) if used else self.nothing("No sample could be used.")
         return replace(found, failed=failed)
@@ -46,6 +46,11 @@ class Evaluation(ABC):
     def nothing(self, why: str) -> Report:
         """A report without figures."""
         return Report(self.name, self.title, [why], [], [], {})
+
+
+def is_failed(rows: Sequence[Row]) -> bool:
+    """Are these the rows of a sample that could not be used?"""
+    return bool(rows) and "error" in rows[0]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

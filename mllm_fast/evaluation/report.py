@@ -139,6 +139,9 @@ def to_html(reports: Sequence[tuple[Report, dict[str, Any]]], title: str) -> str
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
         f"<h1>{html.escape(title)}</h1>",
     ]
+    if len(reports) > 1:
+        links = (f'<li><a href="#{html.escape(one.name)}">{html.escape(one.title)}</a></li>' for one, _ in reports)
+        parts.append(f"<ol>{''.join(links)}</ol>")
     for report, settings in reports:
         if len(reports) > 1:
             parts.append(f'<h2 id="{html.escape(report.name)}">{html.escape(report.title)}</h2>')

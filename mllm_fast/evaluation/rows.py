@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,12 @@ class Rows:
             return {}
         entries = [json.loads(line) for line in lines]
         return {entry["sample"]: entry["rows"] for entry in entries}
+
+    def forget(self, samples: Collection[str]) -> None:
+        """Take out the rows of some samples; the file is the old or the new one, whole, at any moment."""
+        path = self.folder / ROWS
+        lines = [line for line in path.read_bytes().splitlines(True) if json.loads(line)["sample"] not in samples]
+        write_whole(path, b"".join(lines))
 
     def _check(self) -> None:
         path = self.folder / SETTINGS
