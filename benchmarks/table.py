@@ -20,7 +20,9 @@ def table() -> str:
     parts += [
         make(_result(name)) for name, make in (("reprompt", _reprompt), ("reprompt_quality", _quality)) if _has(name)
     ]
-    parts += [_cost(explanation), _maps(fidelity), _accuracy(accuracy), [_machine(scores)]]
+    parts += [_cost(explanation), _maps(fidelity)]
+    parts += [_methods(_result("maps"))] if _has("maps") else []
+    parts += [_accuracy(accuracy), [_machine(scores)]]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -201,6 +203,38 @@ def _maps(fidelity: dict) -> list[str]:
     return lines
 
 
+def _methods(maps: dict) -> list[str]:
+    names = {
+        "logprob": "log-probability increase (ours)",
+        "attention": "mean attention",
+        "rollout": "attention rollout (2020)",
+        "relevancy": "gradient-weighted attention (Chefer et al. 2021; LVLM-Interpret)",
+        "tam": "token activation map (2025)",
+        "gradient-input": "gradient x input",
+        "exhaustive": "each patch knocked out in turn",
+        "random": "random",
+    }
+    lines = [
+        f"Every way of drawing a map, on the same {maps['words']} words for objects in {maps['scenes']} descriptions"
+        " (`mllm-fast eval fidelity`): does the peak lie at the object; the word's mean probability with the map's"
+        " highest patches knocked out (deletion, lower is better) and with only those left (insertion, higher is"
+        " better); rank correlation with knocking each patch out in turn, which tells little where patches stand in for"
+        " each other; time and tensors of one map:",
+        "",
+        "| method of `heatmap` | peak at object | deletion | insertion | rank | ms | MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for method, label in names.items():
+        one = maps["methods"][method]
+        both = lambda name, digits, one=one: f"{one[name][0]:.{digits}f} ± {one[name][1]:.{digits}f}"  # noqa: E731
+        lines.append(
+            f"| {label} | {one['hit'][0]:.1%} | {both('deletion', 3)} | {both('insertion', 3)} | {round(one['rank'][0], 2) + 0.0:.2f} |"
+            f" {1e3 * one['seconds']:.1f} | {one['megabytes']:.2f} |"
+        )
+    chart = "![The word's probability while patches are knocked out, by eight ways of drawing a map](docs/maps.png)"
+    return [*lines, "", chart]
+
+
 def _accuracy(accuracy: dict) -> list[str]:
     tasks = list(accuracy["own"])
     rows = {"the generator's scenes": accuracy["own"], "another renderer's": accuracy["second"]}
@@ -221,7 +255,7 @@ def _machine(scores: dict) -> str:
     return (
         f"Measured on two cores of an {m['cpu']} ({m['instruction sets']}), torch {m['torch']}; no GPU was at hand."
         " Run `python benchmarks/scores.py`, `attention.py`,"
-        " `knockouts.py`, `reprompt.py`, `reprompt_quality.py`, `explanation.py`, `fidelity.py` on yours."
+        " `knockouts.py`, `reprompt.py`, `reprompt_quality.py`, `explanation.py`, `fidelity.py`, `maps.py` on yours."
     )
 
 
