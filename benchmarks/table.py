@@ -227,8 +227,9 @@ def _methods(maps: dict) -> list[str]:
     for method, label in names.items():
         one = maps["methods"][method]
         both = lambda name, digits, one=one: f"{one[name][0]:.{digits}f} ± {one[name][1]:.{digits}f}"  # noqa: E731
+        rank = round(one["rank"][0], 2) + 0.0  # no minus before zero
         lines.append(
-            f"| {label} | {one['hit'][0]:.1%} | {both('deletion', 3)} | {both('insertion', 3)} | {round(one['rank'][0], 2) + 0.0:.2f} |"
+            f"| {label} | {one['hit'][0]:.1%} | {both('deletion', 3)} | {both('insertion', 3)} | {rank:.2f} |"
             f" {1e3 * one['seconds']:.1f} | {one['megabytes']:.2f} |"
         )
     chart = "![The word's probability while patches are knocked out, by eight ways of drawing a map](docs/maps.png)"
