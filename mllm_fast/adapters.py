@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -50,10 +50,27 @@ class TextModel:
     outputs: tuple[nn.Linear, ...]
     num_heads: int
     head_dim: int
+    _views: dict[int, tuple[Any, int, torch.Tensor, list[torch.Tensor]]] = field(default_factory=dict, repr=False)
 
     def projection(self, layer: int, head: int) -> torch.Tensor:
         """O_j: [hidden size, head dim], a view of the output projection's weight."""
-        return weight_of(self.outputs[layer])[:, head * self.head_dim : (head + 1) * self.head_dim]
+        return self._of_heads(layer)[1][head]
+
+    def projections(self, layer: int) -> torch.Tensor:
+        """O_j of all heads, transposed: [heads, head dim, hidden size], a view of the weight."""
+        return self._of_heads(layer)[0]
+
+    def _of_heads(self, layer: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Kept while the weight stays where it is: of a small model, making views takes as long as using them."""
+        weight: Any = self.outputs[layer].weight
+        kept = self._views.get(layer)
+        if kept is not None and kept[0] is weight and kept[1] == weight.data_ptr():
+            return kept[2:]
+        whole = weight_of(self.outputs[layer]).unflatten(1, (self.num_heads, self.head_dim)).permute(1, 2, 0)
+        each = [one.mT for one in whole]
+        if weight.device.type != "meta":
+            self._views[layer] = weight, weight.data_ptr(), whole, each
+        return whole, each
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the final norm's output [..., d]: [..., V]."""

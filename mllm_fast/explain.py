@@ -18,7 +18,6 @@ from .errors import InputError, check_choice
 from .kernels import OperatorCache, logprob_increase, weight_state
 from .layout import ImageLayout, TokenLayout
 from .maps import METHODS, find
-from .offload import weight_of
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -266,18 +265,18 @@ class Explanation:
         count, layers, device = len(tokens), self.num_layers, trace.residual.device
         wide = torch.promote_types(trace.output.dtype, torch.float32)
         width = trace.residual.shape[-1]
-        writes = torch.empty(count, layers, self.num_heads, width, dtype=wide, device=device)
-        for layer, output in enumerate(trace.output[first:last].to(wide).permute(1, 2, 0, 3)):  # [H, T, D]
-            weight = weight_of(self._text.outputs[layer]).to(device=device, dtype=wide)
-            heads = output @ weight.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)  # [H, T, d]
-            writes[:, layer] = heads.transpose(0, 1)
+        writes = torch.empty(layers, self.num_heads, count, width, dtype=wide, device=device)
+        output = trace.output[first:last].to(wide).permute(1, 2, 0, 3)  # [L, H, T, D]
+        for layer in range(layers):
+            weight = self._text.projections(layer).to(device=device, dtype=wide)
+            torch.bmm(output[layer], weight, out=writes[layer])
         scores = logprob_increase(
             trace.residual[first:last].flatten(0, 1),
-            writes.flatten(0, 1),
-            torch.tensor(self.token_ids[first:last], device=device).repeat_interleave(layers),
+            writes.permute(2, 0, 1, 3).flatten(0, 1),
+            torch.tensor(self.token_ids[first:last], device=device)[:, None].expand(-1, layers).flatten(),
             self._unembedding,
             norm=self.norm,
-            final=trace.final[first:last].repeat_interleave(layers, 0),
+            final=trace.final[first:last, None].expand(-1, layers, -1).flatten(0, 1),
             backend=self._backend,
         )
         return scores.reshape(count, layers, self.num_heads)

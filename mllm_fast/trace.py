@@ -102,8 +102,11 @@ def make_trace(
                 f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
                 " use transformers' default cache and a sequence shorter than the model's sliding window"
             )
-        keys.append(k[batch_index][:, :length].to(record.device))
-        values.append(v[batch_index][:, :length].to(record.device))
+        k, v = k[batch_index].to(record.device), v[batch_index].to(record.device)
+        if k.shape[1] > length:
+            k, v = k[:, :length], v[:, :length]
+        keys.append(k)
+        values.append(v)
     return trace_of(record, keys, values, rows, batch_index=batch_index)
 
 
