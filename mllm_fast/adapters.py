@@ -68,8 +68,10 @@ class TextModel:
             return kept[2:]
         whole = weight_of(self.outputs[layer]).unflatten(1, (self.num_heads, self.head_dim)).permute(1, 2, 0)
         each = [one.mT for one in whole]
-        if weight.device.type != "meta":
-            self._views[layer] = weight, weight.data_ptr(), whole, each
+        if weight.device.type == "meta":  # read in: the last one alone is kept, its heads are asked for in turn
+            for other in [i for i in self._views if self.outputs[i].weight.device.type == "meta"]:
+                del self._views[other]
+        self._views[layer] = weight, weight.data_ptr(), whole, each
         return whole, each
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,9 @@ def evaluate(
         from .evaluation.run import ModelChoice, run
         from .evaluation.yes_no import REDUNDANCY_SHARES, Mme, Pope, Redundancy
     check_charts()
+    if ray:  # actors may live in another folder
+        images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))
+        out = out.resolve()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge: Judge | None = words
     reader: EndpointReader | None = None
@@ -138,9 +141,9 @@ def evaluate(
         Heads.name: lambda: Heads(question, statement, words, second_model=second_model),
         Localisation.name: lambda: Localisation(prompt, words, max_new_tokens=max_new_tokens),
         Fidelity.name: lambda: Fidelity(prompt, words, max_new_tokens=max_new_tokens),
-        Mme.name: lambda: Mme(shares or (0.02, 0.05), prompt, reader=reader),
-        Redundancy.name: lambda: Redundancy(shares or REDUNDANCY_SHARES, prompt=prompt, reader=reader),
-        Pope.name: lambda: Pope(shares, prompt, reader=reader),
+        Mme.name: lambda: Mme(shares or (0.02, 0.05), prompt, reader=reader, price=price),
+        Redundancy.name: lambda: Redundancy(shares or REDUNDANCY_SHARES, prompt=prompt, reader=reader, price=price),
+        Pope.name: lambda: Pope(shares, prompt, reader=reader, price=price),
     }
     evaluations = {one: make[one]() for one in chosen}
     with progress(f"loading {model}"):
@@ -157,7 +160,7 @@ def evaluate(
 
 def _report(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
     """Save the reports, and one page of several, and print them."""
-    from .evaluation.report import save, to_html
+    from .evaluation.report import plain, save, to_html
     from .files import write_whole
 
     for report, settings in reports:
@@ -166,7 +169,9 @@ def _report(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bo
     if len(reports) > 1:
         write_whole(out / "report.html", to_html(reports, "Where a model looks, and what it needs").encode())
     if as_json:
-        typer.echo(json.dumps({report.name: {**report.figures, "failed": report.failed} for report, _ in reports}))
+        typer.echo(
+            json.dumps({report.name: {**plain(report.figures), "failed": report.failed} for report, _ in reports})
+        )
         return
     for report, _ in reports:
         _print(report)

@@ -27,7 +27,7 @@ Images = Annotated[
 ]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
 Model = Annotated[str, typer.Option(help="'shapes' (embedded), a folder, or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto for all; the first GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; auto: what does not fit the GPU lies on the CPU.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]

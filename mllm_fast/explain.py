@@ -147,7 +147,8 @@ class Explanation:
             "attention", "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive" (see the modules of
             `mllm_fast.maps`). All but the first two and "random" run the model again: not of a stream or a context.
 
-        A thumbnail's tokens are spread over the cells they cover.
+        A thumbnail's tokens are spread over the cells they cover. "relevancy" and "gradient-input" hold all layers'
+        activations at once, and all weights of a model that is read in from elsewhere.
         """
         where = self._image(image)
         return where.to_grid(self.token_values(token, method, heads, image))
@@ -214,6 +215,11 @@ class Explanation:
         from .projection import project
 
         return project(self, self.token_index(token), layer, head, position, space, k)
+
+    def forget(self) -> None:
+        """Drop the scores that were made, so that the next are made anew."""
+        self._head_scores = None
+        self._position_scores = {}
 
     def token_index(self, token: int | str) -> int:
         """The index of a token given by index (negative from the end) or by its text."""

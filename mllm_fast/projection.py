@@ -61,13 +61,13 @@ def _write(ex: Explanation, token: int, layer: int, head: int, position: int | N
 
 @torch.no_grad()
 def word_values(ex: Explanation, token: int, vector: Tensor, space: str, write: bool = False) -> Tensor:
-    """What `project` ranks, of every word: [V] of a vector [d], in float32 or wider. `write`: it is no residual vector
-    but added to one."""
+    """What `project` ranks, of every word: [V] of a vector [d], float32, as precise as the model. `write`: it is no
+    residual vector but added to one."""
     text = ex._text
     if space == "embedding":
         table = weight_of(text.decoder.get_input_embeddings())  # type: ignore[operator]
-        return table.to(vector.device) @ vector.to(table.dtype)
+        return (table.to(vector.device) @ vector.to(table.dtype)).float()
     if not write:
         return torch.log_softmax(text.logits(text.norm(vector.to(text.head.weight.dtype))).float(), -1)  # type: ignore[arg-type]
-    unembedding, final = text.unembedding(), ex._trace.final[token].float()
+    unembedding, final = ex._unembedding, ex._trace.final[token].float()
     return unembedding.times((unembedding.centred(vector.float()) * unembedding.scale(final))[:, None])[:, 0]

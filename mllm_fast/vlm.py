@@ -24,7 +24,7 @@ from .kernels.dispatch import choose
 from .knockout import Knockout, Plan, as_rules, plan_of
 from .layout import TokenLayout
 from .loading import load_pretrained, parse_device, parse_dtype
-from .offload import device_of
+from .offload import check_one_device, device_of, one_gpu
 from .prompts import Images, Prompts, one_answer
 from .shares import AttentionShares
 from .stream import Stream, one_sequence
@@ -62,6 +62,7 @@ class VLM:
         adapter: Adapter | None = None,
     ):
         self.adapter = find_adapter(model) if adapter is None else adapter
+        check_one_device(model)
         try:  # a choice that cannot serve is refused here, not by the first call that needs it
             choose(device_of(model), model.dtype, backend, op="knockout_attention")
         except ValueError as error:
@@ -86,12 +87,12 @@ class VLM:
     ) -> VLM:
         """Load "shapes" (the embedded model), a folder, or a hub id.
 
-        `device`: the GPU if there is one, else the CPU; "auto" spreads a model that is too big for one GPU over all of
-        them, the CPU and (with `offload_folder`) the disk. `dtype`: float32 on the CPU, else bfloat16. Other options go
-        to transformers' `from_pretrained`.
+        `device`: the GPU if there is one, else the CPU; "auto" keeps what does not fit the GPU on the CPU and (with
+        `offload_folder`) on the disk, and reads it in layer by layer. `dtype`: float32 on the CPU, else bfloat16. Other
+        options go to transformers' `from_pretrained`.
         """
         if device == "auto":
-            device, options = None, {"device_map": "auto", **options}
+            device, options = None, {"device_map": "auto", "max_memory": one_gpu(), **options}
         where = parse_device(device)
         model, processor = load_pretrained(str(name), where, parse_dtype(dtype, where), **options)
         return cls(model, processor, max_pixels=max_pixels, backend=backend)

@@ -43,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.replies: list = []
         self.asked: list[dict] = []
         self.keys: list[str] = []
+        self.raw = False
 
     @property
     def url(self) -> str:
@@ -64,13 +65,15 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": reply, "refusal": "I cannot" if reply is None else None}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+        if self.server.raw:
+            return self._send(200, "<html>", {"Content-Type": "text/html"})
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
         self._send(200, {**answer, "usage": usage}, {})
 
     def _send(self, status: int, content: dict, headers: dict) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -244,7 +247,7 @@ def test_questions_to_a_language_model_that_has_a_description(server, tmp_path):
     reader = EndpointReader(Endpoint("reader", **settings))
     vlm = VLM.from_pretrained("shapes")
     listed = scene_pairs(3).list
-    evaluation = pickle.loads(pickle.dumps(Mme((), reader=reader)))
+    evaluation = pickle.loads(pickle.dumps(Mme((), reader=reader, price=0.1)))
     # two questions a picture
     truths = [question.truth for sample in listed for question in sample.questions]
     good = ["Yes." if truth else "no" for truth in truths]
@@ -255,7 +258,9 @@ def test_questions_to_a_language_model_that_has_a_description(server, tmp_path):
     assert found["ACC"] == 75
     assert found["ACC+"] == 50
     assert found["neither"] == 25
-    assert found["tokens"] == 42
+    assert any("its answers took 210 tokens, about $0.00" in sentence for sentence in report.says)
+    row = next(row for row in report.tables[0].rows if row[0] == "description to LLM")
+    assert row == ["description to LLM", "75.0", "50.0", "25.0", "-"]
     assert report.figures["total"]["full"]["ACC"] > 50
     assert any("1 of 3 pictures are left out, without an answer: status 500" in sentence for sentence in report.says)
     asked = server.asked[0]["messages"][1]["content"]
@@ -264,6 +269,37 @@ def test_questions_to_a_language_model_that_has_a_description(server, tmp_path):
     server.replies = [None, None]
     with pytest.raises(Unanswered):
         reader.answer("a dog", "is there a dog?")
+
+
+def test_a_text_that_is_refused_is_no_fault_of_the_key(server, judge):
+    """Once the endpoint has answered, a refusal is of what was asked: too long, or not to be talked of."""
+    server.replies = [GOOD, (400, {}), GOOD]
+    judge.compare("a dog", "a puppy")
+    with pytest.raises(Unjudged, match="status 400"):
+        judge.compare("a dog", "something else")
+    judge.compare("a dog", "a cat")
+    server.replies = [(401, {})]
+    with pytest.raises(EndsRunError, match="status 401"):
+        judge.compare("a dog", "a third")
+
+
+def test_what_is_no_endpoint(server, judge):
+    server.replies = ["<html>"]
+    server.raw = True
+    with pytest.raises(EndsRunError, match="does not speak OpenAI's protocol"):
+        judge.compare("a dog", "a puppy")
+
+
+def test_what_a_judge_did_not_answer_is_asked_again(server, tmp_path):
+    sweep = KnockoutSweep(judge=make(server, cache=tmp_path / "cache", attempts=1))
+    server.replies = [(500, {}), *[GOOD] * 100]
+    first = run(sweep, scenes(2), ModelChoice(), tmp_path / "rows")
+    assert [sum("unjudged" in row for row in rows) for rows in first.values()] == [1, 0]
+    asked = len(server.asked)
+    again = run(sweep, scenes(2), ModelChoice(), tmp_path / "rows")
+    assert not any("unjudged" in row for rows in again.values() for row in rows)
+    assert len(server.asked) <= asked + 1  # the others are kept
+    assert again["scene 1"] == first["scene 1"]
 
 
 def test_cost():

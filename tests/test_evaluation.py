@@ -244,6 +244,18 @@ def test_a_page_stands_alone(tmp_path):
     assert to_html([(report, {}), (report, {})], "both").count("<h2") == 2
 
 
+def test_what_was_corrected_is_kept(tmp_path):
+    report = Report("one", "One", [], [], [], {"mean": float("nan")}, files={"labels.csv": "a"})
+    save(report, tmp_path, {})
+    save(report, tmp_path, {})
+    assert not (tmp_path / "labels.new.csv").exists()
+    (tmp_path / "labels.csv").write_text("corrected")
+    save(report, tmp_path, {})
+    assert (tmp_path / "labels.csv").read_text() == "corrected"
+    assert (tmp_path / "labels.new.csv").read_text() == "a"
+    assert json.loads((tmp_path / "figures.json").read_text())["mean"] is None
+
+
 def test_without_matplotlib_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.chdir(tmp_path)

@@ -158,6 +158,15 @@ def test_what_was_missing_is_tried_again(tmp_path):
     assert sorted(names) == ["late", "scene 0", "scene 1"]
 
 
+def test_settings_that_are_new_are_named(tmp_path):
+    Rows(tmp_path, {"name": "mme"}).open().__enter__()
+    with (
+        pytest.raises(InputError, match="reader was absent, is None"),
+        Rows(tmp_path, {"name": "mme", "reader": None}).open(),
+    ):
+        pass
+
+
 def test_samples_of_one_name_are_refused(tmp_path):
     samples = scenes(1)
     with pytest.raises(InputError, match="two samples are called 'scene 0'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from mllm_fast.evaluation import heads
 from mllm_fast.evaluation.heads import Heads, readable
 from mllm_fast.evaluation.heads_report import importance, overlap, top
 from mllm_fast.evaluation.judge import NounJudge
+from mllm_fast.evaluation.report import plain, to_markdown
 from mllm_fast.evaluation.samples import Sample, Thing, scenes
 from mllm_fast.maps.passes import layer_inputs
 from mllm_fast.shapes.scenes import COLORS
@@ -116,6 +118,25 @@ def test_objects_without_a_name_of_their_own_are_left_out():
     assert asked == []  # three dogs, and a cat of two attributes
     evaluation.rows(None, Sample("two", SimpleNamespace(), (Thing("crimson dog", mask), Thing("tree", mask))))
     assert asked == [("red", "dog")]
+
+
+def test_names_of_several_words():
+    judge = NounJudge({"dog": [], "hot dog": [], "ball": [], "football": []}, {"red": [], "light blue": ["sky blue"]})
+    found = [
+        Heads(words=judge)._named(name) for name in ("red hot dog", "red football", "sky blue ball", "dog", "tree")
+    ]
+    assert found == [("red", "hot dog"), ("red", "football"), ("light blue", "ball"), ("", "dog"), ("", "")]
+
+
+def test_one_object_has_no_errors(done):
+    """And no NaN in what is written."""
+    _, _, rows = done
+    one = next(found[0] for found in rows.values() if found)
+    report = Heads().report({"one": [one | {"held": {"visual": 0.5, "textual": None}}]})
+    json.dumps(plain(report.figures), allow_nan=False)
+    text = to_markdown(report)
+    assert "nan" not in text
+    assert "of a textual question's an unknown share" in text
 
 
 def test_a_second_model(built, tmp_path):

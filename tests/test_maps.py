@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import warnings
 from types import SimpleNamespace
 
 import knocked
@@ -12,6 +15,7 @@ from knocked import Rule
 
 import mllm_fast as mf
 from mllm_fast.maps import METHODS
+from mllm_fast.maps.passes import layer_inputs
 from mllm_fast.maps.tam import less, rank_gaussian
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"
@@ -161,7 +165,7 @@ def test_random_is_the_same_again(explained):
 
 def test_the_model_is_left_as_it_was(explained, monkeypatch):
     vlm, _, ex = explained
-    weights = list(vlm.model.parameters())
+    weights = list(vlm.text.decoder.parameters())
     weights[0].requires_grad_(False)
     before = [weight.requires_grad for weight in weights], vlm.text.config._attn_implementation
     for method in METHODS:
@@ -172,6 +176,47 @@ def test_the_model_is_left_as_it_was(explained, monkeypatch):
             ex.heatmap(1, method)
     assert ([weight.requires_grad for weight in weights], vlm.text.config._attn_implementation) == before
     assert all(weight.grad is None for weight in weights)
+
+
+def test_nothing_is_left_behind(explained):
+    """No array of attention outlives its map."""
+    _, _, ex = explained
+    size = ex.layout.prompt_length + 1
+
+    def held() -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of objects that do not like to be looked at
+            found = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        return sum(one.shape[-2:] == (size, size) for one in found)
+
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        for method in ("relevancy", "rollout", "gradient-input"):
+            ex.token_values(1, method)
+        assert held() == before
+    finally:
+        gc.enable()
+
+
+def test_other_threads_do_not_mix_in(built, picture):
+    vlm = mf.VLM(*built("llava"))
+    ex = vlm.explain(picture, QUESTION, ANSWER)
+    ended = threading.Event()
+
+    def others():
+        while not ended.is_set():
+            vlm.generate(picture, QUESTION, max_new_tokens=1)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        found = {tuple(layer_inputs(ex, 5).shape) for _ in range(20)}
+    finally:
+        ended.set()
+        thread.join()
+    assert found == {(ex.num_layers + 1, ex._trace.residual.shape[-1])}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ class Endpoint:
         self._key, self._cache = api_key, cache
         self._attempts, self._timeout, self._pause = attempts, timeout, pause
         self._client: Any = None
+        self._answered = False  # a request, at any time: a refusal is then of what was asked, not of key or model
         self._connect()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,10 +114,14 @@ class Endpoint:
             status = error.status_code
             if status in (408, 409, 429) or status >= 500:
                 raise _Again(f"status {status}", _seconds(error.response.headers.get("retry-after"))) from None
-            # the message of a refusal may repeat a part of the key
+            if status in (400, 413, 422) and self._answered:
+                raise Unanswered(f"status {status}{_told(error)}") from None
             raise EndsRunError(
-                f"the endpoint refused the request with status {status}; see its key and model"
+                f"the endpoint refused the request with status {status}{_told(error)}; see its key and model"
             ) from None
+        if not hasattr(reply, "choices"):
+            raise EndsRunError(f"{self.base_url}: does not speak OpenAI's protocol; see --judge-url") from None
+        self._answered = True
         tokens = reply.usage.total_tokens if reply.usage else 0
         message = reply.choices[0].message if reply.choices else None
         if message is None or getattr(message, "refusal", None) or not message.content:
@@ -157,6 +163,14 @@ def _read(text: str, read: Callable[[str], T]) -> T:
         return read(text)
     except ValueError as error:
         raise _Again(f"the answer cannot be read: {first_line(error)}") from None
+
+
+def _told(error: Any) -> str:
+    """The error's code and parameter, if they are plain words; its message may repeat a part of the key."""
+    words = [
+        word for word in (error.code, error.param) if isinstance(word, str) and re.fullmatch(r"[a-z_.]{1,40}", word)
+    ]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _seconds(header: str | None) -> float:

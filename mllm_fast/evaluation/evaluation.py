@@ -53,6 +53,11 @@ def is_failed(rows: Sequence[Row]) -> bool:
     return bool(rows) and "error" in rows[0]
 
 
+def is_open(rows: Sequence[Row]) -> bool:
+    """Is there a row of these that a judge or a reader gave no answer for?"""
+    return any("unjudged" in row or "unanswered" in row for row in rows)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error, s / sqrt(n) with n - 1 in s; NaN where there are too few values for it."""
     array = np.asarray(values, float)

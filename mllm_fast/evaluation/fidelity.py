@@ -18,7 +18,7 @@ from ..verify import log_probs
 from .evaluation import Evaluation, mean_and_error
 from .judge import NounJudge, shapes_judge
 from .memory import peak_tensor_bytes
-from .report import COLORS, Chart, Report, Table
+from .report import COLORS, Chart, Report, Table, cell
 from .rows import Row
 from .samples import Sample
 from .words import words_at_objects
@@ -39,7 +39,8 @@ class Fidelity(Evaluation):
     hit: the peak lies within `near` tokens of the object's mask. deletion: p(word) with the highest patches knocked out
     (image -> query and generated, in all layers), for each of SHARES; insertion: with all others knocked out. rank: the
     map's rank correlation (Spearman) with the exhaustive one, None for a map that is the same everywhere. seconds: of
-    one map, on an answer that is explained already; megabytes: tensors alive at once, of a sample's first word.
+    one map of an answer whose pass is recorded, with nothing kept of maps before; megabytes: tensors alive at once, of
+    a sample's first word.
     """
 
     name: ClassVar[str] = "fidelity"
@@ -75,6 +76,7 @@ class Fidelity(Evaluation):
         for word in words:
             maps, seconds = {}, {}
             for method in METHODS:
+                ex.forget()
                 start = time.perf_counter()
                 maps[method] = ex.token_values(word.token, method)
                 seconds[method] = time.perf_counter() - start
@@ -115,9 +117,6 @@ class Fidelity(Evaluation):
             f" better. The rank correlation is with {_YARDSTICK}, each patch knocked out in turn: small where patches"
             " stand in for each other, so that no single one matters.",
         ]
-        cell = lambda value, digits=2, times=1.0: (  # noqa: E731
-            "-" if math.isnan(value[0]) else f"{times * value[0]:.{digits}f} ± {times * value[1]:.{digits}f}"
-        )
         table = Table(
             "Every way to draw a map, mean ± standard error over words; time and memory of one map",
             ["method", "peak at object, %", "deletion", "insertion", "rank", "ms", "MB"],
@@ -133,7 +132,8 @@ class Fidelity(Evaluation):
                 ]
                 for method, one in found.items()
             ],
-            "ms: median, on an answer that is explained already. MB: tensors alive at once, median over pictures.",
+            "ms: median, of an answer whose pass is recorded, with nothing kept of maps before. MB: tensors alive at"
+            " once, median.",
         )
         charts = [
             Chart(

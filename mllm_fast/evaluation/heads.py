@@ -100,9 +100,8 @@ class Heads(Evaluation):
         mentions = self.words.mentions(name)
         if len(mentions) != 1:
             return "", ""
-        attribute = [word for word in self.words.attributes if word in mentions[0].name.split()]
-        noun = next(noun for noun in self.words.nouns if mentions[0].name.endswith(noun))
-        return (attribute[0] if len(attribute) == 1 else ""), noun
+        attributes = mentions[0].attributes
+        return (attributes[0] if len(attributes) == 1 else ""), mentions[0].thing
 
     def _row(
         self, vlm: VLM, image: Any, attribute: str, noun: str, other: str, wrong: str, mask: np.ndarray

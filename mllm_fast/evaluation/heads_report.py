@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .evaluation import mean_and_error
-from .report import COLORS, Chart, Report, Table
+from .report import COLORS, Chart, Report, Table, cell
 from .rows import Row
 
 ASKED = ("visual", "textual")
@@ -23,6 +24,7 @@ def report_of(name: str, title: str, rows: Sequence[Row], pictures: int) -> Repo
     sizes = [values.size for values in heads.values()]
     pairs = [(a, b) for i, a in enumerate(heads) for b in list(heads)[:i]]
     # of fewer heads the top would be nearly all of them
+    pairs = [(a, b) for a, b in pairs if heads[a].shape == heads[b].shape]
     shared = [(b, a, k, overlap(heads[a], heads[b], k)) for a, b in pairs for k in (10, 20) if 2 * k <= heads[a].size]
     right = {asked: float(np.mean([row["right"][asked] for row in rows])) for asked in ASKED}
     held = {asked: _known([row["held"][asked] for row in rows]) for asked in ASKED}
@@ -36,14 +38,15 @@ def report_of(name: str, title: str, rows: Sequence[Row], pictures: int) -> Repo
     embedding = _readable([row["embedding"] for row in rows])
     best = [f"{layer}.{head}" for layer, head in top(heads["visual"], 5)]
     says = [
-        f"{len(rows)} objects of {pictures} pictures; the model answers {right['visual']:.1%} of the visual and"
-        f" {right['textual']:.1%} of the textual questions rightly. The heads that matter most for visual questions are"
-        f" {', '.join(best)} (layer.head).{''.join(_alike(*one) for one in shared)}",
-        f"{held['visual'][0]:.1%} of the best heads' increase comes from the object's own tokens, {area:.1%} of the"
-        f" picture; of a textual question's {held['textual'][0]:.1%} from the word that is the answer. The attention to"
-        f" the ten best image tokens falls from {own:.2f} to {other:.2f} when the question names another object.",
+        f"{len(rows)} objects of {pictures} pictures. The right word comes first among all that the model might say in"
+        f" {right['visual']:.1%} of the visual and {right['textual']:.1%} of the textual questions. The heads that"
+        f" matter most for visual questions are {', '.join(best)} (layer.head)."
+        f"{''.join(_alike(*one) for one in shared)}",
+        f"{_percent(held['visual'])} of the best heads' increase comes from the object's own tokens, {area:.1%} of the"
+        f" picture; of a textual question's {_percent(held['textual'])} from the word that is the answer. The ten best"
+        f" heads give {own:.2f} of their attention to the ten best image tokens, and {other:.2f} when the question"
+        " names another object.",
     ]
-    cell = lambda value, times=1.0: f"{times * value[0]:.2f} ± {times * value[1]:.2f}"  # noqa: E731
     named = {**read, "the best image token's input embedding, among word embeddings": embedding}
     named |= {_stage(i, len(layers)): value for i, value in enumerate(layers)}
     tables = [
@@ -104,6 +107,10 @@ def top(values: np.ndarray, k: int) -> list[tuple[int, int]]:
 def overlap(a: np.ndarray, b: np.ndarray, k: int) -> int:
     """How many of the k largest are the same in both."""
     return len({*top(a, k)} & {*top(b, k)})
+
+
+def _percent(value: tuple[float, float]) -> str:
+    return "an unknown share" if math.isnan(value[0]) else f"{value[0]:.1%}"
 
 
 def _title(asked: str) -> str:

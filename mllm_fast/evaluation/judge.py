@@ -60,11 +60,17 @@ class Judge(Protocol):
 
 
 class Mention(NamedTuple):
-    """An object in a text: its name, how many, and where its noun begins, in characters."""
+    """An object in a text: its attributes and noun, as the vocabulary calls them, how many there are, and where the
+    noun begins, in characters."""
 
-    name: str
+    attributes: tuple[str, ...]
+    thing: str
     number: int
     noun: int
+
+    @property
+    def name(self) -> str:
+        return " ".join([*self.attributes, self.thing])
 
 
 class NounJudge:
@@ -103,8 +109,8 @@ class NounJudge:
         found = []
         for match in self._phrase.finditer(text):
             leading = {self._attribute_of[_plain(word)] for word in self._attribute.findall(match["attributes"])}
-            name = " ".join([*sorted(leading), self._noun_of[_plain(match["noun"])]])
-            found.append(Mention(name, _number(match["number"]), match.start("noun")))
+            thing = self._noun_of[_plain(match["noun"])]
+            found.append(Mention(tuple(sorted(leading)), thing, _number(match["number"]), match.start("noun")))
         return found
 
     def objects(self, text: str) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EndsRunError
@@ -31,6 +32,8 @@ def ray_rows(
     except ImportError:
         raise EndsRunError("--ray needs Ray: pip install 'mllm-fast[ray]'") from None
     gpu = model.place().type == "cuda"
+    name = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
+    choice = replace(model, name=name, threads=model.threads or 1, device="cuda" if gpu else model.device)
     mine = not ray.is_initialized()
     if mine:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -40,7 +43,7 @@ def ray_rows(
         worker: Any = _Worker
         made = asked.map(
             worker,
-            fn_constructor_args=(evaluation, replace(model, threads=model.threads or 1), todo),
+            fn_constructor_args=(evaluation, choice, todo),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=0 if gpu else 1,
             num_gpus=1 if gpu else 0,

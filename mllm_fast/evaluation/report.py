@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,19 +93,39 @@ class Report:
 
 def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
     """Write report.html, report.md, figures.json, the charts and the report's own files, each of which appears
-    whole."""
+    whole. A file of the report's own that was changed since is kept: labels.csv, then labels.new.csv."""
     charts = {f"{chart.name}.png": chart.png() for chart in report.charts}
     page = to_html([(report, settings)], report.title)
     content = {
-        "figures.json": (json.dumps({"settings": settings, **report.figures}, indent=1) + "\n").encode(),
+        "figures.json": (json.dumps({"settings": settings, **plain(report.figures)}, indent=1) + "\n").encode(),
         "report.md": to_markdown(report).encode(),
         **charts,
         **{name: text.encode() for name, text in report.files.items()},
         "report.html": page.encode(),
     }
+    for name in report.files:  # somebody may have worked on it
+        if (folder / name).exists() and (folder / name).read_bytes() != content[name]:
+            content[f"{Path(name).stem}.new{Path(name).suffix}"] = content.pop(name)
     for name, data in content.items():
         write_whole(folder / name, data)
     return [folder / name for name in content]
+
+
+def plain(value: Any) -> Any:
+    """With None in place of NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def cell(value: tuple[float, float], digits: int = 2, times: float = 1.0) -> str:
+    """A mean ± its standard error, as far as there are any."""
+    mean, error = (times * one for one in value)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" if math.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def to_markdown(report: Report) -> str:

@@ -90,8 +90,10 @@ class Rows:
         except (ValueError, TypeError):
             raise InputError(f"{path}: not the settings of a run; give another folder") from None
         if found != self.settings:
-            names = sorted(n for n in found.keys() | self.settings.keys() if found.get(n) != self.settings.get(n))
-            said = "; ".join(f"{name} was {found.get(name)!r}, is {self.settings.get(name)!r}" for name in names)
+            shown = lambda one, name: repr(one[name]) if name in one else "absent"  # noqa: E731
+            both = sorted(found.keys() | self.settings.keys())
+            names = [name for name in both if shown(found, name) != shown(self.settings, name)]
+            said = "; ".join(f"{name} was {shown(found, name)}, is {shown(self.settings, name)}" for name in names)
             raise InputError(
                 f"{self.folder}: holds a run of other settings ({said}); give another folder, or remove it"
             )

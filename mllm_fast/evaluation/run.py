@@ -14,7 +14,7 @@ import torch
 from ..errors import EndsRunError, InputError
 from ..fingerprint import fingerprint
 from ..loading import parse_device
-from .evaluation import Evaluation, is_failed
+from .evaluation import Evaluation, is_failed, is_open
 from .rows import Row, Rows
 from .samples import Sample, Samples
 
@@ -59,9 +59,9 @@ def run(
     """Make the rows that `folder` does not hold yet; all rows of the samples, in their order.
 
     A sample that cannot be used (a picture that is missing or damaged, a prompt beyond the model's window) gives one
-    row {"error": why}, and is tried again by the next run. Killed at any moment, the next run goes on with what is
-    missing; neither the number of processes nor `ray`, which makes them actors of a Ray Data job, decides anything but
-    the time. `vlm`: the model, if it is loaded already.
+    row {"error": why}, and is tried again by the next run, as is one without a judge's answer. Killed at any moment,
+    the next run goes on with what is missing; neither the number of processes nor `ray`, which makes them actors of a
+    Ray Data job, decides anything but the time. `vlm`: the model, if it is loaded already.
 
     Raises:
         InputError: the folder holds rows of other settings, or another run writes to it. EndsRunError: what would fail
@@ -78,9 +78,9 @@ def run(
     store = Rows(folder, settings | {"model": model.name, "fingerprint": fingerprint(vlm.model)})
     with store.open():
         done = store.read()
-        failed = {name for name in names if is_failed(done.get(name, []))}
-        if failed:  # what was missing may be there now
-            store.forget(failed)
+        again = {name for name in names if is_failed(done.get(name, [])) or is_open(done.get(name, []))}
+        if again:  # what was missing may be there now
+            store.forget(again)
             done = store.read()
         todo = [sample for sample in samples.list if sample.name not in done]
         count = len(samples.list) - len(todo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -10,9 +11,9 @@ import numpy as np
 
 from ..compress import kept_count, read
 from ..errors import InputError
-from .endpoint import Unanswered
+from .endpoint import Unanswered, cost
 from .evaluation import Evaluation, mean_and_error
-from .report import COLORS, Chart, Report, Table
+from .report import COLORS, Chart, Report, Table, cell
 from .rows import Row
 from .samples import Sample, YesNo
 
@@ -68,11 +69,13 @@ class YesNoBenchmark(Evaluation):
         prompt: str = "Describe the image.",
         max_new_tokens: int = 16,
         reader: Reader | None = None,
+        price: float | None = None,
     ):
         for share in shares:
             kept_count(share, 100)
         self.shares = tuple(shares)
         self.reader = reader
+        self.price = price  # of a million of the reader's tokens, in dollars; decides no row
         self.settings: dict[str, Any] = {
             "shares": list(self.shares),
             "prompt": prompt,
@@ -100,12 +103,26 @@ class YesNoBenchmark(Evaluation):
 
     def _read(self, reader: Reader, sample: Sample, question: YesNo, description: str) -> Row:
         try:
-            return _row(sample, READER, question, *reader.answer(description, question.text))
+            said, paid = reader.answer(description, question.text)
         except Unanswered as error:
-            return _row(sample, READER, question, "", error.tokens) | {"unanswered": str(error)}
+            return _row(sample, READER, question, "", None) | {"paid": error.tokens, "unanswered": str(error)}
+        return _row(sample, READER, question, said, None) | {"paid": paid}
+
+    def asides(self, rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+        """The rows without those of a picture and way of which one is unanswered, so that all are of whole pictures;
+        and what to say of that, and of what the reader took."""
+        every = [(name, row) for name, one in rows.items() for row in one]
+        says, paid = [], sum(row.get("paid", 0) for _, row in every)
+        gone = {(name, row["way"]): row["unanswered"] for name, row in every if "unanswered" in row}
+        if gone:
+            why = next(iter(gone.values()))
+            says.append(f"{READER}: {len(gone)} of {len(rows)} pictures are left out, without an answer: {why}.")
+        if paid:
+            says.append(f"{READER}: its answers took {cost(paid, self.price)}.")
+        return {name: [row for row in one if (name, row["way"]) not in gone] for name, one in rows.items()}, says
 
 
-def _row(sample: Sample, way: str, question: YesNo, said: str, tokens: int) -> Row:
+def _row(sample: Sample, way: str, question: YesNo, said: str, tokens: int | None) -> Row:
     return {
         "way": way,
         "group": sample.group,
@@ -115,17 +132,6 @@ def _row(sample: Sample, way: str, question: YesNo, said: str, tokens: int) -> R
         "yes": meaning(said),
         "tokens": tokens,
     }
-
-
-def answered(rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
-    """The rows without those of a picture and way of which one is unanswered, so that all are of whole pictures; and
-    what to say of it."""
-    gone = {(name, row["way"]): row["unanswered"] for name, one in rows.items() for row in one if "unanswered" in row}
-    kept = {name: [row for row in one if (name, row["way"]) not in gone] for name, one in rows.items()}
-    if not gone:
-        return kept, []
-    why = next(iter(gone.values()))
-    return kept, [f"{READER}: {len(gone)} of {len(rows)} pictures are left out, without an answer: {why}."]
 
 
 def meaning(said: str) -> bool | None:
@@ -144,7 +150,7 @@ def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
         "ACC": 100 * mean(value for one in right for value in one),
         "ACC+": 100 * mean(map(all, right)),
         "neither": 100 * mean(row["yes"] is None for row in every),
-        "tokens": mean(row["tokens"] for row in every),
+        "tokens": mean(row["tokens"] for row in every if row["tokens"] is not None),
     }
 
 
@@ -164,6 +170,14 @@ def detection(rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _pair(figures: dict[str, float]) -> str:
+    return f"{_number(figures['ACC'], 0)}/{_number(figures['ACC+'], 0)}"
+
+
 class Mme(YesNoBenchmark):
     """Table 1 of arXiv 2411.17491: ACC and ACC+ of each way, per task and over all."""
 
@@ -171,7 +185,7 @@ class Mme(YesNoBenchmark):
     title: ClassVar[str] = "Yes-or-no questions, answered from what is left of a picture"
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
-        rows, left_out = answered(rows)
+        rows, asides = self.asides(rows)
         named = list(dict.fromkeys(row["way"] for one in rows.values() for row in one))
         groups = sorted({one[0]["group"] for one in rows.values()})
         of = lambda way, group=None: [  # noqa: E731
@@ -184,7 +198,7 @@ class Mme(YesNoBenchmark):
         same = sum(len({row["truth"] for row in one}) == 1 for one in rows.values())
         tasks = f"{len(groups)} task{'s' * (len(groups) != 1)}"
         says = [f"{len(rows)} pictures in {tasks}; answers that are neither yes nor no count as wrong."]
-        says += left_out
+        says += asides
         if same:
             says.append(f"Both answers are the same for {same} pictures.")
         columns = ["ACC", "ACC+", "neither", "tokens"]
@@ -192,12 +206,12 @@ class Mme(YesNoBenchmark):
             Table(
                 "Over all, %, and tokens that a re-prompt reads",
                 ["kept", *columns],
-                [[way, *(f"{total[way][column]:.1f}" for column in columns)] for way in named],
+                [[way, *(_number(total[way][column]) for column in columns)] for way in named],
             ),
             Table(
                 "ACC/ACC+ per task, %",
                 ["task", *named],
-                [[g, *(f"{each[g][w]['ACC']:.0f}/{each[g][w]['ACC+']:.0f}" for w in named)] for g in groups],
+                [[g, *(_pair(each[g][w]) for w in named)] for g in groups],
             ),
         ]
         figures = {"samples": len(rows), "same answers": same, "total": total, "tasks": each}
@@ -214,22 +228,23 @@ class Redundancy(YesNoBenchmark):
         super().__init__(shares or (1.0,), **settings)
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
-        rows, left_out = answered(rows)
+        rows, asides = self.asides(rows)
         found: dict[str, tuple[float, float, float]] = {}
         for way in dict.fromkeys(row["way"] for one in rows.values() for row in one):
             every = ([row["yes"] == row["truth"] for row in one if row["way"] == way] for one in rows.values())
             right = [one for one in every if one]
-            tokens = np.mean([row["tokens"] for one in rows.values() for row in one if row["way"] == way])
-            found[way] = *mean_and_error([100 * float(np.mean(one)) for one in right]), float(tokens)
+            read = [row["tokens"] for one in rows.values() for row in one if row["way"] == way]
+            tokens = mean_and_error([count for count in read if count is not None])[0]
+            found[way] = *mean_and_error([100 * float(np.mean(one)) for one in right]), tokens
         says = [
             f"{len(rows)} pictures: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
             f" re-prompt), {found[QUERY][0]:.1f} % with the query alone ({found[QUERY][2]:.0f}).",
-            *left_out,
+            *asides,
         ]
         table = Table(
             "Right answers, % ± standard error over pictures",
             ["kept", "right", "tokens a re-prompt"],
-            [[way, f"{mean:.1f} ± {error:.1f}", f"{tokens:.0f}"] for way, (mean, error, tokens) in found.items()],
+            [[way, cell((mean, error), 1), _number(tokens, 0)] for way, (mean, error, tokens) in found.items()],
         )
         chart = Chart(
             "redundancy",
@@ -268,7 +283,7 @@ class Pope(YesNoBenchmark):
     title: ClassVar[str] = "Does the model see what is not there?"
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
-        rows, left_out = answered(rows)
+        rows, asides = self.asides(rows)
         every = [row for one in rows.values() for row in one]
         named = list(dict.fromkeys((row["group"], row["way"]) for row in every))
         found = {
@@ -276,12 +291,11 @@ class Pope(YesNoBenchmark):
             for group, way in named
         }
         columns = list(next(iter(found.values())))
-        cell = lambda value: "-" if value is None else f"{value:.1f}"  # noqa: E731
         table = Table(
             "Yes is the positive answer, %",
             ["questions, kept", *columns],
-            [[name, *(cell(values[column]) for column in columns)] for name, values in found.items()],
+            [[name, *(_number(values[column]) for column in columns)] for name, values in found.items()],
             "An answer that is neither yes nor no counts as wrong, and not as yes.",
         )
-        says = [f"{sum(row['way'] == FULL for row in every)} questions about {len(rows)} pictures.", *left_out]
+        says = [f"{sum(row['way'] == FULL for row in every)} questions about {len(rows)} pictures.", *asides]
         return Report(self.name, self.title, says, [table], [], {"samples": len(rows), "figures": found})

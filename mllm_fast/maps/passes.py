@@ -43,12 +43,13 @@ def layer_inputs(ex: Explanation, position: int) -> Tensor:
     found: list[Tensor] = []
     take = lambda _, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0, position])  # noqa: E731
     modules = [*replay.text.layers, replay.text.norm]
-    handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in modules]
-    try:
-        hidden_states(ex, position + 1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with model_lock(replay.text):  # another thread's pass would be taken too
+        handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in modules]
+        try:
+            hidden_states(ex, position + 1)
+        finally:
+            for handle in handles:
+                handle.remove()
     return torch.stack(found)
 
 

@@ -25,12 +25,14 @@ def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) 
     flow: Tensor | None = None
 
     def weighing(layer: int, alpha: Tensor) -> None:
+        weights = alpha.detach()  # a hook that holds its own tensor is never freed
+
         def backward(gradient: Tensor) -> None:
             nonlocal flow
             if flow is None:
-                flow = alpha.new_zeros(row + 1)
+                flow = weights.new_zeros(row + 1)
                 flow[row] = 1.0
-            flow = flow + flow @ (gradient * alpha)[0].clamp_min(0).mean(0)
+            flow = flow + flow @ (gradient * weights)[0].clamp_min(0).mean(0)
 
         alpha.register_hook(backward)
 
