@@ -219,7 +219,7 @@ def _methods(maps: dict) -> list[str]:
         " (`mllm-fast eval fidelity`): does the peak lie at the object; the word's mean probability with the map's"
         " highest patches knocked out (deletion, lower is better) and with only those left (insertion, higher is"
         " better); rank correlation with knocking each patch out in turn, which tells little where patches stand in for"
-        " each other; time and tensors of one map:",
+        " each other; time, with nothing kept of maps before, and tensors of one map:",
         "",
         "| method of `heatmap` | peak at object | deletion | insertion | rank | ms | MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
