@@ -20,6 +20,7 @@ from mllm_fast.evaluation.heads_report import importance, overlap, top
 from mllm_fast.evaluation.judge import NounJudge
 from mllm_fast.evaluation.report import plain, to_markdown
 from mllm_fast.evaluation.samples import Sample, Thing, scenes
+from mllm_fast.evaluation.words import cells, widened
 from mllm_fast.maps.passes import layer_inputs
 from mllm_fast.shapes.scenes import COLORS
 
@@ -71,6 +72,13 @@ def test_rows(done):
     textual = vlm.explain(None, f"the {row['noun']} is {row['attribute']}. {question}", row["attribute"])
     assert row["textual"] == textual.head_scores[0].tolist()
     assert len(row["layers"]) == visual.num_layers + 1
+    best = [head[:2] for head in visual.top_heads(0, 10)]
+    mask = next(o.mask for o in sample.scene.objects if (o.color, o.shape) == (row["attribute"], row["noun"]))
+    hits = torch.from_numpy(widened(cells(mask, visual.layout.images[0]), 1))
+    part = visual.heatmap(0, heads=best).clamp(min=0)[hits].sum()
+    assert row["held"]["visual"] == pytest.approx(
+        float(part / visual.position_scores(0, best).sum(0).clamp(min=0).sum())
+    )
     assert row["right"]["visual"] == (vlm.generate(sample.image, question).text == row["attribute"])
 
 

@@ -168,6 +168,7 @@ def test_the_model_is_left_as_it_was(explained, monkeypatch):
     weights = list(vlm.text.decoder.parameters())
     weights[0].requires_grad_(False)
     before = [weight.requires_grad for weight in weights], vlm.text.config._attn_implementation
+    assert all(before[0][1:])
     for method in METHODS:
         ex.heatmap(1, method)
     monkeypatch.setattr(vlm.text.layers[1].mlp, "forward", lambda hidden: 1 / 0)

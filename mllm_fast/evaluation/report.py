@@ -26,7 +26,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
     "caption{text-align:left;font-weight:600;padding-bottom:.3rem}"
     "th,td{padding:.25rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}"
-    ".number{text-align:right;white-space:nowrap}"
+    ".number{text-align:right}th,td:not(:last-child),.number{white-space:nowrap}"
     "figure{margin:1rem 0}figure img{max-width:100%;height:auto}figcaption,.note{color:#555;font-size:.9rem}"
     ".wide{overflow-x:auto}"
 )
