@@ -320,3 +320,19 @@ def test_quantised_weights_are_refused():
     attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(mf.InputError, match="float8"):
         mf.VLM(model, processor)
+
+
+def test_projections_are_those_of_the_weight_there_is(built):
+    """Kept views of one that was replaced, or moved, are not used."""
+    vlm = mf.VLM(*built("llava"))
+    linear, kept = vlm.text.outputs[0], vlm.text.outputs[0].weight
+    first = vlm.text.projection(0, 1).clone()
+    try:
+        linear.weight = torch.nn.Parameter(2 * kept.detach())
+        assert torch.equal(vlm.text.projection(0, 1), 2 * first)
+        linear.weight.data = 2 * linear.weight.data
+        assert torch.equal(vlm.text.projection(0, 1), 4 * first)
+        assert torch.equal(vlm.text.projections(0)[1].mT, 4 * first)
+    finally:
+        linear.weight = kept
+    assert torch.equal(vlm.text.projection(0, 1), first)
