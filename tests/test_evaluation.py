@@ -27,8 +27,8 @@ from mllm_fast.evaluation.knockout_sweep import KnockoutSweep, configurations
 from mllm_fast.evaluation.localisation import Localisation
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.run import ModelChoice, run
-from mllm_fast.evaluation.samples import pictures, scenes
-from mllm_fast.evaluation.words import cells, widened
+from mllm_fast.evaluation.samples import Thing, pictures, scenes
+from mllm_fast.evaluation.words import cells, widened, words_at_objects
 from mllm_fast.layout import ImageLayout, Tile
 from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
@@ -242,6 +242,19 @@ def test_a_page_stands_alone(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"report.html", "report.md", "figures.json", "c.png"}
     assert "| &" not in (tmp_path / "report.md").read_text()
     assert to_html([(report, {}), (report, {})], "both").count("<h2") == 2
+
+
+@pytest.mark.parametrize(
+    "tokens", [["a", " red", " cir", "cle"], ["a ", "red ", "cir", "cle"], ["a", " ", "red ", "circle"]]
+)
+def test_a_words_token_is_the_one_its_noun_begins_in(tokens):
+    layout = ImageLayout(torch.arange(4), (20, 20), (Tile(2, 2, (0.0, 0.0, 20.0, 20.0)),))
+    ex = SimpleNamespace(tokens=tokens, layout=SimpleNamespace(images=[layout]))
+    mask = np.zeros((20, 20), bool)
+    mask[1, 15] = True
+    (word,) = words_at_objects(ex, shapes_judge(), [Thing("red circle", mask), Thing("blue star", ~mask)], 0)
+    assert tokens[word.token].strip().startswith("cir")
+    assert word.hits.tolist() == [[False, True], [False, False]]
 
 
 def test_what_was_corrected_is_kept(tmp_path):
