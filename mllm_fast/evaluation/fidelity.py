@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ..errors import InputError
 from ..maps import METHODS
 from ..verify import log_probs
-from .evaluation import Evaluation, mean_and_error
-from .judge import NounJudge, shapes_judge
+from .evaluation import mean_and_error
 from .memory import peak_tensor_bytes
 from .report import COLORS, Chart, Report, Table, cell
 from .rows import Row
 from .samples import Sample
-from .words import words_at_objects
+from .words import WordEvaluation
 
 if TYPE_CHECKING:
     from ..explain import Explanation
@@ -33,7 +31,7 @@ _MARKS = "os^vDPX*"
 _LOOKS = (*COLORS[:6], "#999999", "#000000")
 
 
-class Fidelity(Evaluation):
+class Fidelity(WordEvaluation):
     """A row a word that names an object of the picture, and method.
 
     hit: the peak lies within `near` tokens of the object's mask. deletion: p(word) with the highest patches knocked out
@@ -46,32 +44,9 @@ class Fidelity(Evaluation):
     name: ClassVar[str] = "fidelity"
     title: ClassVar[str] = "Which map is right?"
 
-    def __init__(
-        self,
-        prompt: str = "Describe the image.",
-        words: NounJudge | None = None,
-        near: int = 1,
-        max_new_tokens: int = 64,
-    ):
-        if near < 0:
-            raise InputError(f"near is a number of tokens, 0 or more, got {near}")
-        self.words = words or shapes_judge()
-        self.settings: dict[str, Any] = {
-            "prompt": prompt,
-            "vocabulary": self.words.settings,
-            "near": near,
-            "max_new_tokens": max_new_tokens,
-        }
-
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
-        if sample.things is None:
-            raise InputError(f"{sample.name}: no masks are known of its objects")
-        explain = lambda: vlm.explain(  # noqa: E731
-            sample.image, self.settings["prompt"], max_new_tokens=self.settings["max_new_tokens"]
-        )
-        ex: Explanation = explain()
-        words = words_at_objects(ex, self.words, sample.things, self.settings["near"])
-        memory = _megabytes(explain(), words[0].token) if words else {}
+        ex, words = self.explained(vlm, sample)
+        memory = _megabytes(ex, words[0].token) if words else {}
         found: list[Row] = []
         for word in words:
             maps, seconds = {}, {}
@@ -167,7 +142,11 @@ def curves(ex: Explanation, token: int, maps: dict[str, Tensor]) -> tuple[dict[s
 
 
 def _megabytes(ex: Explanation, token: int) -> dict[str, float]:
-    return {method: peak_tensor_bytes(partial(ex.token_values, token, method)) / 1e6 for method in METHODS}
+    found = {}
+    for method in METHODS:
+        ex.forget()
+        found[method] = peak_tensor_bytes(partial(ex.token_values, token, method)) / 1e6
+    return found
 
 
 def area(curve: list[float]) -> float:

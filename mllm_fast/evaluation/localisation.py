@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ..errors import InputError
-from .evaluation import Evaluation, mean_and_error
-from .judge import NounJudge, shapes_judge
+from .evaluation import mean_and_error
 from .report import COLORS, Chart, Report, Table
 from .rows import Row
 from .samples import Sample
-from .words import Word, words_at_objects
+from .words import Word, WordEvaluation
 
 if TYPE_CHECKING:
     from ..explain import Explanation
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 BANDS = ("first third", "middle third", "last third", "all layers")
 
 
-class Localisation(Evaluation):
+class Localisation(WordEvaluation):
     """A row a word that names an object of the picture: does the peak of its map lie within one token of the mask?
 
     The word's row is the one its noun's first token is predicted from. An object's mask is that of all things of its
@@ -35,28 +33,8 @@ class Localisation(Evaluation):
     name: ClassVar[str] = "localisation"
     title: ClassVar[str] = "Does a word look at its object?"
 
-    def __init__(
-        self,
-        prompt: str = "Describe the image.",
-        words: NounJudge | None = None,
-        near: int = 1,
-        max_new_tokens: int = 64,
-    ):
-        if near < 0:
-            raise InputError(f"near is a number of tokens, 0 or more, got {near}")
-        self.words = words or shapes_judge()
-        self.settings: dict[str, Any] = {
-            "prompt": prompt,
-            "vocabulary": self.words.settings,
-            "near": near,
-            "max_new_tokens": max_new_tokens,
-        }
-
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
-        if sample.things is None:
-            raise InputError(f"{sample.name}: no masks are known of its objects")
-        ex = vlm.explain(sample.image, self.settings["prompt"], max_new_tokens=self.settings["max_new_tokens"])
-        words = words_at_objects(ex, self.words, sample.things, self.settings["near"])
+        ex, words = self.explained(vlm, sample)
         return [{"thing": word.name, "token": word.token, **_peaks(ex, word)} for word in words]
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:

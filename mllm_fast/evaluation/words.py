@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..layout import ImageLayout
-from .judge import NounJudge
-from .samples import Thing
+from .evaluation import Evaluation
+from .judge import NounJudge, shapes_judge
+from .samples import Sample, Thing
 
 if TYPE_CHECKING:
     from ..explain import Explanation
+    from ..vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,34 @@ class Word:
     name: str
     token: int
     hits: np.ndarray
+
+
+class WordEvaluation(Evaluation):
+    """What is measured word by word: the nouns of descriptions that name an object of the picture."""
+
+    def __init__(
+        self,
+        prompt: str = "Describe the image.",
+        words: NounJudge | None = None,
+        near: int = 1,
+        max_new_tokens: int = 64,
+    ):
+        if near < 0:
+            raise InputError(f"near is a number of tokens, 0 or more, got {near}")
+        self.words = words or shapes_judge()
+        self.settings: dict[str, Any] = {
+            "prompt": prompt,
+            "vocabulary": self.words.settings,
+            "near": near,
+            "max_new_tokens": max_new_tokens,
+        }
+
+    def explained(self, vlm: VLM, sample: Sample) -> tuple[Explanation, list[Word]]:
+        """A sample's description, and its words for objects that are there."""
+        if sample.things is None:
+            raise InputError(f"{sample.name}: no masks are known of its objects")
+        ex = vlm.explain(sample.image, self.settings["prompt"], max_new_tokens=self.settings["max_new_tokens"])
+        return ex, words_at_objects(ex, self.words, sample.things, self.settings["near"])
 
 
 def words_at_objects(ex: Explanation, judge: NounJudge, things: Sequence[Thing], near: int) -> list[Word]:
