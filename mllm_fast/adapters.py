@@ -36,6 +36,8 @@ class Adapter:
     attention: str = "self_attn"  # from a layer
     output: str = "o_proj"  # from the attention module
     state: tuple[str, ...] = ()  # what a model keeps of the sequence at hand, outside the cache; dotted paths
+    # how image embeddings [images, tokens, d] are handed to the decoder; None where a picture's size sets their number
+    features: Callable[[torch.Tensor], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,8 @@ def _qwen_tiles(processor: Any, inputs: Any, index: int, size: tuple[int, int]) 
 ADAPTERS = {
     adapter.model_type: adapter
     for adapter in (
-        Adapter("llava", ("llama", "mistral", "qwen2"), _llava_tiles),
-        Adapter("internvl", ("qwen2", "llama"), _internvl_tiles),
+        Adapter("llava", ("llama", "mistral", "qwen2"), _llava_tiles, features=list),
+        Adapter("internvl", ("qwen2", "llama"), _internvl_tiles, features=lambda given: given),
         Adapter("qwen2_5_vl", ("qwen2_5_vl_text",), _qwen_tiles, state=("model.rope_deltas",)),
     )
 }

@@ -1,5 +1,7 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | info`. stdout carries the
-result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit code 2."""
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | info`.
+
+stdout carries the result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit
+code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_context, cli_eval
+from . import cli_context, cli_detect, cli_eval, cli_joint
 from .cli_options import (
     OUT,
     Backend,
@@ -29,6 +31,7 @@ from .cli_options import (
     Question,
     inputs,
     load,
+    load_joint,
     progress,
 )
 from .errors import InputError
@@ -49,6 +52,8 @@ app.command()(cli_context.compress)
 app.command()(cli_context.ask)
 app.command()(cli_context.kept)
 app.command("eval")(cli_eval.evaluate)
+app.command()(cli_detect.detect)
+app.add_typer(cli_joint.joint, name="joint")
 
 
 @app.command()
@@ -60,6 +65,15 @@ def explain(
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
     norm: Annotated[str, typer.Option(help="Statistics of the final norm: frozen or own.")] = "frozen",
     verify: Annotated[bool, typer.Option("--verify", help="Check each map by knocking its patches out.")] = False,
+    method: Annotated[
+        str, typer.Option(help="Of the saved maps: logprob, attention, ..., gradient-alignment (of a joint model).")
+    ] = "logprob",
+    joint: Annotated[
+        str | None, typer.Option(help="Read the picture by a joint model: a folder, or 'shapes'; its model answers.")
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="gradient-alignment: what the detector looks for; the explained word if none.")
+    ] = None,
     block: Block = None,
     layers: Layers = "all",
     max_new_tokens: NewTokens = 32,
@@ -71,21 +85,37 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture and show what made the model say each word."""
+    from .errors import check_choice
     from .files import check_target
+    from .maps import ALIGNMENT, WITH_DETECTOR
     from .render import ENDINGS, summary
 
+    check_choice("--method", method, WITH_DETECTOR)
+    if joint is None and (method == ALIGNMENT or query is not None):
+        if model != "shapes":
+            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
+        joint = model
+    if joint is not None and model != "shapes":
+        raise InputError("a joint model has a language model of its own: give --joint or --model, not both")
     if out is not None:
         check_target(out, ENDINGS)
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers)
-    vlm = load(model, device, dtype, max_pixels, backend)
+    options: dict[str, Any] = {"norm": norm, "knockout": rules}
+    if joint is None:
+        reader: Any = load(model, device, dtype, max_pixels, backend)
+    else:
+        reader = load_joint(joint, device, dtype, max_pixels, backend)
+        options["query"] = query
+    if answer is None:
+        options["max_new_tokens"] = max_new_tokens
     with progress("explaining"):
-        ex = vlm.explain(pictures, prompt, answer, norm=norm, knockout=rules, max_new_tokens=max_new_tokens)
+        ex = reader.explain(pictures, prompt, answer, **options)
         chosen = None if token is None else ex.token_index(_index_or_word(token))
         if verify:
             ex.verify(tokens=None if chosen is None else [chosen])
         if out is not None:
-            ex.save(out, chosen)
+            ex.save(out, chosen, method)
     if as_json:
         result = summary(ex, numbers=False)
         if chosen is not None:

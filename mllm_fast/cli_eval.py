@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table as Printed
 
-from .cli_options import OUT, Backend, Device, Dtype, Json, Model, parse_keep, progress
+from .cli_options import Backend, Device, Dtype, Json, Model, parse_keep, progress
+from .cli_report import bar, publish
 from .errors import InputError
 
 if TYPE_CHECKING:
     from .evaluation.evaluation import Evaluation
     from .evaluation.judge import Judge
-    from .evaluation.report import Report, Table
-    from .evaluation.run import Progress
+    from .evaluation.report import Report
     from .evaluation.samples import Samples
 
 NAMES = ("attention-share", "knockout-sweep", "heads", "localisation", "fidelity", "mme", "redundancy", "pope")
@@ -125,7 +121,7 @@ def evaluate(
         judges: dict[str, Judge] = {"vocabulary": words or shapes_judge()}
         if judge is not None and judge is not words:
             judges["endpoint"] = judge
-        _report([(agreement_report(read_labels(labels), judges, price), {"labels": str(labels)})], out, as_json)
+        publish([(agreement_report(read_labels(labels), judges, price), {"labels": str(labels)})], out, as_json)
         return
     shares = tuple(parse_keep(text) for text in keep or ())
     if any(isinstance(share, int) for share in shares):
@@ -150,33 +146,12 @@ def evaluate(
         vlm = choice.load()
     for one in chosen:
         folder = out / one
-        with _bar(one) as tell:
+        with bar(one) as tell:
             rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm, ray)
         if parquet:
             write_parquet(rows, folder / "rows.parquet")
         reports.append((evaluations[one].report(rows), json.loads((folder / SETTINGS).read_text())))
-    _report(reports, out, as_json)
-
-
-def _report(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
-    """Save the reports, and one page of several, and print them."""
-    from .evaluation.report import plain, save, to_html
-    from .files import write_whole
-
-    for report, settings in reports:
-        (out / report.name).mkdir(parents=True, exist_ok=True)
-        save(report, out / report.name, settings)
-    if len(reports) > 1:
-        write_whole(out / "report.html", to_html(reports, "Where a model looks, and what it needs").encode())
-    if as_json:
-        typer.echo(
-            json.dumps({report.name: {**plain(report.figures), "failed": report.failed} for report, _ in reports})
-        )
-        return
-    for report, _ in reports:
-        _print(report)
-    saved = out / "report.html" if len(reports) > 1 else out / reports[0][0].name / "report.html"
-    OUT.print(f"saved {escape(str(saved))}", highlight=False)
+    publish(reports, out, as_json)
 
 
 def _check(
@@ -218,38 +193,3 @@ def _samples(
     if masks is None:
         return pictures(images, count)
     return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Progress]:
-    """A progress bar on stderr, if somebody looks."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="picture", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-
-        def tell(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield tell
-
-
-def _print(report: Report) -> None:
-    OUT.print(f"[bold]{escape(report.title)}[/]", highlight=False)
-    for sentence in report.says:
-        OUT.print(escape(sentence), highlight=False)
-    for table in report.tables:
-        OUT.print(_printed(table), highlight=False)
-    for name, why in report.failed.items():
-        OUT.print(f"[red]{escape(name)}[/]: {escape(why)}", highlight=False)
-
-
-def _printed(table: Table) -> Printed:
-    printed = Printed(title=table.title, title_justify="left", title_style="bold")
-    for i, column in enumerate(table.columns):
-        printed.add_column(
-            escape(column), justify="right" if table.numeric(i) else "left", overflow="fold", no_wrap=i == 0
-        )
-    for row in table.rows:
-        printed.add_row(*map(escape, row))
-    return printed

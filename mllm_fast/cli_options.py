@@ -14,6 +14,7 @@ from rich.markup import escape
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from .joint.model import JointModel
     from .vlm import VLM
 
 SAMPLE = Path(__file__).parent / "shapes" / "sample.png"
@@ -57,6 +58,14 @@ def load(model: str, device: str | None, dtype: str | None, max_pixels: int, bac
         from .vlm import VLM
     with progress(f"loading {model}"):
         return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
+
+
+def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> JointModel:
+    """A joint model, with what is being loaded shown on stderr."""
+    with progress("loading the libraries"):
+        from .joint.model import JointModel
+    with progress(f"loading {name}"):
+        return JointModel.from_pretrained(name, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
 
 
 @contextmanager

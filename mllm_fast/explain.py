@@ -17,11 +17,12 @@ from .adapters import TextModel
 from .errors import InputError, check_choice
 from .kernels import OperatorCache, logprob_increase, weight_state
 from .layout import ImageLayout, TokenLayout
-from .maps import METHODS, find
+from .maps import WITH_DETECTOR, find
 from .trace import Trace
 
 if TYPE_CHECKING:
     from .answers import Answer
+    from .box_weights import BoxWeights
     from .verify import Replay, Verification
 
 Heads = int | str | Sequence[tuple[int, int]]
@@ -81,6 +82,7 @@ class Explanation:
         self._head_scores: Tensor | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self.verification: list[Verification] = []
+        self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None  # of a joint model's explanation
 
     @property
     def num_layers(self) -> int:
@@ -146,6 +148,7 @@ class Explanation:
         method: "logprob", the sum of the position scores of `heads`; or another way to draw a map, to compare with:
             "attention", "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive" (see the modules of
             `mllm_fast.maps`). All but the first two and "random" run the model again: not of a stream or a context.
+            "gradient-alignment" is for explanations by a joint model, see `box_weights`.
 
         A thumbnail's tokens are spread over the cells they cover. "relevancy" and "gradient-input" hold all layers'
         activations at once, and all weights of a model that is read in from elsewhere.
@@ -155,8 +158,22 @@ class Explanation:
 
     def token_values(self, token: int | str, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
         """What `heatmap` lays on the grid: a number an image token, float32 [n], on the CPU."""
-        check_choice("method", method, METHODS)
+        check_choice("method", method, WITH_DETECTOR)
         return find(method)(self, self.token_index(token), self._image(image), heads).float().cpu()
+
+    def box_weights(self, token: int | str, query: str | None = None, image: int = 0) -> BoxWeights:
+        """How far the boxes of a detector agree with a token (gradient alignment, arXiv 2405.14612), for explanations
+        by `mllm_fast.joint.JointModel`.
+
+        query: what the detector looks for, "a photo of a WORD" by default, with the token's own word.
+        """
+        if self.boxes_of is None:
+            raise InputError(
+                "gradient alignment needs a detector: explain by mllm_fast.joint.JointModel (--joint on the command"
+                " line)"
+            )
+        self._image(image)
+        return self.boxes_of(self.token_index(token), query, image)
 
     @property
     def replay(self) -> Replay:
@@ -235,12 +252,16 @@ class Explanation:
             raise InputError(f"the token's index is 0 to {count - 1}, got {token}")
         return token % count
 
-    def save(self, path: str | os.PathLike[str], token: int | str | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], token: int | str | None = None, method: str = "logprob") -> None:
         """Write the explanation: .png (one token's map, or a sheet of all), .html (one page to click
-        through), .json or .safetensors (all numbers). The file appears whole or not at all."""
+        through), .json or .safetensors (all numbers). The file appears whole or not at all.
+
+        method: of the maps, as in `heatmap`; a page and numbers have those of "logprob" and "attention" as well.
+        """
         from .render import save
 
-        save(self, path, None if token is None else self.token_index(token))
+        check_choice("method", method, WITH_DETECTOR)
+        save(self, path, None if token is None else self.token_index(token), method)
 
     def _image(self, image: int) -> ImageLayout:
         if not self.layout.images:

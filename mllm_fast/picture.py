@@ -7,9 +7,11 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .box_picture import Labelled, put_boxes
 from .explain import Explanation
 from .layout import Box, overlaps
 from .lettering import FAINT, INK, MARGIN, PAPER, Text, font, shorten
+from .maps import ALIGNMENT, MEANINGS
 
 # dark to light in even steps of lightness, so that it reads without colour vision and in print
 _STOPS = ((12, 8, 38), (72, 16, 104), (148, 38, 104), (216, 78, 66), (248, 150, 38), (252, 232, 140))
@@ -54,14 +56,16 @@ def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: 
     return Image.fromarray(np.rint(base * (1 - strength) + colors(heat) * strength).astype(np.uint8))
 
 
-def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
-    """One token: each picture and its map side by side, the colour bar, the question, the answer."""
-    maps = [ex.heatmap(token, heads=heads, image=i).double().numpy() for i in range(len(ex.images))]
-    top = max(float(grid.max()) for grid in maps)
+def draw_token(ex: Explanation, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
+    """One token: each picture and its map side by side, the colour bar, the question, the answer; of gradient alignment
+    the five boxes of largest weight as well."""
+    maps = [_map(ex, token, method, heads, i) for i in range(len(ex.images))]
+    top = max(float(grid.max()) for grid, _, _ in maps)
     side = 420
     pairs = []
-    for picture, grid, layout in zip(ex.images, maps, ex.layout.images, strict=True):
-        heated = overlay(picture, grid, layout.box, top, side)
+    for picture, (grid, box, boxes), layout in zip(ex.images, maps, ex.layout.images, strict=True):
+        heated = overlay(picture, grid, box, top, side)
+        put_boxes(heated, boxes, side / max(picture.size))
         pairs.append((overlay(picture, np.zeros((1, 1)), layout.box, 0, side, faded=False), heated))
     bar = 90
     width = max(2 * pair[0].width for pair in pairs) + 3 * MARGIN + bar
@@ -74,10 +78,14 @@ def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
             f"Explained token: \u201c{ex.tokens[token].strip()}\u201d ({token + 1} of {len(ex.tokens)})", 22, INK
         ),
     ]
-    note = (
-        f"Colour: increase of log p(token) by each patch, summed over the {min(heads, ex.num_layers * ex.num_heads)}"
-        f" best heads ({ex.norm} norm). Negative parts (down to {min(float(g.min()) for g in maps):.3g}) are not drawn."
-    )
+    note = _note(ex, method, heads)
+    lowest = min(float(grid.min()) for grid, _, _ in maps)
+    if lowest < 0:
+        note += f" Negative parts (down to {lowest:.3g}) are not drawn."
+    if method == ALIGNMENT:
+        found = ex.box_weights(token)
+        note += f" The detector looks for \u201c{found.query}\u201d; drawn are the five boxes of largest weight."
+        note += f" Note: {found.note}." if found.note else ""
     foot = text.wrap(note, 14, FAINT)
     check = ex.verified(token)
     if check is not None:
@@ -99,21 +107,18 @@ def draw_token(ex: Explanation, token: int, heads: int = 10) -> Image.Image:
     return sheet
 
 
-def draw_sheet(ex: Explanation, heads: int = 10) -> Image.Image:
+def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Image.Image:
     """All tokens: a map each, all on one scale, so that a word that no patch raised stays bare."""
     side = 200
     layouts = ex.layout.images
-    maps = [
-        [ex.heatmap(token, heads=heads, image=i).double().numpy() for i in range(len(layouts))]
-        for token in range(len(ex.tokens))
-    ]
-    top = max(float(grid.max()) for grids in maps for grid in grids)
+    maps = [[_map(ex, token, method, heads, i)[:2] for i in range(len(layouts))] for token in range(len(ex.tokens))]
+    top = max(float(grid.max()) for grids in maps for grid, _ in grids)
     entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the picture", "") for p in ex.images]
     for index, (token, grids) in enumerate(zip(ex.tokens, maps, strict=True)):
         check = ex.verified(index)
         found = "" if check is None else f", check: {check.verdict}"
-        for picture, grid, layout in zip(ex.images, grids, layouts, strict=True):
-            drawn = overlay(picture, grid, layout.box, top, side)
+        for picture, (grid, box) in zip(ex.images, grids, strict=True):
+            drawn = overlay(picture, grid, box, top, side)
             entries.append((drawn, f"\u201c{token.strip()}\u201d", f"up to {float(grid.max()):.2f}{found}"))
     across = min(len(entries), max(3, math.ceil(math.sqrt(len(entries) * 1.6))))
     bar = 80
@@ -121,8 +126,7 @@ def draw_sheet(ex: Explanation, heads: int = 10) -> Image.Image:
     tall = max(entry[0].height for entry in entries) + 58
     text = Text(width - 2 * MARGIN)
     lines = [*text.wrap(f"Question: {ex.prompt}", 18, INK), *text.wrap(f"Answer: {ex.text}", 18, INK)]
-    note = f"Colour: increase of log p(token) by each patch, summed over the {heads} best heads ({ex.norm} norm)."
-    foot = text.wrap(note, 14, FAINT)
+    foot = text.wrap(_note(ex, method, heads), 14, FAINT)
     if ex.verification:
         foot += text.wrap(
             "Check: the highest patches are knocked out; \u201cholds\u201d if log p(token) falls more than without"
@@ -146,6 +150,27 @@ def draw_sheet(ex: Explanation, heads: int = 10) -> Image.Image:
     _color_bar(sheet, draw, (right, head_height, right + 20, head_height + entries[0][0].height), top)
     text.put(draw, foot, head_height + rows * tall)
     return sheet
+
+
+def _map(ex: Explanation, token: int, method: str, heads: int, image: int) -> tuple[np.ndarray, Box, list[Labelled]]:
+    """A token's map of one picture, the part of the picture it lies over, and boxes to draw."""
+    if method != ALIGNMENT:
+        return ex.heatmap(token, method, heads, image).double().numpy(), ex.layout.images[image].box, []
+    found = ex.box_weights(token, image=image)
+    width, height = found.size
+    scale = min(1.0, 512 / max(found.size))
+    pixels = found.pixels((max(1, round(width * scale)), max(1, round(height * scale))))
+    boxes = [Labelled(box, f"{weight:.2f}") for weight, _, box in reversed(found.best(5))]
+    return pixels.double().numpy(), (0.0, 0.0, float(width), float(height)), boxes
+
+
+def _note(ex: Explanation, method: str, heads: int) -> str:
+    """What the colours mean."""
+    meaning = MEANINGS[method]
+    if method == "logprob":
+        meaning = meaning.replace("the best", f"the {min(heads, ex.num_layers * ex.num_heads)} best")
+        meaning += f" ({ex.norm} norm)"
+    return f"Colour: {meaning}."
 
 
 def _color_bar(sheet: Image.Image, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], top: float) -> None:

@@ -16,21 +16,24 @@ import torch
 from PIL import Image
 from safetensors.torch import save as save_tensors
 
+from .box_weights import BoxWeights
 from .errors import InputError
 from .explain import Explanation
 from .files import check_target, write_whole
+from .maps import ALIGNMENT, MEANINGS
 
 _HEADS = 10
+_ALWAYS = ("logprob", "attention")  # maps that a page and numbers have anyway
 _PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
 
 
-def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None) -> None:
+def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
     """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
     target = Path(path)
     check_target(target, ENDINGS)
     if not ex.images and target.suffix.lower() in (".png", ".html"):
         raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
-    write_whole(target, _FORMATS[target.suffix.lower()](ex, token))
+    write_whole(target, _FORMATS[target.suffix.lower()](ex, token, method))
 
 
 def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:
@@ -80,12 +83,12 @@ def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]
     return result
 
 
-def _png(ex: Explanation, token: int | None) -> bytes:
+def _png(ex: Explanation, token: int | None, method: str) -> bytes:
     from .picture import draw_sheet, draw_token
 
     if token is None and len(ex.tokens) > 1:
-        return _encode(draw_sheet(ex))
-    return _encode(draw_token(ex, token or 0))
+        return _encode(draw_sheet(ex, method=method))
+    return _encode(draw_token(ex, token or 0, method=method))
 
 
 def _encode(image: Image.Image) -> bytes:
@@ -94,11 +97,24 @@ def _encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _json(ex: Explanation, token: int | None) -> bytes:
-    return json.dumps(summary(ex), ensure_ascii=False, allow_nan=False).encode()
+def _json(ex: Explanation, token: int | None, method: str) -> bytes:
+    result = summary(ex)
+    if method not in _ALWAYS:
+        result["method"] = method
+        for i, entry in enumerate(result["tokens"]):
+            entry["maps"] = [ex.heatmap(i, method, image=k).tolist() for k in range(len(ex.images))]
+            if method == ALIGNMENT:
+                entry["boxes"] = [_boxes(ex.box_weights(i, image=k)) for k in range(len(ex.images))]
+    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
 
 
-def _safetensors(ex: Explanation, token: int | None) -> bytes:
+def _boxes(found: BoxWeights, k: int = _HEADS) -> dict[str, Any]:
+    """The k boxes of largest weight."""
+    best = [{"weight": weight, "score": score, "box": list(box)} for weight, score, box in found.best(k)]
+    return {"query": found.query, "boxes": best, "note": found.note}
+
+
+def _safetensors(ex: Explanation, token: int | None, method: str) -> bytes:
     count = len(ex.tokens)
     heads = [[(layer, head) for layer, head, _ in ex.top_heads(i, _HEADS)] for i in range(count)]
     tensors = {
@@ -113,17 +129,25 @@ def _safetensors(ex: Explanation, token: int | None) -> bytes:
         tensors[f"image_{i}.positions"] = layout.positions
         tensors[f"image_{i}.token_boxes"] = torch.from_numpy(layout.token_boxes())
         tensors[f"image_{i}.heatmaps"] = torch.stack([ex.heatmap(t, image=i) for t in range(count)])
+        if method not in _ALWAYS:
+            tensors[f"image_{i}.{method}"] = torch.stack([ex.heatmap(t, method, image=i) for t in range(count)])
+        if method == ALIGNMENT:
+            found = [ex.box_weights(t, image=i) for t in range(count)]
+            tensors[f"image_{i}.boxes"] = found[0].boxes
+            tensors[f"image_{i}.box_weights"] = torch.stack([one.weights for one in found])
+            tensors[f"image_{i}.box_scores"] = torch.stack([one.scores for one in found])
     about = {"question": ex.prompt, "answer": ex.text, "norm": ex.norm, "tokens": json.dumps(ex.tokens)}
     return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
 
 
-def _html(ex: Explanation, token: int | None) -> bytes:
+def _html(ex: Explanation, token: int | None, method: str) -> bytes:
     data = {
         "question": ex.prompt,
         "norm": ex.norm,
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
-        "tokens": [_page_token(ex, i) for i in range(len(ex.tokens))],
+        "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
+        "method": None if method in _ALWAYS else MEANINGS[method],
     }
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # inside a script element only "<" could end it
@@ -143,7 +167,7 @@ def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, .
     }
 
 
-def _page_token(ex: Explanation, token: int) -> dict[str, Any]:
+def _page_token(ex: Explanation, token: int, method: str) -> dict[str, Any]:
     heads = ex.top_heads(token, _HEADS)
     scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
     layouts = ex.layout.images
@@ -153,6 +177,7 @@ def _page_token(ex: Explanation, token: int) -> dict[str, Any]:
         "check": None if check is None else {"verdict": check.verdict, "text": str(check)},
         "maps": [_rounded(i.to_grid(scores.sum(0)[i.positions])) for i in layouts],
         "attention": [_rounded(ex.heatmap(token, "attention", image=i)) for i in range(len(layouts))],
+        "extra": _page_extra(ex, token, method),
         "heads": [
             {
                 "layer": layer,
@@ -163,6 +188,19 @@ def _page_token(ex: Explanation, token: int) -> dict[str, Any]:
             for (layer, head, score), row in zip(heads, scores, strict=True)
         ],
     }
+
+
+def _page_extra(ex: Explanation, token: int, method: str) -> dict[str, Any] | None:
+    """The maps of a method that a page does not have anyway, and the boxes behind them."""
+    if method in _ALWAYS:
+        return None
+    images = range(len(ex.layout.images))
+    found: dict[str, Any] = {"maps": [_rounded(ex.heatmap(token, method, image=i)) for i in images], "boxes": []}
+    if method == ALIGNMENT:
+        weights = [ex.box_weights(token, image=i) for i in images]
+        found["query"] = weights[0].query
+        found["boxes"] = [[[round(w, 3), *(round(x, 1) for x in box)] for w, _, box in one.best(5)] for one in weights]
+    return found
 
 
 def _rounded(grid: torch.Tensor) -> list[list[float]]:

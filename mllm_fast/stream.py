@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -122,6 +122,7 @@ class Stream(Iterator[Step]):
         self._sequence: Tensor | None = None
         self._record: Recording | None = None
         self._state: list[Any] = []
+        self.first: AbstractContextManager[Any] = nullcontext()  # entered for the first pass, which reads the pictures
         self._special = set(vlm.processor.tokenizer.all_special_ids)
         self._decoded = self._text = ""
         self._count = 0
@@ -196,7 +197,8 @@ class Stream(Iterator[Step]):
             return self._advance()
 
     def _advance(self) -> Pass:
-        with own_state(self._vlm, self._state):
+        first, self.first = self.first, nullcontext()
+        with own_state(self._vlm, self._state), first:
             return next(self._passes)  # type: ignore[arg-type]
 
     def close(self) -> None:

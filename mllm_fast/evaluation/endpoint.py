@@ -19,7 +19,7 @@ from ..errors import EndsRunError, first_line
 from ..files import write_whole
 
 T = TypeVar("T")
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 
 
 def cost(tokens: int, price: float | None) -> str:

@@ -13,6 +13,19 @@ from importlib import import_module
 from torch import Tensor
 
 METHODS = ("logprob", "attention", "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive")
+ALIGNMENT = "gradient-alignment"
+WITH_DETECTOR = (*METHODS, ALIGNMENT)  # for explanations by a joint model
+MEANINGS = {  # of a map's numbers
+    "logprob": "increase of log p(token) by each patch, summed over the best heads",
+    "attention": "mean attention over all layers and heads",
+    "rollout": "attention rollout",
+    "relevancy": "gradient-weighted attention",
+    "tam": "token activation map",
+    "gradient-input": "gradient times input",
+    "random": "chance",
+    "exhaustive": "fall of log p(token) without each patch",
+    ALIGNMENT: "largest weight among the detector's boxes over a pixel (gradient alignment)",
+}
 
 
 def find(method: str) -> Callable[..., Tensor]:

@@ -18,7 +18,6 @@ The weights in the package were made in two runs: `--context-steps 0`, and `--st
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from collections.abc import Iterable
@@ -33,27 +32,9 @@ from transformers import LlavaForConditionalGeneration
 from .batches import IGNORE, Batch, BatchMaker, Mix, PatchTargets, vision_batch
 from .build import build_model, build_processor
 from .scenes import COLORS, SHAPES
+from .training import PatchHeads, adamw, classify, cosine, set_rate
 
 _LENS_LAYER = 1  # the lens reads the output of this layer
-
-
-class PatchHeads(nn.Module):
-    """Throw-away heads that read a patch's shape, colour and object centre."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.shape = nn.Linear(width, len(SHAPES) + 1)
-        self.color = nn.Linear(width, len(COLORS) + 1)
-        self.offset = nn.Linear(width, 2)
-
-    def loss(self, hidden: torch.Tensor, targets: PatchTargets) -> torch.Tensor:
-        hidden = hidden.float()
-        inside = ~targets.offset[..., 0].isnan()
-        return (
-            _classify(self.shape(hidden), targets.shape)
-            + _classify(self.color(hidden), targets.color)
-            + 2 * F.smooth_l1_loss(self.offset(hidden)[inside], targets.offset[inside])
-        )
 
 
 class Alignment(nn.Module):
@@ -78,12 +59,8 @@ class Alignment(nn.Module):
         none = F.normalize(self.none, dim=-1)
         for i, target in enumerate((targets.shape, targets.color)):
             classes = torch.cat([none[i : i + 1], table[self.words[i]]])
-            total = total + _classify(14 * (image @ classes.T), target)
+            total = total + classify(14 * (image @ classes.T), target)
         return total
-
-
-def _classify(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
 
 
 class Trainer:
@@ -129,9 +106,9 @@ class Trainer:
         return hidden, self.projector(hidden)
 
     def train_vision(self, steps: int) -> None:
-        optimizer = _adamw([self.vision, self.heads], 1e-3, 0.02)
+        optimizer = adamw([self.vision, self.heads], 1e-3, 0.02)
         for step in range(steps):
-            _set_rate(optimizer, 1e-3 * _cosine(step, steps, 50))
+            set_rate(optimizer, 1e-3 * cosine(step, steps, 50))
             pixels, targets = vision_batch(self.rng, 64)
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = self.vision(pixels).last_hidden_state[:, 1:]
@@ -145,9 +122,9 @@ class Trainer:
 
     def train_words(self, steps: int) -> None:
         embeddings = self.language.embed_tokens
-        optimizer = _adamw([self.vision, self.projector, embeddings, self.alignment], 2e-3, 0.02)
+        optimizer = adamw([self.vision, self.projector, embeddings, self.alignment], 2e-3, 0.02)
         for step in range(steps):
-            _set_rate(optimizer, 2e-3 * _cosine(step, steps, 20))
+            set_rate(optimizer, 2e-3 * cosine(step, steps, 20))
             pixels, targets = vision_batch(self.rng, 64)
             with torch.autocast("cpu", torch.bfloat16):
                 _, image = self.image_tokens(pixels)
@@ -158,11 +135,11 @@ class Trainer:
 
     def train_answers(self, steps: int) -> None:
         args = self.args
-        optimizer = _adamw([self.model, self.alignment], args.rate, 0.05)
+        optimizer = adamw([self.model, self.alignment], args.rate, 0.05)
         average = None
         for step in range(steps):
             progress = step / steps
-            _set_rate(optimizer, args.rate * _cosine(step, steps, 100))
+            set_rate(optimizer, args.rate * cosine(step, steps, 100))
             most = 2 if progress < 0.12 else 3 if progress < 0.24 else 4
             batch = self.batches.draw(self.rng, args.batch, most, Mix(args.chained, args.prefixed))
             visible = self.hide_picture(batch, args.blind_questions, args.blind_later)
@@ -181,10 +158,10 @@ class Trainer:
 
     def train_contexts(self, steps: int) -> None:
         args, mix = self.args, Mix(chained=0.25, prefixed=0.6, describe_turns=4, by_object=True)
-        optimizer = _adamw([self.model], args.rate / 4, 0.05)
+        optimizer = adamw([self.model], args.rate / 4, 0.05)
         average = None
         for step in range(steps):
-            _set_rate(optimizer, args.rate / 4 * _cosine(step, steps, 50))
+            set_rate(optimizer, args.rate / 4 * cosine(step, steps, 50))
             batch = self.batches.draw(self.rng, args.batch, 4, mix)
             visible = self.hide_picture(batch, args.blind_questions, args.blind_later)
             with torch.autocast("cpu", torch.bfloat16):
@@ -260,25 +237,6 @@ def _vision_layers(vision: Any) -> Iterable[nn.Module]:
 
 def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-
-def _adamw(modules: list[nn.Module], rate: float, decay: float) -> torch.optim.AdamW:
-    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _cosine(step: int, steps: int, warm_up: int) -> float:
-    ramp = min(1.0, (step + 1) / warm_up)
-    return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
 def main() -> None:

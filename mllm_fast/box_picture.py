@@ -1,0 +1,67 @@
+"""Boxes of a detector drawn over a picture, each with its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from .layout import Box
+from .lettering import PAPER, font
+
+_GOOD, _BAD = (0, 114, 178), (213, 94, 0)  # of Okabe and Ito's palette
+
+
+class Labelled(NamedTuple):
+    """`box`: left, top, right, bottom in pixels of the picture. `good`: drawn as a whole line, else broken."""
+
+    box: Box
+    label: str
+    good: bool = True
+
+
+def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], side: int = 640) -> Image.Image:
+    """The picture, its longer side `side` pixels, with the boxes and their labels over it; the last one on top."""
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    drawn = picture.convert("RGB").resize(size, smooth)
+    put_boxes(drawn, boxes, scale)
+    return drawn
+
+
+def put_boxes(drawn: Image.Image, boxes: Sequence[Labelled], scale: float) -> None:
+    """Draw boxes, given in units of `scale` pixels, on a picture."""
+    draw = ImageDraw.Draw(drawn)
+    letters = font(15)
+    for box, label, good in boxes:
+        left, top, right, bottom = (edge * scale for edge in box)
+        color = _GOOD if good else _BAD
+        _outline(draw, (left, top, right, bottom), color, good)
+        width = draw.textlength(label, font=letters) + 8
+        x = min(max(0.0, left), max(0.0, drawn.width - width))
+        y = top - 20 if top >= 20 else min(bottom, drawn.height - 20)
+        draw.rectangle((x, y, x + width, y + 19), fill=color)
+        draw.text((x + 4, y + 1), label, font=letters, fill=PAPER)
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: Box, color: tuple[int, int, int], whole: bool) -> None:
+    left, top, right, bottom = box
+    if right < left or bottom < top:
+        return
+    # a light line around the coloured one, so that it is seen on any ground
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=PAPER)
+    if whole:
+        draw.rectangle((left, top, right, bottom), outline=color, width=2)
+        return
+    for start, end in (((left, top), (right, top)), ((left, bottom), (right, bottom))):
+        x = start[0]
+        while x < end[0]:
+            draw.line((x, start[1], min(x + 8, end[0]), end[1]), fill=color, width=2)
+            x += 14
+    for start, end in (((left, top), (left, bottom)), ((right, top), (right, bottom))):
+        y = start[1]
+        while y < end[1]:
+            draw.line((start[0], y, end[0], min(y + 8, end[1])), fill=color, width=2)
+            y += 14

@@ -1,0 +1,360 @@
+"""The commands `mllm-fast joint ...`: train a joint model, and measure it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from .cli_options import OUT, Device, Dtype, Json, Model, progress
+from .cli_report import bar, publish
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .evaluation.samples import Samples
+    from .joint.evaluation import JointEvaluation
+    from .joint.pictures import Pictures
+
+joint = typer.Typer(
+    no_args_is_help=True, help="One vision embedding for a detector and a language model (arXiv 2405.14612)."
+)
+_SCENES, _TAUGHT, _TUNED = 100, 30_000, 2_000
+DetectorName = Annotated[
+    str, typer.Option(help="An OWL-ViT or OWLv2: a folder or a hub id; 'shapes' is the embedded one.")
+]
+JointName = Annotated[str, typer.Option("--joint", help="A folder that `joint train` wrote, or 'shapes'.")]
+Folder = Annotated[
+    Path | None, typer.Option("--images", "-i", help="A folder of pictures; generated scenes if none is given.")
+]
+Masks = Annotated[Path | None, typer.Option(help="Their objects: COCO's .json, or a folder of .png masks.")]
+Count = Annotated[int | None, typer.Option(help="How many pictures; all of a folder.")]
+Seed = Annotated[int, typer.Option(help="Of the generated scenes.")]
+Processes = Annotated[int, typer.Option(help="Each with its own models; the numbers do not depend on it.")]
+Vocabulary = Annotated[
+    Path | None, typer.Option(help='Objects of descriptions: a JSON file {"nouns": {"dog": ["puppy"]}}.')
+]
+
+
+@joint.command()
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of W; used again, training goes on.")],
+    detector: DetectorName = "shapes",
+    model: Model = "shapes",
+    images: Folder = None,
+    count: Count = None,
+    kind: Annotated[
+        str, typer.Option(help="Of W: mlp (each token, two hidden layers), projector (LLaVA's shape), transformer.")
+    ] = "mlp",
+    hidden: Annotated[int | None, typer.Option(help="Width of W's hidden layers; 8192, for shapes 512.")] = None,
+    layers: Annotated[int, typer.Option(help="transformer: its layers.")] = 2,
+    heads: Annotated[int, typer.Option(help="transformer: its heads.")] = 8,
+    epochs: Annotated[int, typer.Option(help="How often each picture is seen.")] = 1,
+    batch: Annotated[int, typer.Option(help="Pictures a device and step.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches a step of the optimiser.")] = 1,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    precision: Annotated[str, typer.Option(help="Of the multiplications: no, bf16 or fp16.")] = "no",
+    every: Annotated[int, typer.Option(help="Steps between two measurements, each with a checkpoint.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the first weights, the order and the generated scenes.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Train W from the detector's embeddings to the language model's, without labels. `accelerate launch -m
+    mllm_fast.cli joint train ...` uses all GPUs."""
+    with progress("loading the libraries"):
+        from tqdm import tqdm
+
+        from .joint.alignment import HIDDEN, AlignmentConfig
+        from .joint.detector import Detector
+        from .joint.model import detector_name
+        from .joint.train import CURVE, TrainConfig
+        from .joint.train import train as run
+        from .vlm import VLM
+    config = TrainConfig(epochs, batch, accumulate, rate, precision, every=every, seed=seed)
+    pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
+    with progress("loading the models"):
+        owl = Detector.from_pretrained(detector_name(detector), device=device, dtype=dtype)
+        vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+    if hidden is None:
+        hidden = 4 * owl.width if model == "shapes" else HIDDEN
+    if kind == "projector":
+        hidden = vlm.text.config.hidden_size
+    shape = AlignmentConfig(kind, owl.width, vlm.text.config.hidden_size, hidden, layers, heads)
+    with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
+
+        def tell(done: int, total: int, what: str) -> None:
+            shown.total = total
+            shown.set_postfix_str(what)
+            shown.update(done - shown.n)
+
+        run(owl, vlm, (detector_name(detector), model), pictures, out, shape, config, tell)
+    curve = json.loads((out / CURVE).read_text())
+    last = curve["curve"][-1]
+    _chart(curve["curve"], out / "curve.png")
+    if as_json:
+        typer.echo(json.dumps({"saved": str(out), "skipped": curve["skipped"], **last}))
+        return
+    OUT.print(
+        f"W is {last['distance']:.3f} away on pictures it was not taught (1: as far as their mean), cosine"
+        f" {last['cosine']:.3f}, after {last['step']} steps",
+        highlight=False,
+    )
+    OUT.print(f"saved {escape(str(out))}", highlight=False)
+
+
+@joint.command()
+def finetune(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new joint model.")],
+    name: JointName = "shapes",
+    images: Folder = None,
+    count: Count = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What the model is asked; several are asked in turn.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
+    epochs: Annotated[int, typer.Option(help="How often each picture is seen.")] = 1,
+    batch: Annotated[int, typer.Option(help="Pictures a step of the optimiser.")] = 8,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    precision: Annotated[str, typer.Option(help="Of the multiplications: no, bf16 or fp16.")] = "no",
+    seed: Annotated[int, typer.Option(help="Of the order and the generated scenes.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Teach W and adapters of the language model (LoRA) to answer from the detector's embedding as from its own."""
+    with progress("loading the libraries"):
+        from tqdm import tqdm
+
+        from .joint.finetune import FinetuneConfig
+        from .joint.finetune import finetune as run
+        from .joint.model import JointModel, joint_folder, part_names
+    prompts = tuple(prompt or ("Describe the image.",))
+    config = FinetuneConfig(prompts, rank, epochs, batch, rate, precision, seed=seed)
+    pictures = _pictures(images, _TUNED if images is None and count is None else count, seed)
+    names = part_names(joint_folder(name))
+    with progress("loading the models"):
+        model = JointModel.from_pretrained(name, device=device, dtype=dtype)
+    with tqdm(desc="fine-tuning", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
+
+        def tell(done: int, total: int, what: str) -> None:
+            shown.total = total
+            shown.set_postfix_str(what)
+            shown.update(done - shown.n)
+
+        losses = run(model, names, pictures, out, config, tell)
+    first, last = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
+    if as_json:
+        typer.echo(json.dumps({"saved": str(out), "steps": len(losses), "first_loss": first, "last_loss": last}))
+        return
+    OUT.print(
+        f"loss {first:.3f} over the first five steps, {last:.3f} over the last five of {len(losses)}", highlight=False
+    )
+    OUT.print(f"saved {escape(str(out))}", highlight=False)
+
+
+@joint.command()
+def evaluate(
+    joints: Annotated[
+        list[str] | None, typer.Option("--joint", help="A folder that `joint train` wrote, or 'shapes'; several.")
+    ] = None,
+    images: Folder = None,
+    masks: Masks = None,
+    count: Count = None,
+    seed: Seed = 0,
+    question: Annotated[str, typer.Option("--question", "-q", help="Asked of pictures of a folder.")] = (
+        "Describe the image."
+    ),
+    judge_model: Annotated[
+        str | None,
+        typer.Option(help="A model that sees pictures, of an OpenAI-compatible endpoint: scores texts."),
+    ] = None,
+    judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a million of its tokens, in dollars.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
+        "mllm-fast-joint"
+    ),
+    processes: Processes = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """What is lost through one vision embedding: answers, embeddings, boxes, and a judge's score of descriptions."""
+    with progress("loading the libraries"):
+        from .evaluation.endpoint import Endpoint
+        from .joint.caption_score import CaptionJudge
+        from .joint.quality import JointQuality
+        from .shapes.scenes import COLORS, SHAPES
+    samples = samples_of(images, masks, count, seed)
+    if images is None:
+        classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    else:
+        classes = sorted({thing.name for sample in samples.list for thing in sample.things or ()})
+    judge = None
+    if judge_model is not None:
+        judge = CaptionJudge(Endpoint(judge_model, base_url=judge_url, cache=out / "judge"))
+    evaluation = JointQuality(joints or ["shapes"], classes, question, judge, price=price)
+    run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
+
+
+@joint.command()
+def simulatability(
+    name: JointName = "shapes",
+    images: Folder = None,
+    masks: Masks = None,
+    count: Count = None,
+    seed: Seed = 0,
+    vocabulary: Vocabulary = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
+        "mllm-fast-simulatability"
+    ),
+    processes: Processes = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Given the maps of two words, which is which? For gradient alignment, log-probability maps and mean attention."""
+    with progress("loading the libraries"):
+        from .evaluation.judge import NounJudge, read_vocabulary
+        from .joint.simulatability import Simulatability
+    if images is not None and masks is None:
+        raise InputError("simulatability needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
+    samples = samples_of(images, masks, count, seed)
+    words = None if vocabulary is None else read_vocabulary(vocabulary)
+    if words is None and images is not None:
+        words = NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
+    run_evaluation(Simulatability(name, words), samples, out, processes, device, dtype, as_json)
+
+
+@joint.command()
+def bias(
+    lower: Annotated[list[str], typer.Option(help="Text queries that lose: 'a photo of a red object'.")],
+    higher: Annotated[list[str], typer.Option("--raise", help="Text queries that gain.")],
+    name: JointName = "shapes",
+    neutral_lower: Annotated[
+        list[str] | None, typer.Option(help="The same of things that have nothing to do with the question.")
+    ] = None,
+    neutral_higher: Annotated[list[str] | None, typer.Option("--neutral-raise", help="As --neutral-lower.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", "-i", help="A folder of pictures; of a second one the swap runs the other way round."),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", help="What is asked; of scenes, colour and shape.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="Of the answers: text, yes (its probability), score (1 to 10, as an expectation).")
+    ] = "text",
+    size: Annotated[float, typer.Option(help="Of a change, in shares of the embedding's norm.")] = 0.2,
+    controls: Annotated[int, typer.Option(help="Random changes of the same norm, a picture.")] = 3,
+    count: Count = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
+        "mllm-fast-bias"
+    ),
+    processes: Processes = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Does the text change when one thing is made to look like another? Beside random and neutral changes."""
+    with progress("loading the libraries"):
+        from .joint.bias import Asked, Bias, Swap, swap_scenes, swapped_colors, two_folders
+    if bool(neutral_lower) != bool(neutral_higher):
+        raise InputError("--neutral-lower and --neutral-raise belong together: queries that lose and that gain")
+    if not neutral_lower and images:
+        raise InputError("name what has nothing to do with the question: --neutral-lower and --neutral-raise")
+    swap = Swap(tuple(lower), tuple(higher))
+    neutral = Swap(
+        tuple(neutral_lower or ["a photo of a green object"]), tuple(neutral_higher or ["a photo of a yellow object"])
+    )
+    questions = [Asked(text, text, kind) for text in question or ()]
+    if images:
+        samples = two_folders(images, count)
+    else:
+        colors = swapped_colors(swap)
+        if None in colors:
+            raise InputError("the generated scenes have colours to swap: --lower 'a photo of a red object' --raise ...")
+        samples = swap_scenes(_SCENES if count is None else count, seed, *map(str, colors))
+    run_evaluation(
+        Bias(name, swap, neutral, questions, size, controls=controls), samples, out, processes, device, dtype, as_json
+    )
+
+
+def _pictures(images: Path | None, count: int | None, seed: int) -> Pictures:
+    from .joint.pictures import Folder as Pictured
+    from .joint.pictures import Scenes
+
+    if count is not None and count < 1:
+        raise InputError(f"--count is at least 1, got {count}")
+    return Scenes(count or 0, seed) if images is None else Pictured(images, count)
+
+
+def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
+    """Generated scenes, or the pictures of a folder with what is known of them."""
+    from .evaluation.masks import coco, mask_folder
+    from .evaluation.samples import pictures, scenes
+
+    if count is not None and count < 1:
+        raise InputError(f"--count is at least 1, got {count}")
+    if images is None:
+        if masks is not None:
+            raise InputError("--masks belong to pictures: give their folder with --images")
+        return scenes(_SCENES if count is None else count, seed)
+    if masks is None:
+        return pictures(images, count)
+    return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
+
+
+def run_evaluation(
+    evaluation: JointEvaluation,
+    samples: Samples,
+    out: Path,
+    processes: int,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Run an evaluation with the language model of its joint model, and publish its report."""
+    from .evaluation.report import check_charts
+    from .evaluation.rows import SETTINGS
+    from .evaluation.run import ModelChoice, run
+    from .joint.model import joint_folder, part_names
+
+    check_charts()
+    choice = ModelChoice(part_names(joint_folder(evaluation.name_of_joint))[1], device, dtype)
+    with progress("loading the models"):
+        vlm = choice.load()
+    folder = out / evaluation.name
+    with bar(evaluation.name) as tell:
+        rows = run(evaluation, samples, choice, folder, processes, tell, vlm)
+    publish([(evaluation.report(rows), json.loads((folder / SETTINGS).read_text()))], out, as_json)
+
+
+def _chart(curve: list[dict[str, Any]], path: Path) -> None:
+    """Draw a training's validation curve, where matplotlib is there."""
+    from importlib.util import find_spec
+
+    from .evaluation.report import COLORS, Chart
+    from .files import write_whole
+
+    if find_spec("matplotlib") is None:
+        return
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        steps = [entry["step"] for entry in curve]
+        axes.plot(steps, [entry["distance"] for entry in curve], color=COLORS[1], marker="o", label="distance")
+        axes.plot(
+            steps, [entry["cosine"] for entry in curve], color=COLORS[0], linestyle="--", marker="s", label="cosine"
+        )
+        axes.set_xlabel("step")
+        axes.set_ylabel("on held-out pictures")
+        axes.set_ylim(0, max(1.05, *(1.05 * entry["distance"] for entry in curve[1:] or curve)))
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+    write_whole(path, Chart("curve", draw, "", (7.0, 3.6)).png())

@@ -1,0 +1,8 @@
+"""The joint model: a detector (OWL-ViT) and a vision-language model on one vision embedding, so that words, boxes,
+hallucinations and biases can be tied together (arXiv 2405.14612)."""
+
+from .alignment import Alignment, AlignmentConfig
+from .detector import Boxes, Detection, Detector, Vision
+from .model import JointModel, Seen
+
+__all__ = ["Alignment", "AlignmentConfig", "Boxes", "Detection", "Detector", "JointModel", "Seen", "Vision"]

@@ -1,0 +1,124 @@
+"""W: from the detector's vision embedding to the language model's image embeddings (arXiv 2405.14612, supplement)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from ..errors import InputError, check_choice
+from ..files import write_whole
+
+KINDS = ("mlp", "projector", "transformer")
+HIDDEN = 8192  # of the paper's two hidden layers
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """kind: "mlp", each token on its own through two hidden layers; "projector", the shape of LLaVA's own projector,
+    one hidden layer as wide as the language model; "transformer", over the sequence, `layers` of them, `heads` each.
+    inputs, outputs: numbers of a token of E and of an image embedding. hidden: width of the hidden layers."""
+
+    kind: str
+    inputs: int
+    outputs: int
+    hidden: int = HIDDEN
+    layers: int = 2
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        for name in ("inputs", "outputs", "hidden", "layers", "heads"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name} of an alignment is a number of at least 1, got {value!r}")
+        if self.kind == "transformer" and self.inputs % self.heads:
+            raise InputError(f"{self.heads} heads do not divide the {self.inputs} numbers of a token; choose others")
+
+
+class Alignment(nn.Module):
+    """W: [..., tokens, inputs] -> [..., tokens, outputs].
+
+    pair: fingerprints of the models that it was trained between, {"owl": ..., "vlm": ...}; empty if nobody knows.
+    about: how it was trained, plain JSON.
+    """
+
+    def __init__(self, config: AlignmentConfig, pair: dict[str, str] | None = None, about: dict | None = None):
+        super().__init__()
+        self.config, self.pair, self.about = config, dict(pair or {}), dict(about or {})
+        c = config
+        self.norm = nn.LayerNorm(c.inputs)  # E is a residual stream, of no scale of its own
+        if c.kind == "transformer":
+            layer = nn.TransformerEncoderLayer(
+                c.inputs, c.heads, c.hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.body: nn.Module = nn.Sequential(
+                nn.TransformerEncoder(layer, c.layers, enable_nested_tensor=False), nn.Linear(c.inputs, c.outputs)
+            )
+        else:
+            widths = [c.inputs, *([c.hidden] * (2 if c.kind == "mlp" else 1)), c.outputs]
+            steps: list[nn.Module] = []
+            for before, after in pairwise(widths):
+                steps += [nn.Linear(before, after), nn.GELU()]
+            self.body = nn.Sequential(*steps[:-1])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens of E without the class token, [..., n, inputs]."""
+        lead = tokens.shape[:-2]
+        return self.body(self.norm(tokens.reshape(-1, *tokens.shape[-2:]))).reshape(*lead, -1, self.config.outputs)
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write a .safetensors file, which appears whole; `dtype`: of the weights there."""
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            raise InputError(f"{target}: an alignment is saved as .safetensors")
+        tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()}
+        about = {"config": asdict(self.config), "pair": self.pair, "about": self.about}
+        write_whole(target, save_tensors(tensors, {"mllm_fast_alignment": str(_FORMAT), "json": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Alignment:
+        """Read a file that `save` wrote, as float32.
+
+        Raises:
+            InputError: no such file, a damaged one, one of a newer format, or weights of other sizes than it says.
+        """
+        name = os.fspath(path)
+        if not Path(name).is_file():
+            raise InputError(f"{name}: there is no such file; give one that `mllm-fast joint train` wrote")
+        try:
+            with safe_open(name, "pt") as file:
+                head: dict[str, Any] = file.metadata() or {}
+                if "mllm_fast_alignment" not in head:
+                    raise InputError(f"{name}: is no alignment; give a file that `mllm-fast joint train` wrote")
+                if head["mllm_fast_alignment"] != str(_FORMAT):
+                    raise InputError(
+                        f"{name}: an alignment of format {head['mllm_fast_alignment']}, this release reads {_FORMAT};"
+                        " update mllm-fast"
+                    )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = json.loads(head["json"])
+            alignment = cls(AlignmentConfig(**found["config"]), found["pair"], found["about"])
+        except InputError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{name}: the file is damaged ({type(error).__name__}); copy it again") from None
+        wanted = {key: tuple(tensor.shape) for key, tensor in alignment.state_dict().items()}
+        got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if wanted != got:
+            wrong = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
+            raise InputError(
+                f"{name}: {wrong[0]} is {got.get(wrong[0], 'absent')}, its settings say"
+                f" {wanted.get(wrong[0], 'none')}; copy it again"
+            )
+        alignment.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+        return alignment.eval()

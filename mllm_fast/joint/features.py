@@ -1,0 +1,63 @@
+"""The one seam with a model's vision tower: inside, a VLM reads image embeddings that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..attention import model_lock
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+
+@contextmanager
+def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
+    """Let the model read `features` [images, tokens, d] wherever it would read its own image embeddings, in the order
+    of the pictures; its vision tower does not run. Other threads wait; on leaving, by exception too, all is as it was.
+    """
+    given = check_fixed_grid(vlm)
+    model: Any = vlm.model.model
+    left = features.to(vlm.model.dtype)
+
+    def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        if len(pixel_values) != len(left):
+            raise RuntimeError(f"{len(left)} pictures were seen, the model reads {len(pixel_values)}")
+        return BaseModelOutputWithPooling(pooler_output=given(left))
+
+    with model_lock(vlm.text):
+        if "get_image_features" in vars(model):
+            raise RuntimeError("this model is reading given features already; leave that block first")
+        model.get_image_features = get_image_features
+        try:
+            yield
+        finally:
+            del model.get_image_features
+
+
+def own_features(vlm: VLM, inputs: Any) -> Tensor:
+    """What the model's own vision tower and projector make of the processor's inputs: [images, tokens, d]."""
+    import torch
+
+    check_fixed_grid(vlm)
+    found = vlm.model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
+    return found if isinstance(found, Tensor) else torch.stack(list(found))
+
+
+def check_fixed_grid(vlm: VLM) -> Any:
+    """How the model takes image embeddings.
+
+    Raises:
+        InputError: the number of image tokens depends on the picture.
+    """
+    if vlm.adapter.features is None:
+        raise InputError(
+            f"a joint model needs a language model that gives every picture the same grid of tokens; the grid of"
+            f" {vlm.adapter.model_type} varies with the picture"
+        )
+    return vlm.adapter.features

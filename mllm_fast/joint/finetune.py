@@ -1,0 +1,204 @@
+"""Teach the language model to read the detector's embedding: W and low-rank adapters (LoRA, arXiv 2106.09685) of its
+attention, on the answers that it gives from its own embeddings. The direction that arXiv 2405.14612 leaves open."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EndsRunError, InputError, check_choice
+from ..offload import device_of
+from .features import given_features
+from .model import WEIGHTS, write_settings
+from .pair import weights_name
+from .train import PRECISIONS, Tell, schedule
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+    from .model import JointModel
+    from .pictures import Pictures
+
+LORA, LOSSES = "lora", "finetune.json"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """prompts: what the model is asked. rank: of the adapters. batch: pictures a step of the optimiser. rate: AdamW's
+    learning rate, as in `TrainConfig`. precision: "no", "bf16" or "fp16"."""
+
+    prompts: tuple[str, ...] = ("Describe the image.",)
+    rank: int = 8
+    epochs: int = 1
+    batch: int = 8
+    rate: float = 1e-4
+    precision: str = "no"
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        if not self.prompts:
+            raise InputError("give at least one prompt")
+        for name in ("rank", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is at least 1, got {getattr(self, name)}")
+
+
+def finetune(
+    joint: JointModel,
+    names: tuple[str, str],
+    pictures: Pictures,
+    out: Path,
+    config: FinetuneConfig,
+    tell: Tell = lambda done, total, what: None,
+) -> list[float]:
+    """Train on pictures and write a joint model to the folder `out`: W, the adapters, and the losses, which are
+    returned, one a step. The model at hand is afterwards as it was.
+
+    Raises:
+        InputError: too few pictures, or a folder that holds a joint model.
+        EndsRunError: no picture of a step can be used.
+    """
+    if (out / WEIGHTS).exists():
+        raise InputError(f"{out}: holds a trained alignment; give another folder, or remove it")
+    if len(pictures) < config.batch:
+        raise InputError(f"{len(pictures)} pictures are too few for a batch of {config.batch}; give more")
+    vlm = joint.vlm
+    base = weights_name(vlm.model)
+    weights = {name: tensor.detach().clone() for name, tensor in joint.alignment.state_dict().items()}
+    steps = config.epochs * (len(pictures) // config.batch)
+    out.mkdir(parents=True, exist_ok=True)
+    losses: list[float] = []
+    with _adapted(vlm, config.rank) as adapted:
+        try:
+            trained = [*joint.alignment.parameters(), *(p for p in adapted.parameters() if p.requires_grad)]
+            optimizer = torch.optim.AdamW(trained, config.rate, weight_decay=0.0)
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.rate * schedule(step, steps)
+                losses.append(_step(joint, adapted, pictures, config, step))
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                tell(step + 1, steps, f"loss {losses[-1]:.4f}")
+            adapted.save_pretrained(str(out / LORA))
+            about = {"config": asdict(config), "pictures": pictures.origin, "base": base}
+            alignment = joint.alignment
+            pair, before = alignment.pair, alignment.about
+            # the language model is another one now: what it was made from is checked before the adapters are merged
+            alignment.pair, alignment.about = {"owl": weights_name(joint.owl.model)}, {**before, "finetuned": about}
+            try:
+                alignment.save(out / WEIGHTS)
+            finally:
+                alignment.pair, alignment.about = pair, before
+        finally:
+            joint.alignment.load_state_dict(weights)
+    write_settings(out, *names, lora=LORA)
+    (out / LOSSES).write_text(json.dumps({"losses": losses, **about}, indent=1) + "\n")
+    return losses
+
+
+def merged(vlm: VLM, folder: Path, base: str | None) -> VLM:
+    """The language model with adapters merged into its weights; `vlm` is used up.
+
+    Raises:
+        InputError: peft is not there, or the adapters belong to another model.
+    """
+    peft = _peft()
+    from ..loading import failures
+    from ..vlm import VLM as Made  # noqa: N811
+
+    if base is not None and base != weights_name(vlm.model):
+        raise InputError(
+            f"{folder}: the adapters were trained on another language model (weights {base[:12]}); load that one"
+        )
+    with failures(str(folder)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.PeftModel.from_pretrained(vlm.model, str(folder)).merge_and_unload()
+    return Made(model.eval(), vlm.processor, max_pixels=vlm.prompts.max_pixels, backend=vlm.backend)
+
+
+def _step(joint: JointModel, adapted: Any, pictures: Pictures, config: FinetuneConfig, step: int) -> float:
+    """Backward passes of one batch; its mean loss."""
+    an_epoch = len(pictures) // config.batch
+    order = np.random.default_rng([config.seed, step // an_epoch]).permutation(len(pictures))
+    start = step % an_epoch * config.batch
+    total, used, why = 0.0, 0, ""
+    for number in order[start : start + config.batch]:
+        try:
+            picture = pictures[int(number)]
+            seen = joint.see(picture)
+        except (InputError, OSError) as error:
+            why = str(error)
+            continue
+        prompt = config.prompts[int(number) % len(config.prompts)]
+        with adapted.disable_adapter():
+            answer = joint.vlm.generate(picture, prompt, max_new_tokens=config.max_new_tokens)
+        loss = _loss(joint, adapted, seen, answer.input_ids, answer.layout.prompt_length, prompt, config.precision)
+        (loss / config.batch).backward()
+        total, used = total + loss.item(), used + 1
+    if not used:
+        raise EndsRunError(f"no picture of a batch can be used: {why}")
+    return total / used
+
+
+def _loss(
+    joint: JointModel, adapted: Any, seen: Any, sequence: Tensor, start: int, prompt: str, precision: str
+) -> Tensor:
+    """Cross-entropy of an answer, given the detector's embedding of the picture."""
+    vlm = joint.vlm
+    inputs, _, _ = vlm.prompts.prepare([[seen.vision.picture]], [prompt])
+    device = device_of(vlm.model)
+    ids = sequence.to(device)
+    if ids[-1] != vlm.processor.tokenizer.eos_token_id:  # the end of an answer is part of it
+        ids = torch.cat([ids, ids.new_tensor([vlm.processor.tokenizer.eos_token_id])])
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    with torch.inference_mode(False), torch.enable_grad():
+        seen = seen.with_tokens(seen.vision.tokens.clone())
+        mixed = torch.autocast(device.type, kinds[precision]) if precision in kinds else nullcontext()
+        with mixed, given_features(vlm, joint.image_embeddings(seen)[None]):
+            output = adapted(
+                input_ids=ids[None, :-1].clone(),
+                attention_mask=torch.ones_like(ids[None, :-1]),
+                pixel_values=inputs["pixel_values"].clone(),
+                use_cache=False,
+                logits_to_keep=len(ids) - start,
+            )
+        return torch.nn.functional.cross_entropy(output.logits[0].float(), ids[start:].clone())
+
+
+@contextmanager
+def _adapted(vlm: VLM, rank: int) -> Iterator[Any]:
+    """Adapters in the attention of the text part, which are taken out again."""
+    peft = _peft()
+    names = {id(module): name for name, module in vlm.model.named_modules()}
+    layers = [names[id(layer)] for layer in vlm.text.layers]
+    targets = [f"{layer}.{vlm.adapter.attention}.{part}" for layer in layers for part in ("q_proj", "v_proj", "o_proj")]
+    before = {name: p.requires_grad for name, p in vlm.model.named_parameters()}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changed and peft still uses
+        adapted = peft.get_peft_model(vlm.model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        for name, parameter in vlm.model.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("fine-tuning needs peft: pip install 'mllm-fast[joint]'") from None
+    return peft

@@ -1,0 +1,251 @@
+"""Is it there? A language model's yes against a detector's best box (arXiv 2405.14612, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from ..degrade import KINDS, degrade
+from ..errors import InputError, check_choice
+from ..evaluation.report import COLORS, Chart, Report, Table
+from ..evaluation.rows import Row
+from ..evaluation.samples import Sample
+from ..images import load_image
+from ..likelihood import yes_probabilities
+from .detector import Detection
+from .evaluation import JointEvaluation, number_of, percent
+from .roc import auroc, split_threshold
+
+if TYPE_CHECKING:
+    from ..evaluation.judge import NounJudge
+    from ..vlm import VLM
+    from .model import JointModel, Seen
+
+QUESTION, QUERY = "is there a {}?", "a photo of a {}"
+ERRS = 0.1  # share of absent classes called present from which on pictures count as hard
+EYES = ("own", "joint")
+
+
+class Checked(NamedTuple):
+    """A class in one picture. yes: P(yes) / (P(yes) + P(no)) of the language model; score: the detector's largest, and
+    its box; supported: whether that reaches the threshold."""
+
+    name: str
+    yes: float
+    score: float
+    box: tuple[float, float, float, float]
+    supported: bool
+
+    @property
+    def hallucinated(self) -> bool:
+        """The model says yes and no box supports it."""
+        return self.yes >= 0.5 and not self.supported
+
+
+def check_classes(
+    joint: JointModel, seen: Seen, classes: Sequence[str], threshold: float = 0.3, eyes: str = "joint"
+) -> list[Checked]:
+    """Ask the model for each class, and the detector.
+
+    eyes: "joint", the model answers from the detector's vision embedding; "own", from its own.
+
+    Raises:
+        InputError: no class, an empty one, or one longer than the detector's text window.
+    """
+    check_choice("eyes", eyes, EYES)
+    if isinstance(classes, str) or not classes:
+        raise InputError("no class was given; name what to look for: --class dog --class cat")
+    best = best_boxes(joint, seen, [QUERY.format(name) for name in classes])
+    prompts, pictures = [QUESTION.format(name) for name in classes], [[seen.vision.picture]] * len(classes)
+    if eyes == "own":
+        chances = yes_probabilities(joint.vlm, pictures, prompts)
+    else:
+        with joint.reading([seen] * len(classes)):
+            chances = yes_probabilities(joint.vlm, pictures, prompts)
+    return [
+        Checked(name, float(yes), found.score, found.box, found.score >= threshold)
+        for name, yes, found in zip(classes, chances, best, strict=True)
+    ]
+
+
+def best_boxes(joint: JointModel, seen: Seen, queries: Sequence[str]) -> list[Detection]:
+    """The box of largest score of each query, whatever the score."""
+    found = joint.boxes(seen, queries)
+    scores, tokens = found.logits.sigmoid().max(0)
+    width, height = seen.vision.picture.size
+    corners = found.boxes[tokens].clamp_min(0).minimum(found.boxes.new_tensor([width, height] * 2))
+    return [
+        Detection(query, float(score), tuple(box.tolist()))
+        for query, score, box in zip(queries, scores, corners, strict=True)
+    ]
+
+
+class Supported(NamedTuple):
+    """A noun phrase of a description, its best box, and whether that reaches the threshold."""
+
+    phrase: str
+    box: Detection
+    supported: bool
+
+
+def check_text(joint: JointModel, seen: Seen, text: str, words: NounJudge, threshold: float = 0.3) -> list[Supported]:
+    """Every noun of a text with the box that supports it best, in the text's order."""
+    phrases = [mention.name for mention in words.mentions(text)]
+    if not phrases:
+        return []
+    best = best_boxes(joint, seen, [QUERY.format(phrase) for phrase in phrases])
+    return [Supported(phrase, box, box.score >= threshold) for phrase, box in zip(phrases, best, strict=True)]
+
+
+class Hallucination(JointEvaluation):
+    """A row a class and way to make a picture worse: whether it is there, P(yes) of the model with its own eyes ("own")
+    and through the joint model's ("joint"), and the detector's largest score.
+
+    classes: what is asked for. A picture has a class if all words of its name are in the name of one of its things.
+    strengths: how far pictures are made worse, 0 to 1, by each of `kinds`; 0: not at all.
+    """
+
+    name: ClassVar[str] = "hallucination"
+    title: ClassVar[str] = "Is it there, or only said?"
+
+    def __init__(
+        self,
+        joint: str,
+        classes: Sequence[str],
+        strengths: Sequence[float] = (0.0,),
+        kinds: Sequence[str] = KINDS,
+    ):
+        if isinstance(classes, str) or not classes or not all(name.strip() for name in classes):
+            raise InputError("no class was given; name what to look for: --class dog --class cat")
+        for strength in strengths:
+            if not 0 <= strength <= 1:
+                raise InputError(f"a strength is 0 to 1, got {strength}")
+        super().__init__(joint, classes=list(classes), strengths=sorted(set(strengths)), kinds=list(kinds))
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        if sample.things is None:
+            raise InputError(f"{sample.name}: nothing is known of what is there; give masks")
+        joint, picture = self.joint(vlm), load_image(sample.image)
+        names = [set(thing.name.split()) for thing in sample.things]
+        truth = {name: any(set(name.split()) <= one for one in names) for name in self.settings["classes"]}
+        found: list[Row] = []
+        for strength in self.settings["strengths"]:
+            for kind in self.settings["kinds"] if strength else ["none"]:
+                rng = np.random.default_rng([number_of(sample.name), int(1000 * strength)])
+                shown = picture if kind == "none" else degrade(picture, kind, strength, rng)
+                seen = joint.see(shown)
+                own = check_classes(joint, seen, self.settings["classes"], eyes="own")
+                through = check_classes(joint, seen, self.settings["classes"], eyes="joint")
+                found += [
+                    {
+                        "kind": kind,
+                        "strength": strength,
+                        "class": one.name,
+                        "truth": truth[one.name],
+                        "own": one.yes,
+                        "joint": other.yes,
+                        "score": one.score,
+                        "first": number_of(sample.name) % 2 == 0,
+                    }
+                    for one, other in zip(own, through, strict=True)
+                ]
+        return found
+
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        every = [row for one in rows.values() for row in one]
+        ways = list(dict.fromkeys((row["kind"], row["strength"]) for row in every))
+        by = {way: [row for row in every if (row["kind"], row["strength"]) == way] for way in sorted(ways)}
+        measured = {way: measure(part) for way, part in by.items()}
+        hard = {}
+        for kind in dict.fromkeys(kind for kind, _ in ways):
+            enough = [strength for k, strength in sorted(ways) if k == kind and measured[k, strength]["errs"] >= ERRS]
+            if enough:
+                hard[kind] = enough[0]
+        chosen = [row for kind, strength in hard.items() for row in by[kind, strength]] or every
+        total = measure(chosen)
+        figures = {
+            "pictures": len(rows),
+            "hard": {kind: {"strength": strength, **measured[kind, strength]} for kind, strength in hard.items()},
+            "together": total,
+            "all": [{"kind": kind, "strength": strength, **measured[kind, strength]} for kind, strength in by],
+        }
+        which = ", ".join(f"{kind} {strength:g}" for kind, strength in hard.items())
+        where = (
+            f"Where the model says yes to {ERRS:.0%} or more of what is not there ({which})"
+            if hard
+            else f"The model never says yes to {ERRS:.0%} of what is not there; over all pictures"
+        )
+        says = [
+            f"{where}, the detector's largest score tells what is there with an AUROC of {total['score']:.3f}; the"
+            f" model's own P(yes) has {total['own']:.3f}, through the joint model's eyes {total['joint']:.3f}."
+        ]
+        if total["threshold"] is not None:
+            says.append(
+                f"A threshold of {total['threshold']:.2f}, chosen on one half of the pictures, keeps on the other half"
+                f" {total['true_kept']:.1%} of what is there and flags {total['false_flagged']:.1%} of what is not; of"
+                f" the model's false yeses {total['false_yes_flagged']:.1%}."
+            )
+        columns = ["pictures", "false yes", "AUROC: box score", "P(yes), own eyes", "P(yes), joint"]
+        table = Table(
+            "By how pictures were made worse; false yes: of what is not there, % (95 % interval)",
+            columns,
+            [
+                [
+                    f"{kind} {strength:g}" if strength else "as they are",
+                    percent(one["errs"], one["absent"]),
+                    *(f"{one[name]:.3f}" for name in ("score", "own", "joint")),
+                ]
+                for (kind, strength), one in measured.items()
+            ],
+        )
+        chart = Chart(
+            "scores",
+            lambda figure: _draw(figure, chosen, total["threshold"]),
+            "The detector's largest score and the model's P(yes), of what is there and of what is not"
+            + (f", on pictures made worse ({which})." if hard else "."),
+            (9.0, 3.6),
+        )
+        return Report(self.name, self.title, says, [table], [chart], figures)
+
+
+def measure(rows: Sequence[Row]) -> dict[str, Any]:
+    """errs: of absent classes the share that the model, with its own eyes, calls present; absent: how many those are.
+    score, own, joint: AUROC against truth of the detector's score and of both P(yes). threshold: see
+    `split_threshold`."""
+    truth = [row["truth"] for row in rows]
+    absent = [row for row in rows if not row["truth"]]
+    found: dict[str, Any] = {
+        "errs": float(np.mean([row["own"] >= 0.5 for row in absent])) if absent else 0.0,
+        "absent": len(absent),
+        "present": len(rows) - len(absent),
+    }
+    found |= {name: auroc([row[name] for row in rows], truth) for name in ("score", "own", "joint")}
+    tested = split_threshold([row["score"] for row in rows], truth, [row["first"] for row in rows])
+    found["threshold"] = None if tested is None else tested.threshold
+    if tested is not None:
+        wrong = [row for row in absent if row["own"] >= 0.5 and not row["first"]]
+        flagged = float(np.mean([row["score"] < tested.threshold for row in wrong])) if wrong else float("nan")
+        found |= {"true_kept": tested.true_kept, "false_flagged": tested.false_flagged, "false_yes_flagged": flagged}
+    return found
+
+
+def _draw(figure: Any, rows: Sequence[Row], threshold: float | None) -> None:
+    axes = figure.subplots(1, 2, sharey=True)
+    bins = np.linspace(0, 1, 21)
+    for place, (name, label) in zip(
+        axes, (("score", "detector's largest score"), ("own", "model's P(yes)")), strict=True
+    ):
+        for truth, color, style, what in ((True, COLORS[1], "-", "there"), (False, COLORS[0], "--", "not there")):
+            values = [row[name] for row in rows if row["truth"] == truth]
+            counts, _ = np.histogram(values, bins)
+            place.stairs(
+                100 * counts / max(1, len(values)), bins, color=color, linestyle=style, label=what, linewidth=1.6
+            )
+        place.set_xlabel(f"{label} (0 to 1)")
+        place.grid(alpha=0.25)
+    if threshold is not None:
+        axes[0].axvline(threshold, color="#777777", linestyle=":", label="threshold")
+    axes[0].set_ylabel("share of classes (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")

@@ -1,0 +1,292 @@
+"""JointModel: a detector and a vision-language model on one vision embedding (arXiv 2405.14612)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ..answers import Answer
+from ..box_weights import BoxWeights
+from ..context import Context
+from ..errors import InputError
+from ..explain import Explanation
+from ..images import ImageSource
+from ..layout import Tile
+from ..loading import EMBEDDED
+from ..maps.passes import differentiable, hidden_states
+from ..offload import device_of
+from ..stream import Stream
+from ..vlm import VLM
+from .alignment import Alignment
+from .detector import OVERLAP, Boxes, Detection, Detector, Vision
+from .features import check_fixed_grid, given_features
+from .grids import note, resample, single_tile
+from .pair import weights_name
+from .saliency import align
+
+SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
+_FOLDER = Path(__file__).parent.parent / "shapes" / "joint"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture as both models see it: the detector's `vision`, and the grid of tokens that the language model reads.
+    note: what was resampled, in words."""
+
+    vision: Vision
+    tile: Tile
+
+    @property
+    def note(self) -> str:
+        return note(self.vision.tile, self.tile)
+
+    def with_tokens(self, tokens: Tensor) -> Seen:
+        """With another vision embedding E, [1 + n, d]."""
+        return replace(self, vision=self.vision.with_tokens(tokens))
+
+
+Sight = ImageSource | Seen
+
+
+class JointModel:
+    """One picture, one vision embedding E (what the detector's last layer reads), and from it both the text (E without
+    the class token, through W, in place of the language model's image embeddings) and the boxes.
+
+    Args:
+        owl: the detector. alignment: W. vlm: the language model and its processor.
+
+    Raises:
+        InputError: the VLM's grid of tokens varies with the picture, W is of other sizes than the two models, or was
+            trained between two others.
+    """
+
+    def __init__(self, owl: Detector, alignment: Alignment, vlm: VLM):
+        check_fixed_grid(vlm)
+        width = vlm.text.config.hidden_size
+        given = alignment.config.inputs, alignment.config.outputs
+        if given != (owl.width, width):
+            raise InputError(
+                f"W maps {given[0]} numbers a token to {given[1]}, the detector gives {owl.width} and the language"
+                f" model reads {width}; train one for this pair: mllm-fast joint train"
+            )
+        models = {"owl": owl.model, "vlm": vlm.model}
+        for part, name in (("owl", "detector"), ("vlm", "language model")):
+            trained = alignment.pair.get(part)
+            if trained is not None and trained != weights_name(models[part]):
+                raise InputError(
+                    f"W was trained with another {name} (weights {trained[:12]}); load that one, or train W for this"
+                    " pair: mllm-fast joint train"
+                )
+        self.owl, self.vlm = owl, vlm
+        self.alignment = alignment.to(device_of(vlm.model)).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = EMBEDDED,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        vlm: VLM | None = None,
+        **options: Any,
+    ) -> JointModel:
+        """Load "shapes" (the embedded joint model), or a folder that `mllm-fast joint train` wrote.
+
+        `vlm`: the language model, where it is loaded already. Other options go to `VLM.from_pretrained`.
+        """
+        folder = joint_folder(name)
+        settings = read_settings(folder)
+        detector, model = part_names(folder)
+        alignment = Alignment.load(folder / WEIGHTS)
+        owl = Detector.from_pretrained(detector, device=device, dtype=dtype)
+        tuned = "lora" in settings  # whose weights are merged: into a model of its own
+        if vlm is None or tuned:
+            vlm = VLM.from_pretrained(model, device=device, dtype=dtype, **options)
+        if tuned:
+            from .finetune import merged
+
+            vlm = merged(vlm, folder / settings["lora"], alignment.about.get("finetuned", {}).get("base"))
+        return cls(owl, alignment, vlm)
+
+    def see(self, image: Sight) -> Seen:
+        """Read a picture once; what is returned can be asked about as often as one likes."""
+        return image if isinstance(image, Seen) else self.see_many([image])[0]
+
+    def see_many(self, images: Sequence[ImageSource]) -> list[Seen]:
+        """Read several pictures in one batch."""
+        return [Seen(vision, self._tile(vision)) for vision in self.owl.see_many(images)]
+
+    def image_embeddings(self, seen: Seen) -> Tensor:
+        """What the language model reads of a picture: W of E without its class token, on the language model's grid,
+        [tokens, d_text]. Gradients flow through it."""
+        tokens = resample(seen.vision.tokens[1:], seen.vision.tile, seen.tile)
+        return self.alignment(tokens.to(next(self.alignment.parameters())))
+
+    @overload
+    def generate(self, image: Sight | Sequence[Sight], prompt: str, **options: Any) -> Answer: ...
+    @overload
+    def generate(self, image: Sequence[Any], prompt: list[str], **options: Any) -> list[Answer]: ...
+
+    def generate(self, image: Any, prompt: Any, **options: Any) -> Any:
+        """As `VLM.generate`, from the detector's vision embedding; a picture may be one that was seen."""
+        many = not isinstance(prompt, str)
+        prompts = [self._pictures(one) for one in image] if many else [self._pictures(image)]
+        pictures = [[seen.vision.picture for seen in one] for one in prompts]
+        with self.reading([seen for one in prompts for seen in one]):
+            return self.vlm.generate(pictures if many else pictures[0], prompt, **options)
+
+    def explain(
+        self,
+        image: Sight | Sequence[Sight],
+        prompt: str,
+        answer: str | None = None,
+        *,
+        query: str | None = None,
+        **options: Any,
+    ) -> Explanation:
+        """As `VLM.explain`, from the detector's vision embedding. Maps may be drawn by method "gradient-alignment" as
+        well, and `Explanation.box_weights` gives the boxes behind them.
+
+        query: what the detector looks for there; "a photo of a WORD" by default, with each token's own word.
+        """
+        seen = self._pictures(image)
+        with self.reading(seen):
+            ex = self.vlm.explain([one.vision.picture for one in seen], prompt, answer, **options)
+        found: dict[tuple, BoxWeights] = {}
+
+        def boxes_of(token: int, asked: str | None, image: int) -> BoxWeights:
+            key = token, asked or query, image
+            if key not in found:
+                found[key] = self.box_weights(ex, seen[image], *key)
+            return found[key]
+
+        ex.boxes_of = boxes_of
+        return ex
+
+    def stream(self, image: Sight | Sequence[Sight], prompt: str, **options: Any) -> Stream:
+        """As `VLM.stream`, from the detector's vision embedding."""
+        seen = self._pictures(image)
+        with self.reading(seen):  # some releases of transformers read the picture here, others in the first pass
+            stream = self.vlm.stream([one.vision.picture for one in seen], prompt, **options)
+        stream.first = self.reading(seen)
+        return stream
+
+    def compress(self, image: Sight | Sequence[Sight], *args: Any, **options: Any) -> Context:
+        """As `VLM.compress`, from the detector's vision embedding."""
+        seen = self._pictures(image)
+        with self.reading(seen):
+            return self.vlm.compress([one.vision.picture for one in seen], *args, **options)
+
+    def boxes(self, image: Sight, queries: Sequence[str]) -> Boxes:
+        """One box a token of E, and its logit for each text query."""
+        return self.owl.boxes(self.see(image).vision, queries)
+
+    def detect(
+        self, image: Sight, queries: Sequence[str], threshold: float = 0.3, overlap: float | None = OVERLAP
+    ) -> list[Detection]:
+        """The boxes of text queries, best first; see `Detector.detect`."""
+        return self.owl.detect(self.see(image).vision, queries, threshold, overlap)
+
+    def direction(self, ex: Explanation, seen: Seen, token: int, image: int = 0) -> Tensor:
+        """dy/dE, y being the logit of a token of an explanation of this model: [1 + n, d], 0 at the class token."""
+        row = int(ex._trace.rows[token])
+        positions = ex.layout.images[image].positions
+        with differentiable(ex, row + 1) as embeds:
+            hidden = hidden_states(ex, row + 1, lambda layer, alpha: None, embeds)
+            logit = ex.replay.text.logits(hidden[-1])[ex.token_ids[token]]
+            (gradient,) = torch.autograd.grad(logit, embeds)
+            leaf = seen.vision.tokens.detach().clone().requires_grad_()
+            read = self.image_embeddings(seen.with_tokens(leaf))
+            (found,) = torch.autograd.grad(read, leaf, gradient[positions.to(gradient.device)].to(read))
+        return found
+
+    def box_weights(
+        self, ex: Explanation, seen: Seen, token: int, query: str | None = None, image: int = 0
+    ) -> BoxWeights:
+        """Gradient alignment of a token with a text query, by default "a photo of a WORD" for the token's word."""
+        query = f"a photo of a {word_of(ex.tokens, token)}" if query is None else query
+        return align(self.owl, seen.vision, query, self.direction(ex, seen, token, image))
+
+    @contextmanager
+    def reading(self, seen: Sequence[Seen]) -> Iterator[None]:
+        """Inside, the VLM reads these pictures' embeddings, in this order, wherever it would read its own."""
+        with torch.inference_mode():
+            features = torch.stack([self.image_embeddings(one) for one in seen])
+        with given_features(self.vlm, features):
+            yield
+
+    def _pictures(self, image: Any) -> list[Seen]:
+        many = image if isinstance(image, (list, tuple)) else [image]
+        if not many:
+            raise InputError("no picture was given; a joint model needs one")
+        return [self.see(one) for one in many]
+
+    def _tile(self, vision: Vision) -> Tile:
+        _, (layout,), _ = self.vlm.prompts.prepare([[vision.picture]], ["?"])
+        return single_tile(layout.images[0].tiles)
+
+
+def joint_folder(name: str | os.PathLike[str]) -> Path:
+    """Where a joint model lies; "shapes" is the embedded one."""
+    return _FOLDER if str(name) == EMBEDDED else Path(name)
+
+
+def part_names(folder: Path) -> tuple[str, str]:
+    """The detector and the language model of the joint model in a folder: folders in it, folders elsewhere, or hub
+    ids."""
+    settings = read_settings(folder)
+    inside = lambda part: str(folder / part) if (folder / part).is_dir() else part  # noqa: E731
+    return inside(settings["detector"]), inside(settings["model"])
+
+
+def detector_name(name: str) -> str:
+    """A detector's folder or hub id; "shapes" is the embedded one."""
+    return str(_FOLDER / "detector") if name == EMBEDDED else name
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The names of a joint model's parts.
+
+    Raises:
+        InputError: no such folder, or one without a joint model.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no joint model ({SETTINGS}); give one that `mllm-fast joint train` wrote")
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != _FORMAT:
+            raise InputError(f"{path}: of format {found['format']}, this release reads {_FORMAT}; update mllm-fast")
+        return {name: str(found[name]) for name in ("detector", "model", "lora") if name in found or name != "lora"}
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: does not name a detector and a model; copy it again") from None
+
+
+def write_settings(folder: Path, detector: str, model: str, lora: str | None = None) -> None:
+    """Name the parts of the joint model in a folder, beside its alignment."""
+    from ..files import write_whole
+
+    parts = {"format": _FORMAT, "detector": detector, "model": model} | ({} if lora is None else {"lora": lora})
+    write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())
+
+
+def word_of(tokens: Sequence[str], token: int) -> str:
+    """The word that a token of an answer is a part of; the token itself where it is part of none."""
+    start = sum(map(len, tokens[:token]))
+    end = start + len(tokens[token])
+    for match in re.finditer(r"[\w'-]+", "".join(tokens)):
+        if match.start() < end and match.end() > start:
+            return match.group()
+    return tokens[token].strip()
