@@ -32,17 +32,23 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], side: int = 640)
 
 
 def put_boxes(drawn: Image.Image, boxes: Sequence[Labelled], scale: float) -> None:
-    """Draw boxes, given in units of `scale` pixels, on a picture."""
+    """Draw boxes, in units of `scale` pixels, on a picture; a label that would cover a later one is left out."""
     draw = ImageDraw.Draw(drawn)
     letters = font(15)
-    for box, label, good in boxes:
+    for box, _, good in boxes:
         left, top, right, bottom = (edge * scale for edge in box)
-        color = _GOOD if good else _BAD
-        _outline(draw, (left, top, right, bottom), color, good)
+        _outline(draw, (left, top, right, bottom), _GOOD if good else _BAD, good)
+    taken: list[Box] = []
+    for box, label, good in reversed(boxes):
+        left, top, _, bottom = (edge * scale for edge in box)
         width = draw.textlength(label, font=letters) + 8
         x = min(max(0.0, left), max(0.0, drawn.width - width))
         y = top - 20 if top >= 20 else min(bottom, drawn.height - 20)
-        draw.rectangle((x, y, x + width, y + 19), fill=color)
+        place = (x, y, x + width, y + 19)
+        if any(x < other[2] and other[0] < place[2] and y < other[3] and other[1] < place[3] for other in taken):
+            continue
+        taken.append(place)
+        draw.rectangle(place, fill=_GOOD if good else _BAD)
         draw.text((x + 4, y + 1), label, font=letters, fill=PAPER)
 
 

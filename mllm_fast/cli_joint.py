@@ -91,7 +91,7 @@ def train(
             shown.set_postfix_str(what)
             shown.update(done - shown.n)
 
-        run(owl, vlm, (detector_name(detector), model), pictures, out, shape, config, tell)
+        run(owl, vlm, (detector, model), pictures, out, shape, config, tell)
     curve = json.loads((out / CURVE).read_text())
     last = curve["curve"][-1]
     _chart(curve["curve"], out / "curve.png")
@@ -131,11 +131,12 @@ def finetune(
 
         from .joint.finetune import FinetuneConfig
         from .joint.finetune import finetune as run
-        from .joint.model import JointModel, joint_folder, part_names
+        from .joint.model import JointModel, joint_folder, read_settings
     prompts = tuple(prompt or ("Describe the image.",))
     config = FinetuneConfig(prompts, rank, epochs, batch, rate, precision, seed=seed)
     pictures = _pictures(images, _TUNED if images is None and count is None else count, seed)
-    names = part_names(joint_folder(name))
+    parts = read_settings(joint_folder(name))
+    names = parts["detector"], parts["model"]
     with progress("loading the models"):
         model = JointModel.from_pretrained(name, device=device, dtype=dtype)
     with tqdm(desc="fine-tuning", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
@@ -201,6 +202,25 @@ def evaluate(
 
 
 @joint.command()
+def pointing(
+    name: JointName = "shapes",
+    count: Count = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
+        "mllm-fast-pointing"
+    ),
+    processes: Processes = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Does gradient alignment's heaviest pixel lie on the object that was asked about? On generated scenes."""
+    with progress("loading the libraries"):
+        from .joint.pointing import Pointing
+    run_evaluation(Pointing(name), samples_of(None, None, count, seed), out, processes, device, dtype, as_json)
+
+
+@joint.command()
 def simulatability(
     name: JointName = "shapes",
     images: Folder = None,
@@ -248,7 +268,7 @@ def bias(
     kind: Annotated[
         str, typer.Option(help="Of the answers: text, yes (its probability), score (1 to 10, as an expectation).")
     ] = "text",
-    size: Annotated[float, typer.Option(help="Of a change, in shares of the embedding's norm.")] = 0.2,
+    size: Annotated[float, typer.Option(help="Of a change, in shares of the embedding's norm.")] = 0.5,
     controls: Annotated[int, typer.Option(help="Random changes of the same norm, a picture.")] = 3,
     count: Count = None,
     seed: Seed = 0,

@@ -170,6 +170,8 @@ def _note(ex: Explanation, method: str, heads: int) -> str:
     if method == "logprob":
         meaning = meaning.replace("the best", f"the {min(heads, ex.num_layers * ex.num_heads)} best")
         meaning += f" ({ex.norm} norm)"
+    if method == ALIGNMENT:
+        meaning += ", of each word 0 to 1"
     return f"Colour: {meaning}."
 
 

@@ -147,7 +147,7 @@ def _html(ex: Explanation, token: int | None, method: str) -> bytes:
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
-        "method": None if method in _ALWAYS else MEANINGS[method],
+        "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": MEANINGS[method]},
     }
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # inside a script element only "<" could end it

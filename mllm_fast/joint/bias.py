@@ -23,13 +23,19 @@ from ..likelihood import ONE_TO_TEN, expectation, yes_probabilities
 from ..shapes.scenes import COLORS as SHAPE_COLORS
 from ..shapes.scenes import generate_scene
 from .evaluation import JointEvaluation, interval, number_of, percent
-from .perturb import WAYS, at_random, toward
+from .perturb import STEPS, WAYS, at_random, toward
 
 if TYPE_CHECKING:
     from ..vlm import VLM
     from .model import JointModel, Seen
 
 NONE, RANDOM, NEUTRAL = "none", "random", "neutral"
+LABELS = {
+    "step": "swap, one signed step",
+    "pgd": "swap, projected gradient",
+    NEUTRAL: "neutral swap",
+    RANDOM: "random, of equal norm",
+}
 DESCRIBE = "Describe the image."
 KINDS = ("text", "yes", "score")
 
@@ -73,7 +79,7 @@ class Bias(JointEvaluation):
         swap: Swap,
         neutral: Swap,
         questions: Sequence[Asked] = (),
-        size: float = 0.2,
+        size: float = 0.5,
         ways: Sequence[str] = WAYS,
         controls: int = 3,
         values: Mapping[str, float] = ONE_TO_TEN,
@@ -98,6 +104,7 @@ class Bias(JointEvaluation):
             neutral=[list(one) for one in neutral],
             questions=[list(one) for one in questions],
             size=size,
+            steps=STEPS,
             ways=list(ways),
             controls=controls,
             values=self.values,
@@ -139,7 +146,7 @@ class Bias(JointEvaluation):
         seeds = [number_of(sample.name) + i for i in range(self.settings["controls"])]
         changed += [(RANDOM, at_random(vision, size, seed)) for seed in seeds]
         lower, higher = (embed(one) for one in self.neutral)
-        changed.append((NEUTRAL, toward(joint.owl, vision, lower, higher, size, self.settings["ways"][0])))
+        changed.append((NEUTRAL, toward(joint.owl, vision, lower, higher, size, self.settings["ways"][-1])))
         return [(NONE, seen), *((name, seen.with_tokens(tokens)) for name, tokens in changed)]
 
     def _answers(self, joint: JointModel, vlm: VLM, seen: list[Seen], texts: list[str], kind: str) -> list[Any]:
@@ -170,9 +177,9 @@ class Bias(JointEvaluation):
                 mean, error = mean_and_error(picture_means(mine))
                 figures["effects"].setdefault(question, {})[change] = {"mean": mean, "error": error, "pictures": count}
                 shown = percent(mean, count) if kind == "text" else cell((mean, 1.96 * error), 3)
-                cells.append([change, shown, str(len(moved))])
+                cells.append([LABELS[change], shown, str(len(moved))])
                 if kind == "text":
-                    lines.append((f"{question}, {change}", mean, interval(mean, count)))
+                    lines.append((f"{question}: {LABELS[change]}", mean, interval(mean, count)))
             what = "answers that changed, % (95 % interval)" if kind == "text" else "change, mean ± 95 % interval"
             tables.append(Table(f"{question}: {what}", ["change of E", "effect", "answers"], cells))
         became = [row for row in every if row["question"] == "color" and row["change"] in WAYS]
@@ -182,7 +189,7 @@ class Bias(JointEvaluation):
                 way: float(np.mean([row["answer"] == colors[1] for row in became if row["change"] == way]))
                 for way in self.settings["ways"]
             }
-            shares = ", ".join(f"{share:.1%} ({way})" for way, share in figures["became"].items())
+            shares = ", ".join(f"{share:.1%} ({LABELS[way]})" for way, share in figures["became"].items())
             says.append(f"The colour that is said becomes {colors[1]} in {shares}.")
         kept = {change: mean_and_error([row["kept"] for row in every if row["change"] == change]) for change in changes}
         figures["kept"] = {change: mean for change, (mean, _) in kept.items()}
@@ -190,14 +197,17 @@ class Bias(JointEvaluation):
             Table(
                 "How much else changed: words of the description that stayed, % ± standard error",
                 ["change of E", "words kept"],
-                [[change, cell(value, 1, 100)] for change, value in kept.items()],
+                [[LABELS[change], cell(value, 1, 100)] for change, value in kept.items()],
             )
         )
-        says.append(
+        says.insert(
+            0,
             f"{len(rows)} pictures; every change has {self.settings['size']:.0%} of the embedding's norm. Swapped:"
             f" {', '.join(self.swap.lower)} for {', '.join(self.swap.higher)}; neutral: {', '.join(self.neutral.lower)}"
-            f" for {', '.join(self.neutral.higher)}."
+            f" for {', '.join(self.neutral.higher)}.",
         )
+        if any(row["question"] == "shape" for row in every):
+            says.append("After a swap the shape is asked of the object of the new colour, else of the old one.")
         charts = []
         if lines:
             charts.append(
@@ -302,9 +312,10 @@ def two_folders(folders: Sequence[Path], count: int | None = None) -> Samples:
 def _draw(figure: Any, lines: Sequence[tuple[str, float, tuple[float, float]]]) -> None:
     axes = figure.subplots()
     for place, (label, mean, (low, high)) in enumerate(reversed(lines)):
-        color = COLORS[1] if RANDOM in label or NEUTRAL in label else COLORS[0]
+        color = COLORS[1] if label.endswith((LABELS[RANDOM], LABELS[NEUTRAL])) else COLORS[0]
         axes.barh(place, 100 * mean, color=color, height=0.6)
-        axes.errorbar(100 * mean, place, xerr=[[100 * (mean - low)], [100 * (high - mean)]], color="black", capsize=3)
+        edges = [[100 * max(0.0, mean - low)], [100 * max(0.0, high - mean)]]
+        axes.errorbar([100 * mean], [place], xerr=edges, color="black", capsize=3)
     axes.set_yticks(range(len(lines)), [label for label, _, _ in reversed(lines)])
     axes.set_xlabel("answers that changed (%)")
     axes.set_xlim(0, 103)

@@ -157,7 +157,7 @@ class Detector:
         window = self.model.config.text_config.max_position_embeddings
         tokenizer = self.processor.tokenizer
         for query in queries:
-            length = len(tokenizer(query).input_ids)
+            length = len(tokenizer(query, verbose=False).input_ids)  # we say what is too long
             if length > window:
                 raise InputError(
                     f"the query {query!r} takes {length} tokens, the detector's text window is {window}; shorten it"

@@ -55,8 +55,7 @@ def check_classes(
         InputError: no class, an empty one, or one longer than the detector's text window.
     """
     check_choice("eyes", eyes, EYES)
-    if isinstance(classes, str) or not classes:
-        raise InputError("no class was given; name what to look for: --class dog --class cat")
+    check_names(classes)
     best = best_boxes(joint, seen, [QUERY.format(name) for name in classes])
     prompts, pictures = [QUESTION.format(name) for name in classes], [[seen.vision.picture]] * len(classes)
     if eyes == "own":
@@ -68,6 +67,12 @@ def check_classes(
         Checked(name, float(yes), found.score, found.box, found.score >= threshold)
         for name, yes, found in zip(classes, chances, best, strict=True)
     ]
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raise InputError unless there are classes to look for, each with a name."""
+    if isinstance(classes, str) or not classes or not all(name.strip() for name in classes):
+        raise InputError("no class was given; name what to look for: --class dog --class cat")
 
 
 def best_boxes(joint: JointModel, seen: Seen, queries: Sequence[str]) -> list[Detection]:
@@ -117,8 +122,7 @@ class Hallucination(JointEvaluation):
         strengths: Sequence[float] = (0.0,),
         kinds: Sequence[str] = KINDS,
     ):
-        if isinstance(classes, str) or not classes or not all(name.strip() for name in classes):
-            raise InputError("no class was given; name what to look for: --class dog --class cat")
+        check_names(classes)
         for strength in strengths:
             if not 0 <= strength <= 1:
                 raise InputError(f"a strength is 0 to 1, got {strength}")
@@ -156,7 +160,8 @@ class Hallucination(JointEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
         ways = list(dict.fromkeys((row["kind"], row["strength"]) for row in every))
-        by = {way: [row for row in every if (row["kind"], row["strength"]) == way] for way in sorted(ways)}
+        ways.sort(key=lambda way: (way[1] > 0, *way))  # pictures as they are first
+        by = {way: [row for row in every if (row["kind"], row["strength"]) == way] for way in ways}
         measured = {way: measure(part) for way, part in by.items()}
         hard = {}
         for kind in dict.fromkeys(kind for kind, _ in ways):

@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .detector import Detector
 
-_ELEMENTS = 1 << 25  # of the largest array at a time
+_ELEMENTS = 1 << 20  # of the largest array at a time: what a CPU core keeps near
 
 
 class Products(NamedTuple):
@@ -62,13 +62,8 @@ def structured(detector: Detector, tokens: Tensor, query: Tensor, direction: Ten
     rows = _gradients(detector, block.output, query)  # [n, 2, d]
     tangent = block.tangent(direction)
     dots = (rows[:, 0] * tangent[1:]).sum(-1) + rows[:, 1] @ tangent[0]
-    step = max(1, _ELEMENTS // (len(tokens) * max(4 * block.heads, 1)))
-    squares = [
-        block.squares(
-            torch.arange(start, min(start + step, len(rows)), device=tokens.device), rows[start : start + step]
-        )
-        for start in range(0, len(rows), step)
-    ]
+    step = max(1, _ELEMENTS // (len(tokens) * 4 * block.heads))
+    squares = [block.squares(start, rows[start : start + step]) for start in range(0, len(rows), step)]
     return Products(dots, torch.cat(squares).clamp_min(0).sqrt())
 
 
@@ -98,7 +93,8 @@ def _gradients(detector: Detector, attended: Tensor, query: Tensor) -> Tensor:
 class _Attention:
     """The attention block of the last layer (its norm, its residual connection) at E = `hidden` [N, d].
 
-    q, k, v: [H, N, dh], q scaled; unit: the norm's input at mean 0 and deviation 1, [N, d]; mixed: [H, N, dh].
+    q, k, v: [H, N, dh], q scaled; unit: the norm's input at mean 0 and deviation 1, [N, d]; mixed: what the heads
+    read, [H, N, dh].
     """
 
     def __init__(self, layer: Any, hidden: Tensor):
@@ -122,6 +118,10 @@ class _Attention:
             (weight @ shift + bias).unflatten(0, (self.heads, -1))
             for weight, bias in zip(self.weights[1:], biases[1:], strict=True)
         )
+        # behind the norm's gain, by head: [H, dh, d]
+        self.weight_q, self.weight_k, self.weight_v = (
+            (weight * self.gain).unflatten(0, (self.heads, -1)) for weight in self.weights
+        )
         self.alpha = torch.softmax(self.q @ self.k.mT, -1)  # [H, N, N]
         self.mixed = self.alpha @ self.v
         self.output = hidden + self._joined(self.mixed) @ self.out.T + attention.out_proj.bias.detach()
@@ -144,44 +144,54 @@ class _Attention:
         change = self.alpha * (scores - (self.alpha * scores).sum(-1, keepdim=True))
         return direction + self._joined(change @ self.v + self.alpha @ v) @ self.out.T
 
-    def squares(self, boxes: Tensor, rows: Tensor) -> Tensor:
-        """||dz_m/dE||^2 of the boxes [M] (box m is token m + 1), given their `rows` [M, 2, d]."""
-        heads, size, own = self.heads, rows.shape[-1], boxes + 1
-        ends = self._split(rows @ self.out)  # t: [H, M, 2, dh]
-        # attention of row m and of row 0, and how the scores take part: [H, M, 2, N]
-        alpha = torch.stack([self.alpha[:, own], self.alpha[:, :1].expand(-1, len(own), -1)], 2)
-        read = (ends.flatten(1, 2) @ self.v.mT).unflatten(1, (-1, 2))  # t . v_n
-        mixed = torch.stack([self.mixed[:, own], self.mixed[:, :1].expand(-1, len(own), -1)], 2)
-        bent = alpha * (read - (ends * mixed).sum(-1, keepdim=True))
-        queries = torch.stack([self.q[:, own], self.q[:, :1].expand(-1, len(own), -1)], 2)  # [H, M, 2, dh]
-        weight_k, weight_v = (
-            (weight * self.gain).unflatten(0, (heads, -1)) for weight in self.weights[1:]
-        )  # [H, dh, d], behind the norm's gain
-        spans = torch.cat([(ends.flatten(1, 2) @ weight_v), (queries.flatten(1, 2) @ weight_k)], 0)
-        spans = spans.unflatten(1, (-1, 2)).permute(1, 0, 2, 3).flatten(1, 2)  # [M, 4 H, d]
-        parts = torch.cat([alpha, bent], 0).permute(1, 3, 0, 2).flatten(2)  # [M, N, 4 H]
-        # w_n, the gradient behind the norm's gain, is parts @ spans; the norm's backward needs |w|^2, w . 1, w . unit
-        gram = spans @ spans.mT
-        square = ((parts @ gram) * parts).sum(-1)
-        total = (parts @ spans.sum(-1, keepdim=True))[..., 0]
-        pull = (alpha * (read - (ends * self.value_shift[:, None, None]).sum(-1, keepdim=True))).sum((0, 2))
-        scores = (queries.flatten(1, 2) @ self.k.mT).unflatten(1, (-1, 2))
-        pull = pull + (bent * (scores - (queries * self.key_shift[:, None, None]).sum(-1, keepdim=True))).sum((0, 2))
+    def squares(self, start: int, rows: Tensor) -> Tensor:
+        """||dz_m/dE||^2 of the boxes from `start` on (box m is token m + 1), given their `rows` [M, 2, d].
+
+        Pairs (row m, row 0) and heads come before tokens in all arrays: what is read last lies side by side.
+        """
+        heads, size, own = self.heads, rows.shape[-1], slice(start + 1, start + 1 + len(rows))
+        ends = (rows @ self.out).unflatten(-1, (heads, -1))  # t: [M, 2, H, dh]
+        queries = self._pairs(self.q, own)
+        # attention of row m and of row 0, and how the scores take part: [M, 2, H, N] each
+        parts = rows.new_empty(len(rows), 4, heads, len(self.unit))
+        alpha, bent = parts[:, :2], parts[:, 2:]
+        alpha.copy_(self._pairs(self.alpha, own))
+        read = self._by_head(ends, self.v.mT)  # t . v_n
+        torch.mul(alpha, read - (ends * self._pairs(self.mixed, own)).sum(-1, keepdim=True), out=bent)
+        spans = torch.cat([self._by_head(ends, self.weight_v), self._by_head(queries, self.weight_k)], 1)
+        spans, parts = spans.flatten(1, 2), parts.flatten(1, 2)  # [M, 4 H, d], [M, 4 H, N]
+        # w_n, the gradient behind the norm's gain, is spans' combination by parts; the norm's backward needs |w|^2,
+        # w . 1 and w . unit
+        square = ((spans @ spans.mT @ parts) * parts).sum(1)
+        total = (spans.sum(-1)[:, None] @ parts)[:, 0]
+        pull = alpha * (read - (ends * self.value_shift).sum(-1, keepdim=True))
+        scores = self._by_head(queries, self.k.mT) - (queries * self.key_shift).sum(-1, keepdim=True)
+        pull = pull.addcmul_(bent, scores).sum((1, 2))
         square = square - total**2 / size - pull**2 / size * (2 - self.share)
         square = square / self.deviation**2
         # at row m and at row 0 the queries and the residual connection add to it
-        index = torch.stack([own, torch.zeros_like(own)], 1)  # [M, 2]
+        index = torch.arange(start + 1, start + 1 + len(rows), device=rows.device)
+        index = torch.stack([index, torch.zeros_like(index)], 1)  # [M, 2]
         square = square.scatter(1, index, 0.0).sum(1)
-        weight_q = (self.weights[0] * self.gain).unflatten(0, (heads, -1))
-        asked = ((bent @ self.k[:, None]).flatten(1, 2) @ weight_q * self.scale).sum(0).unflatten(0, (-1, 2))
-        here = parts.gather(1, index[..., None].expand(-1, -1, parts.shape[-1])) @ spans + asked  # [M, 2, d]
+        asked = self._by_head(self._by_head(bent, self.k), self.weight_q).sum(2) * self.scale  # [M, 2, d]
+        here = parts.gather(2, index[:, None].expand(-1, parts.shape[1], -1)).mT @ spans + asked
         unit, deviation = self.unit[index], self.deviation[index][..., None]
         along = (here * unit).mean(-1, keepdim=True)
         here = (here - here.mean(-1, keepdim=True) - unit * along) / deviation + rows
         return square + here.square().sum((1, 2))
 
+    def _pairs(self, values: Tensor, own: slice) -> Tensor:
+        """Of row m and of row 0: [H, N, ...] -> [M, 2, H, ...]."""
+        of_own = values[:, own].transpose(0, 1)
+        return torch.stack([of_own, values[:, 0].expand_as(of_own)], 1)
 
-def row_by_row(detector: Detector, tokens: Tensor, query: Tensor, direction: Tensor, batch: int = 32) -> Products:
+    def _by_head(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """[M, 2, H, a] times [H, a, b]: [M, 2, H, b]."""
+        flat = rows.flatten(0, 1).transpose(0, 1)
+        return (flat @ matrices).transpose(0, 1).unflatten(0, rows.shape[:2])
+
+
+def row_by_row(detector: Detector, tokens: Tensor, query: Tensor, direction: Tensor, batch: int = 4) -> Products:
     """The same by backward passes, `batch` boxes at a time: for a detector of any form."""
     with torch.enable_grad():
         leaf = tokens.detach().clone().requires_grad_()

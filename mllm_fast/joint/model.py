@@ -246,7 +246,7 @@ def part_names(folder: Path) -> tuple[str, str]:
     ids."""
     settings = read_settings(folder)
     inside = lambda part: str(folder / part) if (folder / part).is_dir() else part  # noqa: E731
-    return inside(settings["detector"]), inside(settings["model"])
+    return detector_name(inside(settings["detector"])), inside(settings["model"])
 
 
 def detector_name(name: str) -> str:

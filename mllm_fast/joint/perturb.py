@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..errors import InputError, check_choice
 from .detector import Detector, Vision
 
 WAYS = ("step", "pgd")
+STEPS = 5  # many find changes that turn the detector and mean nothing
 
 
 @torch.inference_mode(False)
@@ -19,12 +21,13 @@ def toward(
     higher: Tensor,
     size: float,
     way: str = "step",
-    steps: int = 20,
+    steps: int = STEPS,
 ) -> Tensor:
     """E changed so that the embedded queries `lower` [., d_text] lose and `higher` gain: [1 + n, d].
 
-    The loss is of class logits alone: at each box, the mean logit of `higher` less that of `lower`, summed over the
-    boxes by how far each shows one of `lower` in the picture as it is (its largest score).
+    The loss is the detector's own, of class logits alone: the cross-entropy of seeing the i-th of `higher` and not the
+    i-th of `lower`, at each box and for each i by how far the box shows the i-th of `lower` in the picture as it is
+    (its score). Where they are not as many, all of `higher` stand for each of `lower`.
 
     Args:
         size: L2 norm of the change, in shares of E's own.
@@ -39,14 +42,16 @@ def toward(
     queries, few = torch.cat([lower, higher]).clone(), len(lower)
     radius = size * float(tokens.norm())
     with torch.no_grad():
-        shown = owl.logits(owl.features(tokens), queries[:few]).sigmoid().amax(-1)
+        shown = owl.logits(owl.features(tokens), queries[:few]).sigmoid()
+    paired = len(lower) == len(higher)
     weights = shown / shown.sum().clamp_min(torch.finfo(shown.dtype).tiny)
 
     def gradient(change: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = (tokens + change).requires_grad_()
             logits = owl.logits(owl.features(leaf), queries)
-            gain = logits[:, few:].mean(-1) - logits[:, :few].mean(-1)
+            risen = logsigmoid(logits[:, few:])
+            gain = (risen if paired else risen.mean(-1, keepdim=True)) + logsigmoid(-logits[:, :few])
             return torch.autograd.grad((weights * gain).sum(), leaf)[0]
 
     change = torch.zeros_like(tokens)

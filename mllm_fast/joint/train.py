@@ -43,7 +43,8 @@ class TrainConfig:
     """epochs: over the pictures. batch: pictures a device and step; accumulate: such batches a step of the optimiser.
     rate: AdamW's learning rate, after a warm-up of 3 % falling to a hundredth as a cosine. precision: "no", "bf16" or
     "fp16", of the multiplications. held_out: share of the pictures that W is only measured on, at most 256. every:
-    steps between two measurements, each with a checkpoint."""
+    steps between two measurements, each with a checkpoint. noise: most of the noise that W is taught to read E through,
+    in shares of E's deviation: what it makes of E then changes smoothly with it."""
 
     epochs: int = 1
     batch: int = 16
@@ -53,6 +54,7 @@ class TrainConfig:
     held_out: float = 0.02
     every: int = 200
     seed: int = 0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
@@ -63,6 +65,8 @@ class TrainConfig:
             raise InputError(f"held_out is a share between 0 and 1, got {self.held_out}")
         if not self.rate > 0:
             raise InputError(f"rate is above 0, got {self.rate}")
+        if self.noise < 0:
+            raise InputError(f"noise is 0 or more, got {self.noise}")
 
 
 def train(
@@ -125,6 +129,7 @@ def train(
         for i, numbers in enumerate(parts):
             given, wanted, skipped = _usable(owl, vlm, pictures, numbers)
             state.skipped += skipped
+            given = _through_noise(given, config.noise, (config.seed, step, rank, i))
             last = i + 1 == config.accumulate
             with nullcontext() if last else accelerator.no_sync(prepared):
                 with accelerator.autocast():
@@ -151,6 +156,15 @@ def schedule(step: int, steps: int) -> float:
     """Share of the learning rate at a step."""
     warm_up = max(1, round(0.03 * steps))
     return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _through_noise(given: Tensor, most: float, seed: tuple[int, ...]) -> Tensor:
+    """E of pictures [B, n, d] with noise, of each of another strength."""
+    if not most:
+        return given
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    strength = most * torch.rand(len(given), 1, 1, generator=generator) * given.std((1, 2), keepdim=True).cpu()
+    return given + (strength * torch.randn(given.shape, generator=generator)).to(given.device)
 
 
 def _parts(taught: np.ndarray, step: int, a_step: int, config: TrainConfig, rank: int) -> Iterator[np.ndarray]:

@@ -105,9 +105,9 @@ def _draw(rng: np.random.Generator, renderer: str, task: str, count: int) -> tup
     return scenes, questions
 
 
-def weights_digest(folder: str | Path) -> str:
+def weights_digest(folder: str | Path, name: str = "model.safetensors") -> str:
     """SHA-256 of a model's weights, which ties the table to the weights it was made with."""
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()
 
 
 def main() -> None:

@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for the weights and the processor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--degraded", type=float, default=0.3, help="share of pictures made worse")

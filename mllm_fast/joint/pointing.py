@@ -1,0 +1,106 @@
+"""Does a map point at what was asked about? The pointing game (arXiv 1608.00507) on generated scenes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..errors import InputError
+from ..evaluation.report import Report, Table
+from ..evaluation.rows import Row
+from ..evaluation.samples import Sample
+from ..shapes.questions import ask
+from .evaluation import JointEvaluation, number_of, percent
+
+if TYPE_CHECKING:
+    from ..box_weights import BoxWeights
+    from ..vlm import VLM
+
+_TASKS = ("color", "shape")
+
+
+class Pointing(JointEvaluation):
+    """A row a question about one object of a scene: whether it is answered rightly, and whether the heaviest pixel of
+    the answer's gradient-alignment map lies in the object's box, and on the object itself.
+
+    Every pixel of the heaviest box weighs the same: its middle stands for them. `share`: of them that lie on the object
+    itself. least: score that a box needs to take part; 0: all boxes do, which is the paper's map.
+    """
+
+    name: ClassVar[str] = "pointing"
+    title: ClassVar[str] = "Does gradient alignment point at what was asked about?"
+
+    def __init__(self, joint: str, least: tuple[float, ...] = (0.0, 0.02)):
+        super().__init__(joint, least=list(least))
+
+    def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
+        if sample.scene is None:
+            raise InputError(f"{sample.name}: is no generated scene, which questions about one object need")
+        joint, found = self.joint(vlm), []
+        seen = joint.see(sample.image)
+        rng = np.random.default_rng(number_of(sample.name))
+        for task in _TASKS:
+            question = ask(sample.scene, rng, task)
+            if question is None or question.target is None:
+                continue
+            ex = joint.explain(seen, question.text)
+            one = sample.scene.objects[question.target]
+            row: Row = {"task": task, "question": question.text, "said": ex.text, "right": ex.text == question.answer}
+            weights = ex.box_weights(0)
+            row["query"] = weights.query
+            for least in self.settings["least"]:
+                row[f"at {least:g}"] = pointed(weights, one.box, one.mask, least)
+            found.append(row)
+        return found
+
+    def findings(self, rows: dict[str, list[Row]]) -> Report:
+        every = [row for one in rows.values() for row in one]
+        right = [row for row in every if row["right"]]
+        if not right:
+            return self.nothing("No question was answered rightly.")
+        figures: dict[str, Any] = {"questions": len(every), "right": len(right), "least": {}}
+        lines = []
+        for least in self.settings["least"]:
+            which = "all boxes" if not least else f"boxes of a score of {least:g} or more"
+            figures["least"][f"{least:g}"] = {}
+            for task in (*_TASKS, "both"):
+                part = [row[f"at {least:g}"] for row in right if task in (row["task"], "both")]
+                if not part:
+                    continue
+                means = {key: float(np.mean([one[key] for one in part])) for key in ("box", "object", "share")}
+                figures["least"][f"{least:g}"][task] = means | {"count": len(part)}
+                shown = [percent(means["box"], len(part)), percent(means["object"], len(part))]
+                lines.append([which, task, *shown, f"{100 * means['share']:.1f}"])
+        first = figures["least"][f"{self.settings['least'][0]:g}"]["both"]
+        says = [
+            f"{len(right)} of {len(every)} questions are answered rightly. The middle of the heaviest box lies in the"
+            f" asked object's box in {first['box']:.1%}, on the object itself (not in a ring's hole) in"
+            f" {first['object']:.1%}."
+        ]
+        table = Table(
+            "Heaviest pixel, % of rightly answered questions (95 % interval)",
+            ["boxes that take part", "question", "in the object's box", "on the object", "heaviest pixels on it, %"],
+            lines,
+        )
+        return Report(self.name, self.title, says, [table], [], figures)
+
+
+def pointed(
+    weights: BoxWeights, box: tuple[int, int, int, int], mask: np.ndarray, least: float = 0.0
+) -> dict[str, float]:
+    """Where the box of largest weight, among those of a score of `least` or more, has its middle: in the object's box?
+    on its mask? And the share of its pixels on the mask. All 0 or 1 but the last."""
+    kept = np.where(weights.scores.numpy() >= least, weights.weights.numpy(), -1.0)
+    if kept.max() < 0:
+        return {"box": 0.0, "object": 0.0, "share": 0.0}
+    height, width = mask.shape
+    left, top, right, bottom = weights.boxes[int(kept.argmax())].double().numpy().clip(0, [width, height] * 2)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    column, row = min(int(x), width - 1), min(int(y), height - 1)
+    inside = mask[round(top) : max(round(bottom), round(top) + 1), round(left) : max(round(right), round(left) + 1)]
+    return {
+        "box": float(box[0] <= x < box[2] and box[1] <= y < box[3]),
+        "object": float(mask[row, column]),
+        "share": float(inside.mean()) if inside.size else 0.0,
+    }
