@@ -192,10 +192,11 @@ def test_changes_have_their_norm_and_turn_the_detector(joint, square, way):
     assert float((changed - vision.tokens).norm()) == pytest.approx(size * whole, rel=1e-9)
 
     def gain(tokens):
+        """The detector's own cross-entropy of seeing the second and not the first, where it saw the first."""
         logits = joint.owl.logits(joint.owl.features(tokens), torch.cat([lower, higher]))
-        before = joint.owl.logits(joint.owl.features(vision.tokens), lower)
-        weights = before.sigmoid()[:, 0] / before.sigmoid().sum()
-        return float((weights * (logits[:, 1] - logits[:, 0])).sum())
+        shown = joint.owl.logits(joint.owl.features(vision.tokens), lower).sigmoid()[:, 0]
+        seen = torch.log(torch.sigmoid(logits[:, 1])) + torch.log(1 - torch.sigmoid(logits[:, 0]))
+        return float((shown / shown.sum() * seen).sum())
 
     with torch.no_grad():
         random = at_random(vision, size, 1)
@@ -205,6 +206,18 @@ def test_changes_have_their_norm_and_turn_the_detector(joint, square, way):
         steps = (changed - vision.tokens).abs()
         assert float(steps.max()) == pytest.approx(float(steps[steps > 0].min()))  # signs alone
     assert torch.equal(at_random(vision, size, 1), random)
+
+
+def test_swaps_are_pairwise_where_they_can_be(joint, square):
+    vision = joint.see(square).vision
+    one, two, three = (joint.owl.embed_queries([f"a {name}"]).clone() for name in ("circle", "star", "ring"))
+    pairs = toward(joint.owl, vision, torch.cat([one, two]), torch.cat([two, three]), 0.02)
+    turned = toward(joint.owl, vision, torch.cat([two, one]), torch.cat([three, two]), 0.02)
+    crossed = toward(joint.owl, vision, torch.cat([one, two]), torch.cat([three, two]), 0.02)
+    torch.testing.assert_close(pairs, turned, rtol=1e-9, atol=1e-9)  # their order does not matter
+    assert float((pairs - crossed).abs().max()) > 0
+    many = toward(joint.owl, vision, torch.cat([one, two, one]), torch.cat([two, three]), 0.02)
+    assert float((many - pairs).abs().max()) > 0
 
 
 def test_changes_that_make_no_sense(joint, square):
