@@ -77,7 +77,7 @@ def train(
     config = TrainConfig(epochs, batch, accumulate, rate, precision, every=every, seed=seed)
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
     with progress("loading the models"):
-        owl = Detector.from_pretrained(detector_name(detector), device=device, dtype=dtype)
+        owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
         vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
     if hidden is None:
         hidden = 4 * owl.width if model == "shapes" else HIDDEN

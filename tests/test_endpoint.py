@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import pickle
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("openai")
 
@@ -28,6 +31,7 @@ from mllm_fast.evaluation.reader_endpoint import EndpointReader
 from mllm_fast.evaluation.run import ModelChoice, rows_of, run
 from mllm_fast.evaluation.samples import scenes
 from mllm_fast.evaluation.yes_no import Mme
+from mllm_fast.joint.caption_score import CaptionJudge
 
 KEY = "sk-secret-0123456789"
 GOOD = json.dumps({"a": ["dog", "ball"], "b": ["puppy"], "pairs": [[0, 0]]})
@@ -377,3 +381,21 @@ def test_tables_that_are_none(lines, message, tmp_path):
     (tmp_path / "latin.csv").write_bytes(b"\xe9\xff")
     with pytest.raises(InputError, match="no text in UTF-8"):
         read_labels(tmp_path / "latin.csv")
+
+
+def test_a_caption_is_scored_with_its_picture(server, tmp_path):
+    settings = {"attempts": 3, "timeout": 0.4, "pause": 0.01, "api_key": KEY, "base_url": server.url}
+    judge = CaptionJudge(Endpoint("judge", **settings, cache=tmp_path))
+    server.replies = ["nine", "9"]
+    picture = Image.new("RGB", (900, 300), "red")
+    assert judge.score(picture, "a red wall") == (9, 84)
+    text, shown = server.asked[-1]["messages"][-1]["content"]
+    assert text["text"] == "The description: a red wall"
+    data = shown["image_url"]["url"].removeprefix("data:image/png;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
+        assert sent.size == (512, 171)
+    assert judge.score(picture, "a red wall") == (9, 0)  # kept
+    server.replies = [None] * 3
+    with pytest.raises(Unanswered):
+        judge.score(picture, "a blue wall")
+    assert KEY not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())

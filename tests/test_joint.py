@@ -236,6 +236,8 @@ def test_queries_that_cannot_be_used():
         detector.embed_queries([long])
     with pytest.raises(InputError, match="smaller than one patch"):
         detector.see(Image.new("RGB", (7, 300)))
+    with pytest.raises(InputError, match="the limit is 99"):
+        detector.see_many([Image.new("RGB", (10, 10))], max_pixels=99)
     with pytest.raises(InputError, match="the detector is an OwlViT"):
         Detector(torch.nn.Linear(2, 2), None)
 

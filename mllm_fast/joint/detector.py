@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..images import ImageSource, load_image
+from ..images import MAX_PIXELS, ImageSource, load_image
 from ..layout import Box, Tile
 from ..loading import failures, parse_device, parse_dtype, quiet
 
@@ -84,7 +84,7 @@ class Detector:
         dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Detector:
-        """A folder or a hub id; other options go to transformers' `from_pretrained`."""
+        """A folder or a hub id, by default in float32; other options go to transformers' `from_pretrained`."""
         from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
         where = parse_device(device)
@@ -94,7 +94,7 @@ class Detector:
                 raise InputError(f"{name}: a detector is one of {', '.join(ARCHITECTURES)}, got {kind}")
             loader: Any = OwlViTForObjectDetection if kind == "owlvit" else Owlv2ForObjectDetection
             model, report = loader.from_pretrained(
-                name, dtype=parse_dtype(dtype, where), output_loading_info=True, **options
+                name, dtype=parse_dtype(dtype or torch.float32, where), output_loading_info=True, **options
             )
             processor = AutoProcessor.from_pretrained(name, **options)
         missing = sorted(report["missing_keys"])
@@ -122,9 +122,9 @@ class Detector:
         return self.see_many([image])[0]
 
     @torch.inference_mode()
-    def see_many(self, images: Sequence[ImageSource]) -> list[Vision]:
-        """Read pictures in one batch."""
-        pictures = [load_image(image) for image in images]
+    def see_many(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Vision]:
+        """Read pictures in one batch; none is larger than `max_pixels`."""
+        pictures = [load_image(image, max_pixels) for image in images]
         for picture in pictures:
             self.check_size(picture)
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]

@@ -102,13 +102,14 @@ class JointModel:
     ) -> JointModel:
         """Load "shapes" (the embedded joint model), or a folder that `mllm-fast joint train` wrote.
 
+        `device`, `dtype` as in `VLM.from_pretrained`; the detector, a small model, is float32 and on one device.
         `vlm`: the language model, where it is loaded already. Other options go to `VLM.from_pretrained`.
         """
         folder = joint_folder(name)
         settings = read_settings(folder)
         detector, model = part_names(folder)
         alignment = Alignment.load(folder / WEIGHTS)
-        owl = Detector.from_pretrained(detector, device=device, dtype=dtype)
+        owl = Detector.from_pretrained(detector, device=None if device == "auto" else device)
         tuned = "lora" in settings  # whose weights are merged: into a model of its own
         if vlm is None or tuned:
             vlm = VLM.from_pretrained(model, device=device, dtype=dtype, **options)
@@ -124,7 +125,8 @@ class JointModel:
 
     def see_many(self, images: Sequence[ImageSource]) -> list[Seen]:
         """Read several pictures in one batch."""
-        return [Seen(vision, self._tile(vision)) for vision in self.owl.see_many(images)]
+        visions = self.owl.see_many(images, self.vlm.prompts.max_pixels)
+        return [Seen(vision, self._tile(vision)) for vision in visions]
 
     def image_embeddings(self, seen: Seen) -> Tensor:
         """What the language model reads of a picture: W of E without its class token, on the language model's grid,

@@ -118,10 +118,11 @@ def train(
     state.resume()
     prepared, stepper = accelerator.prepare(alignment, optimizer)
     for step in range(state.step, steps):
-        if step % config.every == 0 and accelerator.is_main_process:
-            _measure(state, owl, vlm, pictures, held, config.batch)
-            tell(step, steps, state.words())
-        accelerator.wait_for_everyone()
+        if step % config.every == 0:
+            if accelerator.is_main_process:
+                _measure(state, owl, vlm, pictures, held, config.batch)
+                tell(step, steps, state.words())
+            accelerator.wait_for_everyone()
         for group in stepper.param_groups:
             group["lr"] = config.rate * schedule(step, steps)
         total = 0.0
