@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +85,8 @@ def train(
     if kind == "projector":
         hidden = vlm.text.config.hidden_size
     shape = AlignmentConfig(kind, owl.width, vlm.text.config.hidden_size, hidden, layers, heads)
-    with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
+    with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not (first and sys.stderr.isatty())) as shown:
 
         def tell(done: int, total: int, what: str) -> None:
             shown.total = total
@@ -92,6 +94,8 @@ def train(
             shown.update(done - shown.n)
 
         run(owl, vlm, (detector, model), pictures, out, shape, config, tell)
+    if not first:
+        return
     curve = json.loads((out / CURVE).read_text())
     last = curve["curve"][-1]
     _chart(curve["curve"], out / "curve.png")
