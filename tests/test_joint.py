@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import owl
 import pytest
@@ -85,6 +87,25 @@ def test_stream_and_context_read_it_too(joint, square):
     for layer, keys in enumerate(context.keys):
         torch.testing.assert_close(keys, whole._trace.keys[layer][:, :length], rtol=1e-6, atol=1e-6)
     assert not torch.equal(context.keys, plain.keys)
+
+
+def test_a_streams_first_pass_has_its_surroundings(joint, square):
+    """Some releases of transformers read the picture before it, some in it."""
+    entered = []
+
+    @contextmanager
+    def surroundings():
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    stream = joint.vlm.stream(square, QUESTION, max_new_tokens=4)
+    stream.first = surroundings()
+    assert entered == []
+    next(stream)
+    assert entered == ["in", "out"]
+    assert len([next(stream), next(stream)]) == 2
+    assert entered == ["in", "out"]
 
 
 def test_left_as_it_was_by_exception_too(joint, square):

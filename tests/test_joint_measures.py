@@ -76,7 +76,9 @@ def test_boxes_are_right_once_and_best_first():
         (pytest.approx(0.7), False),
         (pytest.approx(0.9), True),
     ]
-    twice = judge_boxes(chance[:1].logit().repeat(2, 1), torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10]]), things[:1])
+    # both fit the thing by 7 of 13, each other by a quarter
+    sides = torch.tensor([[-3.0, 0, 7, 10], [3, 0, 13, 10]])
+    twice = judge_boxes(torch.tensor([[0.9], [0.8]]).logit(), sides, things[:1])
     assert [hit for _, hit in twice] == [True, False]  # one thing is found once
 
 
