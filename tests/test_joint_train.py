@@ -181,6 +181,8 @@ def test_fine_tuning_learns_and_leaves_the_model_as_it_was(tmp_path):
     assert read_settings(tmp_path / "tuned")["lora"] == LORA
     tuned = JointModel.from_pretrained(tmp_path / "tuned", vlm=vlm)
     assert tuned.vlm is not vlm
+    with pytest.raises(InputError, match="fine-tuned already"):
+        finetune(tuned, names, Scenes(4), tmp_path / "again", config)
     picture = Scenes(4)[0]
     said = tuned.generate(picture, question, max_new_tokens=4)
     assert said.token_ids == vlm.generate(picture, question, max_new_tokens=4).token_ids  # what it was taught

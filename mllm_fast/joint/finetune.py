@@ -70,6 +70,8 @@ def finetune(
     """
     if (out / WEIGHTS).exists():
         raise InputError(f"{out}: holds a trained alignment; give another folder, or remove it")
+    if "finetuned" in joint.alignment.about:
+        raise InputError("this joint model is fine-tuned already; fine-tune the one that it came from, for longer")
     if len(pictures) < config.batch:
         raise InputError(f"{len(pictures)} pictures are too few for a batch of {config.batch}; give more")
     vlm = joint.vlm

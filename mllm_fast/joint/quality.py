@@ -132,87 +132,58 @@ class JointQuality(JointEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
         figures: dict[str, Any] = {"pictures": len(rows)}
-        says, tables = [], []
-        models = [OWN, *self.joints]
-        asked = [row for row in every if "said" in row]
-        known = [row for row in asked if row["truth"] is not None]
-        if known:
-            tasks = list(dict.fromkeys(row["task"] for row in known))
-            right = {
-                (model, task): [
-                    row["said"] == row["truth"] for row in known if (row["model"], row["task"]) == (model, task)
-                ]
-                for model in models
-                for task in tasks
-            }
-            accuracy = {model: {task: float(np.mean(right[model, task])) for task in tasks} for model in models}
-            figures["accuracy"] = accuracy
-            own = accuracy[OWN]
-            parts = [
-                f"{name}: {', '.join(f'{task} {accuracy[name][task] / own[task]:.1%}' for task in tasks if own[task])}"
-                for name in self.joints
-            ]
-            says.append(f"Of the language model's own right answers through W there are {'; '.join(parts)}.")
-            tables.append(
-                Table(
-                    "Right answers, % (95 % interval)",
-                    ["model", *tasks],
-                    [[m, *(percent(accuracy[m][t], len(right[m, t])) for t in tasks)] for m in models],
-                )
-            )
-        free = [row for row in asked if row["truth"] is None]
-        if free:
-            own_said = {
-                (name, row["question"]): row["said"]
-                for name, one in rows.items()
-                for row in one
-                if row.get("model") == OWN and "said" in row
-            }
-            same = {
-                model: [
-                    row["said"] == own_said[name, row["question"]]
-                    for name, one in rows.items()
-                    for row in one
-                    if "said" in row and row["model"] == model
-                ]
-                for model in self.joints
-            }
-            figures["same"] = {model: float(np.mean(values)) for model, values in same.items()}
-            tables.append(
-                Table(
-                    "The language model's own answer to the letter, % (95 % interval)",
-                    ["model", "same"],
-                    [[m, percent(figures["same"][m], len(v))] for m, v in same.items()],
-                )
-            )
+        says: list[str] = []
+        tables: list[Table] = []
+        charts: list[Chart] = []
+        if any(row.get("truth") is not None for row in every):
+            tables.append(self._accuracy(every, figures, says))
+        if any("said" in row and row["truth"] is None for row in every):
+            tables.append(self._same(rows, figures))
         tables.append(self._distances(every, figures))
-        charts = []
-        boxes = [row for row in every if "boxes" in row]
-        if boxes and sum(row["things"] for row in boxes):
-            found = Found.of([[(s, h) for s, h in row["boxes"]] for row in boxes], sum(row["things"] for row in boxes))
-            recall, threshold = found.recall_at(_PRECISION)
-            figures["detector"] = {
-                "things": found.things,
-                "recall": recall,
-                "threshold": threshold,
-                "average_precision": found.average_precision(),
-            }
-            says.append(
-                f"The detector finds {recall:.1%} of {found.things} things at a precision of {_PRECISION:.0%} (score"
-                f" {threshold:.2f} or more, overlap with the thing one half or more); average precision"
-                f" {found.average_precision():.3f}."
-            )
-            charts.append(
-                Chart(
-                    "boxes",
-                    lambda figure: _draw(figure, found),
-                    "Precision over recall of the detector's boxes, at all thresholds.",
-                    (5.5, 4.0),
-                )
-            )
+        if sum(row.get("things", 0) for row in every):
+            charts.append(_detector(every, figures, says))
         if self.judge is not None:
             tables.append(self._captions(every, figures, says))
         return Report(self.name, self.title, says, tables, charts, figures)
+
+    def _accuracy(self, every: list[Row], figures: dict[str, Any], says: list[str]) -> Table:
+        known = [row for row in every if row.get("truth") is not None]
+        tasks = list(dict.fromkeys(row["task"] for row in known))
+        right: dict[str, dict[str, list[bool]]] = {model: {task: [] for task in tasks} for model in (OWN, *self.joints)}
+        for row in known:
+            right[row["model"]][row["task"]].append(row["said"] == row["truth"])
+        accuracy = {model: {task: float(np.mean(hits)) for task, hits in one.items()} for model, one in right.items()}
+        figures["accuracy"] = accuracy
+        own = accuracy[OWN]
+        parts = [
+            f"{name}: {', '.join(f'{task} {accuracy[name][task] / own[task]:.1%}' for task in tasks if own[task])}"
+            for name in self.joints
+        ]
+        says.append(f"Of the language model's own right answers through W there are {'; '.join(parts)}.")
+        return Table(
+            "Right answers, % (95 % interval)",
+            ["model", *tasks],
+            [
+                [model, *(percent(float(np.mean(hits)), len(hits)) for hits in one.values())]
+                for model, one in right.items()
+            ],
+        )
+
+    def _same(self, rows: dict[str, list[Row]], figures: dict[str, Any]) -> Table:
+        """How often the joint models' answers are the language model's own, of what has no known truth."""
+        same: dict[str, list[bool]] = {name: [] for name in self.joints}
+        for one in rows.values():
+            free = [row for row in one if "said" in row and row["truth"] is None]
+            own = {row["question"]: row["said"] for row in free if row["model"] == OWN}
+            for row in free:
+                if row["model"] != OWN:
+                    same[row["model"]].append(row["said"] == own[row["question"]])
+        figures["same"] = {name: float(np.mean(hits)) for name, hits in same.items()}
+        return Table(
+            "The language model's own answer to the letter, % (95 % interval)",
+            ["model", "same"],
+            [[name, percent(figures["same"][name], len(hits))] for name, hits in same.items()],
+        )
 
     def _distances(self, every: list[Row], figures: dict[str, Any]) -> Table:
         by = {name: [row for row in every if "distance" in row and row["model"] == name] for name in self.joints}
@@ -241,6 +212,25 @@ class JointQuality(JointEvaluation):
             [[name, cell(mean_and_error(values)), str(len(values))] for name, values in by.items() if values],
             "The paper's, by GPT-4: 6.9 of people's descriptions, 7.0 of LLaVA's, 6.1 of its joint model's.",
         )
+
+
+def _detector(every: list[Row], figures: dict[str, Any], says: list[str]) -> Chart:
+    boxes = [row for row in every if "boxes" in row]
+    found = Found.of([row["boxes"] for row in boxes], sum(row["things"] for row in boxes))
+    recall, threshold = found.recall_at(_PRECISION)
+    precise = found.average_precision()
+    figures["detector"] = {
+        "things": found.things,
+        "recall": recall,
+        "threshold": threshold,
+        "average_precision": precise,
+    }
+    says.append(
+        f"The detector finds {recall:.1%} of {found.things} things at a precision of {_PRECISION:.0%} (score"
+        f" {threshold:.2f} or more, overlap with the thing one half or more); average precision {precise:.3f}."
+    )
+    caption = "Precision over recall of the detector's boxes, at all thresholds."
+    return Chart("boxes", lambda figure: _draw(figure, found), caption, (5.5, 4.0))
 
 
 def box_of(mask: np.ndarray) -> Tensor:
