@@ -156,6 +156,7 @@ def test_gradient_alignment_is_one_of_the_maps(joint, square):
     rows, cols = grid.shape
     means = pixels.reshape(rows, pixels.shape[0] // rows, cols, pixels.shape[1] // cols).mean((1, 3))
     torch.testing.assert_close(grid, means, rtol=1e-5, atol=1e-6)
+    assert weights.note.startswith("the detector's 5 x 5 tokens were resampled")
     assert ex.box_weights(1, "a photo of a star").query == "a photo of a star"
     asked = joint.explain(square, QUESTION, ANSWER, query="a red star")
     assert asked.box_weights(1).query == "a red star"

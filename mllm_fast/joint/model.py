@@ -217,7 +217,8 @@ class JointModel:
     ) -> BoxWeights:
         """Gradient alignment of a token with a text query, by default "a photo of a WORD" for the token's word."""
         query = f"a photo of a {word_of(ex.tokens, token)}" if query is None else query
-        return align(self.owl, seen.vision, query, self.direction(ex, seen, token, image))
+        found = align(self.owl, seen.vision, query, self.direction(ex, seen, token, image))
+        return replace(found, note="; ".join(filter(None, (seen.note, found.note))))
 
     @contextmanager
     def reading(self, seen: Sequence[Seen]) -> Iterator[None]:
