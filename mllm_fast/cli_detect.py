@@ -10,8 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_joint import Count, Folder, JointName, Masks, Processes, Seed, Vocabulary, run_evaluation, samples_of
+from .cli_joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary, run_evaluation
 from .cli_options import OUT, Device, Dtype, Json, progress
+from .cli_report import samples_of
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _report(
         from .shapes.scenes import SHAPES
     if images is not None and masks is None:
         raise InputError("--report needs to know what is there: give --masks, COCO's .json or a folder of .png")
-    samples = samples_of(images, masks, count, seed)
+    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
     if not classes:
         named = {thing.name for sample in samples.list for thing in sample.things or ()}
         classes = list(SHAPES) if images is None else sorted(named)

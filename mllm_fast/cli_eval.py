@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_options import Backend, Device, Dtype, Json, Model, parse_keep, progress
-from .cli_report import bar, publish
+from .cli_report import bar, publish, samples_of
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -181,15 +181,9 @@ def _samples(
 ) -> Samples:
     """The pictures that an evaluation runs on."""
     from .evaluation.benchmarks import mme, pope, scene_pairs
-    from .evaluation.masks import coco, mask_folder
-    from .evaluation.samples import pictures, scenes
 
     if data is not None:
         return pope(data, images, count) if name == "pope" else mme(data, count)
     if name in _BENCHMARKS:
         return scene_pairs(_SCENES if count is None else count, seed)
-    if images is None:
-        return scenes(_SCENES if count is None else count, seed)
-    if masks is None:
-        return pictures(images, count)
-    return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
+    return samples_of(images, masks, _SCENES if count is None and images is None else count, seed)

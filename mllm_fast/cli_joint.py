@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from .cli_options import OUT, Device, Dtype, Json, Model, progress
-from .cli_report import bar, publish
+from .cli_report import bar, publish, samples_of
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 joint = typer.Typer(
     no_args_is_help=True, help="One vision embedding for a detector and a language model (arXiv 2405.14612)."
 )
-_SCENES, _TAUGHT, _TUNED = 100, 30_000, 2_000
+SCENES, _TAUGHT, _TUNED = 100, 30_000, 2_000
 DetectorName = Annotated[
     str, typer.Option(help="An OWL-ViT or OWLv2: a folder or a hub id; 'shapes' is the embedded one.")
 ]
@@ -32,6 +32,7 @@ Folder = Annotated[
     Path | None, typer.Option("--images", "-i", help="A folder of pictures; generated scenes if none is given.")
 ]
 Masks = Annotated[Path | None, typer.Option(help="Their objects: COCO's .json, or a folder of .png masks.")]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")]
 Count = Annotated[int | None, typer.Option(help="How many pictures; all of a folder.")]
 Seed = Annotated[int, typer.Option(help="Of the generated scenes.")]
 Processes = Annotated[int, typer.Option(help="Each with its own models; the numbers do not depend on it.")]
@@ -50,7 +51,10 @@ def train(
     kind: Annotated[
         str, typer.Option(help="Of W: mlp (each token, two hidden layers), projector (LLaVA's shape), transformer.")
     ] = "mlp",
-    hidden: Annotated[int | None, typer.Option(help="Width of W's hidden layers; 8192, for shapes 512.")] = None,
+    hidden: Annotated[
+        int | None,
+        typer.Option(help="Width of W's hidden layers; twice the language model's if none, 8192 for LLaVA-7B."),
+    ] = None,
     layers: Annotated[int, typer.Option(help="transformer: its layers.")] = 2,
     heads: Annotated[int, typer.Option(help="transformer: its heads.")] = 8,
     epochs: Annotated[int, typer.Option(help="How often each picture is seen.")] = 1,
@@ -69,7 +73,7 @@ def train(
     with progress("loading the libraries"):
         from tqdm import tqdm
 
-        from .joint.alignment import HIDDEN, AlignmentConfig
+        from .joint.alignment import AlignmentConfig
         from .joint.detector import Detector
         from .joint.model import detector_name
         from .joint.train import CURVE, TrainConfig
@@ -80,11 +84,10 @@ def train(
     with progress("loading the models"):
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
         vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
-    if hidden is None:
-        hidden = 4 * owl.width if model == "shapes" else HIDDEN
-    if kind == "projector":
-        hidden = vlm.text.config.hidden_size
-    shape = AlignmentConfig(kind, owl.width, vlm.text.config.hidden_size, hidden, layers, heads)
+    width = vlm.text.config.hidden_size
+    if hidden is None:  # the paper's, for its models; LLaVA's projector is as wide as its language model
+        hidden = width if kind == "projector" else 2 * width
+    shape = AlignmentConfig(kind, owl.width, width, hidden, layers, heads)
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
     with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not (first and sys.stderr.isatty())) as shown:
 
@@ -98,7 +101,7 @@ def train(
         return
     curve = json.loads((out / CURVE).read_text())
     last = curve["curve"][-1]
-    _chart(curve["curve"], out / "curve.png")
+    drawn = _chart(curve["curve"], out / "curve.png")
     if as_json:
         typer.echo(json.dumps({"saved": str(out), "skipped": curve["skipped"], **last}))
         return
@@ -107,7 +110,7 @@ def train(
         f" {last['cosine']:.3f}, after {last['step']} steps",
         highlight=False,
     )
-    OUT.print(f"saved {escape(str(out))}", highlight=False)
+    OUT.print(f"saved {escape(str(out))}" + ("" if drawn else "; no curve.png without matplotlib"), highlight=False)
 
 
 @joint.command()
@@ -179,9 +182,7 @@ def evaluate(
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
     price: Annotated[float | None, typer.Option(help="Of a million of its tokens, in dollars.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
-        "mllm-fast-joint"
-    ),
+    out: OutFolder = Path("mllm-fast-joint"),
     processes: Processes = 1,
     device: Device = None,
     dtype: Dtype = None,
@@ -193,7 +194,7 @@ def evaluate(
         from .joint.caption_score import CaptionJudge
         from .joint.quality import JointQuality
         from .shapes.scenes import COLORS, SHAPES
-    samples = samples_of(images, masks, count, seed)
+    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
     if images is None:
         classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     else:
@@ -210,9 +211,7 @@ def pointing(
     name: JointName = "shapes",
     count: Count = None,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
-        "mllm-fast-pointing"
-    ),
+    out: OutFolder = Path("mllm-fast-pointing"),
     processes: Processes = 1,
     device: Device = None,
     dtype: Dtype = None,
@@ -221,7 +220,15 @@ def pointing(
     """Does gradient alignment's heaviest pixel lie on the object that was asked about? On generated scenes."""
     with progress("loading the libraries"):
         from .joint.pointing import Pointing
-    run_evaluation(Pointing(name), samples_of(None, None, count, seed), out, processes, device, dtype, as_json)
+    run_evaluation(
+        Pointing(name),
+        samples_of(None, None, SCENES if count is None else count, seed),
+        out,
+        processes,
+        device,
+        dtype,
+        as_json,
+    )
 
 
 @joint.command()
@@ -232,9 +239,7 @@ def simulatability(
     count: Count = None,
     seed: Seed = 0,
     vocabulary: Vocabulary = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
-        "mllm-fast-simulatability"
-    ),
+    out: OutFolder = Path("mllm-fast-simulatability"),
     processes: Processes = 1,
     device: Device = None,
     dtype: Dtype = None,
@@ -246,7 +251,7 @@ def simulatability(
         from .joint.simulatability import Simulatability
     if images is not None and masks is None:
         raise InputError("simulatability needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
-    samples = samples_of(images, masks, count, seed)
+    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     if words is None and images is not None:
         words = NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
@@ -276,9 +281,7 @@ def bias(
     controls: Annotated[int, typer.Option(help="Random changes of the same norm, a picture.")] = 3,
     count: Count = None,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")] = Path(
-        "mllm-fast-bias"
-    ),
+    out: OutFolder = Path("mllm-fast-bias"),
     processes: Processes = 1,
     device: Device = None,
     dtype: Dtype = None,
@@ -302,7 +305,7 @@ def bias(
         colors = swapped_colors(swap)
         if None in colors:
             raise InputError("the generated scenes have colours to swap: --lower 'a photo of a red object' --raise ...")
-        samples = swap_scenes(_SCENES if count is None else count, seed, *map(str, colors))
+        samples = swap_scenes(SCENES if count is None else count, seed, *map(str, colors))
     run_evaluation(
         Bias(name, swap, neutral, questions, size, controls=controls), samples, out, processes, device, dtype, as_json
     )
@@ -315,22 +318,6 @@ def _pictures(images: Path | None, count: int | None, seed: int) -> Pictures:
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")
     return Scenes(count or 0, seed) if images is None else Pictured(images, count)
-
-
-def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
-    """Generated scenes, or the pictures of a folder with what is known of them."""
-    from .evaluation.masks import coco, mask_folder
-    from .evaluation.samples import pictures, scenes
-
-    if count is not None and count < 1:
-        raise InputError(f"--count is at least 1, got {count}")
-    if images is None:
-        if masks is not None:
-            raise InputError("--masks belong to pictures: give their folder with --images")
-        return scenes(_SCENES if count is None else count, seed)
-    if masks is None:
-        return pictures(images, count)
-    return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
 
 
 def run_evaluation(
@@ -358,15 +345,15 @@ def run_evaluation(
     publish([(evaluation.report(rows), json.loads((folder / SETTINGS).read_text()))], out, as_json)
 
 
-def _chart(curve: list[dict[str, Any]], path: Path) -> None:
-    """Draw a training's validation curve, where matplotlib is there."""
+def _chart(curve: list[dict[str, Any]], path: Path) -> bool:
+    """Draw a training's validation curve; False where matplotlib is not there."""
     from importlib.util import find_spec
 
     from .evaluation.report import COLORS, Chart
     from .files import write_whole
 
     if find_spec("matplotlib") is None:
-        return
+        return False
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -382,3 +369,4 @@ def _chart(curve: list[dict[str, Any]], path: Path) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
     write_whole(path, Chart("curve", draw, "", (7.0, 3.6)).png())
+    return True

@@ -14,10 +14,12 @@ from rich.markup import escape
 from rich.table import Table as Printed
 
 from .cli_options import OUT
+from .errors import InputError
 
 if TYPE_CHECKING:
     from .evaluation.report import Report, Table
     from .evaluation.run import Progress
+    from .evaluation.samples import Samples
 
 
 def publish(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
@@ -74,3 +76,19 @@ def _printed(table: Table) -> Printed:
     for row in table.rows:
         printed.add_row(*map(escape, row))
     return printed
+
+
+def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
+    """`count` generated scenes, or the pictures of a folder (all if it is None) with what is known of them."""
+    from .evaluation.masks import coco, mask_folder
+    from .evaluation.samples import pictures, scenes
+
+    if count is not None and count < 1:
+        raise InputError(f"--count is at least 1, got {count}")
+    if images is None:
+        if masks is not None:
+            raise InputError("--masks belong to pictures: give their folder with --images")
+        return scenes(count or 0, seed)
+    if masks is None:
+        return pictures(images, count)
+    return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)

@@ -342,7 +342,7 @@ def test_an_alignment_file_that_cannot_be_used(tmp_path):
         made.save(tmp_path / "w.bin")
     for wrong in ({"kind": "linear"}, {"hidden": 0}, {"kind": "transformer", "heads": 4}):
         with pytest.raises(InputError):
-            AlignmentConfig(**{"kind": "mlp", "inputs": 6, "outputs": 4, **wrong})
+            AlignmentConfig(**{"kind": "mlp", "inputs": 6, "outputs": 4, "hidden": 8, **wrong})
 
 
 def test_a_folder_without_a_joint_model(tmp_path):

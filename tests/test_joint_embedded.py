@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from mllm_fast.cli_options import SAMPLE
-from mllm_fast.evaluation.judge import shapes_judge
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import Samples, scenes
 from mllm_fast.joint import JointModel
@@ -79,13 +78,18 @@ def test_what_is_lost(shapes, tmp_path):
     assert report.charts[0].png()
 
 
-def test_own_pictures_are_compared_with_the_models_own_answer(shapes, tmp_path):
+def test_own_pictures_are_compared_with_the_models_own_answer(shapes, joint, tmp_path):
     for i, sample in enumerate(scenes(3, 5).list):
         sample.scene.image.save(tmp_path / f"{i}.png")
     from mllm_fast.evaluation.samples import pictures
 
     report = of(JointQuality(["shapes"], question="Describe the image."), pictures(tmp_path), shapes, tmp_path)
-    assert 0 <= report.figures["same"]["shapes"] <= 1
+    paths = sorted(tmp_path.glob("*.png"))
+    same = [
+        joint.generate(path, "Describe the image.").text == shapes.generate(path, "Describe the image.").text
+        for path in paths
+    ]
+    assert report.figures["same"]["shapes"] == pytest.approx(np.mean(same))
     assert "accuracy" not in report.figures
 
 
@@ -106,7 +110,7 @@ def test_a_judges_captions(shapes, tmp_path):
 def test_pointing_and_telling_apart(shapes, tmp_path):
     figures = of(Pointing("shapes"), scenes(10, 5), shapes, tmp_path).figures
     assert figures["least"]["0"]["both"]["box"] > 0.6
-    assert figures["least"]["0.02"]["both"]["box"] >= figures["least"]["0"]["both"]["object"]
+    assert figures["least"]["0.02"]["both"]["box"] > 0.8
     report = of(Simulatability("shapes"), scenes(8, 5), shapes, tmp_path)
     assert report.figures["gradient-alignment"] > 0.8
     assert report.figures["logprob"] > 0.8
@@ -143,14 +147,16 @@ def test_a_swapped_colour_is_said(shapes, tmp_path):
     assert report.figures["effects"]["color"]["random"]["mean"] <= 0.2
     assert 0.5 < report.figures["kept"]["random"] <= 1
     assert report.charts[0].png()
-    failed = of(Bias("shapes", SWAP, NEUTRAL, size=0.3), Samples(scenes(2, 9).list, {}), shapes, tmp_path / "other")
-    assert failed.failed or failed.figures
+    without = [one for one in scenes(20, 9).list if all(thing.color != "red" for thing in one.scene.objects)][:2]
+    failed = of(Bias("shapes", SWAP, NEUTRAL), Samples(without, {}), shapes, tmp_path / "other").failed
+    assert len(failed) == 2
+    assert all("the scene has 0 red objects" in why for why in failed.values())
 
 
 def test_reports_name_the_joint_model_and_go_on(shapes, tmp_path):
     first = of(Pointing("shapes"), scenes(2, 5), shapes, tmp_path)
     again = of(Pointing("shapes"), scenes(3, 5), shapes, tmp_path, processes=2)
-    assert again.figures["questions"] >= first.figures["questions"]
+    assert again.figures["questions"] > first.figures["questions"]
     settings = json.loads((tmp_path / "pointing" / "run.json").read_text())
     assert settings["joint"] == "shapes"
     assert len(settings["weights"]) == 12
@@ -268,9 +274,3 @@ def test_commands_of_joint_models(run, tmp_path):
         code, _, err = run("joint", *arguments)
         assert code == 2, arguments
         assert message in err
-
-
-def test_the_words_of_a_description_are_those_of_its_things(joint):
-    scene = scenes(1, 5).list[0]
-    said = joint.generate(scene.image, "Describe the image.").text
-    assert shapes_judge().mentions(said)

@@ -18,7 +18,6 @@ from ..errors import InputError, check_choice
 from ..files import write_whole
 
 KINDS = ("mlp", "projector", "transformer")
-HIDDEN = 8192  # of the paper's two hidden layers
 _FORMAT = 1
 
 
@@ -31,7 +30,7 @@ class AlignmentConfig:
     kind: str
     inputs: int
     outputs: int
-    hidden: int = HIDDEN
+    hidden: int
     layers: int = 2
     heads: int = 8
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EndsRunError, InputError, check_choice
+from ..files import write_whole
 from ..offload import device_of
 from .features import given_features
 from .model import WEIGHTS, write_settings
@@ -80,7 +81,7 @@ def finetune(
     steps = config.epochs * (len(pictures) // config.batch)
     out.mkdir(parents=True, exist_ok=True)
     losses: list[float] = []
-    with _adapted(vlm, config.rank) as adapted:
+    with _adapted(vlm, config.rank, config.seed) as adapted:
         try:
             trained = [*joint.alignment.parameters(), *(p for p in adapted.parameters() if p.requires_grad)]
             optimizer = torch.optim.AdamW(trained, config.rate, weight_decay=0.0)
@@ -99,13 +100,13 @@ def finetune(
             # the language model is another one now: what it was made from is checked before the adapters are merged
             alignment.pair, alignment.about = {"owl": weights_name(joint.owl.model)}, {**before, "finetuned": about}
             try:
-                alignment.save(out / WEIGHTS)
+                write_whole(out / LOSSES, (json.dumps({"losses": losses, **about}, indent=1) + "\n").encode())
+                write_settings(out, *names, lora=LORA)
+                alignment.save(out / WEIGHTS)  # last: a folder that has it is whole
             finally:
                 alignment.pair, alignment.about = pair, before
         finally:
             joint.alignment.load_state_dict(weights)
-    write_settings(out, *names, lora=LORA)
-    (out / LOSSES).write_text(json.dumps({"losses": losses, **about}, indent=1) + "\n")
     return losses
 
 
@@ -179,14 +180,14 @@ def _loss(
 
 
 @contextmanager
-def _adapted(vlm: VLM, rank: int) -> Iterator[Any]:
+def _adapted(vlm: VLM, rank: int, seed: int) -> Iterator[Any]:
     """Adapters in the attention of the text part, which are taken out again."""
     peft = _peft()
     names = {id(module): name for name, module in vlm.model.named_modules()}
     layers = [names[id(layer)] for layer in vlm.text.layers]
     targets = [f"{layer}.{vlm.adapter.attention}.{part}" for layer in layers for part in ("q_proj", "v_proj", "o_proj")]
     before = {name: p.requires_grad for name, p in vlm.model.named_parameters()}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changed and peft still uses
         adapted = peft.get_peft_model(vlm.model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))

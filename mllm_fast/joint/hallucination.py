@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -57,16 +58,17 @@ def check_classes(
     check_choice("eyes", eyes, EYES)
     check_names(classes)
     best = best_boxes(joint, seen, [QUERY.format(name) for name in classes])
-    prompts, pictures = [QUESTION.format(name) for name in classes], [[seen.vision.picture]] * len(classes)
-    if eyes == "own":
-        chances = yes_probabilities(joint.vlm, pictures, prompts)
-    else:
-        with joint.reading([seen] * len(classes)):
-            chances = yes_probabilities(joint.vlm, pictures, prompts)
     return [
-        Checked(name, float(yes), found.score, found.box, found.score >= threshold)
-        for name, yes, found in zip(classes, chances, best, strict=True)
+        Checked(name, yes, found.score, found.box, found.score >= threshold)
+        for name, yes, found in zip(classes, said_yes(joint, seen, classes, eyes), best, strict=True)
     ]
+
+
+def said_yes(joint: JointModel, seen: Seen, classes: Sequence[str], eyes: str) -> list[float]:
+    """P(yes) / (P(yes) + P(no)) of the model, asked for each class."""
+    prompts, pictures = [QUESTION.format(name) for name in classes], [[seen.vision.picture]] * len(classes)
+    with nullcontext() if eyes == "own" else joint.reading([seen] * len(classes)):
+        return yes_probabilities(joint.vlm, pictures, prompts).tolist()
 
 
 def check_names(classes: Sequence[str]) -> None:
@@ -133,27 +135,27 @@ class Hallucination(JointEvaluation):
             raise InputError(f"{sample.name}: nothing is known of what is there; give masks")
         joint, picture = self.joint(vlm), load_image(sample.image)
         names = [set(thing.name.split()) for thing in sample.things]
-        truth = {name: any(set(name.split()) <= one for one in names) for name in self.settings["classes"]}
+        classes: list[str] = self.settings["classes"]
+        truth = {name: any(set(name.split()) <= one for one in names) for name in classes}
         found: list[Row] = []
         for strength in self.settings["strengths"]:
             for kind in self.settings["kinds"] if strength else ["none"]:
                 rng = np.random.default_rng([number_of(sample.name), int(1000 * strength)])
                 shown = picture if kind == "none" else degrade(picture, kind, strength, rng)
                 seen = joint.see(shown)
-                own = check_classes(joint, seen, self.settings["classes"], eyes="own")
-                through = check_classes(joint, seen, self.settings["classes"], eyes="joint")
+                yes = {eyes: said_yes(joint, seen, classes, eyes) for eyes in EYES}
+                best = best_boxes(joint, seen, [QUERY.format(name) for name in classes])
                 found += [
                     {
                         "kind": kind,
                         "strength": strength,
-                        "class": one.name,
-                        "truth": truth[one.name],
-                        "own": one.yes,
-                        "joint": other.yes,
-                        "score": one.score,
+                        "class": name,
+                        "truth": truth[name],
+                        **{eyes: yes[eyes][i] for eyes in EYES},
+                        "score": best[i].score,
                         "first": number_of(sample.name) % 2 == 0,
                     }
-                    for one, other in zip(own, through, strict=True)
+                    for i, name in enumerate(classes)
                 ]
         return found
 

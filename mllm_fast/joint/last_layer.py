@@ -50,7 +50,8 @@ def has_known_form(detector: Detector) -> bool:
         }
         if all(type(part) is getattr(module, kind) for part, kind in kinds.items()):
             linear = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.out_proj]
-            plain = all(type(part) is torch.nn.Linear for part in (*linear, layer.mlp.fc1, layer.mlp.fc2))
+            plain = all(type(part) is torch.nn.Linear for part in linear)
+            plain = plain and type(layer.layer_norm1) is torch.nn.LayerNorm
             parts = [*layer.modules(), *model.class_head.modules()]
             return plain and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
     return False

@@ -103,7 +103,8 @@ class JointModel:
         """Load "shapes" (the embedded joint model), or a folder that `mllm-fast joint train` wrote.
 
         `device`, `dtype` as in `VLM.from_pretrained`; the detector, a small model, is float32 and on one device.
-        `vlm`: the language model, where it is loaded already. Other options go to `VLM.from_pretrained`.
+        `vlm`: the language model, where it is loaded already; a fine-tuned joint model loads one of its own. Other
+        options go to `VLM.from_pretrained`.
         """
         folder = joint_folder(name)
         settings = read_settings(folder)

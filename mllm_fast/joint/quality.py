@@ -17,8 +17,8 @@ from ..evaluation.rows import Row
 from ..evaluation.samples import Sample, Thing
 from ..shapes.questions import ask, describe
 from .evaluation import JointEvaluation, number_of, percent, weights_digest
+from .features import own_features
 from .model import Seen
-from .pictures import embeddings
 from .precision import Found, judge_boxes
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ class JointQuality(JointEvaluation):
         seen = {name: self.joint(vlm, name).see(sample.image) for name in self.joints}
         first = seen[self.joints[0]]
         found = self._answers(vlm, sample, seen)
-        found += [self._distance(vlm, name, one) for name, one in seen.items()]
+        inputs, _, _ = vlm.prompts.prepare([[first.vision.picture]], ["?"])
+        with torch.inference_mode():
+            own = own_features(vlm, inputs)[0].float()
+        found += [self._distance(vlm, name, one, own) for name, one in seen.items()]
         if sample.things is not None and self.settings["classes"]:
             found.append(self._boxes(vlm, first, sample.things))
         if self.judge is not None:
@@ -95,13 +98,11 @@ class JointQuality(JointEvaluation):
                 rows.append({"task": task, "model": model, "question": text, "said": answer.text, "truth": truth})
         return rows
 
-    def _distance(self, vlm: VLM, name: str, seen: Seen) -> Row:
-        joint = self.joint(vlm, name)
-        _, own = embeddings(joint.owl, vlm, [seen.vision.picture])
+    def _distance(self, vlm: VLM, name: str, seen: Seen, own: Tensor) -> Row:
         with torch.inference_mode():
-            mine = joint.image_embeddings(seen).to(own)
-        error, spread = (mine - own[0]).square().sum(), (own[0] - own[0].mean(0)).square().sum()
-        cosine = torch.cosine_similarity(mine, own[0], dim=-1).mean()
+            mine = self.joint(vlm, name).image_embeddings(seen).to(own)
+        error, spread = (mine - own).square().sum(), (own - own.mean(0)).square().sum()
+        cosine = torch.cosine_similarity(mine, own, dim=-1).mean()
         return {"model": name, "distance": float((error / spread).sqrt()), "cosine": float(cosine)}
 
     def _boxes(self, vlm: VLM, seen: Seen, things: Sequence[Thing]) -> Row:

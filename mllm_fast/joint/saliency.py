@@ -34,7 +34,7 @@ def align(detector: Detector, vision: Vision, query: str, direction: Tensor) -> 
     angles = cosines(found, direction).float().cpu()
     low, high = angles.min(), angles.max()
     weights = (angles - low) / (high - low) if high > low else torch.zeros_like(angles)
-    boxes = detector.boxes(vision, [query])
+    boxes = detector.boxes(vision, words[None])
     return BoxWeights(
         query=query,
         weights=weights,
