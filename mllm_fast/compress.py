@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attention import Recording, recording
+from .attention import recording
 from .context import Context
 from .errors import InputError, check_choice
 from .kernels import topk_compaction
 from .layout import TokenLayout
+from .prefill import check_cache, check_full_attention, next_position
 from .prompts import one_answer
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def read(
     for score in scores:
         check_choice("score", score, SCORES)
     one_answer("compress", options)
-    _check_full_attention(vlm)
+    check_full_attention(vlm)
     pictures = vlm.prompts.load(image)
     if not pictures:
         raise InputError("there is no picture to compress; give one, or a list of them")
@@ -163,7 +164,7 @@ def read(
         with recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
             output = vlm.run(inputs, length, settings)
         cache = output.past_key_values
-        _check_cache(cache, layout.length)
+        check_cache(cache, layout.length)
         peak = max(peak, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
         if watcher is not None:
             mass = watcher.mean()
@@ -182,32 +183,12 @@ def read(
         keys=tuple(layer.keys[0, :, : layout.length] for layer in cache.layers),
         values=tuple(layer.values[0, :, : layout.length] for layer in cache.layers),
         masses=watched,
-        position=_next_position(record, layout.length),
+        position=next_position(record, layout.length),
         prompt=prompt,
         description=description.strip(),
         images=tuple(pictures),
         peak_nbytes=peak,
     )
-
-
-def _check_cache(cache: Any, length: int) -> None:
-    for layer in cache.layers:
-        keys = getattr(layer, "keys", None)
-        if not isinstance(keys, Tensor) or keys.shape[-2] < length or not isinstance(layer.values, Tensor):
-            raise InputError(
-                f"a {type(layer).__name__} does not hold all keys and values as they are: leave cache_implementation at"
-                " transformers' default"
-            )
-
-
-def _next_position(record: Recording, length: int) -> int:
-    """Of the token after the prompt, for the rotary embedding, from what the first pass gave the decoder."""
-    given = record.positions[0] if record.positions else None
-    if given is None:
-        return length
-    if given.ndim == 3 and len(given) == 4:  # three axes, behind a row that only makes masks
-        given = given[1:]
-    return int(given[..., -1].max()) + 1
 
 
 def kept_count(keep: float | int, total: int) -> int:
@@ -222,13 +203,3 @@ def kept_count(keep: float | int, total: int) -> int:
     if not 0 < keep <= 1:  # NaN too
         raise InputError(f"keep, as a share, is above 0 and at most 1.0, got {keep}")
     return max(1, math.ceil(round(keep * total, 9)))
-
-
-def _check_full_attention(vlm: VLM) -> None:
-    kinds = set(getattr(vlm.text.config, "layer_types", None) or ["full_attention"])
-    window = getattr(vlm.text.config, "sliding_window", None)
-    if kinds != {"full_attention"} or (window and getattr(vlm.text.config, "use_sliding_window", True)):
-        raise InputError(
-            f"layers of type {', '.join(sorted(kinds))} with a sliding window of {window} cannot be compressed: a"
-            " dropped token would move the window; use a model with full attention"
-        )

@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function
 
 from .errors import InputError
 from .kernels import Attention, knockout_attention
-from .kernels.knockout_attention import HEAD_SIZES
+from .kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from .kernels.knockout_attention.reference import visible
 
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
@@ -148,6 +148,30 @@ def attend(
             alpha = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
             share += (weight[:, None, None, start:stop] @ alpha)[:, :, 0]
     return Attention(out, None, None if mass is False else share)
+
+
+def attend_split(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    scale: float,
+    *,
+    causal: bool,
+    mass: bool = False,
+    backend: str = "auto",
+) -> Attention:
+    """Attention over a part of the keys, with the log-sum-exp that joins it to the rest; see `knockout_attention`."""
+    if HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]:
+        return knockout_attention(
+            query, key, value, start=start, scale=scale, lse=True, mass=mass, causal=causal, backend=backend
+        )
+    if backend in ("cpu", "triton"):
+        raise InputError(
+            f"backend={backend!r} serves heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; these are of {query.shape[3]}:"
+            " use backend='auto' or 'torch'"
+        )
+    return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal))
 
 
 def weigh(

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .adapters import TextModel
 from .attention import Recording, recording
-from .errors import InputError
-from .kernels import Attention, join, knockout_attention
-from .kernels.knockout_attention import HEAD_SIZES, torch_kernel
+from .kernels import Attention, join
+from .masks import attend_split
 from .trace import Trace, trace_of
 
 _ROOM = 32  # positions made ahead of what is there, at most
@@ -96,8 +95,9 @@ class Session:
             padded = rows.new_zeros(count * longest, *rows.shape[1:])
             padded[self._rows] = rows
         padded = padded.reshape(count, longest, *rows.shape[1:]).transpose(1, 2)
-        own = self._attention(padded, own_key, own_value, self._start, scale, causal=True)
-        shared = self._attention(query, self.keys[layer][None], self.values[layer][None], None, scale, causal=False)
+        own = attend_split(padded, own_key, own_value, self._start, scale, causal=True, backend=self.backend)
+        keys, values = self.keys[layer][None], self.values[layer][None]
+        shared = attend_split(query, keys, values, None, scale, causal=False, backend=self.backend)
         output, total = own.output.transpose(1, 2).flatten(0, 1), own.lse.transpose(1, 2).flatten(0, 1)  # type: ignore[union-attr]
         if self._start is not None and longest > 1:
             output, total = output[self._rows], total[self._rows]
@@ -159,18 +159,6 @@ class Session:
             question, slot = self._rows // self._longest, self._rows % self._longest
             held[question, before + slot] = rows
         return held[:, : self.length].transpose(1, 2)
-
-    def _attention(self, query, key, value, start, scale: float, causal: bool) -> Attention:
-        if HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]:
-            return knockout_attention(
-                query, key, value, start=start, scale=scale, lse=True, causal=causal, backend=self.backend
-            )
-        if self.backend in ("cpu", "triton"):
-            raise InputError(
-                f"backend={self.backend!r} serves heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; these are of"
-                f" {query.shape[3]}: use backend='auto' or 'torch'"
-            )
-        return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, False, causal))
 
 
 # tokens [B], logits [B, V], sequences [B, N], unfinished [B] on the CPU
