@@ -77,6 +77,7 @@ class Batch:
         """Bytes of keys and values: of the prefixes, and of the rows' own tokens."""
         return self._prefixes.nbytes + sum(tensor.nbytes for pair in self._own for tensor in pair)
 
+    @torch.inference_mode()
     def join(
         self,
         keys: Sequence[Tensor] | Tensor,
@@ -102,6 +103,7 @@ class Batch:
         self.rows.append(row)
         return row
 
+    @torch.inference_mode()
     def leave(self, row: Row) -> None:
         """Remove a row; the last one takes its slot."""
         last = self.rows.pop()
@@ -132,6 +134,7 @@ class Batch:
         """The model attached; `read` works inside."""
         return recording(self._text, backend=self._backend, attending=self._attend)
 
+    @torch.inference_mode()
     def read(self) -> Tensor:
         """One pass over the unread tokens of all rows: the logits after the last of each, [B, V], in the order of
         `rows`. They are read then; give each row its next ones."""
