@@ -169,7 +169,7 @@ class Batch:
             ends.append(total - 1)
         longest = max(row.length + count for row, count in zip(self.rows, lengths, strict=True))
         if longest > self._room:
-            self._grow(longest + _ROOM)
+            self._grow(longest + max(_ROOM, self._room // 2))
         # own keys lie newest first, so that every row's are the last ones of its slot
         slots = [row.slot for row, count in zip(self.rows, lengths, strict=True) for _ in range(count)]
         places = [

@@ -182,7 +182,7 @@ class Context:
     def explain(
         self,
         question: str,
-        answer: str | None = None,
+        answer: str | Sequence[int] | None = None,
         *,
         norm: str = "frozen",
         max_new_tokens: int = 32,

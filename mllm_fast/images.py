@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from .errors import InputError, first_line
 MAX_PIXELS = 100_000_000  # about 300 MB once decoded; a limit that one can raise
 _pillow_limit = Lock()  # guards Pillow's global
 
-ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray
+ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray | bytes
+_FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of files that strangers send, what Pillow reads safely
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture from a path, a PIL image or an array uint8 [H, W, 3] into an RGB image.
+    """Read a picture from a path, a PIL image, an array uint8 [H, W, 3] or a file's bytes into an RGB image.
 
     EXIF rotation is applied; transparent parts lie over white; 16-bit values are scaled to 8 bits.
 
@@ -33,22 +35,32 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         return _checked(Image.fromarray(source), "the array", max_pixels).convert("RGB")
     if isinstance(source, Image.Image):
         return to_rgb(_checked(source, "the image", max_pixels))
+    if isinstance(source, bytes):
+        return _opened(io.BytesIO(source), "the picture", max_pixels, _FROM_BYTES)
     if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"an image is a path, a PIL image or an array, got {type(source).__name__}")
+        raise InputError(f"an image is a path, a PIL image, an array or bytes, got {type(source).__name__}")
     path = Path(source)
     try:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give the path of a picture")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty; give a picture")
-        with _no_limit_of_its_own(), Image.open(path) as image:
-            return to_rgb(_checked(image, str(path), max_pixels))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
+    return _opened(path, str(path), max_pixels)
+
+
+def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[str, ...] | None = None) -> Image.Image:
+    try:
+        with _no_limit_of_its_own(), Image.open(file, formats=formats) as image:
+            return to_rgb(_checked(image, name, max_pixels))
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)") from None
+        known = "a format that Pillow reads (PNG, JPEG, WebP, ...)" if formats is None else ", ".join(formats)
+        raise InputError(f"{name}: not a picture in {known}") from None
     except Exception as error:  # each of Pillow's readers has its own exceptions for a damaged file
-        raise InputError(f"{path}: the picture is damaged, truncated or unreadable ({first_line(error)})") from None
+        raise InputError(f"{name}: the picture is damaged, truncated or unreadable ({first_line(error)})") from None
 
 
 @contextmanager

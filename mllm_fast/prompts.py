@@ -16,6 +16,7 @@ from .layout import TokenLayout
 from .offload import device_of
 
 Images = ImageSource | Sequence[ImageSource]
+Turn = tuple[str, list[str | None]]  # a role, and its parts: a text each, None for the next picture
 _REPLY = "mllmfastreply"  # stands for an answer in a chat template, to find where it goes
 
 
@@ -68,23 +69,34 @@ class Prompts:
 
     def text(self, num_images: int, prompt: str) -> str:
         """A first turn with pictures, as the chat template spells it."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self._spelled([("user", [None] * num_images + [prompt])])
 
     def inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
         """The processor's inputs for a batch, on the model's device."""
-        if not getattr(self.processor, "chat_template", None):
-            raise InputError("the processor has no chat template; set processor.chat_template")
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the picture")
             self._check_text(prompt, "prompt")
         if any(pictures) and not all(pictures):
             raise InputError("a batch has pictures for all of its prompts or for none")
-        several = len(prompts) > 1
+        return self._inputs(pictures, [[("user", [None] * len(i) + [p])] for i, p in zip(pictures, prompts, strict=True)])
+
+    def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
+        """The processor's inputs for one conversation, its pictures in the order of their places, and the layout."""
+        for _, parts in turns:
+            for part in parts:
+                self._check_text(part or "", "message")
+        inputs = self._inputs([pictures], [list(turns)])
+        sizes = [picture.size for picture in pictures]
+        return inputs, prompt_layout(inputs["input_ids"][0], self.adapter, self.processor, inputs, sizes)
+
+    def _inputs(self, pictures: list[list[Any]], conversations: list[list[Turn]]) -> Any:
+        if not getattr(self.processor, "chat_template", None):
+            raise InputError("the processor has no chat template; set processor.chat_template")
+        several = len(conversations) > 1
         batch = {"padding": True, "padding_side": "left"} if several else {}
         try:
-            texts = [self.text(len(images), prompt) for images, prompt in zip(pictures, prompts, strict=True)]
+            texts = [self._spelled(turns) for turns in conversations]
             given = (pictures, texts) if several else (pictures[0], texts[0])
             inputs = self.processor(
                 images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
@@ -98,19 +110,32 @@ class Prompts:
         self.check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
         return inputs
 
-    def turn_ids(self, prompt: str, num_images: int, question: str) -> list[int]:
-        """The ids of a further turn of a conversation that began with pictures and `prompt`: what the chat template
-        puts between the model's reply and the next one, the end of the reply's turn included."""
-        if not question.strip():
-            raise InputError("the question is empty; ask something about the picture")
-        self._check_text(question, "question")
-        first = {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]}
-        turns = [
-            {"role": who, "content": [{"type": "text", "text": text}]}
-            for who, text in (("assistant", _REPLY), ("user", question))
+    def _spelled(self, turns: Sequence[Turn]) -> str:
+        """A conversation as the chat template spells it, up to the model's next words."""
+        messages = [
+            {
+                "role": role,
+                "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts],
+            }
+            for role, parts in turns
         ]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def turn_ids(self, prompt: str, num_images: int, question: str) -> list[int]:
+        """`further_ids` of one question."""
+        return self.further_ids(prompt, num_images, [("user", [question])])
+
+    def further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
+        """The ids of further turns, of text alone, of a conversation that began with pictures and `prompt`: what the
+        chat template puts between the model's first reply and its next one, the end of the reply's turn included."""
+        for _, parts in turns:
+            question = "".join(part or "" for part in parts)
+            if not question.strip():
+                raise InputError("the question is empty; ask something about the picture")
+            self._check_text(question, "question")
+        first: Turn = ("user", [None] * num_images + [prompt])
         try:
-            text = self.processor.apply_chat_template([first, *turns], add_generation_prompt=True)
+            text = self._spelled([first, ("assistant", [_REPLY]), *turns])
         except Exception as error:  # whatever a template raises
             raise InputError(f"the chat template takes no further turn: {first_line(error)}") from error
         before, reply, turn = text.partition(_REPLY)
@@ -124,10 +149,13 @@ class Prompts:
             return ids[len(lead) :]
         return tokenizer(turn, add_special_tokens=False).input_ids
 
-    def answer_ids(self, answer: str) -> Tensor:
-        """The ids of a given answer, int64 [n], on the model's device."""
-        self._check_text(answer, "answer to be explained")
-        ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
+    def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
+        """The ids of a given answer (its text, or ids), int64 [n], on the model's device."""
+        if isinstance(answer, str):
+            self._check_text(answer, "answer to be explained")
+            ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
+        else:
+            ids = [int(one) for one in answer]
         if not ids:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
         return torch.tensor(ids, device=device_of(self.model))

@@ -31,9 +31,14 @@ def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None
     """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
     target = Path(path)
     check_target(target, ENDINGS)
-    if not ex.images and target.suffix.lower() in (".png", ".html"):
-        raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
-    write_whole(target, _FORMATS[target.suffix.lower()](ex, token, method))
+    write_whole(target, encoded(ex, target.suffix.lower().removeprefix("."), token, method))
+
+
+def encoded(ex: Explanation, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
+    """The file that `save` writes; `kind`: "png", "html", "json" or "safetensors"."""
+    if not ex.images and kind in ("png", "html"):
+        raise InputError("an explanation of text alone has no picture: ask for json or safetensors")
+    return _FORMATS[f".{kind}"](ex, token, method)
 
 
 def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MEMORY_BYTES = 1 << 30
 _DISK_BYTES = 10 << 30
+_PART = 24  # digits of a key's first and second part
 
 
 class ContextStore:
@@ -83,22 +84,58 @@ class ContextStore:
         pictures = vlm.prompts.load(image)
         settings = {"keep": keep, "prompt": prompt, "score": score, "parts": parts, **options}
         key = self.key(vlm, pictures, settings)
-        found = self._in_memory(key)
+        found = self.held(key)
         if found is None:
             with self._alone(key):
-                found = self._in_memory(key) or self._on_disk(key, vlm)
+                found = self.find(key, vlm)
                 if found is None:
                     made = vlm.compress(pictures, **settings)
-                    found = self._stored_form(made)
-                    with self._guard:
-                        self.misses += 1
-                    self._remember(key, found)
+                    found = self._keep(key, made)
                     self._write(key, made)
         # what is held is held without the pictures, and for any VLM of the same model
         return replace(found, vlm=vlm, images=tuple(pictures))
 
-    def key(self, vlm: VLM, pictures: list[Any], settings: dict[str, Any]) -> str:
-        """The content's name, 64 hexadecimal digits."""
+    def held(self, key: str) -> Context | None:
+        """The context of a key if it is in memory; without its pictures."""
+        with self._guard:
+            found = self._held.get(key)
+            if found is not None:
+                self._held.move_to_end(key)
+                self.hits += 1
+            return found
+
+    def find(self, key: str, vlm: VLM) -> Context | None:
+        """The context of a key, from memory or the folder; without its pictures."""
+        return self.held(key) or self._on_disk(key, vlm)
+
+    def put(self, key: str, context: Context) -> Context:
+        """Keep a context that was made elsewhere; as it will be found again."""
+        found = self._keep(key, context)
+        with self._alone(key):
+            self._write(key, context)
+        return found
+
+    def drop(self, key: str) -> bool:
+        """Remove a context from memory and from the folder; whether it was in one of them."""
+        with self._guard:
+            old = self._held.pop(key, None)
+            self.nbytes -= 0 if old is None else old.nbytes
+        there = old is not None
+        if self._folder is not None:
+            with _no_answer_lost(self._folder, "emptied"):
+                with self._folder.reading(key) as path:
+                    there = there or path is not None
+                self._folder.drop(key)
+        return there
+
+    def count(self) -> int:
+        """Contexts in memory."""
+        with self._guard:
+            return len(self._held)
+
+    def key(self, vlm: VLM, pictures: list[Any], settings: dict[str, Any], scope: str = "") -> str:
+        """The content's name, 64 hexadecimal digits: 24 of the pictures, 24 of everything, 16 of the `scope`. Who asks
+        in another scope never finds it, and nobody else can tell that it is there."""
         # what decides how picture and prompt are read, without reading them: a context that is held costs no more
         processor = vlm.processor
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
@@ -109,12 +146,10 @@ class ContextStore:
             text = json.dumps(about, sort_keys=True)
         except TypeError as error:
             raise InputError(f"the store takes options of numbers, texts and lists alone ({error})") from None
-        digest = hashlib.sha256(text.encode())
+        seen = pictures_digest(pictures, scope)
+        digest = hashlib.sha256(f"{scope_digest(scope)} {seen} {text}".encode())
         digest.update(json.dumps(reading, sort_keys=True, default=str).encode())
-        for picture in pictures:
-            digest.update(f"{picture.mode} {picture.size} ".encode())
-            digest.update(picture.tobytes())
-        return digest.hexdigest()
+        return seen[:_PART] + digest.hexdigest()[:_PART] + scope_digest(scope)
 
     def clear(self) -> None:
         """Forget what is in memory; files stay."""
@@ -148,14 +183,6 @@ class ContextStore:
         tensors, metadata, _ = pack(bare, self.storage)
         return replace(unpack(*parse(self.storage, metadata, tensors), context.vlm), peak_nbytes=context.peak_nbytes)
 
-    def _in_memory(self, key: str) -> Context | None:
-        with self._guard:
-            found = self._held.get(key)
-            if found is not None:
-                self._held.move_to_end(key)
-                self.hits += 1
-            return found
-
     def _on_disk(self, key: str, vlm: VLM) -> Context | None:
         if self._folder is None:
             return None
@@ -176,6 +203,13 @@ class ContextStore:
         self._remember(key, found)
         return found
 
+    def _keep(self, key: str, made: Context) -> Context:
+        found = self._stored_form(made)
+        with self._guard:
+            self.misses += 1
+        self._remember(key, found)
+        return found
+
     def _remember(self, key: str, context: Context) -> None:
         with self._guard:
             old = self._held.pop(key, None)
@@ -192,6 +226,20 @@ class ContextStore:
         if self._folder is not None:
             with _no_answer_lost(self._folder, "written to"):
                 self._folder.write(key, lambda path: save(context, path, self.storage))
+
+
+def pictures_digest(pictures: list[Any], scope: str = "") -> str:
+    """SHA-256 of pixels, in hexadecimal; keys of the same pictures in the same scope begin with its first 24 digits."""
+    digest = hashlib.sha256(scope_digest(scope).encode())
+    for picture in pictures:
+        digest.update(f"{picture.mode} {picture.size} ".encode())
+        digest.update(picture.tobytes())
+    return digest.hexdigest()
+
+
+def scope_digest(scope: str) -> str:
+    """The 16 digits that the keys of a scope end with."""
+    return hashlib.sha256(f"scope {scope}".encode()).hexdigest()[:16]
 
 
 @contextmanager

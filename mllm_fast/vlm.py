@@ -145,7 +145,7 @@ class VLM:
         self,
         image: Images | None,
         prompt: str,
-        answer: str | None = None,
+        answer: str | Sequence[int] | None = None,
         *,
         norm: str = "frozen",
         knockout: Knockouts = None,
@@ -157,7 +157,7 @@ class VLM:
         Args:
             image: a picture, several for one prompt, or None for a prompt of text alone.
             prompt: the question, without the image placeholder.
-            answer: the text to be explained in place of the model's own answer.
+            answer: the text (or its token ids) to be explained in place of the model's own answer.
             norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
             knockout: as in `generate`; the explanation is then of the model so impaired.
             max_new_tokens, options: as in `generate`, for one sequence and one beam.
