@@ -21,6 +21,7 @@ from .masks import attend_split
 from .prefixes import Prefix, Prefixes, Stack
 
 _ROOM = 32  # own positions made ahead of what is there
+_IDLE_BYTES = 1 << 28  # of own positions that are kept while there is no row
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class Batch:
         self._last = self._slot = self._place = torch.empty(0, dtype=torch.long)
         self._starts = torch.empty(0, dtype=torch.int32)
         self._first: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
+        self._single = False
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +119,7 @@ class Batch:
             self.rows[row.slot] = last
         row.slot = -1
         self._prefixes.give_back(row.prefix)
-        if not self.rows:
+        if not self.rows and sum(held.nbytes for pair in self._own for held in pair) > _IDLE_BYTES:
             self._own, self._room = [], 0
 
     def forget(self, name: Hashable) -> None:
@@ -187,6 +189,7 @@ class Batch:
         self._slot, self._place = torch.tensor(slots, device=device), torch.tensor(places, device=device)
         self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
         self._first = None
+        self._single = len(several) < len(lengths)
         if several:
             if any(self.rows[i].length for i in several):
                 raise ValueError("a row reads one token at a time after its first ones")
@@ -248,12 +251,13 @@ class Batch:
         """Attention of the pass's T tokens, query [1, H, T, D] and own key, value [1, Hkv, T, D] -> [1, H, T, D]."""
         own_key, own_value = self._keep(layer, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
-        heads, count = query.shape[1], len(self.rows)
-        # the rows that read one token: all slots in one call, of the others nothing is seen
-        one = self._call(rows[self._last][:, :, None], own_key[:count], own_value[:count], self._starts, scale, False)
-        output = rows.new_zeros(rows.shape)
-        total = rows.new_full((len(rows), heads), float("-inf"), dtype=one.lse.dtype)  # type: ignore[union-attr]
-        output[self._last], total[self._last] = one.output[:, :, 0], one.lse[:, :, 0]  # type: ignore[index]
+        count = len(self.rows)
+        output, total = torch.empty_like(rows), rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
+        if self._single:
+            # all slots in one call; of the rows that read several tokens nothing is seen
+            alone = rows[self._last][:, :, None]
+            found = self._call(alone, own_key[:count], own_value[:count], self._starts, scale, False)
+            output[self._last], total[self._last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
         if self._first is not None:
             token, place, start, several, width = self._first
             padded = [

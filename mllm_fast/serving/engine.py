@@ -1,0 +1,432 @@
+"""One thread that runs the model for all requests: sequences join and leave a batch between two passes.
+
+Between two passes at most one picture is read and one piece of other work is done, so that nobody who is being
+answered waits for more than that. Nothing here waits for whoever reads the answers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Row
+from ..errors import InputError
+from ..layout import TokenLayout
+from ..prefill import prefill
+from .making import Making, Recipe
+from .sampling import Chooser, Choosers, Sampling
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..vlm import VLM
+
+_TOP = 20  # log-probabilities that can be asked for
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Stopping(Exception):
+    """Nothing new is begun."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A token: its id, its log-probability and the likeliest ones [(id, log-probability)], as far as asked for."""
+
+    token: int
+    log_prob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """No more tokens: "stop" or "length"."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No more tokens, because of an error."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Began:
+    """The prompt was read. `cached`: from a context that was there; `prompt_tokens`: of the whole sequence."""
+
+    prompt_tokens: int
+    cached: int = 0
+    context: Context | None = None
+
+
+Event = Began | Said | Finished | Failed
+
+
+@dataclass(eq=False)
+class Generation:
+    """One answer that is wanted.
+
+    Args:
+        sink: told of every event, by the engine's thread; must not wait.
+        key, context, recipe, ids: of a question about a context: its name in the store, the context if it is there, how
+            to make it if it is not, and the tokens of the turns behind it.
+        inputs, layout: of a prompt that is read whole.
+        log_probs: how many of the likeliest tokens to report, None for no log-probability at all.
+        deadline: by `time.monotonic`.
+    """
+
+    sink: Callable[[Event], None]
+    stop_ids: set[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    key: str = ""
+    context: Context | None = None
+    recipe: Recipe | None = None
+    ids: list[int] = field(default_factory=list)
+    inputs: Any = None
+    layout: TokenLayout | None = None
+    log_probs: int | None = None
+    deadline: float = float("inf")
+    cancelled: bool = False
+    cached: bool = False
+    count: int = 0
+    row: Row | None = field(default=None, repr=False)
+    chooser: Chooser | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class Work:
+    """Anything else that runs the model, a piece at a time: `pieces` is made and advanced by the engine's thread.
+    `sink` is told of what each piece gives, then of Finished or Failed."""
+
+    make: Callable[[], Iterator[Any]]
+    sink: Callable[[Any], None]
+    deadline: float = float("inf")
+    cancelled: bool = False
+    pieces: Iterator[Any] | None = None
+
+
+class Engine:
+    """Runs generations and other work.
+
+    Args:
+        vlm: the model. max_batch: sequences decoded together. max_queue: that may wait for a place, works included.
+        keep_context: told of each context that was made, with its key, by the engine's thread; must not wait. Returns
+            the context as it will be found again.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        max_batch: int = 64,
+        max_queue: int = 256,
+        keep_context: Callable[[str, Context], Context] = lambda _, made: made,
+    ):
+        for name, given in (("max_batch", max_batch), ("max_queue", max_queue)):
+            if given < 1:
+                raise InputError(f"{name} is at least 1, got {given}")
+        self.vlm = vlm
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.passes = self.tokens = 0
+        self._keep_context = keep_context
+        self._choosers = Choosers(vlm)
+        self._batch = Batch(vlm.text, vlm.backend)
+        self._queue: deque[Generation] = deque()
+        self._works: deque[Work] = deque()
+        self._makings: dict[str, Making] = {}
+        self._forgotten: deque[str] = deque()
+        self._running: list[Generation | Making] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Generations and works without a place."""
+        return len(self._queue) + len(self._works) + sum(len(one.waiting) for one in self._makings.values())
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in the batch."""
+        return self._batch.nbytes
+
+    def submit(self, wanted: Generation | Work) -> None:
+        """Take a generation or a work; its sink is told how it goes.
+
+        Raises:
+            Busy: too many wait. Stopping: the engine is about to stop.
+        """
+        with self._wake:
+            if not self.alive:
+                raise Stopping
+            if self.waiting >= self.max_queue:
+                raise Busy
+            (self._queue if isinstance(wanted, Generation) else self._works).append(wanted)  # type: ignore[attr-defined]
+            self._wake.notify()
+
+    def cancel(self, wanted: Generation | Work) -> None:
+        """Nobody waits for it any more: its place is free before the next pass."""
+        wanted.cancelled = True
+        with self._wake:
+            self._wake.notify()
+
+    def forget(self, key: str) -> None:
+        """A context that was deleted: the next question about it makes it anew."""
+        self._forgotten.append(key)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Refuse what comes, finish what there is; whether all was finished within `timeout` seconds. What is left is
+        told that the engine stopped."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if not self._thread.ident:
+            return True
+        self._thread.join(timeout)
+        done = not self._thread.is_alive()
+        if not done:
+            makings = list(self._makings.values())
+            for one in [*self._queue, *self._works, *self._running, *(one for m in makings for one in m.waiting)]:
+                one.cancelled = True
+                if not isinstance(one, Making):
+                    one.sink(Failed(Stopping()))
+            self._thread.join(timeout)
+        return done
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._queue or self._works or self._running or self._makings):
+                    if self._stopping:
+                        return
+                    self._wake.wait()
+            while self._forgotten:
+                self._batch.forget(self._forgotten.popleft())
+            self._admit()
+            self._pass()
+            self._piece()
+
+    def _admit(self) -> None:
+        """Give places to those who wait, in their order; read at most one picture."""
+        prefilled = False
+        for making in list(self._makings.values()):
+            if not making.running and not prefilled and len(self._running) < self.max_batch:
+                prefilled = True
+                self._begin_making(making)
+        kept: deque[Generation] = deque()
+        while True:
+            with self._wake:
+                if not self._queue:
+                    break
+                wanted = self._queue.popleft()
+            if self._dropped(wanted):
+                continue
+            if wanted.recipe is not None and wanted.context is None:
+                making = self._makings.get(wanted.key)
+                if making is None:
+                    making = self._makings[wanted.key] = Making(self.vlm, wanted.key, wanted.recipe, self._choosers)
+                making.waiting.append(wanted)
+                continue
+            if len(self._running) >= self.max_batch or (wanted.context is None and prefilled):
+                kept.append(wanted)
+                if len(self._running) >= self.max_batch:
+                    break
+                continue
+            prefilled = prefilled or wanted.context is None
+            self._guarded(wanted, self._join)
+        with self._wake:
+            self._queue.extendleft(reversed(kept))
+
+    def _dropped(self, wanted: Generation | Work) -> bool:
+        """Whether nobody waits for it, or it came too late."""
+        if not wanted.cancelled and time.monotonic() > wanted.deadline:
+            wanted.cancelled = True
+            wanted.sink(Failed(TimeoutError()))
+        return wanted.cancelled
+
+    def _guarded(self, wanted: Generation, do: Callable[[Generation], None]) -> None:
+        """What goes wrong with one of them is told to it alone."""
+        try:
+            do(wanted)
+        except Exception as error:
+            if wanted.row is not None:
+                self._leave(wanted)
+            wanted.sink(Failed(error))
+
+    def _join(self, wanted: Generation) -> None:
+        if wanted.context is not None:
+            context = wanted.context
+            sequence = [*context.input_ids.tolist(), *wanted.ids]
+            wanted.chooser = self._choosers.make(sequence, wanted.sampling)
+            wanted.sink(Began(len(sequence), context.prefix_length if wanted.cached else 0, context))
+            wanted.row = self._batch.join(context.keys, context.values, context.position, wanted.ids, wanted.key)
+            self._running.append(wanted)
+            return
+        assert wanted.layout is not None
+        first = prefill(self.vlm, wanted.inputs, wanted.layout)
+        wanted.inputs = None
+        wanted.chooser = self._choosers.make(first.input_ids.tolist(), wanted.sampling)
+        wanted.sink(Began(wanted.layout.length))
+        token = wanted.chooser.choose(first.logits)
+        if self._say(wanted, token, first.logits):
+            wanted.row = self._batch.join(first.keys, first.values, first.position, [token])
+            self._running.append(wanted)
+
+    def _begin_making(self, making: Making) -> None:
+        making.drop_cancelled(self._dropped)
+        if not making.waiting:
+            del self._makings[making.key]
+            return
+        try:
+            first = making.begin()
+            if making.done:
+                self._made(making)
+            else:
+                row = self._batch.join(first.keys, first.values, first.position, making.said[-1:], watch=True)
+                making.joined(row)
+                self._running.append(making)
+        except Exception as error:
+            self._not_made(making, error)
+
+    def _made(self, making: Making) -> None:
+        """Everybody who waited for the context asks it now, before those who came later."""
+        try:
+            made = making.context(None if making.row is None else self._batch.prefix(making.row))
+            context = self._keep_context(making.key, made)
+        except Exception as error:
+            self._not_made(making, error)
+            return
+        if making.row is not None:
+            self._leave(making)
+        del self._makings[making.key]
+        for i, wanted in enumerate(making.waiting):
+            wanted.context, wanted.cached = context, i > 0
+        with self._wake:
+            self._queue.extendleft(reversed(making.waiting))
+
+    def _not_made(self, making: Making, error: Exception) -> None:
+        if making.row is not None:
+            self._leave(making)
+        self._makings.pop(making.key, None)
+        for wanted in making.waiting:
+            wanted.sink(Failed(error))
+
+    def _leave(self, one: Generation | Making) -> None:
+        self._batch.leave(one.row)  # type: ignore[arg-type]
+        one.row = None
+        self._running.remove(one)
+
+    def _pass(self) -> None:
+        """One pass over the batch."""
+        for one in list(self._running):
+            if isinstance(one, Making):
+                one.drop_cancelled(self._dropped)
+                if not one.waiting:
+                    self._leave(one)
+                    del self._makings[one.key]
+            elif self._dropped(one):
+                self._leave(one)
+        if not self._running:
+            return
+        by_row = {id(one.row): one for one in self._running}
+        members = [by_row[id(row)] for row in self._batch.rows]
+        try:
+            with torch.inference_mode(), self._batch.recording():
+                logits = self._batch.read()
+            likeliest = logits.argmax(-1).tolist()
+        except Exception as error:  # out of memory, say: of all in the batch nobody can go on
+            for one in members:
+                self._leave(one)
+                if isinstance(one, Making):
+                    self._not_made(one, error)
+                else:
+                    one.sink(Failed(error))
+            return
+        self.passes += 1
+        self.tokens += len(members)
+        for i, one in enumerate(members):
+            if isinstance(one, Making):
+                if one.take(likeliest[i] if one.plain else one.choose(logits[i])):
+                    one.row.unread = one.said[-1:]  # type: ignore[union-attr]
+                else:
+                    self._made(one)
+            else:
+                self._guarded(one, lambda wanted, i=i: self._go_on(wanted, likeliest[i], logits[i]))
+
+    def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
+        chooser = wanted.chooser
+        assert chooser is not None and wanted.row is not None
+        token = likeliest if chooser.plain else chooser.choose(logits)
+        if self._say(wanted, token, logits):
+            wanted.row.unread = [token]
+        else:
+            self._leave(wanted)
+
+    def _say(self, wanted: Generation, token: int, logits: Tensor) -> bool:
+        """Tell of a token; whether there is to be another."""
+        if token in wanted.stop_ids:
+            wanted.sink(Finished("stop"))
+            return False
+        wanted.chooser.ids.append(token)  # type: ignore[union-attr]
+        wanted.count += 1
+        log_prob, top = 0.0, ()
+        if wanted.log_probs is not None:
+            logs = torch.log_softmax(logits.float(), -1)
+            log_prob = float(logs[token])
+            best = logs.topk(min(wanted.log_probs, _TOP, len(logs)))
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))  # type: ignore[assignment]
+        wanted.sink(Said(token, log_prob, top))
+        if wanted.count >= wanted.max_tokens:
+            wanted.sink(Finished("length"))
+            return False
+        return True
+
+    def _piece(self) -> None:
+        """One piece of the work whose turn it is."""
+        with self._wake:
+            work = self._works.popleft() if self._works else None
+        if work is None:
+            return
+        if self._dropped(work):
+            if work.pieces is not None:
+                work.pieces.close()  # type: ignore[attr-defined]
+            return
+        try:
+            if work.pieces is None:
+                work.pieces = work.make()
+            piece = next(work.pieces)
+        except StopIteration:
+            work.sink(Finished("stop"))
+            return
+        except Exception as error:
+            work.sink(Failed(error))
+            return
+        work.sink(piece)
+        with self._wake:
+            self._works.append(work)

@@ -1,0 +1,120 @@
+"""A context in the making: the picture is read, and described among the other sequences of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..batch import Row
+from ..compress import AttendedTokens, Reading
+from ..errors import InputError
+from ..layout import TokenLayout
+from ..prefill import Prefill, check_full_attention, prefill
+from .sampling import Chooser, Choosers, Sampling
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..vlm import VLM
+    from .engine import Generation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a context is made: the pictures, as the processor gives them to the model, and the arguments of
+    `VLM.compress`."""
+
+    inputs: Any
+    layout: TokenLayout
+    prompt: str
+    keep: float | int
+    score: str
+    max_tokens: int
+
+
+class Making:
+    """One of them. `waiting`: who asks about the picture. `said`: the description so far."""
+
+    def __init__(self, vlm: VLM, key: str, recipe: Recipe, choosers: Choosers):
+        self.vlm, self.key, self.recipe = vlm, key, recipe
+        self.waiting: list[Generation] = []
+        self.said: list[int] = []
+        self.row: Row | None = None
+        self.running = self.done = self.cancelled = False
+        self._first: Prefill | None = None
+        self._mass: Tensor | None = None
+        self._choosers = choosers
+        self._chooser: Chooser | None = None
+        self._stop = vlm.prompts.stop_ids({})
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is said next."""
+        return self._chooser is not None and self._chooser.plain
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token of the description."""
+        return self._chooser.choose(logits)  # type: ignore[union-attr]
+
+    def drop_cancelled(self, dropped: Callable[[Generation], bool]) -> None:
+        """Who does not wait any more."""
+        self.waiting = [one for one in self.waiting if not dropped(one)]
+
+    def begin(self) -> Prefill:
+        """Read the picture and say the first token; `done` if that is enough."""
+        self.running = True
+        vlm, recipe = self.vlm, self.recipe
+        check_full_attention(vlm)
+        watcher = AttendedTokens(recipe.layout, "query", len(vlm.text.layers)) if recipe.score == "query" else None
+        first = self._first = prefill(vlm, recipe.inputs, recipe.layout, watcher)
+        if recipe.score != "generated":
+            self._mass = None if watcher is None else watcher.mean()
+            self.done = True
+            return first
+        self._chooser = self._choosers.make(first.input_ids.tolist(), Sampling())
+        if not self.take(self._chooser.choose(first.logits)):
+            raise InputError(
+                f"no token of a reply to {recipe.prompt!r} was read, so there are no rows to score by: give another"
+                " prompt, more tokens, or score='query'"
+            )
+        return first
+
+    def joined(self, row: Row) -> None:
+        """It goes on in the batch, which has the keys and values now."""
+        self.row = row
+        self._first = replace(self._first, keys=(), values=())  # type: ignore[type-var]
+
+    def take(self, token: int) -> bool:
+        """A token of the description; whether it goes on."""
+        self.said.append(token)
+        self._chooser.ids.append(token)  # type: ignore[union-attr]
+        self.done = token in self._stop or len(self.said) >= self.recipe.max_tokens
+        return not self.done
+
+    def context(self, prefix: tuple[Sequence[Tensor], Sequence[Tensor]] | None) -> Context:
+        """The context, from the keys and values of the whole prefix."""
+        first, recipe = self._first, self.recipe
+        assert first is not None
+        keys, values = (first.keys, first.values) if prefix is None else prefix
+        masses = {}
+        if self.row is not None and self.row.mass is not None:
+            masses["generated"] = (self.row.mass / self.row.length).cpu()
+        elif self._mass is not None:
+            masses["query"] = self._mass
+        words = self.vlm.processor.tokenizer.decode(self.said, skip_special_tokens=True).strip()
+        reading = Reading(
+            vlm=self.vlm,
+            layout=recipe.layout,
+            input_ids=first.input_ids,
+            keys=tuple(keys),
+            values=tuple(values),
+            masses=masses,
+            position=first.position,
+            prompt=recipe.prompt,
+            description=words,
+            images=(),
+            peak_nbytes=sum(tensor.nbytes for tensor in (*keys, *values)),
+        )
+        return reading.context(recipe.keep, recipe.score)
