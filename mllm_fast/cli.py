@@ -1,4 +1,4 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | info`.
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | serve | info`.
 
 stdout carries the result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit
 code 2."""
@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_context, cli_detect, cli_eval, cli_joint
+from . import cli_context, cli_detect, cli_eval, cli_joint, cli_serve
 from .cli_options import (
     OUT,
     Backend,
@@ -53,6 +53,7 @@ app.command()(cli_context.ask)
 app.command()(cli_context.kept)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_detect.detect)
+app.command()(cli_serve.serve)
 app.add_typer(cli_joint.joint, name="joint")
 
 

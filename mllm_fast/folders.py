@@ -36,6 +36,9 @@ class Folder(Protocol):
     def drop(self, key: str) -> None:
         """Remove a file."""
 
+    def keys(self) -> list[str]:
+        """Of all files."""
+
 
 def open_folder(url: str, budget: int) -> Folder:
     """The folder of a path or a URL, made if it is not there.
@@ -100,6 +103,10 @@ class LocalFolder:
         """See `Folder`."""
         with suppress(OSError):
             self._file(key).unlink()
+
+    def keys(self) -> list[str]:
+        """See `Folder`."""
+        return [path.stem for _, _, path in self.files()]
 
     def files(self) -> list[tuple[int, int, Path]]:
         """(time of last use, bytes, path) of each file, least recently used first."""
@@ -233,6 +240,12 @@ class RemoteFolder:
         """See `Folder`."""
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._file(key))
+
+    def keys(self) -> list[str]:
+        """See `Folder`."""
+        self._fs.invalidate_cache()
+        names = [one.rpartition("/")[2] for one in self._fs.ls(self._root, detail=False)]
+        return [name.removesuffix(_ENDING) for name in names if _OURS.fullmatch(name)]
 
     def _file(self, key: str) -> str:
         return f"{self._root}/{key}{_ENDING}"

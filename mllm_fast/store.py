@@ -90,7 +90,7 @@ class ContextStore:
                 found = self.find(key, vlm)
                 if found is None:
                     made = vlm.compress(pictures, **settings)
-                    found = self._keep(key, made)
+                    found = self.keep(key, made)
                     self._write(key, made)
         # what is held is held without the pictures, and for any VLM of the same model
         return replace(found, vlm=vlm, images=tuple(pictures))
@@ -108,12 +108,19 @@ class ContextStore:
         """The context of a key, from memory or the folder; without its pictures."""
         return self.held(key) or self._on_disk(key, vlm)
 
-    def put(self, key: str, context: Context) -> Context:
-        """Keep a context that was made elsewhere; as it will be found again."""
-        found = self._keep(key, context)
-        with self._alone(key):
-            self._write(key, context)
+    def keep(self, key: str, made: Context) -> Context:
+        """Hold a context that was made elsewhere in memory; as it will be found again."""
+        found = self._stored_form(made)
+        with self._guard:
+            self.misses += 1
+        self._remember(key, found)
         return found
+
+    def write(self, key: str, made: Context) -> None:
+        """Put such a context into the folder, if there is one."""
+        if self._folder is not None:
+            with self._alone(key):
+                self._write(key, made)
 
     def drop(self, key: str) -> bool:
         """Remove a context from memory and from the folder; whether it was in one of them."""
@@ -127,6 +134,15 @@ class ContextStore:
                     there = there or path is not None
                 self._folder.drop(key)
         return there
+
+    def keys(self, scope: str = "") -> list[str]:
+        """Of the contexts of a scope, in memory and in the folder, sorted."""
+        with self._guard:
+            found = set(self._held)
+        if self._folder is not None:
+            with _no_answer_lost(self._folder, "read"):
+                found.update(self._folder.keys())
+        return sorted(key for key in found if key.endswith(scope_digest(scope)))
 
     def count(self) -> int:
         """Contexts in memory."""
@@ -200,13 +216,6 @@ class ContextStore:
             return None
         with self._guard:
             self.hits += 1
-        self._remember(key, found)
-        return found
-
-    def _keep(self, key: str, made: Context) -> Context:
-        found = self._stored_form(made)
-        with self._guard:
-            self.misses += 1
         self._remember(key, found)
         return found
 

@@ -123,7 +123,7 @@ class Engine:
     Args:
         vlm: the model. max_batch: sequences decoded together. max_queue: that may wait for a place, works included.
         keep_context: told of each context that was made, with its key, by the engine's thread; must not wait. Returns
-            the context as it will be found again.
+            the context as it will be found again. held: a context that was kept, by its key.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class Engine:
         max_batch: int = 64,
         max_queue: int = 256,
         keep_context: Callable[[str, Context], Context] = lambda _, made: made,
+        held: Callable[[str], Context | None] = lambda _: None,
     ):
         for name, given in (("max_batch", max_batch), ("max_queue", max_queue)):
             if given < 1:
@@ -140,7 +141,7 @@ class Engine:
         self.vlm = vlm
         self.max_batch, self.max_queue = max_batch, max_queue
         self.passes = self.tokens = 0
-        self._keep_context = keep_context
+        self._keep_context, self._held = keep_context, held
         self._choosers = Choosers(vlm)
         self._batch = Batch(vlm.text, vlm.backend)
         self._queue: deque[Generation] = deque()
@@ -248,6 +249,9 @@ class Engine:
             if self._dropped(wanted):
                 continue
             if wanted.recipe is not None and wanted.context is None:
+                wanted.context = self._held(wanted.key)  # it may have been made since the request was read
+                wanted.cached = wanted.context is not None
+            if wanted.recipe is not None and wanted.context is None:
                 making = self._makings.get(wanted.key)
                 if making is None:
                     making = self._makings[wanted.key] = Making(self.vlm, wanted.key, wanted.recipe, self._choosers)
@@ -283,8 +287,11 @@ class Engine:
         if wanted.context is not None:
             context = wanted.context
             sequence = [*context.input_ids.tolist(), *wanted.ids]
-            wanted.chooser = self._choosers.make(sequence, wanted.sampling)
             wanted.sink(Began(len(sequence), context.prefix_length if wanted.cached else 0, context))
+            if not wanted.max_tokens:  # the context was all that was wanted
+                wanted.sink(Finished("length"))
+                return
+            wanted.chooser = self._choosers.make(sequence, wanted.sampling)
             wanted.row = self._batch.join(context.keys, context.values, context.position, wanted.ids, wanted.key)
             self._running.append(wanted)
             return

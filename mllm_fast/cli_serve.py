@@ -1,0 +1,81 @@
+"""`mllm-fast serve`: an HTTP server that OpenAI's clients can talk to."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, parse_keep
+from .errors import InputError
+
+_NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which the log tells.")] = 8000,
+    keep: Annotated[
+        str, typer.Option(help="Image tokens that contexts keep unless a request says so: 5%, 29, or off.")
+    ] = "5%",
+    store: Annotated[
+        str | None, typer.Option(help="Folder or URL of contexts that outlive the server; none: in memory alone.")
+    ] = None,
+    memory: Annotated[int, typer.Option(help="MiB of contexts held in memory.")] = 1024,
+    disk: Annotated[int, typer.Option(help="MiB of contexts in the store.")] = 10240,
+    storage: Annotated[str, typer.Option(help="Of contexts: full, or int8.")] = "full",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of bearer keys, one a line; MLLM_FAST_API_KEYS may hold some too.")
+    ] = None,
+    served_name: Annotated[str | None, typer.Option(help="What requests call the model; --model if not given.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Answers decoded together.")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer that may be asked for, in tokens.")] = 1024,
+    max_body: Annotated[int, typer.Option(help="Largest request, in MiB.")] = 32,
+    time_limit: Annotated[float, typer.Option(help="Seconds that an answer may take, its wait included.")] = 120.0,
+    allow_remote: Annotated[
+        list[str] | None, typer.Option(help='Host whose pictures may be fetched by https: "cdn.example.org".')
+    ] = None,
+    model: Model = "shapes",
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    max_pixels: MaxPixels = 25_000_000,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No log of requests.")] = False,
+) -> None:
+    """Serve the model over HTTP: OpenAI's chat completions with contexts that are re-used, explanations, metrics."""
+    for name, extra in _NEEDED.items():
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f'serve needs {name}: pip install "mllm-fast[{extra}]"')
+    if not 0 <= port < 65536:
+        raise InputError(f"--port is 0 to 65535, got {port}")
+    from .serving.keys import Keys
+    from .serving.logs import Log
+    from .serving.server import application
+    from .serving.server import serve as listen
+    from .serving.settings import MIB, Settings
+
+    settings = Settings(
+        keep=None if keep == "off" else parse_keep(keep),
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        default_tokens=min(256, max_tokens),
+        max_body=max_body * MIB,
+        max_pixels=max_pixels,
+        time_limit=time_limit,
+        store=store,
+        memory_bytes=memory * MIB,
+        disk_bytes=disk * MIB,
+        storage=storage,
+        remote_hosts=tuple(one.lower() for one in allow_remote or []),
+    )
+    keys = Keys.find(api_keys)
+    if not keys and host not in ("127.0.0.1", "::1", "localhost"):
+        ERR.print("[yellow]no API keys are set: whoever reaches this address may ask[/]", highlight=False)
+    vlm = load(model, device, dtype, max_pixels, backend)
+    log = Log(None) if quiet else Log()
+    app, _ = application(vlm, settings, keys, served_name or model, log)
+    listen(app, log, host, port)
