@@ -175,9 +175,7 @@ class Batch:
         # own keys lie newest first, so that every row's are the last ones of its slot
         slots = [row.slot for row, count in zip(self.rows, lengths, strict=True) for _ in range(count)]
         places = [
-            self._room - 1 - row.length - i
-            for row, count in zip(self.rows, lengths, strict=True)
-            for i in range(count)
+            self._room - 1 - row.length - i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)
         ]
         # a row that reads several tokens attends to them by `_first`
         several = [i for i, count in enumerate(lengths) if count > 1]
@@ -252,7 +250,10 @@ class Batch:
         own_key, own_value = self._keep(layer, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
         count = len(self.rows)
-        output, total = torch.empty_like(rows), rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32))
+        output, total = (
+            torch.empty_like(rows),
+            rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32)),
+        )
         if self._single:
             # all slots in one call; of the rows that read several tokens nothing is seen
             alone = rows[self._last][:, :, None]
@@ -261,7 +262,8 @@ class Batch:
         if self._first is not None:
             token, place, start, several, width = self._first
             padded = [
-                _padded(part, token, place, several, width) for part in (rows, *(x[0].transpose(0, 1) for x in (key, value)))
+                _padded(part, token, place, several, width)
+                for part in (rows, *(x[0].transpose(0, 1) for x in (key, value)))
             ]
             found = self._call(padded[0], padded[1], padded[2], start, scale, True)
             output[token] = found.output.transpose(1, 2).flatten(0, 1)[place]

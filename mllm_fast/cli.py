@@ -1,4 +1,5 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | serve | info`.
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | serve |
+info`.
 
 stdout carries the result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit
 code 2."""

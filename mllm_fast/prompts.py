@@ -79,7 +79,9 @@ class Prompts:
             self._check_text(prompt, "prompt")
         if any(pictures) and not all(pictures):
             raise InputError("a batch has pictures for all of its prompts or for none")
-        return self._inputs(pictures, [[("user", [None] * len(i) + [p])] for i, p in zip(pictures, prompts, strict=True)])
+        return self._inputs(
+            pictures, [[("user", [None] * len(i) + [p])] for i, p in zip(pictures, prompts, strict=True)]
+        )
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
         """The processor's inputs for one conversation, its pictures in the order of their places, and the layout."""
@@ -167,6 +169,11 @@ class Prompts:
         stop = self.processor.tokenizer.eos_token_id if stop is None else stop
         padding = self.processor.tokenizer.pad_token_id
         return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
+
+    def end_ids(self) -> set[int]:
+        """Ids at which the model ends an answer; `stop_ids` has the padding too, after which it goes on."""
+        end = self.model.generation_config.eos_token_id
+        return {*(end if isinstance(end, (list, tuple)) else [end])} - {None}
 
     def check_window(self, length: int, what: str) -> None:
         """Raise InputError if a sequence of this length does not fit the model."""

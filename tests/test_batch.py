@@ -1,5 +1,5 @@
 """Sequences that come and go between passes are each computed as if alone: in float64 on random models of the three
-families, against sessions of one question, so that the tolerance (1e-9 on logits of order 1 to 10) is rounding alone."""
+families, against sessions of one question, so that the tolerance (1e-9 on logits of 1 to 10) is rounding alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_rows_that_come_and_go(vlm, picture, seed):
         with batch.recording(), torch.no_grad():
             logits = batch.read()
         assert len(logits) == len(batch.rows) == len(going)
-        for row, rest, expected in list(going):
+        for row, _, expected in list(going):
             torch.testing.assert_close(logits[batch.rows.index(row)], next(expected), rtol=0, atol=1e-9)
         for entry in list(going):
             row, rest, _ = entry

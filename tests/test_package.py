@@ -71,7 +71,20 @@ def test_data_flows_one_way():
         "knockout",
         "shares",
     ]
-    order += ["masks", "attention", "trace", "session", "verify", "maps", "explain", "stream", "context"]
+    order += [
+        "masks",
+        "attention",
+        "trace",
+        "session",
+        "prefixes",
+        "batch",
+        "verify",
+        "maps",
+        "explain",
+        "stream",
+        "prefill",
+        "context",
+    ]
     order += [
         "compress",
         "fingerprint",

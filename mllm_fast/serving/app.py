@@ -27,7 +27,12 @@ from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest
 from .service import Piece
 from .settings import Settings
 
-_KINDS = {"json": "application/json", "png": "image/png", "html": "text/html", "safetensors": "application/octet-stream"}
+_KINDS = {
+    "json": "application/json",
+    "png": "image/png",
+    "html": "text/html",
+    "safetensors": "application/octet-stream",
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": words,
@@ -102,7 +107,7 @@ def create_app(
         if stop is not None:
             stop()
 
-    app = FastAPI(title="mllm-fast", version=__version__, lifespan=lifespan, responses=_ERRORS)
+    app = FastAPI(title="mllm-fast", version=__version__, lifespan=lifespan, responses=_ERRORS, redirect_slashes=False)
     app.state.keys = keys
     app.add_middleware(Guard, max_body=backend.settings.max_body, log=log, metrics=metrics)
     began = int(time.time())
@@ -252,7 +257,9 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
 
 
 async def _whole(pieces: AsyncIterator[Piece], logprobs: bool) -> dict[str, Any]:
-    text, logs, last = [], [], Piece()
+    text: list[str] = []
+    logs: list[dict[str, Any]] = []
+    last = Piece()
     async for piece in pieces:
         text.append(piece.text)
         logs += piece.logprobs
@@ -342,7 +349,12 @@ def _describe_errors(app: FastAPI) -> None:
                     "error": {
                         "type": "object",
                         "required": ["message", "type"],
-                        "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text},
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": text,
+                            "code": text,
+                        },
                     }
                 },
             }

@@ -37,7 +37,7 @@ def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation
     for i, message in enumerate(messages):
         parts: list[str | None] = []
         for part in [message.content] if isinstance(message.content, str) else message.content:
-            if isinstance(part, str) or isinstance(part, TextPart):
+            if isinstance(part, (str, TextPart)):
                 parts.append(part if isinstance(part, str) else part.text)
                 continue
             if message.role != "user":

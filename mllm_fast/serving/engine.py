@@ -9,112 +9,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Row
+from ..batch import Batch
 from ..errors import InputError
-from ..layout import TokenLayout
 from ..prefill import prefill
-from .making import Making, Recipe
-from .sampling import Chooser, Choosers, Sampling
+from .jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
+from .making import Making
+from .sampling import Choosers
 
 if TYPE_CHECKING:
     from ..context import Context
     from ..vlm import VLM
 
 _TOP = 20  # log-probabilities that can be asked for
-
-
-class Busy(Exception):
-    """The queue is full."""
-
-
-class Stopping(Exception):
-    """Nothing new is begun."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """A token: its id, its log-probability and the likeliest ones [(id, log-probability)], as far as asked for."""
-
-    token: int
-    log_prob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Finished:
-    """No more tokens: "stop" or "length"."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """No more tokens, because of an error."""
-
-    error: BaseException
-
-
-@dataclass(frozen=True)
-class Began:
-    """The prompt was read. `cached`: from a context that was there; `prompt_tokens`: of the whole sequence."""
-
-    prompt_tokens: int
-    cached: int = 0
-    context: Context | None = None
-
-
-Event = Began | Said | Finished | Failed
-
-
-@dataclass(eq=False)
-class Generation:
-    """One answer that is wanted.
-
-    Args:
-        sink: told of every event, by the engine's thread; must not wait.
-        key, context, recipe, ids: of a question about a context: its name in the store, the context if it is there, how
-            to make it if it is not, and the tokens of the turns behind it.
-        inputs, layout: of a prompt that is read whole.
-        log_probs: how many of the likeliest tokens to report, None for no log-probability at all.
-        deadline: by `time.monotonic`.
-    """
-
-    sink: Callable[[Event], None]
-    stop_ids: set[int]
-    max_tokens: int
-    sampling: Sampling = Sampling()
-    key: str = ""
-    context: Context | None = None
-    recipe: Recipe | None = None
-    ids: list[int] = field(default_factory=list)
-    inputs: Any = None
-    layout: TokenLayout | None = None
-    log_probs: int | None = None
-    deadline: float = float("inf")
-    cancelled: bool = False
-    cached: bool = False
-    count: int = 0
-    row: Row | None = field(default=None, repr=False)
-    chooser: Chooser | None = field(default=None, repr=False)
-
-
-@dataclass(eq=False)
-class Work:
-    """Anything else that runs the model, a piece at a time: `pieces` is made and advanced by the engine's thread.
-    `sink` is told of what each piece gives, then of Finished or Failed."""
-
-    make: Callable[[], Iterator[Any]]
-    sink: Callable[[Any], None]
-    deadline: float = float("inf")
-    cancelled: bool = False
-    pieces: Iterator[Any] | None = None
 
 
 class Engine:
@@ -181,14 +94,17 @@ class Engine:
         """Take a generation or a work; its sink is told how it goes.
 
         Raises:
-            Busy: too many wait. Stopping: the engine is about to stop.
+            BusyError: too many wait. StoppingError: the engine is about to stop.
         """
         with self._wake:
             if not self.alive:
-                raise Stopping
+                raise StoppingError
             if self.waiting >= self.max_queue:
-                raise Busy
-            (self._queue if isinstance(wanted, Generation) else self._works).append(wanted)  # type: ignore[attr-defined]
+                raise BusyError
+            if isinstance(wanted, Generation):
+                self._queue.append(wanted)
+            else:
+                self._works.append(wanted)
             self._wake.notify()
 
     def cancel(self, wanted: Generation | Work) -> None:
@@ -212,26 +128,34 @@ class Engine:
         self._thread.join(timeout)
         done = not self._thread.is_alive()
         if not done:
-            makings = list(self._makings.values())
-            for one in [*self._queue, *self._works, *self._running, *(one for m in makings for one in m.waiting)]:
-                one.cancelled = True
-                if not isinstance(one, Making):
-                    one.sink(Failed(Stopping()))
+            self._fail_all(StoppingError())
             self._thread.join(timeout)
         return done
 
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._queue or self._works or self._running or self._makings):
-                    if self._stopping:
-                        return
-                    self._wake.wait()
-            while self._forgotten:
-                self._batch.forget(self._forgotten.popleft())
-            self._admit()
-            self._pass()
-            self._piece()
+        try:
+            while True:
+                with self._wake:
+                    while not (self._queue or self._works or self._running or self._makings):
+                        if self._stopping:
+                            return
+                        self._wake.wait()
+                while self._forgotten:
+                    self._batch.forget(self._forgotten.popleft())
+                self._admit()
+                self._pass()
+                self._piece()
+        except BaseException as error:  # nobody is left waiting, and no more is taken
+            self._stopping = True
+            self._fail_all(error)
+            raise
+
+    def _fail_all(self, error: BaseException) -> None:
+        waiting = [one for making in list(self._makings.values()) for one in making.waiting]
+        for one in [*self._queue, *self._works, *self._running, *waiting]:
+            one.cancelled = True
+            if not isinstance(one, Making):
+                one.sink(Failed(error))
 
     def _admit(self) -> None:
         """Give places to those who wait, in their order; read at most one picture."""
@@ -252,10 +176,9 @@ class Engine:
                 wanted.context = self._held(wanted.key)  # it may have been made since the request was read
                 wanted.cached = wanted.context is not None
             if wanted.recipe is not None and wanted.context is None:
-                making = self._makings.get(wanted.key)
-                if making is None:
-                    making = self._makings[wanted.key] = Making(self.vlm, wanted.key, wanted.recipe, self._choosers)
-                making.waiting.append(wanted)
+                if wanted.key not in self._makings:
+                    self._makings[wanted.key] = Making(self.vlm, wanted.key, wanted.recipe, self._choosers)
+                self._makings[wanted.key].waiting.append(wanted)
                 continue
             if len(self._running) >= self.max_batch or (wanted.context is None and prefilled):
                 kept.append(wanted)
@@ -384,11 +307,12 @@ class Engine:
                 else:
                     self._made(one)
             else:
-                self._guarded(one, lambda wanted, i=i: self._go_on(wanted, likeliest[i], logits[i]))
+                self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
 
     def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
         chooser = wanted.chooser
-        assert chooser is not None and wanted.row is not None
+        assert chooser is not None
+        assert wanted.row is not None
         token = likeliest if chooser.plain else chooser.choose(logits)
         if self._say(wanted, token, logits):
             wanted.row.unread = [token]

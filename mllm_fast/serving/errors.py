@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError, first_line
-from .engine import Busy, Stopping
+from .jobs import BusyError, StoppingError
 
 _KINDS = {
     400: "invalid_request_error",
@@ -54,9 +54,9 @@ def service_error(error: BaseException) -> ServiceError:
     """Whatever went wrong, as an answer. What the server is to blame for is told in general words alone."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, Busy):
+    if isinstance(error, BusyError):
         return ServiceError(429, "too many requests wait; try again later", code="queue_full", retry_after=1)
-    if isinstance(error, Stopping):
+    if isinstance(error, StoppingError):
         return ServiceError(503, "the server is stopping; try again later", code="stopping", retry_after=5)
     if isinstance(error, TimeoutError):
         return ServiceError(504, "the answer took longer than the server allows; ask for fewer tokens", code="timeout")

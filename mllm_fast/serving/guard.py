@@ -38,7 +38,8 @@ class Guard:
             return
         began, status = time.perf_counter(), 0
         refused: list[ServiceError] = []
-        scope.setdefault("state", {})["facts"] = facts = {}
+        facts: dict[str, Any] = {}
+        scope.setdefault("state", {})["facts"] = facts
         identity = uuid.uuid4().hex
 
         async def answer(message: Message) -> None:

@@ -18,7 +18,7 @@ from .sampling import Chooser, Choosers, Sampling
 if TYPE_CHECKING:
     from ..context import Context
     from ..vlm import VLM
-    from .engine import Generation
+    from .jobs import Generation
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Making:
         self._mass: Tensor | None = None
         self._choosers = choosers
         self._chooser: Chooser | None = None
-        self._stop = vlm.prompts.stop_ids({})
+        self._stop = vlm.prompts.end_ids()
 
     @property
     def plain(self) -> bool:

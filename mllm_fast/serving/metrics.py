@@ -23,13 +23,19 @@ class Metrics:
         self._registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self._registry}
         self.requests = Histogram(
-            "mllm_fast_request_seconds", "Requests, from first to last byte.", ["route", "status"], buckets=_SECONDS, **made
+            "mllm_fast_request_seconds",
+            "Requests, from first to last byte.",
+            ["route", "status"],
+            buckets=_SECONDS,
+            **made,
         )
         self.first_token = Histogram(
             "mllm_fast_first_token_seconds", "Time to the first words of an answer.", buckets=_SECONDS, **made
         )
         self.prompt_tokens = Counter("mllm_fast_prompt_tokens", "Tokens of prompts.", **made)
-        self.cached_tokens = Counter("mllm_fast_cached_tokens", "Of these, tokens read for an earlier question.", **made)
+        self.cached_tokens = Counter(
+            "mllm_fast_cached_tokens", "Of these, tokens read for an earlier question.", **made
+        )
         self.answer_tokens = Counter("mllm_fast_answer_tokens", "Tokens of answers.", **made)
         if service is not None:
             self._registry.register(_Looking(service))

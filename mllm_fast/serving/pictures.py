@@ -12,6 +12,10 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from .errors import ServiceError
 from .settings import Settings
 
+_TRANSLATED = [
+    ipaddress.ip_network(net) for net in ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+]
+
 
 async def picture_bytes(url: str, settings: Settings) -> bytes:
     """The file behind a URL.
@@ -67,7 +71,7 @@ async def _fetched(url: str, settings: Settings) -> bytes:
                 if response.status_code != 200:
                     raise _refused(f"the picture's host answered with {response.status_code}")
                 found = bytearray()
-                async for part in response.aiter_raw():
+                async for part in response.aiter_bytes():
                     found += part
                     if len(found) > settings.remote_bytes:
                         raise _refused(f"the remote picture has more than {settings.remote_bytes:,} bytes")
@@ -91,9 +95,12 @@ async def _public_address(host: str) -> str:
 
 def _public(address: str) -> bool:
     one = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(one, "ipv4_mapped", None)
-    one = one if mapped is None else mapped
-    return one.is_global and not one.is_multicast
+    # an IPv6 address that stands for an IPv4 one may stand for a private one
+    return (
+        one.is_global
+        and not one.is_multicast
+        and not any(one in net for net in _TRANSLATED if net.version == one.version)
+    )
 
 
 def _refused(message: str) -> ServiceError:

@@ -17,8 +17,9 @@ from ..images import load_image
 from ..knockout import Knockout
 from ..store import ContextStore, scope_digest
 from .conversation import Conversation, conversation
-from .engine import Began, Engine, Failed, Finished, Generation, Said, Work
+from .engine import Engine
 from .errors import ServiceError, service_error
+from .jobs import Began, Failed, Finished, Generation, Said, Work
 from .mail import Mail
 from .making import Recipe
 from .pictures import picture_bytes
@@ -252,7 +253,7 @@ class Service:
     def _generation(self, prepared: _Prepared, count: int, deadline: float) -> Generation:
         return Generation(
             sink=lambda _: None,
-            stop_ids=self.vlm.prompts.stop_ids({}),
+            stop_ids=self.vlm.prompts.end_ids(),
             max_tokens=count,
             key=prepared.key,
             context=prepared.context,

@@ -1,0 +1,102 @@
+"""What is asked of the engine, and what it tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..batch import Row
+from ..layout import TokenLayout
+from .sampling import Chooser, Sampling
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from .making import Recipe
+
+
+class BusyError(Exception):
+    """The queue is full."""
+
+
+class StoppingError(Exception):
+    """Nothing new is begun."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A token: its id, its log-probability and the likeliest ones [(id, log-probability)], as far as asked for."""
+
+    token: int
+    log_prob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """No more tokens: "stop" or "length"."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No more tokens, because of an error."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Began:
+    """The prompt was read. `cached`: from a context that was there; `prompt_tokens`: of the whole sequence."""
+
+    prompt_tokens: int
+    cached: int = 0
+    context: Context | None = None
+
+
+Event = Began | Said | Finished | Failed
+
+
+@dataclass(eq=False)
+class Generation:
+    """One answer that is wanted.
+
+    Args:
+        sink: told of every event, by the engine's thread; must not wait.
+        key, context, recipe, ids: of a question about a context: its name in the store, the context if it is there, how
+            to make it if it is not, and the tokens of the turns behind it.
+        inputs, layout: of a prompt that is read whole.
+        log_probs: how many of the likeliest tokens to report, None for no log-probability at all.
+        deadline: by `time.monotonic`.
+    """
+
+    sink: Callable[[Event], None]
+    stop_ids: set[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    key: str = ""
+    context: Context | None = None
+    recipe: Recipe | None = None
+    ids: list[int] = field(default_factory=list)
+    inputs: Any = None
+    layout: TokenLayout | None = None
+    log_probs: int | None = None
+    deadline: float = float("inf")
+    cancelled: bool = False
+    cached: bool = False
+    count: int = 0
+    row: Row | None = field(default=None, repr=False)
+    chooser: Chooser | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class Work:
+    """Anything else that runs the model, a piece at a time: `pieces` is made and advanced by the engine's thread.
+    `sink` is told of what each piece gives, then of Finished or Failed."""
+
+    make: Callable[[], Iterator[Any]]
+    sink: Callable[[Any], None]
+    deadline: float = float("inf")
+    cancelled: bool = False
+    pieces: Iterator[Any] | None = None
