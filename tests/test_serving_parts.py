@@ -232,13 +232,15 @@ def test_words_come_whole_and_stop_in_time(text, stop):
         if words.stopped:
             break
     sent.append(words.finish())
-    stop = [one for one in stop if one]
-    # spaces before the first word are never said, so that no stop word is found in them
-    found = [place for one in stop if (place := text.lstrip().find(one)) >= 0]
-    expected = text.lstrip()[: min(found)] if found else text.lstrip()
-    if not found or words.stopped:
-        assert "".join(sent) == expected.rstrip()
-    assert words.stopped == bool(found)
+    # spaces before the first word are never said, so that no stop word is found in them; the first one to be complete
+    # ends the answer, where it begins
+    whole = text.lstrip()
+    ends = [end for end in range(1, len(whole) + 1) if any(one and whole[:end].endswith(one) for one in stop)]
+    if ends:
+        begins = [ends[0] - len(one) for one in stop if one and whole[: ends[0]].endswith(one)]
+        whole = whole[: min(begins)]
+    assert "".join(sent) == whole.rstrip()
+    assert words.stopped == bool(ends)
 
 
 def test_words_of_a_real_tokenizer(shapes):
