@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..context import Context
     from ..vlm import VLM
 
-_ID = re.compile(r"ctx-([0-9a-f]{64})")
+CONTEXT_ID = re.compile(r"ctx-([0-9a-f]{64})")
 _MEMO = 4096  # pictures whose contexts' names are remembered
 _STOP_SECONDS = 30.0
 
@@ -376,14 +376,14 @@ class Service:
 
 def _key(identity: str, scope: str) -> str:
     """The store's key behind an id; of another scope's contexts nothing is told, not even that they are there."""
-    match = _ID.fullmatch(identity)
+    match = CONTEXT_ID.fullmatch(identity)
     if match is None or not match[1].endswith(scope_digest(scope)):
         raise _no_context(identity)
     return match[1]
 
 
 def _no_context(identity: str) -> ServiceError:
-    shown = identity if _ID.fullmatch(identity) else "of this name"
+    shown = identity if CONTEXT_ID.fullmatch(identity) else "of this name"
     return ServiceError(404, f"there is no context {shown}", code="context_not_found")
 
 

@@ -1,0 +1,314 @@
+"""The same interface on many machines: a Ray Serve application.
+
+    serve run mllm_fast.serving.ray_app:app model=llava-hf/llava-1.5-7b-hf gpus=1 max_replicas=8 store=s3://bucket/contexts
+
+An ingress speaks HTTP; replicas hold the model. Requests about one picture go to one replica, by consistent hashing of
+its pixels, where its context is in memory; when replicas come or go, few pictures move, and their contexts are read
+from the shared store. A request whose replica dies is asked again of another.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from ..errors import InputError
+from ..images import load_image
+from ..store import pictures_digest
+from .app import create_app
+from .conversation import conversation
+from .errors import ServiceError, service_error
+from .keys import Keys
+from .logs import Log
+from .metrics import Metrics
+from .pictures import picture_bytes
+from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, ImageURL, Message
+from .service import CONTEXT_ID, Piece, Service
+from .settings import Settings
+
+_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+_TRIES = 5
+_MEMO = 4096  # pictures whose digests are remembered
+_DIGITS = 24  # of a context's id: what all contexts of the same pictures have in common
+
+
+class Options(BaseModel):
+    """Arguments of the application: those of `VLM.from_pretrained`, of `Settings`, and of the deployment.
+
+    name: what requests call the model. gpus, cpus: of a replica. min_replicas, max_replicas, target: autoscaling keeps
+    about `target` requests under way at each replica. ingresses: processes that speak HTTP. api_keys: a file of keys on
+    the ingresses' machines; MLLM_FAST_API_KEYS may hold some too.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = "shapes"
+    name: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    backend: str = "auto"
+    gpus: float = 0
+    cpus: float = 1
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target: float = 32
+    ingresses: int = 1
+    api_keys: Path | None = None
+    log: bool = True
+
+    @property
+    def settings(self) -> Settings:
+        """What is left, as the service's settings."""
+        known = {one.name: one for one in fields(Settings)}
+        given = dict(self.model_extra or {})
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise InputError(
+                f"unknown options {', '.join(unknown)}; there are {', '.join([*type(self).model_fields, *known])}"
+            )
+        for name, value in given.items():
+            if isinstance(value, str):  # as the command line gives them
+                given[name] = _parsed(name, value)
+        return Settings(**given)
+
+
+def app(options: Options) -> serve.Application:
+    """The application, for `serve run` and for `serve.run`."""
+    settings = options.settings
+    replicas = Replica.options(  # type: ignore[attr-defined]
+        autoscaling_config={
+            "min_replicas": options.min_replicas,
+            "max_replicas": max(options.min_replicas, options.max_replicas),
+            "target_ongoing_requests": options.target,
+        },
+        max_ongoing_requests=settings.max_batch + settings.max_queue,
+        ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
+        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),  # type: ignore[arg-type],
+    ).bind(options.model_dump())
+    ingress = Ingress.options(num_replicas=options.ingresses, max_ongoing_requests=4096)  # type: ignore[attr-defined]
+    return ingress.bind(replicas, options.model_dump())
+
+
+@serve.deployment(health_check_period_s=5, graceful_shutdown_timeout_s=60)
+class Replica:
+    """A model and its service. What goes wrong is returned, not raised, so that it comes as what it is."""
+
+    def __init__(self, options: dict[str, Any]):
+        from ..vlm import VLM
+
+        given = Options(**options)
+        settings = given.settings
+        vlm = VLM.from_pretrained(
+            given.model, device=given.device, dtype=given.dtype, backend=given.backend, max_pixels=settings.max_pixels
+        )
+        self._service = Service(vlm, settings, given.name or given.model)
+        self._started = False
+
+    async def chat(self, request: dict[str, Any], scope: str) -> AsyncIterator[Piece | ServiceError]:
+        """The pieces of an answer."""
+        await self._start()
+        try:
+            pieces = await self._service.chat(ChatRequest.model_validate(request), scope)
+            async for piece in pieces:
+                yield piece
+        except Exception as error:
+            yield service_error(error)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """What another method of the service gives, or a ServiceError."""
+        await self._start()
+        try:
+            return await getattr(self._service, method)(*arguments)
+        except Exception as error:
+            return service_error(error)
+
+    async def check_health(self) -> None:
+        """Raises where the replica is to be replaced."""
+        if self._started and not self._service.engine.alive:
+            raise RuntimeError("the engine has stopped")
+
+    def __del__(self) -> None:
+        service = getattr(self, "_service", None)
+        if service is not None:
+            service.stop()
+
+    async def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            await self._service.start()
+
+
+class Remote:
+    """The service of all replicas, as one: see `app.Backend`."""
+
+    def __init__(self, handle: DeploymentHandle, name: str, settings: Settings):
+        self.name, self.settings = name, settings
+        self._handle = handle
+        self._memo: OrderedDict[tuple[str, bytes], str] = OrderedDict()
+
+    async def chat(self, request: ChatRequest, scope: str) -> AsyncIterator[Piece]:
+        """See `Service.chat`. An answer that would come out the same again is asked again of another replica where the
+        first one dies in its midst; one that was drawn at random without a seed, as long as nothing of it was sent."""
+        urls = conversation(request.messages, self.settings.max_pictures).urls
+        if request.context is not None:
+            session = request.context[4 : 4 + _DIGITS]
+        else:
+            session, urls = await self._session(urls, scope)
+        content = request.model_dump(exclude_none=True) | {"messages": _with_urls(request.messages, urls)}
+        same_again = not request.temperature or request.seed is not None
+        pieces = self._pieces(content, scope, session, same_again)
+        first = await anext(pieces)  # a refusal is told before a stream begins
+        return _behind(first, pieces)
+
+    async def create(self, request: ContextRequest, scope: str) -> ContextInfo:
+        """See `Service.create`."""
+        session, urls = await self._session(tuple(one.url for one in request.images), scope)
+        changed = request.model_copy(update={"images": [ImageURL(url=url) for url in urls]})
+        return await self._call(session, "create", changed, scope)
+
+    async def context(self, identity: str, scope: str, kept: bool) -> ContextInfo:
+        """See `Service.context`."""
+        return await self._call(_of_id(identity), "context", identity, scope, kept)
+
+    async def contexts(self, scope: str) -> list[str]:
+        """See `Service.contexts`: those of the shared store, and of one replica's memory."""
+        return await self._call("", "contexts", scope)
+
+    async def delete(self, identity: str, scope: str) -> None:
+        """See `Service.delete`."""
+        await self._call(_of_id(identity), "delete", identity, scope)
+
+    async def explain(self, request: ExplanationRequest, scope: str) -> bytes:
+        """See `Service.explain`."""
+        return await self._call("", "explain", request, scope)
+
+    async def _session(self, urls: tuple[str, ...], scope: str) -> tuple[str, tuple[str, ...]]:
+        """What requests about these pictures have in common, and the URLs with the remote ones fetched."""
+        if not urls:
+            return "", ()
+        key = scope, hashlib.sha256("\n".join(urls).encode("utf-8", "surrogatepass")).digest()
+        local = all(url[:5].lower() == "data:" for url in urls)
+        if local and key in self._memo:
+            self._memo.move_to_end(key)
+            return self._memo[key], urls
+        files = [await picture_bytes(url, self.settings) for url in urls]
+        try:
+            digest = pictures_digest([load_image(one, self.settings.max_pixels) for one in files], scope)[:_DIGITS]
+        except InputError as error:
+            raise service_error(error) from None
+        if local:
+            self._memo[key] = digest
+            while len(self._memo) > _MEMO:
+                self._memo.popitem(last=False)
+            return digest, urls
+        return digest, tuple("data:image/any;base64," + base64.b64encode(one).decode() for one in files)
+
+    async def _call(self, session: str, method: str, *arguments: Any) -> Any:
+        for again in range(_TRIES):
+            try:
+                handle = self._handle.options(method_name="call", **_sticky(session))
+                found = await handle.remote(method, *arguments)
+            except _LOST:
+                if again == _TRIES - 1:
+                    raise _no_replica() from None
+                continue
+            if isinstance(found, ServiceError):
+                raise found
+            return found
+        raise _no_replica()
+
+    async def _pieces(
+        self, content: dict[str, Any], scope: str, session: str, same_again: bool
+    ) -> AsyncIterator[Piece]:
+        sent = logs = 0  # characters and log-probabilities
+        for again in range(_TRIES):
+            skip, skip_logs = sent, logs
+            stream = self._handle.options(method_name="chat", stream=True, **_sticky(session)).remote(content, scope)
+            try:
+                async for piece in stream:  # type: ignore[union-attr]
+                    if isinstance(piece, ServiceError):
+                        raise piece
+                    text, skip = piece.text[skip:], max(0, skip - len(piece.text))
+                    entries, skip_logs = piece.logprobs[skip_logs:], max(0, skip_logs - len(piece.logprobs))
+                    sent, logs = sent + len(text), logs + len(entries)
+                    if text or entries or piece.finish is not None:
+                        yield Piece(text, entries, piece.finish, piece.usage, piece.context)
+                return
+            except _LOST:
+                if again == _TRIES - 1 or (sent and not same_again):
+                    raise _no_replica() from None
+            finally:
+                stream.cancel()
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """Speaks HTTP."""
+
+    def __init__(self, handle: DeploymentHandle, options: dict[str, Any]):
+        given = Options(**options)
+        self._remote = Remote(handle, given.name or given.model, given.settings)
+        self._keys = Keys.find(given.api_keys)
+        self._log = Log() if given.log else Log(None)
+
+    def __serve_build_asgi_app__(self) -> Any:  # the name is Ray Serve's
+        ready: Callable[[], bool] = lambda: True  # noqa: E731 (Serve itself sends nothing to an ingress that is not)
+        return create_app(self._remote, self._keys, metrics=Metrics(), log=self._log, ready=ready)
+
+
+async def _behind(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    try:
+        yield first
+        async for piece in rest:
+            yield piece
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+def _sticky(session: str) -> dict[str, Any]:
+    return {"session_id": session} if session else {}
+
+
+def _of_id(identity: str) -> str:
+    if CONTEXT_ID.fullmatch(identity) is None:
+        raise ServiceError(404, "there is no context of this name", code="context_not_found")
+    return identity[4 : 4 + _DIGITS]
+
+
+def _with_urls(messages: list[Message], urls: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The messages with other URLs in the places of theirs."""
+    left = list(urls)
+    changed = [message.model_dump(exclude_none=True) for message in messages]
+    for message in changed:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "image_url" and left:
+                part["image_url"]["url"] = left.pop(0)
+    return changed
+
+
+def _no_replica() -> ServiceError:
+    return ServiceError(503, "no replica could answer; try again later", code="no_replica", retry_after=2)
+
+
+def _parsed(name: str, text: str) -> Any:
+    """A setting from text."""
+    if name == "keep":
+        return None if text == "off" else (int(text) if text.isdigit() else float(text))
+    if name == "remote_hosts":
+        return tuple(one.strip().lower() for one in text.split(",") if one.strip())
+    default = next(one.default for one in fields(Settings) if one.name == name)
+    return type(default)(text) if isinstance(default, (int, float)) else text

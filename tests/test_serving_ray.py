@@ -1,0 +1,169 @@
+"""Two replicas of the embedded model behind Ray Serve, on this machine: one of them is killed amid 200 requests."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from served import asked, data_url
+
+from mllm_fast.errors import InputError
+from mllm_fast.shapes.scenes import generate_scene
+
+QUESTIONS = ["Describe the image.", "How many objects are there?", "is there a red circle?", "is there a blue star?"]
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    """The application, run by a process of its own."""
+    folder = tmp_path_factory.mktemp("ray")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"""
+        import time, ray
+        from ray import serve
+        from mllm_fast.serving.ray_app import Options, app
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        serve.start(http_options={{"host": "127.0.0.1", "port": {port}}})
+        options = Options(min_replicas=2, cpus=0.5, store={str(folder / "store")!r}, keep=0.2, log=False)
+        serve.run(app(options), name="test{port}")
+        print("running", flush=True)
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            serve.shutdown()
+            ray.shutdown()
+    """
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            line = process.stdout.readline()
+            while line and not line.startswith("running"):
+                line = process.stdout.readline()
+            assert line, (folder / "log").read_text()[-3000:]
+            yield port
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            process.stdout.close()
+
+
+def replicas_of(port: int) -> list[int]:
+    """The processes that hold a model."""
+    name, found = f"ServeReplica:test{port}:Replica", []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if name in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_replica_dies_amid_two_hundred_requests(port, shapes):
+    rng, draw = np.random.default_rng(3), random.Random(3)
+    pictures = [generate_scene(rng).image for _ in range(10)]
+    expected = [[a.text for a in shapes.compress(p, 0.2).ask_many(QUESTIONS)] for p in pictures]
+    urls = [data_url(p) for p in pictures]
+    wanted = [(draw.randrange(10), draw.randrange(4)) for _ in range(200)]
+    replicas = replicas_of(port)
+    assert len(replicas) == 2
+    killed = []
+
+    def one(number: int) -> tuple[str, int]:
+        picture, question = wanted[number]
+        if number == 80:
+            os.kill(replicas[0], signal.SIGKILL)
+            killed.append(replicas[0])
+        stream = number % 4 == 0
+        reply = client.chat.completions.create(
+            model="shapes", messages=asked(QUESTIONS[question], urls[picture]), stream=stream, max_tokens=32,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        )  # fmt: skip
+        if not stream:
+            return reply.choices[0].message.content, reply.usage.prompt_tokens_details.cached_tokens
+        chunks = list(reply)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        return text, chunks[-1].usage.prompt_tokens_details.cached_tokens
+
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=60)
+    with client, ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(one, range(200)))
+    assert killed
+    assert [text for text, _ in got] == [expected[p][q] for p, q in wanted]
+    firsts: set[int] = set()
+    repeats = []
+    for (picture, _), (_, cached) in zip(wanted, got, strict=True):
+        if picture in firsts:
+            repeats.append(cached > 0)
+        firsts.add(picture)
+    print(f"{sum(repeats)} of {len(repeats)} repeats came from a context")
+    assert sum(repeats) >= 0.9 * len(repeats)
+    deadline = time.monotonic() + 60  # and it is replaced
+    while len(set(replicas_of(port)) - set(killed)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert len(set(replicas_of(port)) - set(killed)) == 2
+
+
+def test_the_whole_interface_is_there(port):
+    rng = np.random.default_rng(11)
+    url = data_url(generate_scene(rng).image)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        made = http.post("/v1/contexts", json={"images": [{"url": url}]})
+        assert made.status_code == 201, made.text
+        identity = made.json()["id"]
+        assert identity in [one["id"] for one in http.get("/v1/contexts").json()["data"]]
+        body = {"messages": [{"role": "user", "content": QUESTIONS[1]}], "context": identity}
+        assert (
+            http.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        )
+        drawn = http.post("/v1/explanations", json={"messages": asked(QUESTIONS[1], url), "format": "png"})
+        assert drawn.content.startswith(b"\x89PNG")
+        assert http.delete(f"/v1/contexts/{identity}").json()["deleted"]
+        assert http.get(f"/v1/contexts/{identity}").status_code == 404
+        for wrong in (
+            {"keep": -1},
+            {"messages": asked("x", "data:image/png;base64,AAAA")},
+            {"stream": True, "max_tokens": 9999},
+        ):
+            reply = http.post("/v1/chat/completions", json={"messages": asked("what is there?", url)} | wrong)
+            assert reply.status_code == 400, reply.text
+            assert reply.json()["error"]["type"] == "invalid_request_error"
+        assert http.get("/v1/contexts/../../etc/passwd").status_code == 404
+        assert "mllm_fast_request_seconds" in http.get("/metrics").text
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments")  # within Ray Serve
+def test_options_come_as_text():
+    from mllm_fast.serving.ray_app import Options, app
+
+    options = Options(
+        keep="off", max_batch="8", time_limit="7.5", remote_hosts="a.test, .b.test", store="/s", gpus="0.5"
+    )
+    settings = options.settings
+    assert (settings.keep, settings.max_batch, settings.time_limit, settings.store) == (None, 8, 7.5, "/s")
+    assert settings.remote_hosts == ("a.test", ".b.test")
+    assert Options(keep="0.1").settings.keep == 0.1
+    with pytest.raises(InputError, match="unknown options max_batches; there are model"):
+        app(Options(max_batches=3))
