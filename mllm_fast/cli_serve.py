@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, parse_keep
+from .cli_options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint, parse_keep
 from .errors import InputError
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
@@ -38,6 +38,10 @@ def serve(
     allow_remote: Annotated[
         list[str] | None, typer.Option(help='Host whose pictures may be fetched by https: "cdn.example.org".')
     ] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="The tool in the browser as well, at /ui.")] = False,
+    joint: Annotated[
+        str | None, typer.Option(help="With --ui: a joint model's folder, for a detector's boxes; 'shapes' has one.")
+    ] = None,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
@@ -46,9 +50,12 @@ def serve(
     quiet: Annotated[bool, typer.Option("--quiet", help="No log of requests.")] = False,
 ) -> None:
     """Serve the model over HTTP: OpenAI's chat completions with contexts that are re-used, explanations, metrics."""
-    for name, extra in _NEEDED.items():
+    needed = _NEEDED | ({"gradio": "ui"} if ui else {})
+    for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
             raise InputError(f'serve needs {name}: pip install "mllm-fast[{extra}]"')
+    if joint is not None and not ui:
+        raise InputError("--joint is for the tool in the browser: give --ui too")
     if not 0 <= port < 65536:
         raise InputError(f"--port is 0 to 65535, got {port}")
     from .serving.keys import Keys
@@ -75,7 +82,13 @@ def serve(
     keys = Keys.find(api_keys)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         ERR.print("[yellow]no API keys are set: whoever reaches this address may ask[/]", highlight=False)
-    vlm = load(model, device, dtype, max_pixels, backend)
+    both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
+    vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
     log = Log(None) if quiet else Log()
-    app, _ = application(vlm, settings, keys, served_name or model, log)
+    app, service = application(vlm, settings, keys, served_name or model, log)
+    if ui:
+        from .serving.tool import Tool
+        from .serving.ui import mount
+
+        app = mount(app, Tool(service, both), keys)
     listen(app, log, host, port)

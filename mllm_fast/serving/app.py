@@ -23,8 +23,8 @@ from .guard import Guard
 from .keys import Keys
 from .logs import Log
 from .metrics import CONTENT_TYPE, Metrics
+from .replies import Piece
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, Usage
-from .service import Piece
 from .settings import Settings
 
 _KINDS = {

@@ -34,8 +34,9 @@ from .keys import Keys
 from .logs import Log
 from .metrics import Metrics
 from .pictures import picture_bytes
+from .replies import CONTEXT_ID, Piece
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, ImageURL, Message
-from .service import CONTEXT_ID, Piece, Service
+from .service import Service
 from .settings import Settings
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -96,7 +97,7 @@ def app(options: Options) -> serve.Application:
         },
         max_ongoing_requests=settings.max_batch + settings.max_queue,
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
-        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),  # type: ignore[arg-type],
+        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),  # type: ignore[arg-type]
     ).bind(options.model_dump())
     ingress = Ingress.options(num_replicas=options.ingresses, max_ongoing_requests=4096)  # type: ignore[attr-defined]
     return ingress.bind(replicas, options.model_dump())
@@ -265,7 +266,7 @@ class Ingress:
         self._keys = Keys.find(given.api_keys)
         self._log = Log() if given.log else Log(None)
 
-    def __serve_build_asgi_app__(self) -> Any:  # the name is Ray Serve's
+    def __serve_build_asgi_app__(self) -> Any:
         ready: Callable[[], bool] = lambda: True  # noqa: E731 (Serve itself sends nothing to an ingress that is not)
         return create_app(self._remote, self._keys, metrics=Metrics(), log=self._log, ready=ready)
 

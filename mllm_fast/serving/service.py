@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..compress import kept_count
 from ..images import load_image
 from ..knockout import Knockout
-from ..store import ContextStore, scope_digest
+from ..store import ContextStore
 from .conversation import Conversation, conversation
 from .engine import Engine
 from .errors import ServiceError, service_error
@@ -23,6 +22,7 @@ from .jobs import Began, Failed, Finished, Generation, Said, Work
 from .mail import Mail
 from .making import Recipe
 from .pictures import picture_bytes
+from .replies import Piece, info_of, key_of, no_context
 from .sampling import Sampling
 from .schema import ChatRequest, ContextInfo, ContextRequest, Details, ExplanationRequest, Usage
 from .settings import Settings
@@ -32,21 +32,8 @@ if TYPE_CHECKING:
     from ..context import Context
     from ..vlm import VLM
 
-CONTEXT_ID = re.compile(r"ctx-([0-9a-f]{64})")
 _MEMO = 4096  # pictures whose contexts' names are remembered
 _STOP_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer: `text` that is new, the log-probabilities of its tokens, and with the last one `finish`
-    ("stop" or "length") and the `usage`."""
-
-    text: str = ""
-    logprobs: tuple[dict[str, Any], ...] = ()
-    finish: str | None = None
-    usage: Usage | None = None
-    context: ContextInfo | None = None
 
 
 @dataclass
@@ -129,11 +116,18 @@ class Service:
         keep = request.keep if request.keep is not None else settings.keep
         if keep is None:
             raise ServiceError(400, "this server keeps no contexts by default: say how much to keep", param="keep")
-        urls = tuple(one.url for one in request.images)
+        files = [await picture_bytes(one.url, settings) for one in request.images]
         prompt, score = request.prompt or settings.prompt, request.score or settings.score
-        files = [await picture_bytes(url, settings) for url in urls]
+        found, key = await self._made(files, keep, prompt, score, scope)
+        return info_of(key, found)
+
+    async def kept(self, pictures: list[Any], keep: float | int, scope: str = "") -> Context:
+        """The context of some pictures, found or made."""
+        return (await self._made(pictures, keep, self.settings.prompt, self.settings.score, scope))[0]
+
+    async def _made(self, files: list[Any], keep: Any, prompt: str, score: str, scope: str) -> tuple[Context, str]:
         prepared = await self._in(self._preparing, lambda: self._of_pictures(files, keep, prompt, score, scope))
-        wanted = self._generation(prepared, 0, time.monotonic() + settings.time_limit)
+        wanted = self._generation(prepared, 0, time.monotonic() + self.settings.time_limit)
         queue, wanted.sink = self._box()
         self._submit(wanted)
         found: Context | None = None
@@ -146,15 +140,15 @@ class Service:
         finally:
             self.engine.cancel(wanted)
         assert found is not None
-        return _info(prepared.key, found)
+        return found, prepared.key
 
     async def context(self, identity: str, scope: str = "", kept: bool = False) -> ContextInfo:
         """A context of this scope; with `kept` the image tokens that each layer keeps, too."""
-        key = _key(identity, scope)
+        key = key_of(identity, scope)
         found = await self._in(self._preparing, lambda: self.store.find(key, self.vlm))
         if found is None:
-            raise _no_context(identity)
-        return _info(key, found, kept)
+            raise no_context(identity)
+        return info_of(key, found, kept)
 
     async def contexts(self, scope: str = "") -> list[str]:
         """The ids of all contexts of a scope."""
@@ -162,11 +156,11 @@ class Service:
 
     async def delete(self, identity: str, scope: str = "") -> None:
         """Remove a context from memory and from the store."""
-        key = _key(identity, scope)
+        key = key_of(identity, scope)
         self.engine.forget(key)
         # behind its own writing, which may be under way
         if not await self._in(self._writing, lambda: self.store.drop(key)):
-            raise _no_context(identity)
+            raise no_context(identity)
 
     async def explain(self, request: ExplanationRequest, scope: str = "") -> bytes:
         """The file of an explanation, in the format that was asked for."""
@@ -196,16 +190,15 @@ class Service:
                     answer = stream.answer.token_ids
             yield vlm.explain(pictures, question, answer, knockout=rules, norm=request.norm)
 
-        made: Any = None
-        async for piece in self.run(pieces):
-            made = piece
+        made = await self.last(pieces)
         if request.token is not None:
             made.token_index(request.token)
 
-        def scored() -> bytes:
-            return encoded(made, request.format, request.token, request.method)
+        return await self.scored(lambda: encoded(made, request.format, request.token, request.method))
 
-        return await self._in(self._scoring, scored)
+    async def scored(self, do: Callable[[], Any]) -> Any:
+        """What `do` gives, computed beside the engine: scores need the weights and what was recorded, no pass."""
+        return await self._in(self._scoring, do)
 
     async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
         """What the pieces of some work give, each made by the engine's thread between two passes."""
@@ -219,6 +212,13 @@ class Service:
                 yield event
         finally:
             self.engine.cancel(work)
+
+    async def last(self, make: Callable[[], Iterator[Any]]) -> Any:
+        """The last of what the pieces of some work give, None if there was none."""
+        found: Any = None
+        async for piece in self.run(make):
+            found = piece
+        return found
 
     def _submit(self, wanted: Generation | Work) -> None:
         try:
@@ -241,7 +241,7 @@ class Service:
         if name not in ("", self.name):
             raise ServiceError(404, f"the model here is {self.name!r}", param="model", code="model_not_found")
 
-    def _picture(self, file: bytes) -> Any:
+    def _picture(self, file: Any) -> Any:
         return load_image(file, self.settings.max_pixels)
 
     def _keep_context(self, key: str, made: Context) -> Context:
@@ -271,10 +271,10 @@ class Service:
         if request.context is not None:
             if asked.urls:
                 raise ServiceError(400, "give pictures or a context, not both", param="context")
-            key = _key(request.context, scope)
+            key = key_of(request.context, scope)
             found = await self._in(self._preparing, lambda: self.store.find(key, self.vlm))
             if found is None:
-                raise _no_context(request.context)
+                raise no_context(request.context)
             return await self._in(self._preparing, lambda: self._behind(key, found, None, asked, count))
         keep = settings.keep if request.keep is None else (None if request.keep == "off" else request.keep)
         if keep is None or not asked.urls:
@@ -343,7 +343,7 @@ class Service:
                 if isinstance(event, Began):
                     usage.prompt_tokens = event.prompt_tokens
                     usage.prompt_tokens_details = Details(cached_tokens=event.cached)
-                    info = None if event.context is None else _info(wanted.key, event.context, brief=True)
+                    info = None if event.context is None else info_of(wanted.key, event.context, brief=True)
                     continue
                 if isinstance(event, Said):
                     usage.completion_tokens += 1
@@ -372,38 +372,3 @@ class Service:
             return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
 
         return entry(said.token, said.log_prob) | {"top_logprobs": [entry(token, value) for token, value in said.top]}
-
-
-def _key(identity: str, scope: str) -> str:
-    """The store's key behind an id; of another scope's contexts nothing is told, not even that they are there."""
-    match = CONTEXT_ID.fullmatch(identity)
-    if match is None or not match[1].endswith(scope_digest(scope)):
-        raise _no_context(identity)
-    return match[1]
-
-
-def _no_context(identity: str) -> ServiceError:
-    shown = identity if CONTEXT_ID.fullmatch(identity) else "of this name"
-    return ServiceError(404, f"there is no context {shown}", code="context_not_found")
-
-
-def _info(key: str, context: Context, kept: bool = False, brief: bool = False) -> ContextInfo:
-    info = ContextInfo(
-        id=f"ctx-{key}",
-        tokens=context.num_tokens,
-        prefix_tokens=context.prefix_length,
-        bytes=context.nbytes,
-        uncompressed_bytes=context.full_nbytes,
-    )
-    if brief:
-        return info
-    info.prompt, info.description = context.prompt, context.description
-    info.keep, info.score = context.settings["keep"], context.settings["score"]
-    info.images = [list(image.size) for image in context.layout.images]
-    if kept:
-        layers = [context.kept(layer) for layer in range(len(context.positions))]
-        info.kept = [
-            {"positions": one.positions.tolist(), "images": one.images.tolist(), "boxes": one.boxes.tolist()}
-            for one in layers
-        ]
-    return info

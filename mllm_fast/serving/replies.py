@@ -1,0 +1,63 @@
+"""What a service gives back: parts of answers, and what there is to know of a context."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..store import scope_digest
+from .errors import ServiceError
+from .schema import ContextInfo, Usage
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+CONTEXT_ID = re.compile(r"ctx-([0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer: `text` that is new, the log-probabilities of its tokens, and with the last one `finish`
+    ("stop" or "length") and the `usage`."""
+
+    text: str = ""
+    logprobs: tuple[dict[str, Any], ...] = ()
+    finish: str | None = None
+    usage: Usage | None = None
+    context: ContextInfo | None = None
+
+
+def key_of(identity: str, scope: str) -> str:
+    """The store's key behind an id; of another scope's contexts nothing is told, not even that they are there."""
+    match = CONTEXT_ID.fullmatch(identity)
+    if match is None or not match[1].endswith(scope_digest(scope)):
+        raise no_context(identity)
+    return match[1]
+
+
+def no_context(identity: str) -> ServiceError:
+    shown = identity if CONTEXT_ID.fullmatch(identity) else "of this name"
+    return ServiceError(404, f"there is no context {shown}", code="context_not_found")
+
+
+def info_of(key: str, context: Context, kept: bool = False, brief: bool = False) -> ContextInfo:
+    info = ContextInfo(
+        id=f"ctx-{key}",
+        tokens=context.num_tokens,
+        prefix_tokens=context.prefix_length,
+        bytes=context.nbytes,
+        uncompressed_bytes=context.full_nbytes,
+    )
+    if brief:
+        return info
+    info.prompt, info.description = context.prompt, context.description
+    info.keep, info.score = context.settings["keep"], context.settings["score"]
+    info.images = [list(image.size) for image in context.layout.images]
+    if kept:
+        layers = [context.kept(layer) for layer in range(len(context.positions))]
+        info.kept = [
+            {"positions": one.positions.tolist(), "images": one.images.tolist(), "boxes": one.boxes.tolist()}
+            for one in layers
+        ]
+    return info

@@ -1,0 +1,211 @@
+"""What the tool in the browser does, without the browser: answers, maps, words of heads, kept patches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..box_picture import Labelled, put_boxes
+from ..errors import InputError
+from ..explain import Explanation
+from ..kept_picture import draw_kept
+from ..knockout import Knockout
+from ..maps import ALIGNMENT, MEANINGS
+from ..picture import overlay
+from ..render import encoded
+from .service import Service
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..joint.model import JointModel
+
+SIDE = 560  # of a drawn map, pixels
+ROUTES = {  # of attention that can be knocked out
+    "image to question": ("image", "query"),
+    "image to answer": ("image", "generated"),
+    "question to answer": ("query", "generated"),
+}
+LIVE = ("logprob", "attention")  # maps that need no further pass
+
+
+@dataclass
+class Answered:
+    """An answer and its explanation. `guard`: scores are made by one thread at a time."""
+
+    picture: Image.Image
+    question: str
+    explanation: Explanation
+    joint: bool
+    guard: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A map, what its colours mean, and the value of the lightest."""
+
+    image: Image.Image
+    meaning: str
+    top: float
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The answer so far, and the map of its last word."""
+
+    text: str
+    tokens: list[str]
+    map: Image.Image | None = None
+    done: Answered | None = None
+
+
+class Tool:
+    """The service's model, for people who look. `joint`: a joint model of the same VLM, if there is one."""
+
+    def __init__(self, service: Service, joint: JointModel | None = None):
+        self.service, self.joint = service, joint
+        self.vlm = service.vlm
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.vlm.text.layers)
+
+    async def answer(self, picture: Image.Image, question: str, joint: bool) -> AsyncIterator[Heard]:
+        """The answer, word by word with its map, and at the end the whole explanation."""
+        source: Any = self.joint if joint else self.vlm
+        count = self.service.settings.default_tokens
+
+        def pieces() -> Iterator[Heard]:
+            with source.stream(picture, question, explain=True, max_new_tokens=count) as stream:
+                tokens = []
+                for step in stream:
+                    tokens.append(step.token)
+                    grid = step.heatmap().double().numpy()
+                    yield Heard(step.text, list(tokens), _over(picture, grid, step.explanation.layout.images[0].box))
+                ids = stream.answer.token_ids
+            ex = source.explain(picture, question, ids)
+            yield Heard(ex.text, ex.tokens, None, Answered(picture, question, ex, joint))
+
+        async for heard in self.service.run(pieces):
+            yield heard
+
+    async def impaired(
+        self, picture: Image.Image, question: str, routes: list[str], first: int, last: int, joint: bool
+    ) -> AsyncIterator[str]:
+        """The answer without some attention in layers `first` to `last`, as it grows."""
+        source: Any = self.joint if joint else self.vlm
+        if first > last:
+            raise InputError(f"the first layer is at most the last one, got {first} and {last}")
+        rules = [Knockout(*ROUTES[route], layers=range(first, last + 1)) for route in routes]
+        count = self.service.settings.default_tokens
+
+        def pieces() -> Iterator[str]:
+            text = ""
+            with source.stream(picture, question, knockout=rules, max_new_tokens=count) as stream:
+                for step in stream:
+                    text = step.text
+                    yield text
+            if not text:
+                yield "(nothing)"
+
+        async for text in self.service.run(pieces):
+            yield text
+
+    async def compressed(self, picture: Image.Image, question: str, percent: float) -> tuple[str, str, Image.Image]:
+        """The answer from a context that keeps `percent` of the image tokens, what it takes, and the kept patches."""
+        ctx: Context = await self.service.kept([picture], percent / 100, scope="browser")
+        count = self.service.settings.default_tokens
+
+        def pieces() -> Iterator[str]:
+            with ctx.stream(question, max_new_tokens=count) as stream:
+                for step in stream:
+                    yield step.text
+
+        text = await self.service.last(pieces)
+        facts = (
+            f"{ctx.settings['kept']} of {len(ctx.layout.positions('image'))} image tokens a layer,"
+            f" {ctx.nbytes / 1024:.0f} of {ctx.full_nbytes / 1024:.0f} KiB"
+        )
+        return text or "(nothing)", facts, draw_kept(replace(ctx, images=(picture,)))
+
+    async def map(
+        self, answered: Answered, token: int, head: tuple[int, int] | None, layer: int | None, method: str
+    ) -> Drawn:
+        """A token's map. `head`: of it alone; `layer`: of its heads; neither: of the best."""
+        ex = answered.explanation
+        heads: Any = 10
+        if head is not None:
+            heads = [head]
+        elif layer is not None:
+            heads = [(layer, number) for number in range(ex.num_heads)]
+
+        async with answered.guard:
+            return await self._scored(lambda: _drawn(ex, token, heads, method), method)
+
+    async def heads(self, answered: Answered, token: int) -> list[tuple[int, int, float, str]]:
+        """A token's ten best heads: layer, head, score, and the words that it writes."""
+        ex = answered.explanation
+
+        def found() -> list[tuple[int, int, float, str]]:
+            rows = []
+            for layer, head, score in ex.top_heads(token):
+                words = ", ".join(word.strip() for word, _ in ex.project(token, layer, head, k=5))
+                rows.append((layer, head, score, words))
+            return rows
+
+        async with answered.guard:
+            return await self._scored(found, "logprob")
+
+    async def verified(self, answered: Answered, token: int) -> str:
+        """Whether the word hangs on what its map shows (see `Explanation.verify`)."""
+        ex = answered.explanation
+
+        def check() -> Iterator[str]:
+            (found,) = ex.verify(tokens=[token])
+            yield f"{found.verdict}: {found}"
+
+        async with answered.guard:
+            return await self.service.last(check)
+
+    async def report(self, answered: Answered, kind: str, method: str) -> bytes:
+        """The explanation as a file."""
+        async with answered.guard:
+            return await self._scored(lambda: encoded(answered.explanation, kind, None, method), method)
+
+    async def _scored(self, do: Callable[[], Any], method: str) -> Any:
+        """Beside the engine where no pass is needed, else by its thread."""
+        if method in LIVE:
+            return await self.service.scored(do)
+        return await self.service.last(lambda: iter([do()]))
+
+
+def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:
+    picture = ex.images[0]
+    meaning = MEANINGS[method]
+    if method == ALIGNMENT:
+        found = ex.box_weights(token)
+        side = min(1.0, 512 / max(picture.size))
+        pixels = found.pixels((max(1, round(picture.width * side)), max(1, round(picture.height * side))))
+        drawn = _over(picture, pixels.double().numpy(), (0, 0, *picture.size))
+        boxes = [Labelled(box, f"{weight:.2f}") for weight, _, box in reversed(found.best(5))]
+        put_boxes(drawn, boxes, SIDE / max(picture.size))
+        return Drawn(drawn, f"{meaning}; the detector looks for “{found.query}”", float(pixels.max()))
+    grid = ex.heatmap(token, method, heads).double().numpy()
+    if method == "logprob":
+        which = f"the {heads} best heads" if isinstance(heads, int) else _named(heads)
+        meaning = f"increase of log p(token) by each patch, through {which}"
+    return Drawn(_over(picture, grid, ex.layout.images[0].box), meaning, max(0.0, float(np.max(grid))))
+
+
+def _named(heads: list[tuple[int, int]]) -> str:
+    if len(heads) == 1:
+        return f"head {heads[0][1]} of layer {heads[0][0]}"
+    return f"all heads of layer {heads[0][0]}"
+
+
+def _over(picture: Image.Image, grid: np.ndarray, box: tuple[float, float, float, float]) -> Image.Image:
+    return overlay(picture, grid, box, max(float(grid.max()), 0.0), SIDE)

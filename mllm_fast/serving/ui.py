@@ -1,0 +1,350 @@
+"""The tool in the browser: ask about a picture, and see which patches and heads made the model say each word.
+
+Laid out with Gradio and mounted on the server. Everything that is chosen is a button, a slider or a radio button, so
+that the keyboard reaches it; maps go from dark to light in even steps, so that no colour vision is needed.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+from PIL import Image
+
+from ..cli_options import SAMPLE
+from ..maps import ALIGNMENT, MEANINGS
+from ..picture import colors
+from .errors import service_error
+from .keys import Keys
+from .tool import LIVE, ROUTES, Answered, Drawn, Tool
+
+_BEST = "best"
+_EVERY = -1  # of the slider of layers: the best heads of all
+_HOURS = 3600
+_METHODS = (*LIVE, "rollout", "relevancy")
+_CSS = """
+.gradio-container { max-width: 1280px !important; margin: auto; }
+#map img { width: 100%; image-rendering: auto; }
+.ramp { height: 12px; border-radius: 3px; border: 1px solid #888; }
+.ends { display: flex; justify-content: space-between; font-size: 0.85em; }
+#tokens label, #heads label { padding: 4px 10px; }
+#tokens .wrap, #heads .wrap { gap: 6px; }
+:focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px; }
+.unseen { display: none !important; }
+footer { display: none !important; }
+"""
+_ABOUT = """### Which patches made the model say it?
+Ask about a picture. Every word comes with the patches that raised its probability; choose a word, a head or a layer to
+see its map. Light is high. Knock attention out, or keep a few patches only, and see what the model still knows."""
+
+# once the file is there: the browser takes it as if its button had been pressed
+_CLICK = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 200)"
+
+Shown = tuple[Any, ...]
+
+
+def mount(app: FastAPI, tool: Tool, keys: Keys, path: str = "/ui") -> FastAPI:
+    """The tool on the server, at `path`. Where the server has keys, one of them is the password."""
+    login: Callable[[str, str], bool] | None = None
+    if keys:
+        login = lambda _, password: keys.scope(password) is not None  # noqa: E731
+    for place in ("/", path):
+        app.add_api_route(place, lambda: RedirectResponse(f"{path}/"), include_in_schema=False)
+    return gr.mount_gradio_app(
+        app,
+        build(tool),
+        path=path,
+        auth=login,
+        auth_message="Any name; the password is an API key." if login else None,
+        max_file_size=tool.service.settings.max_body,
+        show_error=True,
+        ssr_mode=False,
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+    )
+
+
+def build(tool: Tool) -> gr.Blocks:
+    """The page."""
+    page = Page(tool)
+    last = tool.num_layers - 1
+    with gr.Blocks(title="mllm-fast", analytics_enabled=False, delete_cache=(_HOURS, _HOURS)) as blocks:
+        answered = gr.State(None, time_to_live=_HOURS)
+        gr.Markdown(_ABOUT)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                picture = gr.Image(
+                    type="pil",
+                    image_mode="RGB",
+                    sources=["upload", "clipboard"],
+                    label="Picture",
+                    height=320,
+                    elem_id="picture",
+                )
+                question = gr.Textbox(label="Question", value="Describe the image.", max_lines=4, elem_id="question")
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                    sample = gr.Button("Sample picture", elem_id="sample")
+                with gr.Accordion("Knock attention out", open=False, elem_id="knockout"):
+                    routes = gr.CheckboxGroup(list(ROUTES), label="What may not be looked at", elem_id="routes")
+                    first = gr.Slider(0, last, 0, step=1, label="From layer", elem_id="first-layer")
+                    to = gr.Slider(0, last, last, step=1, label="To layer", elem_id="last-layer")
+                with gr.Accordion("Keep a few patches", open=False, elem_id="compression"):
+                    keep = gr.Slider(
+                        0, 100, 0, step=1, label="Image tokens kept a layer, % (0: not asked)", elem_id="keep"
+                    )
+                joint = gr.Checkbox(
+                    False,
+                    label="Answer through the joint model, with a detector's boxes",
+                    visible=tool.joint is not None,
+                    elem_id="joint",
+                )
+            with gr.Column(min_width=300):
+                with gr.Row():
+                    answer = gr.Textbox(label="Answer", interactive=False, lines=2, elem_id="answer")
+                    other = gr.Textbox(
+                        label="With attention knocked out", interactive=False, lines=2, visible=False, elem_id="other"
+                    )
+                    small = gr.Textbox(
+                        label="From the kept patches", interactive=False, lines=2, visible=False, elem_id="small"
+                    )
+                tokens = gr.Radio([], label="Words", visible=False, elem_id="tokens")
+                shown = gr.Image(
+                    label="Map",
+                    show_label=False,
+                    alt_text="The picture with the map of a word over it",
+                    interactive=False,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                    elem_id="map",
+                )
+                meaning = gr.HTML(elem_id="meaning")
+                methods = [(MEANINGS[name], name) for name in _METHODS]
+                method = gr.Dropdown(methods, value="logprob", label="Map", visible=False, elem_id="method")
+                layer = gr.Slider(
+                    _EVERY,
+                    last,
+                    _EVERY,
+                    step=1,
+                    label="Layer (-1: the best heads of all)",
+                    visible=False,
+                    elem_id="layer",
+                )
+                heads = gr.Radio(
+                    [], label="Heads that raised it most, and words they write", visible=False, elem_id="heads"
+                )
+                with gr.Row():
+                    check = gr.Button("Check this map", visible=False, elem_id="check")
+                    report = gr.Button("Report (.html)", visible=False, elem_id="report")
+                    numbers = gr.Button("Numbers (.json)", visible=False, elem_id="numbers")
+                    file = gr.DownloadButton("File", elem_id="file", elem_classes="unseen")
+                verdict = gr.Markdown(elem_id="verdict")
+                kept = gr.Image(
+                    label="Kept patches",
+                    show_label=False,
+                    alt_text="The patches that each layer keeps",
+                    interactive=False,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                    visible=False,
+                    elem_id="kept",
+                )
+        chosen = [answered, tokens, layer, heads, method]
+        seen = [shown, meaning]
+        results = [
+            answered,
+            answer,
+            other,
+            small,
+            tokens,
+            heads,
+            layer,
+            method,
+            *seen,
+            kept,
+            check,
+            report,
+            numbers,
+            verdict,
+        ]
+        given = [picture, question, routes, first, to, keep, joint]
+        going: dict[str, Any] = {"concurrency_limit": 16, "trigger_mode": "once"}
+        ask.click(page.ask, given, results, **going)
+        question.submit(page.ask, given, results, **going)
+        sample.click(lambda: (Image.open(SAMPLE).convert("RGB"), "What color is the star?"), None, [picture, question])
+        tokens.input(page.token, [answered, tokens, method], [heads, layer, *seen], **_live())
+        heads.input(page.head, chosen, [layer, *seen], **_live())
+        layer.release(page.layer, chosen, [heads, *seen], **_live())
+        method.input(page.method, chosen, seen, **_live())
+        check.click(page.check, [answered, tokens], verdict, **going)
+        for button, make in ((report, page.report), (numbers, page.numbers)):
+            made = button.click(make, [answered, method], file, **going)
+            made.success(None, None, None, js=_CLICK)
+    return blocks
+
+
+def _live() -> dict[str, Any]:
+    return {"concurrency_limit": 16, "trigger_mode": "always_last", "show_progress": "minimal"}
+
+
+class Page:
+    """What happens where something is pressed."""
+
+    def __init__(self, tool: Tool):
+        self._tool = tool
+        self._files = tempfile.TemporaryDirectory(prefix="mllm-fast-")
+
+    async def ask(
+        self, picture: Any, question: str, routes: list[str], first: int, to: int, keep: float, joint: bool
+    ) -> AsyncIterator[Shown]:
+        """Answer, in all ways that were asked for; each as it comes."""
+        if picture is None:
+            raise _error("Give a picture first: upload one, paste one, or take the sample.")
+        if not (question or "").strip():
+            raise _error("Ask something about the picture.")
+        tool, hide = self._tool, gr.update(visible=False)
+        found: Answered | None = None
+        nothing: Shown = (None, "", hide, hide, hide, hide, hide, hide, None, "", hide, hide, hide, hide, "")
+        yield nothing
+        skip = gr.skip()
+        try:
+            async for heard in tool.answer(picture, question, joint):
+                found = heard.done
+                words = gr.update(choices=_numbered(heard.tokens), value=len(heard.tokens) - 1, visible=True)
+                if found is None:
+                    yield (skip, heard.text, *[skip] * 2, words, *[skip] * 3, heard.map, *[skip] * 6)
+            assert found is not None
+            token = len(found.explanation.tokens) - 1
+            heads = await self._heads(found, token)
+            drawn, meaning = await self._map(found, token, _EVERY, _BEST, "logprob")
+            methods = [*_METHODS, *([ALIGNMENT] if joint else [])]
+            yield (
+                found,
+                found.explanation.text,
+                *[skip] * 2,
+                gr.update(choices=_numbered(found.explanation.tokens), value=token, visible=True),
+                heads,
+                gr.update(value=_EVERY, visible=True),
+                gr.update(choices=[(MEANINGS[name], name) for name in methods], value="logprob", visible=True),
+                drawn,
+                meaning,
+                skip,
+                *[gr.update(visible=True)] * 3,
+                "",
+            )
+            if routes:
+                async for text in tool.impaired(picture, question, routes, int(first), int(to), joint):
+                    yield (*[skip] * 2, gr.update(value=text, visible=True), *[skip] * 12)
+            if keep:
+                text, facts, patches = await tool.compressed(picture, question, keep)
+                shown = gr.update(value=text, info=facts, visible=True)
+                yield (*[skip] * 3, shown, *[skip] * 6, gr.update(value=patches, visible=True), *[skip] * 4)
+        except Exception as error:
+            raise _told(error) from None
+
+    async def token(self, answered: Answered | None, token: int, method: str) -> Shown:
+        """Another word: its map and its heads."""
+        held = _held(answered)
+        try:
+            heads = await self._heads(held, token)
+        except Exception as error:
+            raise _told(error) from None
+        return (heads, gr.update(value=_EVERY), *await self._map(held, token, _EVERY, _BEST, method))
+
+    async def head(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
+        """One head's map."""
+        return (gr.update(value=_EVERY), *await self._map(answered, token, _EVERY, head, method))
+
+    async def layer(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
+        """The map of a layer's heads."""
+        return (gr.update(value=_BEST), *await self._map(answered, token, layer, _BEST, method))
+
+    async def method(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
+        """The same, drawn in another way."""
+        return await self._map(answered, token, layer, head, method)
+
+    async def check(self, answered: Answered | None, token: int) -> str:
+        """Does the word hang on what the map shows?"""
+        try:
+            return f"**{await self._tool.verified(_held(answered), token)}**"
+        except Exception as error:
+            raise _told(error) from None
+
+    async def report(self, answered: Answered | None, method: str) -> str:
+        """A page to keep."""
+        return await self._file(answered, "html", method)
+
+    async def numbers(self, answered: Answered | None, method: str) -> str:
+        """All numbers."""
+        return await self._file(answered, "json", method)
+
+    async def _file(self, answered: Answered | None, kind: str, method: str) -> str:
+        try:
+            content = await self._tool.report(_held(answered), kind, method)
+        except Exception as error:
+            raise _told(error) from None
+        for old in Path(self._files.name).iterdir():  # Gradio has its own copies, which it removes after an hour
+            shutil.rmtree(old, ignore_errors=True)
+        path = Path(tempfile.mkdtemp(dir=self._files.name)) / f"explanation.{kind}"
+        path.write_bytes(content)
+        return str(path)
+
+    async def _heads(self, answered: Answered, token: int) -> Any:
+        found = await self._tool.heads(answered, token)
+        entries = [("the ten best together", _BEST)]
+        entries += [
+            (f"layer {layer}, head {head}: {score:+.2f}  ({words})", f"{layer}.{head}")
+            for layer, head, score, words in found
+        ]
+        return gr.update(choices=entries, value=_BEST, visible=True)
+
+    async def _map(
+        self, answered: Answered | None, token: int, layer: int, head: str, method: str
+    ) -> tuple[Image.Image, str]:
+        one = None if head == _BEST else (int(head.partition(".")[0]), int(head.partition(".")[2]))
+        try:
+            drawn = await self._tool.map(_held(answered), token, one, None if layer == _EVERY else int(layer), method)
+        except Exception as error:
+            raise _told(error) from None
+        return drawn.image, _legend(drawn)
+
+
+def _legend(drawn: Drawn) -> str:
+    """What the colours mean, and how far they go."""
+    steps = ", ".join(
+        f"rgb({','.join(str(round(one)) for one in colors(np.array(share)))})" for share in np.linspace(0, 1, 9)
+    )
+    return (
+        f'<div class="ramp" role="img" aria-label="colours from dark, 0, to light, {drawn.top:.3g}"'
+        f' style="background:linear-gradient(to right, {steps})"></div>'
+        f'<div class="ends"><span>0</span><span>{html.escape(drawn.meaning)}</span><span>{drawn.top:.3g}</span></div>'
+    )
+
+
+def _numbered(tokens: list[str]) -> list[tuple[str, int]]:
+    return [(token.strip() or "·", i) for i, token in enumerate(tokens)]
+
+
+def _held(answered: Answered | None) -> Answered:
+    if answered is None:
+        raise _error("The answer was forgotten after an hour: ask again.")
+    return answered
+
+
+def _told(error: Exception) -> gr.Error:
+    return error if isinstance(error, gr.Error) else _error(service_error(error).message)
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(message, duration=10, print_exception=False)
