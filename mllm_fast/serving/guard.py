@@ -64,17 +64,19 @@ class Guard:
             await _send_error(found, answer)
         finally:
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", None) or "other"
+            # of a page that is mounted, the parts do not matter
+            route = scope.get("root_path") or getattr(scope.get("route"), "path", None) or "other"
             self._metrics.requests.labels(route, str(status)).observe(seconds)
-            self._log(
-                "request",
-                id=identity,
-                method=scope["method"] if len(scope["method"]) < 10 else "other",
-                route=route,
-                status=status,
-                ms=round(1000 * seconds, 1),
-                **facts,
-            )
+            if not (scope.get("root_path") and status < 400):
+                self._log(
+                    "request",
+                    id=identity,
+                    method=scope["method"] if len(scope["method"]) < 10 else "other",
+                    route=route,
+                    status=status,
+                    ms=round(1000 * seconds, 1),
+                    **facts,
+                )
 
     def _check_length(self, scope: Any) -> None:
         for name, value in scope["headers"]:

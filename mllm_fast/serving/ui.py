@@ -23,21 +23,27 @@ from fastapi.responses import RedirectResponse
 from PIL import Image
 
 from ..cli_options import SAMPLE
-from ..maps import ALIGNMENT, MEANINGS
+from ..maps import ALIGNMENT
 from ..picture import colors
 from .errors import service_error
 from .keys import Keys
-from .tool import LIVE, ROUTES, Answered, Drawn, Tool
+from .tool import ROUTES, Answered, Drawn, Tool
 
 _BEST = "best"
 _EVERY = -1  # of the slider of layers: the best heads of all
 _HOURS = 3600
-_METHODS = (*LIVE, "rollout", "relevancy")
+_METHODS = {
+    "logprob": "increase of the log-probability",
+    "attention": "mean attention",
+    "rollout": "attention rollout",
+    "relevancy": "relevancy (gradient-weighted attention)",
+}
+_WITH_BOXES = _METHODS | {ALIGNMENT: "gradient alignment, with the detector's boxes"}
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #map img { width: 100%; image-rendering: auto; }
 .ramp { height: 12px; border-radius: 3px; border: 1px solid #888; }
-.ends { display: flex; justify-content: space-between; font-size: 0.85em; }
+.ends { display: flex; justify-content: space-between; gap: 12px; text-align: center; font-size: 0.85em; }
 #tokens label, #heads label { padding: 4px 10px; }
 #tokens .wrap, #heads .wrap { gap: 6px; }
 :focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px; }
@@ -130,7 +136,7 @@ def build(tool: Tool) -> gr.Blocks:
                     elem_id="map",
                 )
                 meaning = gr.HTML(elem_id="meaning")
-                methods = [(MEANINGS[name], name) for name in _METHODS]
+                methods = [(words, name) for name, words in _METHODS.items()]
                 method = gr.Dropdown(methods, value="logprob", label="Map", visible=False, elem_id="method")
                 layer = gr.Slider(
                     _EVERY,
@@ -228,7 +234,7 @@ class Page:
             token = len(found.explanation.tokens) - 1
             heads = await self._heads(found, token)
             drawn, meaning = await self._map(found, token, _EVERY, _BEST, "logprob")
-            methods = [*_METHODS, *([ALIGNMENT] if joint else [])]
+            methods = [(words, name) for name, words in (_WITH_BOXES if joint else _METHODS).items()]
             yield (
                 found,
                 found.explanation.text,
@@ -236,7 +242,7 @@ class Page:
                 gr.update(choices=_numbered(found.explanation.tokens), value=token, visible=True),
                 heads,
                 gr.update(value=_EVERY, visible=True),
-                gr.update(choices=[(MEANINGS[name], name) for name in methods], value="logprob", visible=True),
+                gr.update(choices=methods, value="logprob", visible=True),
                 drawn,
                 meaning,
                 skip,
