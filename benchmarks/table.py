@@ -4,6 +4,7 @@ holds README to it."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,7 @@ def table() -> str:
     parts += [_cost(explanation), _maps(fidelity)]
     parts += [_methods(_result("maps"))] if _has("maps") else []
     parts += [_joint(_result("joint"), _result("gradient_alignment"))] if _has("joint") else []
+    parts += [serving(_result("serving"))] if _has("serving") else []
     parts += [_accuracy(accuracy), [_machine(scores)]]
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -300,6 +302,54 @@ def _joint(joint: dict, speed: dict) -> list[str]:
     ]
 
 
+def serving(measured: dict) -> list[str]:
+    """Of the server under load; docs/serving.md holds it too."""
+    rows, memory = measured["servers"], measured["memory"]
+    return [
+        f"The server under load (`mllm-fast serve`, the embedded model, two cores shared with the clients):"
+        f" {measured['clients']} clients over loopback, {measured['pictures']} pictures, {measured['questions']} questions"
+        f" each, {measured['seconds']:.0f} s (the others {measured['seconds'] / 3:.0f}); every answer was compared with the"
+        " library's own, none was wrong, and no request failed:",
+        "",
+        "| server | answers a second | | p50 | p95 | answered from a context |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {name} | {row['answers a second']:.0f} | {measured['times'][name]:.1f} x | {row['p50 ms']:.0f} ms"
+            f" | {row['p95 ms']:.0f} ms | {row['from a context']:.1%} |"
+            for name, row in rows.items()
+        ),
+        "",
+        f"Its memory: {memory['first minute MiB']:.0f} MiB in the first minute, {memory['last minute MiB']:.0f} in the last.",
+    ]
+
+
+_GEOMETRIES = {  # layers, key heads, head size; tokens of a picture, of text about it; gigabytes of weights in bfloat16
+    "LLaVA-1.5-7B": (32, 32, 128, 576, 20, 14.1),
+    "InternVL3-8B, six tiles and a thumbnail": (28, 4, 128, 1792, 40, 15.9),
+    "Qwen2.5-VL-7B, 1,036 x 1,036 pixels": (28, 4, 128, 1369, 30, 16.6),
+}
+
+
+def sizes(reprompt: dict, keep: float = 0.05, card: float = 80.0, spare: float = 8.0) -> list[str]:
+    """Of contexts: those that were measured, and those of well-known models by the same arithmetic."""
+    lines = [
+        "| model | a context that keeps 5 % | the uncompressed cache | contexts on a card of 80 GB |",
+        "| --- | ---: | ---: | ---: |",
+        f"| measured: a LLaVA of d = 1,024 and 16 layers in float32, 576 image tokens |"
+        f" {reprompt['questions']['context megabytes']:.1f} MB | {reprompt['questions']['uncompressed megabytes']:.1f} MB | |",
+    ]
+    for name, (layers, heads, size, image, text, weights) in _GEOMETRIES.items():
+        token = 2 * layers * heads * size * 2 / 1e6
+        context, whole = (math.ceil(keep * image) + text) * token, (image + text) * token
+        count = (card - weights - spare) * 1e3 / context
+        lines.append(f"| {name}, bfloat16 | {context:.1f} MB | {whole:.0f} MB | {count:,.0f} |")
+    return [
+        *lines,
+        "",
+        f"Contexts on a card: beside the weights and {spare:.0f} GB for everything else, by arithmetic.",
+    ]
+
+
 def _accuracy(accuracy: dict) -> list[str]:
     tasks = list(accuracy["own"])
     rows = {"the generator's scenes": accuracy["own"], "another renderer's": accuracy["second"]}
@@ -321,7 +371,7 @@ def _machine(scores: dict) -> str:
         f"Measured on two cores of an {m['cpu']} ({m['instruction sets']}), torch {m['torch']}; no GPU was at hand."
         " Run `python benchmarks/scores.py`, `attention.py`,"
         " `knockouts.py`, `reprompt.py`, `reprompt_quality.py`, `explanation.py`, `fidelity.py`, `maps.py`, `joint.py`,"
-        " `gradient_alignment.py` on yours."
+        " `gradient_alignment.py`, `serving.py` on yours."
     )
 
 

@@ -18,10 +18,22 @@ def test_figures_come_from_the_result_files():
     assert printed in README, "README's figures are old: paste the output of `python benchmarks/table.py`"
 
 
+def test_figures_of_the_servers_page_come_from_the_result_files():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import table
+    finally:
+        sys.path.pop(0)
+    page = (ROOT / "docs" / "serving.md").read_text()
+    for lines in (table.serving(table._result("serving")), table.sizes(table._result("reprompt"))):
+        assert "\n".join(lines) in page
+
+
 def test_links_and_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "docs" / "serving.md"):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), target
     tree = README[README.index("## The house") :]
     for name in re.findall(r"[a-z_]+\.(?:py|cpp|h)\b", tree):
         assert list(ROOT.rglob(name)), name

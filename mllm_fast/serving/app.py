@@ -74,7 +74,9 @@ class Backend(Protocol):
 _bearer = HTTPBearer(auto_error=False, description="A key of the server's, where it has any.")
 
 
-def scope_of(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None) -> str:
+async def scope_of(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
+) -> str:
     """Whose contexts a request may use."""
     scope = request.app.state.keys.scope(None if given is None else given.credentials)
     if scope is None:

@@ -78,7 +78,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Generations and works without a place."""
-        return len(self._queue) + len(self._works) + sum(len(one.waiting) for one in self._makings.values())
+        return len(self._queue) + len(self._works) + sum(len(one.waiting) for one in list(self._makings.values()))
 
     @property
     def running(self) -> int:
@@ -159,6 +159,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Give places to those who wait, in their order; read at most one picture."""
+        with self._wake:  # who gave up, or waited too long, leaves the queue even while nobody gets a place
+            self._queue = deque(one for one in self._queue if not self._dropped(one))
         prefilled = False
         for making in list(self._makings.values()):
             if not making.running and not prefilled and len(self._running) < self.max_batch:
@@ -170,8 +172,6 @@ class Engine:
                 if not self._queue:
                     break
                 wanted = self._queue.popleft()
-            if self._dropped(wanted):
-                continue
             if wanted.recipe is not None and wanted.context is None:
                 wanted.context = self._held(wanted.key)  # it may have been made since the request was read
                 wanted.cached = wanted.context is not None
