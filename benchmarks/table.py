@@ -307,9 +307,9 @@ def serving(measured: dict) -> list[str]:
     rows, memory = measured["servers"], measured["memory"]
     return [
         f"The server under load (`mllm-fast serve`, the embedded model, two cores shared with the clients):"
-        f" {measured['clients']} clients over loopback, {measured['pictures']} pictures, {measured['questions']} questions"
-        f" each, {measured['seconds']:.0f} s (the others {measured['seconds'] / 3:.0f}); every answer was compared with the"
-        " library's own, none was wrong, and no request failed:",
+        f" {measured['clients']} clients over loopback, {measured['pictures']} pictures, {measured['questions']}"
+        f" questions each, {measured['seconds']:.0f} s (the others {measured['seconds'] / 3:.0f}); every answer was"
+        " compared with the library's own, none was wrong, and no request failed:",
         "",
         "| server | answers a second | | p50 | p95 | answered from a context |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -319,7 +319,8 @@ def serving(measured: dict) -> list[str]:
             for name, row in rows.items()
         ),
         "",
-        f"Its memory: {memory['first minute MiB']:.0f} MiB in the first minute, {memory['last minute MiB']:.0f} in the last.",
+        f"Its memory: {memory['first minute MiB']:.0f} MiB in the first minute,"
+        f" {memory['last minute MiB']:.0f} in the last.",
     ]
 
 
@@ -335,8 +336,9 @@ def sizes(reprompt: dict, keep: float = 0.05, card: float = 80.0, spare: float =
     lines = [
         "| model | a context that keeps 5 % | the uncompressed cache | contexts on a card of 80 GB |",
         "| --- | ---: | ---: | ---: |",
-        f"| measured: a LLaVA of d = 1,024 and 16 layers in float32, 576 image tokens |"
-        f" {reprompt['questions']['context megabytes']:.1f} MB | {reprompt['questions']['uncompressed megabytes']:.1f} MB | |",
+        "| measured: a LLaVA of d = 1,024 and 16 layers in float32, 576 image tokens |"
+        f" {reprompt['questions']['context megabytes']:.1f} MB |"
+        f" {reprompt['questions']['uncompressed megabytes']:.1f} MB | |",
     ]
     for name, (layers, heads, size, image, text, weights) in _GEOMETRIES.items():
         token = 2 * layers * heads * size * 2 / 1e6

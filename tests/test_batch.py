@@ -117,6 +117,18 @@ def test_what_cannot_be_done_is_refused(vlm, picture):
             batch.read()
 
 
+def test_a_name_is_forgotten_with_its_slot():
+    """Five names for four slots: the oldest one's place is taken, and when it comes again it is laid anew."""
+    prefixes = Prefixes()
+    content = torch.randn(5, 1, 1, 8, 4)
+    for name in range(5):
+        prefixes.give_back(prefixes.take(list(content[name]), list(content[name]), name + 1))
+    again = prefixes.take(list(content[0]), list(content[0]), 1)
+    assert torch.equal(again.stack.keys[0][again.slot, :, again.stack.room - 8 :], content[0, 0])
+    last = prefixes.take(list(content[4]), list(content[4]), 5)
+    assert last.slot != again.slot
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 40)), max_size=40))
 def test_prefixes_are_found_where_they_were_laid(steps):

@@ -80,6 +80,7 @@ PICTURES = {
     "empty": "data:image/png;base64,",
     "damaged base64": "data:image/png;base64,@@@@",
     "postscript": as_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/eps"),
+    "a format that is not on the list": as_url(b"P6 8 8 255\n" + bytes(192), "image/x-portable-pixmap"),
     "no data": "data:",
     "a file": "file:///etc/passwd",
     "a path": "/etc/passwd",

@@ -18,6 +18,7 @@ from PIL import Image
 import mllm_fast as mf
 from mllm_fast.errors import InputError
 from mllm_fast.serving import pictures
+from mllm_fast.serving.connections import Connections
 from mllm_fast.serving.conversation import conversation
 from mllm_fast.serving.engine import Engine
 from mllm_fast.serving.errors import ServiceError, service_error
@@ -124,6 +125,13 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monk
     assert isinstance(good.result()[1], Finished)
     assert isinstance(bad.result()[1], Failed)
     assert isinstance(worse.result()[1], Failed)
+    odd = about(vlm, picture, "odd", max_tokens=50)
+    engine.submit(odd.wanted)
+    while odd.wanted.chooser is None:
+        time.sleep(0.001)
+    odd.wanted.chooser.processors = [1]  # what chooses its tokens fails, amid the others
+    assert isinstance(odd.result()[1], Failed)
+    assert engine.running == 0
     with monkeypatch.context() as patch:  # a pass that fails: nobody in it can go on, but the next ones can
         patch.setattr(engine._batch, "read", lambda: 1 / 0)
         other = about(vlm, picture, "other")
@@ -133,6 +141,23 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monk
     engine.submit(again.wanted)
     assert isinstance(again.result()[1], Finished)
     assert engine.alive
+
+
+def test_a_forgotten_context_is_not_read_again(vlm, engine, picture):
+    """Of the same name, but another content: the batch has let go of the first."""
+    first, second = (vlm.compress(picture, keep, PROMPT, "norm") for keep in (2, 0.9))
+    ids = vlm.prompts.turn_ids(PROMPT, 1, QUESTION)
+
+    def ask(ctx) -> list[int]:
+        asked = Asked(vlm, key="name", context=ctx, ids=ids)
+        engine.submit(asked.wanted)
+        return asked.result()[0]
+
+    assert ask(first) == first.ask(QUESTION, max_new_tokens=6).token_ids
+    engine.forget("name")
+    assert ask(second) == second.ask(QUESTION, max_new_tokens=6).token_ids
+    assert "name" in engine._batch._prefixes._named
+    assert engine._batch._prefixes._named["name"].length == second.num_tokens
 
 
 def test_late_cancelled_and_too_many(vlm, picture):
@@ -326,6 +351,7 @@ def test_a_listed_host_must_be_a_public_one(monkeypatch, address):
     [
         ("https://elsewhere.test/a.png", "not allowed"),
         ("https://evilcdn.test/a.png", "not allowed"),
+        ("https://evilpictures.test/a.png", "not allowed"),
         ("https://pictures.test.evil.test/a.png", "not allowed"),
         ("http://pictures.test/a.png", "begins with https"),
         ("https://pictures.test:8443/a.png", "without a port"),
@@ -368,6 +394,30 @@ def test_a_remote_picture_is_fetched_from_the_address_that_was_checked(monkeypat
         fetched("https://a.cdn.test/moved")
 
 
+def test_the_oldest_silent_connection_makes_room():
+    """Those that sent a request are not counted; those that wait too long are closed."""
+
+    class Transport:
+        aborted = False
+
+        def abort(self):
+            self.aborted = True
+
+    connections = Connections(most=3, seconds=1)
+    opened = [Transport() for _ in range(6)]
+    for key, transport in enumerate(opened[:3]):
+        connections.opened(key, transport)
+    connections.settled(0)
+    connections.opened(3, opened[3])
+    assert not any(one.aborted for one in opened)
+    connections.opened(4, opened[4])
+    assert [one.aborted for one in opened] == [False, True, False, False, False, False]
+    connections.late(3)
+    connections.late(0)
+    assert [one.aborted for one in opened] == [False, True, False, True, False, False]
+    assert connections.closed == 2
+
+
 def test_a_body_that_does_not_come(capsys):
     """The guard waits a while, and tells what happened; nothing of it hangs on the routes."""
 
@@ -405,6 +455,12 @@ def json_of(error: ServiceError) -> str:
     import json
 
     return json.dumps(error.body)
+
+
+def test_a_context_holds_what_the_page_on_sizes_says(vlm, picture):
+    ctx = vlm.compress(picture, 0.3, PROMPT, "norm")
+    layers, heads, _, width = ctx.keys.shape
+    assert ctx.keys.nbytes + ctx.values.nbytes == 2 * layers * heads * width * ctx.keys.itemsize * ctx.num_tokens
 
 
 def test_every_family_can_be_served(family, built):

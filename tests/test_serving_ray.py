@@ -167,3 +167,73 @@ def test_options_come_as_text():
     assert Options(keep="0.1").settings.keep == 0.1
     with pytest.raises(InputError, match="unknown options max_batches; there are model"):
         app(Options(max_batches=3))
+
+
+class Replicas:
+    """In place of a handle: each request meets the next of some replicas, which give pieces and may die."""
+
+    def __init__(self, *lives: list):
+        self.lives = list(lives)
+        self.sessions: list[str | None] = []
+
+    def options(self, *, session_id: str | None = None, **_):
+        self.sessions.append(session_id)
+        return self
+
+    def remote(self, *_):
+        return Life(self.lives.pop(0))
+
+
+class Life:
+    def __init__(self, pieces: list):
+        self.pieces = pieces
+
+    async def __aiter__(self):
+        for piece in self.pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments")
+@pytest.mark.parametrize("sent", [0, 1, 2, 3])
+def test_an_answer_goes_on_where_another_replica_left_it(sent):
+    """Nothing comes twice, whatever pieces the second one makes of the same answer; log-probabilities neither."""
+    import asyncio
+
+    from ray.exceptions import RayActorError
+
+    from mllm_fast.serving.ray_app import Remote
+    from mllm_fast.serving.replies import Piece
+    from mllm_fast.serving.schema import ChatRequest
+    from mllm_fast.serving.settings import Settings
+
+    first = [Piece("a blue", ({"n": 0}, {"n": 1})), Piece(" st", ({"n": 2},)), Piece("ar", ({"n": 3},))]
+    second = [
+        Piece("a", ({"n": 0},)),
+        Piece(" blue star", ({"n": 1}, {"n": 2}, {"n": 3})),
+        Piece(", a ring", ({"n": 4},)),
+    ]
+    second.append(Piece("", (), "stop"))
+    body = {"messages": [{"role": "user", "content": "what?"}]}
+
+    async def ask(**options) -> list[Piece]:
+        replicas = Replicas([*first[:sent], RayActorError()], list(second))
+        remote = Remote(replicas, "shapes", Settings())  # type: ignore[arg-type]
+        pieces = await remote.chat(ChatRequest.model_validate(body | options), "")
+        return [piece async for piece in pieces]
+
+    for options in ({}, {"temperature": 1.0, "seed": 7}):
+        got = asyncio.run(ask(**options))
+        assert "".join(piece.text for piece in got) == "a blue star, a ring"
+        assert [entry["n"] for piece in got for entry in piece.logprobs] == [0, 1, 2, 3, 4]
+        assert got[-1].finish == "stop"
+    if sent:  # what was drawn at random would come out another time
+        from mllm_fast.serving.errors import ServiceError
+
+        with pytest.raises(ServiceError) as caught:
+            asyncio.run(ask(temperature=1.0))
+        assert caught.value.status == 503
