@@ -1,0 +1,229 @@
+"""The engine: contexts made in the batch, places, failures of one, works; without HTTP."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mllm_fast as mf
+from mllm_fast.errors import InputError
+from mllm_fast.serving.engine import Engine
+from mllm_fast.serving.jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
+from mllm_fast.serving.making import Recipe
+from mllm_fast.serving.sampling import Choosers, Sampling
+
+PROMPT = "describe this picture"
+QUESTION = "what color is the circle ?"
+
+
+class Asked:
+    """A generation, and what became of it."""
+
+    def __init__(self, vlm: mf.VLM, **options):
+        self.events: queue.Queue = queue.Queue()
+        stop = vlm.prompts.end_ids()
+        self.wanted = Generation(self.events.put, stop, **{"max_tokens": 6, **options})
+
+    def result(self, timeout: float = 30) -> tuple[list[int], object]:
+        ids = []
+        while not isinstance(event := self.events.get(timeout=timeout), (Finished, Failed)):
+            if isinstance(event, Said):
+                ids.append(event.token)
+        while ids[-1:] == [0]:  # padding at the end is no part of an answer
+            ids.pop()
+        return ids, event
+
+
+@pytest.fixture
+def engine(vlm):
+    made = Engine(vlm, max_batch=3, max_queue=8)
+    made.start()
+    yield made
+    made.stop(30)
+
+
+def recipe(vlm: mf.VLM, picture, score: str = "generated") -> Recipe:
+    inputs, (layout,), _ = vlm.prompts.prepare([[picture]], [PROMPT])
+    return Recipe(inputs, layout, PROMPT, 0.3, score, 6)
+
+
+def about(vlm: mf.VLM, picture, key: str, question: str = QUESTION, score: str = "generated", **options) -> Asked:
+    ids = vlm.prompts.turn_ids(PROMPT, 1, question)
+    return Asked(vlm, key=key, recipe=recipe(vlm, picture, score), ids=ids, **options)
+
+
+@pytest.mark.parametrize("score", ["generated", "query", "norm"])
+def test_contexts_made_in_the_batch_answer_as_compressed_ones(vlm, engine, picture, score):
+    """Of the three families, in float64; two pictures described at once, beside whole prompts."""
+    red = Image.new("RGB", (24, 64), "red")
+    asked = [about(vlm, p, f"{i}", q, score) for i, p in enumerate((picture, red)) for q in (QUESTION, "two")]
+    inputs, (layout,), _ = vlm.prompts.prepare([[picture]], [QUESTION])
+    asked.append(Asked(vlm, inputs=inputs, layout=layout))
+    for one in asked:
+        engine.submit(one.wanted)
+    got = [one.result() for one in asked]
+    for n, p in enumerate((picture, red)):
+        try:
+            ctx = vlm.compress(p, 0.3, PROMPT, score, max_new_tokens=6)
+        except InputError:  # the model says nothing about it, and so does the engine
+            assert all(isinstance(one[1].error, InputError) for one in got[2 * n : 2 * n + 2])
+            continue
+        for i, question in enumerate((QUESTION, "two")):
+            assert got[2 * n + i][0] == ctx.ask(question, max_new_tokens=6).token_ids
+    assert got[4][0] == vlm.generate(picture, QUESTION, max_new_tokens=6).token_ids
+    assert engine.running == engine.waiting == 0
+
+
+def test_who_waits_for_a_context_pays_once(shapes):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    kept = []
+    engine = Engine(shapes, keep_context=lambda key, made: kept.append(key) or made)
+    asked = [about(shapes, picture, "one", "what is there?") for _ in range(5)]
+    for one in asked:
+        engine._queue.append(one.wanted)  # all there before it starts
+    engine.start()
+    began = []
+    for one in asked:
+        first = one.events.get(timeout=30)
+        assert isinstance(first, Began)
+        began.append(first.cached > 0)
+        one.result()
+    assert kept == ["one"]
+    assert sorted(began) == [False, True, True, True, True]
+    assert engine.stop(10)
+
+
+def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monkeypatch):
+    good = about(vlm, picture, "good")
+    bad = Asked(vlm, inputs={"input_ids": None}, layout=good.wanted.recipe.layout)
+    worse = about(vlm, picture, "bad")
+    object.__setattr__(worse.wanted.recipe, "inputs", {})
+    for one in (good, bad, worse):
+        engine.submit(one.wanted)
+    assert isinstance(good.result()[1], Finished)
+    assert isinstance(bad.result()[1], Failed)
+    assert isinstance(worse.result()[1], Failed)
+    odd = about(vlm, picture, "odd", max_tokens=50)
+    engine.submit(odd.wanted)
+    while odd.wanted.chooser is None:
+        time.sleep(0.001)
+    odd.wanted.chooser.processors = [1]  # what chooses its tokens fails, amid the others
+    assert isinstance(odd.result()[1], Failed)
+    assert engine.running == 0
+    with monkeypatch.context() as patch:  # a pass that fails: nobody in it can go on, but the next ones can
+        patch.setattr(engine._batch, "read", lambda: 1 / 0)
+        other = about(vlm, picture, "other")
+        engine.submit(other.wanted)
+        assert isinstance(other.result()[1].error, ZeroDivisionError)
+    again = about(vlm, picture, "again")
+    engine.submit(again.wanted)
+    assert isinstance(again.result()[1], Finished)
+    assert engine.alive
+
+
+def test_a_forgotten_context_is_not_read_again(vlm, engine, picture):
+    """Of the same name, but another content: the batch has let go of the first."""
+    first, second = (vlm.compress(picture, keep, PROMPT, "norm") for keep in (2, 0.9))
+    ids = vlm.prompts.turn_ids(PROMPT, 1, QUESTION)
+
+    def ask(ctx) -> list[int]:
+        asked = Asked(vlm, key="name", context=ctx, ids=ids)
+        engine.submit(asked.wanted)
+        return asked.result()[0]
+
+    assert ask(first) == first.ask(QUESTION, max_new_tokens=6).token_ids
+    engine.forget("name")
+    assert ask(second) == second.ask(QUESTION, max_new_tokens=6).token_ids
+    assert "name" in engine._batch._prefixes._named
+    assert engine._batch._prefixes._named["name"].length == second.num_tokens
+
+
+def test_late_cancelled_and_too_many(vlm, picture):
+    engine = Engine(vlm, max_batch=1, max_queue=2)
+    late = about(vlm, picture, "late", deadline=time.monotonic() - 1)
+    dropped = about(vlm, picture, "dropped", cancelled=True)
+    with pytest.raises(StoppingError):
+        engine.submit(late.wanted)  # it was not started
+    engine.start()
+    gate = threading.Event()
+    held: queue.Queue = queue.Queue()
+    engine.submit(Work(lambda: iter([gate.wait(30)]), held.put))
+    while engine.waiting:
+        time.sleep(0.001)
+    engine.submit(late.wanted)
+    engine.submit(dropped.wanted)
+    with pytest.raises(BusyError):
+        engine.submit(about(vlm, picture, "more").wanted)
+    gate.set()
+    assert isinstance(late.result()[1].error, TimeoutError)
+    assert held.get(timeout=10) is True
+    assert isinstance(held.get(timeout=10), Finished)
+    assert engine.stop(10)
+    assert dropped.events.empty()
+    with pytest.raises(StoppingError):
+        engine.submit(about(vlm, picture, "after").wanted)
+
+
+def test_work_is_done_a_piece_at_a_time(vlm, engine, picture):
+    """A long work does not hold an answer up, and what fails in it is told."""
+    pieces: queue.Queue = queue.Queue()
+    order = []
+
+    def long():
+        for i in range(50):
+            time.sleep(0.01)
+            order.append(i)
+            yield i
+        raise InputError("enough")
+
+    engine.submit(Work(long, pieces.put))
+    asked = about(vlm, picture, "one")
+    engine.submit(asked.wanted)
+    asked.result()
+    assert len(order) < 50
+    found = [pieces.get(timeout=30) for _ in range(51)]
+    assert found[:50] == list(range(50))
+    assert str(found[50].error) == "enough"
+
+
+def test_processors_of_the_models_own_settings_are_honoured(built):
+    """A checkpoint that asks for a repetition penalty gets it in the batch as in `generate`."""
+    model, processor = built("llava")
+    vlm = mf.VLM(model, processor)
+    before = model.generation_config.repetition_penalty
+    picture = Image.new("RGB", (32, 32), "blue")
+    plain = vlm.generate(picture, QUESTION, max_new_tokens=12).token_ids
+    model.generation_config.repetition_penalty = 5.0
+    try:
+        expected = vlm.generate(picture, QUESTION, max_new_tokens=12).token_ids
+        inputs, (layout,), _ = vlm.prompts.prepare([[picture]], [QUESTION])
+        asked = Asked(vlm, inputs=inputs, layout=layout, max_tokens=12)
+        engine = Engine(vlm)
+        engine.start()
+        engine.submit(asked.wanted)
+        assert asked.result()[0] == expected != plain
+        assert engine.stop(10)
+    finally:
+        model.generation_config.repetition_penalty = before
+
+
+def test_a_seed_is_of_one_answer(shapes):
+    logits = torch.randn(56)
+    choosers = Choosers(shapes)
+    drawn = [[choosers.make([1], Sampling(1.0, 0.9, seed)).choose(logits) for _ in range(3)] for seed in range(20)]
+    assert all(len(set(same)) == 1 for same in drawn)
+    assert len({same[0] for same in drawn}) > 1
+    assert choosers.make([1], Sampling()).choose(logits) == int(logits.argmax())
+
+
+def test_a_context_holds_what_the_page_on_sizes_says(vlm, picture):
+    ctx = vlm.compress(picture, 0.3, PROMPT, "norm")
+    layers, heads, _, width = ctx.keys.shape
+    assert ctx.keys.nbytes + ctx.values.nbytes == 2 * layers * heads * width * ctx.keys.itemsize * ctx.num_tokens
