@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -241,6 +245,25 @@ def test_explanations(server, url, sample, shapes):
         assert http.post("/v1/explanations", json=body | {"format": "html"}).text.startswith("<!")
         for wrong in ({"method": "magic"}, {"token": 99}, {"knockout": ["image=>query"]}, {"answer": " "}):
             assert http.post("/v1/explanations", json=body | wrong).status_code == 400
+
+
+def test_the_pages_own_examples_run(server, sample, tmp_path):
+    """What docs/serving.md tells people to type, typed: by curl where it is there, and with OpenAI's client."""
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    talk = page[page.index("## Talk to it") :]
+    sample.save(tmp_path / "photo.png")
+    here = talk.split("```sh\n")[1].split("```")[0].replace("http://127.0.0.1:8000", server.url)
+    if shutil.which("curl"):
+        line = here.replace("curl ", f"curl -s -H 'Authorization: Bearer {KEY}' ", 1)
+        told = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+        assert json.loads(told)["choices"][0]["message"]["content"] == "blue"
+    code = talk.split("```python\n")[1].split("```")[0].replace("http://127.0.0.1:8000", server.url)
+    code = code.replace("one of keys.txt, or anything", KEY) + "\nclient.close()\n"
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    ).stdout
+    assert told.startswith("blue ")
+    assert "star" in told
 
 
 def test_health_metrics_and_the_api_page(server, url):
