@@ -37,7 +37,7 @@ def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None
 def encoded(ex: Explanation, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
     """The file that `save` writes; `kind`: "png", "html", "json" or "safetensors"."""
     if not ex.images and kind in ("png", "html"):
-        raise InputError("an explanation of text alone has no picture: ask for json or safetensors")
+        raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
     return _FORMATS[f".{kind}"](ex, token, method)
 
 
