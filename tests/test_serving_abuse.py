@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import socket
 import struct
-import time
 import zlib
 from contextlib import ExitStack
 
@@ -92,12 +91,10 @@ PICTURES = {
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_what_is_no_picture(http, name):
-    began = time.monotonic()
     reply = http.post("/v1/chat/completions", json={"messages": asked(COLOR, PICTURES[name])})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert len(reply.text) < 1000  # nothing of what was sent comes back
-    assert time.monotonic() - began < 10
 
 
 BODIES = {
@@ -230,10 +227,8 @@ def test_ten_thousand_half_open_connections(server, http, url):
             connection.connect(("127.0.0.1", server.port))
             if i % 2:
                 connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost:")
-        began = time.monotonic()
         reply = http.post("/v1/chat/completions", json={"messages": asked(COLOR, url)})
         assert reply.json()["choices"][0]["message"]["content"] == "blue"
-        assert time.monotonic() - began < 10
     assert http.get("/healthz").status_code == 200
 
 
