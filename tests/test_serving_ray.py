@@ -165,6 +165,7 @@ def test_options_come_as_text():
     assert (settings.keep, settings.max_batch, settings.time_limit, settings.store) == (None, 8, 7.5, "/s")
     assert settings.remote_hosts == ("a.test", ".b.test")
     assert Options(keep="0.1").settings.keep == 0.1
+    assert app({"model": "shapes", "max_batch": "8", "cpus": "0.5", "log": "false"})  # as `serve run` gives them
     with pytest.raises(InputError, match="unknown options max_batches; there are model"):
         app(Options(max_batches=3))
 

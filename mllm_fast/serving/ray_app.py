@@ -86,8 +86,9 @@ class Options(BaseModel):
         return Settings(**given)
 
 
-def app(options: Options) -> serve.Application:
-    """The application, for `serve run` and for `serve.run`."""
+def app(options: Options | dict[str, Any]) -> serve.Application:
+    """The application, for `serve run` (whose arguments come as a dictionary of texts) and for `serve.run`."""
+    options = options if isinstance(options, Options) else Options(**options)
     settings = options.settings
     replicas = Replica.options(  # type: ignore[attr-defined]
         autoscaling_config={
