@@ -92,6 +92,7 @@ def build(tool: Tool) -> gr.Blocks:
             with gr.Column(min_width=300):
                 picture = gr.Image(
                     type="pil",
+                    format="png",  # of the sample too, not a lossy one
                     image_mode="RGB",
                     sources=["upload", "clipboard"],
                     label="Picture",
