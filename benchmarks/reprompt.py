@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 import mllm_fast as mf
+from mllm_fast.caches import CACHE, cache_of
 from mllm_fast.shapes.scenes import generate_scene
 
 QUESTIONS, LENGTH, NEW = 32, 12, 8
@@ -66,7 +67,7 @@ class Problem:
 
     def prefix_cache(self) -> DynamicCache:
         with torch.inference_mode():
-            return self.vlm.model(**self.inputs, use_cache=True, logits_to_keep=1).past_key_values
+            return cache_of(self.vlm.model(**self.inputs, use_cache=True, logits_to_keep=1))
 
     def whole(self, ids: list[int]) -> torch.Tensor:
         prefix = self.inputs["input_ids"]
@@ -96,7 +97,7 @@ def copied(p: Problem, prefix: DynamicCache) -> list[list[int]]:
         whole = p.whole(ids)
         with torch.inference_mode():
             out = p.vlm.model.generate(
-                input_ids=whole, attention_mask=torch.ones_like(whole), past_key_values=copy.deepcopy(prefix), **NO_KEYS
+                input_ids=whole, attention_mask=torch.ones_like(whole), **{CACHE: copy.deepcopy(prefix)}, **NO_KEYS
             )
         said.append(out[0, whole.shape[1] :].tolist())
     return said
@@ -108,9 +109,7 @@ def batched(p: Problem, prefix: DynamicCache, peak: list[int]) -> list[list[int]
     cache.batch_repeat_interleave(QUESTIONS)
     whole = torch.cat([p.whole(ids) for ids in p.ids])
     with torch.inference_mode():
-        out = p.vlm.model.generate(
-            input_ids=whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **NO_KEYS
-        )
+        out = p.vlm.model.generate(input_ids=whole, attention_mask=torch.ones_like(whole), **{CACHE: cache}, **NO_KEYS)
     peak[:] = [bytes_of(cache)]
     return out[:, whole.shape[1] :].tolist()
 
@@ -126,7 +125,7 @@ def copies_of_compressed(p: Problem, ctx: mf.Context) -> list[list[int]]:
         for _ in range(NEW):
             count = tokens.shape[1]
             positions = torch.arange(position, position + count, device=tokens.device)[None].expand(QUESTIONS, -1)
-            hidden = p.vlm.text.decoder(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+            hidden = p.vlm.text.decoder(input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: cache})
             tokens = p.vlm.text.logits(hidden.last_hidden_state[:, -1:]).argmax(-1)
             said.append(tokens[:, 0])
             position += count

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import recording
+from .caches import cache_of
 from .context import Context
 from .errors import InputError, check_choice
 from .kernels import topk_compaction
@@ -163,7 +164,7 @@ def read(
         settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
         with recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
             output = vlm.run(inputs, length, settings)
-        cache = output.past_key_values
+        cache = cache_of(output)
         check_cache(cache, layout.length)
         peak = max(peak, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
         if watcher is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .attention import Recording, recording
+from .caches import cache_of
 from .errors import InputError
 from .layout import TokenLayout
 from .shares import Watcher
@@ -38,7 +39,7 @@ def prefill(vlm: VLM, inputs: Any, layout: TokenLayout, watcher: Watcher | None 
     state: list[Any] = []
     with own_state(vlm, state), recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
         output = vlm.model(**inputs, use_cache=True, logits_to_keep=1)
-    cache, length = output.past_key_values, layout.length
+    cache, length = cache_of(output), layout.length
     check_cache(cache, length)
     return Prefill(
         keys=tuple(layer.keys[0, :, :length] for layer in cache.layers),

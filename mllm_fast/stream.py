@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
+from .caches import CACHE
 from .errors import InputError
 from .explain import Explanation, Heads
 from .knockout import Knockout, Plan, as_rules
@@ -265,7 +266,7 @@ def one_sequence(
         log_prob = logits[0, token[0, 0]] - logits[0].logsumexp(-1)
         input_ids, first = torch.cat([input_ids, token], -1), False
         done = bool(stopping_criteria(input_ids, ()).all())
-        yield int(token), float(log_prob), model_kwargs["past_key_values"], input_ids[0], done
+        yield int(token), float(log_prob), model_kwargs[CACHE], input_ids[0], done
 
 
 @contextmanager

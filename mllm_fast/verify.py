@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from .adapters import TextModel
 from .attention import Recording, recording
+from .caches import CACHE
 from .errors import InputError
 from .knockout import EachItsOwn, Knockout, Plan
 
@@ -157,7 +158,7 @@ def _run(ex: Explanation, variants: Sequence[Tensor], first: int, row: int) -> T
             inputs_embeds=replay.embeds[:, span].expand(count, -1, -1),
             attention_mask=None,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         ).last_hidden_state
         return text.logits(hidden[:, -1])

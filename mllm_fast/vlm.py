@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapters import Adapter, find_adapter, text_model
 from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
+from .caches import cache_of
 from .compress import PARTS, SCORES, kept_count, read
 from .context import Context
 from .errors import InputError, check_choice
@@ -171,7 +172,7 @@ class VLM:
             settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
             with recording(self.text, 1, plan, backend=self.backend) as record:
                 output = self.run(inputs, max_new_tokens, settings)
-            sequence, cache = output.sequences[0], output.past_key_values
+            sequence, cache = output.sequences[0], cache_of(output)
         else:
             nothing_generated(options)
             sequence = torch.cat([inputs["input_ids"][0], self.prompts.answer_ids(answer)])
@@ -311,4 +312,4 @@ class VLM:
             output = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1, **extra
             )
-        return record, output.past_key_values
+        return record, cache_of(output)

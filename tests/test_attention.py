@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from mllm_fast.attention import recording
 from mllm_fast.errors import InputError
@@ -172,7 +172,7 @@ def test_recording_takes_the_last_rows(built, picture):
     with torch.no_grad():
         hidden = vlm.model(**inputs, output_hidden_states=True).hidden_states
         with recording(vlm.text, rows=3) as record:
-            vlm.model(**inputs, past_key_values=DynamicCache())
+            vlm.model(**inputs, use_cache=True)
     for layer in range(3):
         torch.testing.assert_close(record.residual[layer][0], hidden[layer][:, -3:], rtol=0, atol=1e-9)
         assert record.query[layer][0].shape == (1, 3, 3, 16)

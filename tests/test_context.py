@@ -13,6 +13,7 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast.attention import recording
+from mllm_fast.caches import cache_of
 from mllm_fast.compress import AttendedTokens, read
 from mllm_fast.session import Session
 from mllm_fast.trace import make_trace
@@ -176,9 +177,9 @@ def test_explains_what_is_kept(vlm, picture):
     layout = mf.TokenLayout(len(ex.input_ids), ex.layout.prompt_length, ctx.layout.images)
     plan = vlm.plan([rule.knockout for rule in dropped(ctx)], [layout])
     with torch.no_grad(), recording(vlm.text, 3, plan) as record:
-        cache = vlm.model(**knocked.whole(vlm, [picture], PROMPT, more[:-1]), use_cache=True).past_key_values
+        output = vlm.model(**knocked.whole(vlm, [picture], PROMPT, more[:-1]), use_cache=True)
     masked = ctx.explain(QUESTIONS[0], "red green two")
-    masked._trace = make_trace(record, cache, 3, ex.layout.prompt_length)
+    masked._trace = make_trace(record, cache_of(output), 3, ex.layout.prompt_length)
     torch.testing.assert_close(ex.head_scores, masked.head_scores, rtol=1e-6, atol=1e-7)
     for token in range(3):
         torch.testing.assert_close(ex.attention(token), masked.attention(token), rtol=1e-6, atol=1e-7)

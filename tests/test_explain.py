@@ -10,6 +10,7 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast.attention import recording
+from mllm_fast.caches import cache_of
 from mllm_fast.trace import make_trace
 
 QUESTION = "what color is the circle ?"
@@ -108,7 +109,7 @@ def test_writes_add_up(pair, picture):
             torch.testing.assert_close(total, row, rtol=0, atol=1e-10)
     inputs, _ = vlm.prepare(picture, QUESTION)
     with recording(vlm.text, rows=1) as record, torch.no_grad():
-        cache = vlm.model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(vlm.model(**inputs, use_cache=True))
     trace = make_trace(record, cache, 1, oracle.prompt_length)
     for layer in range(len(vlm.text.layers)):
         heads = trace.output[0, layer]
@@ -239,7 +240,7 @@ def test_left_padding_changes_nothing(pair, picture):
         inputs = vlm.processor(images=images, text=texts, return_tensors="pt", padding=True)
         inputs["pixel_values"] = inputs["pixel_values"].double()
         with recording(vlm.text, rows=1) as record, torch.no_grad():
-            cache = vlm.model(**inputs, use_cache=True).past_key_values
+            cache = cache_of(vlm.model(**inputs, use_cache=True))
         return make_trace(record, cache, 1, inputs["input_ids"].shape[1], batch_index=index)
 
     alone = trace([prompt("describe this")], 0)

@@ -24,7 +24,10 @@ def test_a_saved_model_loads_and_answers_the_same(family, picture, tmp_path):
     loaded = mf.VLM.from_pretrained(tmp_path, device="cpu")
     after = loaded.explain(picture, QUESTION, "red blue")
     assert loaded.model.config.model_type == family
-    assert torch.equal(before.head_scores, after.head_scores)
+    held, read = model.state_dict(), loaded.model.state_dict()
+    assert all(torch.equal(held[name], read[name]) for name in held)
+    # to rounding: where its operands lie in memory decides in what order some processors' matrix product adds up
+    torch.testing.assert_close(before.head_scores, after.head_scores, rtol=1e-5, atol=1e-6)
     assert before.layout.images[0].tiles == after.layout.images[0].tiles
 
 

@@ -13,6 +13,7 @@ from knocked import Rule
 from PIL import Image
 
 import mllm_fast as mf
+from mllm_fast.caches import CACHE, cache_of
 
 QUESTION = "what color is the circle ?"
 WORDS = 6
@@ -249,7 +250,7 @@ def test_a_knockout_set_between_steps(vlm, picture):
                 if out is None:
                     out = vlm.model(**inputs, use_cache=True)
                 else:
-                    out = vlm.model(input_ids=sequence[:, -1:], past_key_values=out.past_key_values)
+                    out = vlm.model(input_ids=sequence[:, -1:], **{CACHE: cache_of(out)})
             scores = out.logits[:, -1].clone()
             scores[:, stop] = -torch.inf
             sequence = torch.cat([sequence, scores.argmax(-1, keepdim=True)], 1)
