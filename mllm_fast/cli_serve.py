@@ -90,5 +90,5 @@ def serve(
         from .serving.tool import Tool
         from .serving.ui import mount
 
-        app = mount(app, Tool(service, both), keys)
+        app = mount(app, Tool(service, both), keys, log)
     listen(app, log, host, port)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .box_picture import Labelled, put_boxes
-from .explain import Explanation
+from .explain import Explanation, Heads
 from .layout import Box, overlaps
 from .lettering import FAINT, INK, MARGIN, PAPER, Text, font, shorten
 from .maps import ALIGNMENT, MEANINGS
@@ -59,7 +59,7 @@ def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: 
 def draw_token(ex: Explanation, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
     """One token: each picture and its map side by side, the colour bar, the question, the answer; of gradient alignment
     the five boxes of largest weight as well."""
-    maps = [_map(ex, token, method, heads, i) for i in range(len(ex.images))]
+    maps = [token_map(ex, token, method, heads, i) for i in range(len(ex.images))]
     top = max(float(grid.max()) for grid, _, _ in maps)
     side = 420
     pairs = []
@@ -111,7 +111,9 @@ def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Ima
     """All tokens: a map each, all on one scale, so that a word that no patch raised stays bare."""
     side = 200
     layouts = ex.layout.images
-    maps = [[_map(ex, token, method, heads, i)[:2] for i in range(len(layouts))] for token in range(len(ex.tokens))]
+    maps = [
+        [token_map(ex, token, method, heads, i)[:2] for i in range(len(layouts))] for token in range(len(ex.tokens))
+    ]
     top = max(float(grid.max()) for grids in maps for grid, _ in grids)
     entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the picture", "") for p in ex.images]
     for index, (token, grids) in enumerate(zip(ex.tokens, maps, strict=True)):
@@ -152,7 +154,9 @@ def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Ima
     return sheet
 
 
-def _map(ex: Explanation, token: int, method: str, heads: int, image: int) -> tuple[np.ndarray, Box, list[Labelled]]:
+def token_map(
+    ex: Explanation, token: int, method: str, heads: Heads, image: int = 0
+) -> tuple[np.ndarray, Box, list[Labelled]]:
     """A token's map of one picture, the part of the picture it lies over, and boxes to draw."""
     if method != ALIGNMENT:
         return ex.heatmap(token, method, heads, image).double().numpy(), ex.layout.images[image].box, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mllm_fast.errors import InputError
 from mllm_fast.serving import pictures
+from mllm_fast.serving.app import create_app
 from mllm_fast.serving.connections import Connections
 from mllm_fast.serving.conversation import conversation
 from mllm_fast.serving.errors import ServiceError, service_error
@@ -18,6 +20,7 @@ from mllm_fast.serving.guard import Guard
 from mllm_fast.serving.keys import Keys
 from mllm_fast.serving.logs import Log
 from mllm_fast.serving.metrics import Metrics
+from mllm_fast.serving.replies import Piece
 from mllm_fast.serving.schema import Message
 from mllm_fast.serving.settings import Settings
 from mllm_fast.serving.words import Words
@@ -226,7 +229,13 @@ def test_a_body_that_does_not_come(capsys):
 
 
 def test_what_the_server_is_to_blame_for_is_told_in_general_words():
-    found = service_error(RuntimeError("/secret/path: the key is sk-123"))
+    try:
+        raise RuntimeError("/secret/path: the key is sk-123")
+    except RuntimeError as error:
+        found = service_error(error)
+    # the log learns where, not what
+    assert found.where.startswith("RuntimeError: test_serving_parts.py:")
+    assert "secret" not in found.where
     assert found.status == 500
     assert "secret" not in json_of(found)
     assert "sk-" not in json_of(found)
@@ -235,6 +244,32 @@ def test_what_the_server_is_to_blame_for_is_told_in_general_words():
 
     again = pickle.loads(pickle.dumps(ServiceError(429, "later", code="queue_full", retry_after=3)))
     assert (again.status, again.headers, again.body["error"]["code"]) == (429, {"Retry-After": "3"}, "queue_full")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_operator_learns_where_an_error_came_from(stream):
+    """The client is told that there was one, in its answer or in its stream; nobody what was sent."""
+    from starlette.testclient import TestClient
+
+    class Broken:
+        name, settings = "broken", Settings()
+
+        async def chat(self, request, scope):
+            async def pieces():
+                yield Piece("a")
+                raise RuntimeError(f"secret: {request.messages}")
+
+            return pieces()
+
+    written = io.StringIO()
+    app = create_app(Broken(), Keys(), metrics=Metrics(), log=Log(written), ready=lambda: True)
+    with TestClient(app) as client:
+        body = {"messages": [{"role": "user", "content": "secret"}], "stream": stream}
+        reply = client.post("/v1/chat/completions", json=body)
+    assert "an unexpected RuntimeError in the server" in reply.text
+    assert reply.status_code == (200 if stream else 500)
+    assert "RuntimeError: test_serving_parts.py:" in written.getvalue()
+    assert "secret" not in written.getvalue() + reply.text
 
 
 def json_of(error: ServiceError) -> str:

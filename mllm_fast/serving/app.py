@@ -116,6 +116,7 @@ def create_app(
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
+        _note(request, error)
         return _answered(error)
 
     @app.exception_handler(RequestValidationError)
@@ -160,7 +161,8 @@ def create_app(
         if not body.stream:
             return JSONResponse(head | await _while_connected(request, _whole(counted(), bool(body.logprobs))))
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return _Events(_events(head, counted(), bool(body.logprobs), usage), backend.settings.time_limit)
+        events = _events(request, head, counted(), bool(body.logprobs), usage)
+        return _Events(events, backend.settings.time_limit)
 
     @app.get("/v1/models", summary="The model that is served")
     async def models(scope: Scoped) -> dict[str, Any]:
@@ -281,7 +283,7 @@ def _context(piece: Piece) -> dict[str, Any]:
 
 
 async def _events(
-    head: dict[str, Any], pieces: AsyncIterator[Piece], logprobs: bool, with_usage: bool
+    request: Request, head: dict[str, Any], pieces: AsyncIterator[Piece], logprobs: bool, with_usage: bool
 ) -> AsyncIterator[bytes]:
     head = head | {"object": "chat.completion.chunk"}
 
@@ -301,7 +303,9 @@ async def _events(
                     yield _event(head | {"choices": [], "usage": piece.usage.model_dump()})
         yield b"data: [DONE]\n\n"
     except Exception as error:  # the status was sent: an error is an event
-        yield _event(service_error(error).body)
+        found = service_error(error)
+        _note(request, found)
+        yield _event(found.body)
     finally:
         await pieces.aclose()  # type: ignore[attr-defined]
 
@@ -320,6 +324,12 @@ def _count(metrics: Metrics, request: Request, usage: Usage) -> None:
         "cached_tokens": cached,
         "answer_tokens": usage.completion_tokens,
     }
+
+
+def _note(request: Request, error: ServiceError) -> None:
+    """For the log: where an error of the server's own came from."""
+    if error.where:
+        request.state.facts["error"] = error.where
 
 
 def _answered(error: ServiceError) -> Response:

@@ -153,8 +153,8 @@ class Engine:
     def _fail_all(self, error: BaseException) -> None:
         waiting = [one for making in list(self._makings.values()) for one in making.waiting]
         for one in [*self._queue, *self._works, *self._running, *waiting]:
-            one.cancelled = True
-            if not isinstance(one, Making):
+            if not isinstance(one, Making):  # which goes with those who wait for it
+                one.cancelled = True
                 one.sink(Failed(error))
 
     def _admit(self) -> None:

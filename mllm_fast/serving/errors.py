@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
 from .jobs import BusyError, StoppingError
 
+_FRAMES = 8  # of a traceback that are logged
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -25,14 +28,22 @@ class ServiceError(Exception):
     """What a request is answered with where it cannot be served."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int = 0
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int = 0,
+        where: str = "",
     ):
-        super().__init__(status, message, code, param, retry_after)
+        super().__init__(status, message, code, param, retry_after, where)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after = retry_after
+        self.where = where  # of an error that is the server's own, for the log alone
 
     def __reduce__(self) -> tuple[Any, ...]:  # it may cross processes
-        return _made_again, (self.status, self.message, self.code, self.param, self.retry_after)
+        return _made_again, (self.status, self.message, self.code, self.param, self.retry_after, self.where)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -46,8 +57,10 @@ class ServiceError(Exception):
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def _made_again(status: int, message: str, code: str | None, param: str | None, retry_after: int) -> ServiceError:
-    return ServiceError(status, message, code=code, param=param, retry_after=retry_after)
+def _made_again(
+    status: int, message: str, code: str | None, param: str | None, retry_after: int, where: str
+) -> ServiceError:
+    return ServiceError(status, message, code=code, param=param, retry_after=retry_after, where=where)
 
 
 def service_error(error: BaseException) -> ServiceError:
@@ -62,4 +75,11 @@ def service_error(error: BaseException) -> ServiceError:
         return ServiceError(504, "the answer took longer than the server allows; ask for fewer tokens", code="timeout")
     if isinstance(error, InputError):
         return ServiceError(400, first_line(error) if len(str(error)) > 2000 else str(error))
-    return ServiceError(500, f"an unexpected {type(error).__name__} in the server", code="internal")
+    kind = type(error).__name__
+    return ServiceError(500, f"an unexpected {kind} in the server", code="internal", where=f"{kind}: {_place(error)}")
+
+
+def _place(error: BaseException) -> str:
+    """Which lines it came through, innermost first; not its message, which may hold what somebody sent."""
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))

@@ -55,11 +55,11 @@ class Guard:
             self._check_length(scope)
             await self._app(scope, self._bounded(receive, refused), answer)
         except Exception as error:
-            if not isinstance(error, ServiceError):
-                self._log("error", id=identity, error=type(error).__name__)
+            found = service_error(refused[0] if refused else error)
+            if found.where:
+                facts["error"] = found.where
             if status:  # the answer was begun: all that is left is to end it
                 raise
-            found = service_error(refused[0] if refused else error)
             refused.clear()
             await _send_error(found, answer)
         finally:

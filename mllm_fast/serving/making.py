@@ -42,7 +42,7 @@ class Making:
         self.waiting: list[Generation] = []
         self.said: list[int] = []
         self.row: Row | None = None
-        self.running = self.done = self.cancelled = False
+        self.running = self.done = False
         self._first: Prefill | None = None
         self._mass: Tensor | None = None
         self._choosers = choosers

@@ -93,8 +93,8 @@ class ChatRequest(_Strict):
     prompt_cache_key: str | None = None
     # accepted as long as they ask for nothing
     n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None

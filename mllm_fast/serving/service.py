@@ -68,7 +68,6 @@ class Service:
             keep_context=self._keep_context,
             held=self.store.held,
         )
-        self.started = time.time()
         self._preparing = ThreadPoolExecutor(1, "prepare")  # one: tokenizers and processors are not made for several
         self._scoring = ThreadPoolExecutor(1, "score")
         self._writing = ThreadPoolExecutor(1, "write")

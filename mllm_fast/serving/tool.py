@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..box_picture import Labelled, put_boxes
+from ..box_picture import put_boxes
 from ..errors import InputError
 from ..explain import Explanation
 from ..kept_picture import draw_kept
 from ..knockout import Knockout
 from ..maps import ALIGNMENT, MEANINGS
-from ..picture import overlay
+from ..picture import overlay, token_map
 from ..render import encoded
 from .service import Service
 
@@ -184,21 +184,16 @@ class Tool:
 
 
 def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:
-    picture = ex.images[0]
+    grid, box, boxes = token_map(ex, token, method, heads)
+    drawn = _over(ex.images[0], grid, box)
+    put_boxes(drawn, boxes, SIDE / max(ex.images[0].size))
     meaning = MEANINGS[method]
     if method == ALIGNMENT:
-        found = ex.box_weights(token)
-        side = min(1.0, 512 / max(picture.size))
-        pixels = found.pixels((max(1, round(picture.width * side)), max(1, round(picture.height * side))))
-        drawn = _over(picture, pixels.double().numpy(), (0, 0, *picture.size))
-        boxes = [Labelled(box, f"{weight:.2f}") for weight, _, box in reversed(found.best(5))]
-        put_boxes(drawn, boxes, SIDE / max(picture.size))
-        return Drawn(drawn, f"{meaning}; the detector looks for “{found.query}”", float(pixels.max()))
-    grid = ex.heatmap(token, method, heads).double().numpy()
-    if method == "logprob":
+        meaning += f"; the detector looks for “{ex.box_weights(token).query}”"
+    elif method == "logprob":
         which = f"the {heads} best heads" if isinstance(heads, int) else _named(heads)
         meaning = f"increase of log p(token) by each patch, through {which}"
-    return Drawn(_over(picture, grid, ex.layout.images[0].box), meaning, max(0.0, float(np.max(grid))))
+    return Drawn(drawn, meaning, max(0.0, float(np.max(grid))))
 
 
 def _named(heads: list[tuple[int, int]]) -> str:

@@ -27,6 +27,7 @@ from ..maps import ALIGNMENT
 from ..picture import colors
 from .errors import service_error
 from .keys import Keys
+from .logs import Log
 from .tool import ROUTES, Answered, Drawn, Tool
 
 _BEST = "best"
@@ -60,7 +61,7 @@ _CLICK = "() => setTimeout(() => (document.querySelector('#file a') || document.
 Shown = tuple[Any, ...]
 
 
-def mount(app: FastAPI, tool: Tool, keys: Keys, path: str = "/ui") -> FastAPI:
+def mount(app: FastAPI, tool: Tool, keys: Keys, log: Log, path: str = "/ui") -> FastAPI:
     """The tool on the server, at `path`. Where the server has keys, one of them is the password."""
     login: Callable[[str, str], bool] | None = None
     if keys:
@@ -69,7 +70,7 @@ def mount(app: FastAPI, tool: Tool, keys: Keys, path: str = "/ui") -> FastAPI:
         app.add_api_route(place, lambda: RedirectResponse(f"{path}/"), include_in_schema=False)
     return gr.mount_gradio_app(
         app,
-        build(tool),
+        build(tool, log),
         path=path,
         auth=login,
         auth_message="Any name; the password is an API key." if login else None,
@@ -81,9 +82,9 @@ def mount(app: FastAPI, tool: Tool, keys: Keys, path: str = "/ui") -> FastAPI:
     )
 
 
-def build(tool: Tool) -> gr.Blocks:
+def build(tool: Tool, log: Log) -> gr.Blocks:
     """The page."""
-    page = Page(tool)
+    page = Page(tool, log)
     last = tool.num_layers - 1
     with gr.Blocks(title="mllm-fast", analytics_enabled=False, delete_cache=(_HOURS, _HOURS)) as blocks:
         answered = gr.State(None, time_to_live=_HOURS)
@@ -208,8 +209,8 @@ def _live() -> dict[str, Any]:
 class Page:
     """What happens where something is pressed."""
 
-    def __init__(self, tool: Tool):
-        self._tool = tool
+    def __init__(self, tool: Tool, log: Log):
+        self._tool, self._log = tool, log
         self._files = tempfile.TemporaryDirectory(prefix="mllm-fast-")
 
     async def ask(
@@ -258,7 +259,7 @@ class Page:
                 shown = gr.update(value=text, info=facts, visible=True)
                 yield (*[skip] * 3, shown, *[skip] * 6, gr.update(value=patches, visible=True), *[skip] * 4)
         except Exception as error:
-            raise _told(error) from None
+            raise self._told(error) from None
 
     async def token(self, answered: Answered | None, token: int, method: str) -> Shown:
         """Another word: its map and its heads."""
@@ -266,7 +267,7 @@ class Page:
         try:
             heads = await self._heads(held, token)
         except Exception as error:
-            raise _told(error) from None
+            raise self._told(error) from None
         return (heads, gr.update(value=_EVERY), *await self._map(held, token, _EVERY, _BEST, method))
 
     async def head(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
@@ -286,7 +287,7 @@ class Page:
         try:
             return f"**{await self._tool.verified(_held(answered), token)}**"
         except Exception as error:
-            raise _told(error) from None
+            raise self._told(error) from None
 
     async def report(self, answered: Answered | None, method: str) -> str:
         """A page to keep."""
@@ -296,11 +297,20 @@ class Page:
         """All numbers."""
         return await self._file(answered, "json", method)
 
+    def _told(self, error: Exception) -> gr.Error:
+        """What the person is told; the operator, where an error of the server's own came from."""
+        if isinstance(error, gr.Error):
+            return error
+        found = service_error(error)
+        if found.where:
+            self._log("error", route="ui", error=found.where)
+        return _error(found.message)
+
     async def _file(self, answered: Answered | None, kind: str, method: str) -> str:
         try:
             content = await self._tool.report(_held(answered), kind, method)
         except Exception as error:
-            raise _told(error) from None
+            raise self._told(error) from None
         for old in Path(self._files.name).iterdir():  # Gradio has its own copies, which it removes after an hour
             shutil.rmtree(old, ignore_errors=True)
         path = Path(tempfile.mkdtemp(dir=self._files.name)) / f"explanation.{kind}"
@@ -323,7 +333,7 @@ class Page:
         try:
             drawn = await self._tool.map(_held(answered), token, one, None if layer == _EVERY else int(layer), method)
         except Exception as error:
-            raise _told(error) from None
+            raise self._told(error) from None
         return drawn.image, _legend(drawn)
 
 
@@ -347,10 +357,6 @@ def _held(answered: Answered | None) -> Answered:
     if answered is None:
         raise _error("The answer was forgotten after an hour: ask again.")
     return answered
-
-
-def _told(error: Exception) -> gr.Error:
-    return error if isinstance(error, gr.Error) else _error(service_error(error).message)
 
 
 def _error(message: str) -> gr.Error:
