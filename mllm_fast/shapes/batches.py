@@ -32,17 +32,17 @@ class Mix(NamedTuple):
     """How the samples of a batch are made.
 
     chained, prefixed: shares of samples of these kinds; the others are isolated. describe: share of the samples that
-    are not prefixed and ask for a description, in one of the first `describe_turns` turns. by_object: how later turns
-    of a prefixed sample see the picture. False: all of it (one turn of four), or a share of its tokens that is often
-    small. True: all of it (one of four), nothing (35 in 100), or a share of the objects' tokens and one, often small,
-    of the others': a compressed context keeps hardly any token of the background.
+    are not prefixed and ask for a description, in one of the first `describe_turns` turns. later: how later turns of a
+    prefixed sample see the picture. "part": all of it (one turn of four), or a share of its tokens that is often small.
+    "by object": all of it (one of four), nothing (35 in 100), or a share of the objects' tokens and one, often small,
+    of the others': a compressed context keeps hardly any token of the background. "everything": all of it.
     """
 
     chained: float
     prefixed: float = 0.0
     describe: float = 0.6
     describe_turns: int = 3
-    by_object: bool = False
+    later: str = "part"
 
 
 @dataclass
@@ -159,14 +159,12 @@ class BatchMaker:
         earlier = is_chained[:, None, None] & (batch.turn[:, None, :] >= 0)
         visible = (batch.turn[:, None, :] == 0) | same | earlier
         for b in (b for b, kind in enumerate(kinds) if kind == "prefixed"):
-            self._look_back(batch, b, visible[b], rng, mix.by_object)
+            self._look_back(batch, b, visible[b], rng, mix.later)
         batch.visible = visible & torch.ones(self.length, self.length, dtype=torch.bool).tril()
         batch.keywords = torch.tensor(keywords, dtype=torch.long).reshape(-1, 2)
         return batch
 
-    def _look_back(
-        self, batch: Batch, b: int, visible: torch.Tensor, rng: np.random.Generator, by_object: bool
-    ) -> None:
+    def _look_back(self, batch: Batch, b: int, visible: torch.Tensor, rng: np.random.Generator, later: str) -> None:
         """Later turns of a prefixed sample see the words that asked for the description, and a random part of the
         picture, see `Mix`."""
         asking = (batch.turn[b] == 1) & (batch.labels[b] == IGNORE)
@@ -174,10 +172,12 @@ class BatchMaker:
         for turn in range(2, len(batch.tasks[b]) + 1):
             rows = (batch.turn[b] == turn).nonzero()
             visible[rows, asking] = True
+            if later == "everything":
+                continue
             draw = rng.random()
             if draw < 0.25:
                 kept: float | np.ndarray = 1.0
-            elif by_object:
+            elif later == "by object":
                 kept = 0.0 if draw < 0.6 else np.where(shown, rng.random(), rng.random() ** 6)
             else:
                 kept = rng.random() ** 2

@@ -1,10 +1,11 @@
 """Train the embedded model from scratch: `python -m mllm_fast.shapes.train --out FOLDER`.
 
-Four stages. The vision tower learns what each patch shows; the projector and the word embeddings
-learn to name it; the whole model learns to answer; and last, at a lower rate, mostly from what a
-compressed context leaves of a picture. Two additions to the answers' own loss keep
-the model readable (a model taught by answers alone is right, but its residual stream does not decode
-into words): image tokens stay aligned with the words for what they show, and, early on, the last
+Five stages. The vision tower learns what each patch shows; the projector and the word embeddings
+learn to name it; the whole model learns to answer; then, at a lower rate, mostly from what is left of a
+picture, first of objects and background at random, last of the tokens that the model's own description
+attended to, as in a compressed context (the language model alone: its eyes stay). Two additions to the
+answers' own loss keep the model readable (a model taught by answers alone is right, but its residual
+stream does not decode into words): image tokens stay aligned with the words for what they show, and, early on, the last
 prompt token after layer 2 must decode to the word asked about (the "lens" loss). Question words may
 not look at the picture in most samples, so that the last token fetches the answer from the picture
 itself. In a third of the samples a description is asked for first, by words that always look, and
@@ -12,15 +13,17 @@ later questions see those words and a random part of the picture: the asking wor
 as a large model's do, which is what a compressed context relies on. Figures of knockouts and of
 compression follow in part from that construction.
 
-The weights in the package were made in two runs: `--context-steps 0`, and `--start` with its result.
+The weights in the package were made in three runs: `--context-steps 0 --compressed-steps 0`, and twice `--start` with
+the result, `--compressed-steps 0` and then `--context-steps 0`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from .batches import IGNORE, Batch, BatchMaker, Mix, PatchTargets, vision_batch
+from .batches import IGNORE, NUM_IMAGE_TOKENS, Batch, BatchMaker, Mix, PatchTargets, vision_batch
 from .build import build_model, build_processor
 from .scenes import COLORS, SHAPES
 from .training import PatchHeads, adamw, classify, cosine, set_rate
@@ -97,6 +100,7 @@ class Trainer:
             self.train_words(self.args.word_steps)
             self.train_answers(self.args.steps)
         self.train_contexts(self.args.context_steps)
+        self.train_compressed(self.args.compressed_steps)
         self.log("held-out", self.accuracy(24))
         self.save()
 
@@ -157,20 +161,66 @@ class Trainer:
                 self.log(f"answers {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(3))
 
     def train_contexts(self, steps: int) -> None:
-        args, mix = self.args, Mix(chained=0.25, prefixed=0.6, describe_turns=4, by_object=True)
-        optimizer = adamw([self.model], args.rate / 4, 0.05)
+        mix = Mix(chained=0.25, prefixed=0.6, describe_turns=4, later="by object")
+        self.train_later_turns("contexts", steps, self.model, mix)
+
+    def train_compressed(self, steps: int) -> None:
+        mix = Mix(chained=0.25, prefixed=0.6, describe_turns=4, later="everything")
+        self.train_later_turns("compressed", steps, self.language, mix)
+
+    def train_later_turns(self, stage: str, steps: int, trained: nn.Module, mix: Mix) -> None:
+        args = self.args
+        optimizer = adamw([trained], args.rate / 4, 0.05)
         average = None
         for step in range(steps):
             set_rate(optimizer, args.rate / 4 * cosine(step, steps, 50))
             batch = self.batches.draw(self.rng, args.batch, 4, mix)
             visible = self.hide_picture(batch, args.blind_questions, args.blind_later)
+            if stage == "compressed":
+                visible = self.compress(batch, visible)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, _, _ = self.forward(batch, visible)
             answers = _next_token_loss(logits, batch.labels)
             self.update(optimizer, answers)
             average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
             if step % 200 == 0:
-                self.log(f"contexts {step} ({step / steps:.0%}) loss {average:.4f}", self.accuracy(3))
+                self.log(f"{stage} {step} ({step / steps:.0%}) loss {average:.4f}", self.accuracy(3))
+
+    def compress(self, batch: Batch, visible: torch.Tensor) -> torch.Tensor:
+        """`visible` of each layer, [layers, B, L, L]: of the picture the later turns of a sample that asks for a
+        description first see what a context keeps of it, a random number of the tokens that the description attended to
+        most, layer by layer; all in a quarter of the turns, none in a tenth."""
+        rank = self.attended(batch, visible).argsort(-1, descending=True).argsort(-1)
+        each = visible.expand(len(rank), *visible.shape).clone()
+        image = slice(self.batches.image_start, self.batches.image_start + NUM_IMAGE_TOKENS)
+        for b, tasks in enumerate(batch.tasks):
+            for turn in range(2, len(tasks) + 1) if tasks[-1].startswith("then") else ():
+                draw = self.rng.random()
+                kept = 1.0 if draw < 0.25 else 0.0 if draw < 0.35 else 0.01 ** self.rng.random()
+                seen = rank[:, b] < math.ceil(kept * NUM_IMAGE_TOKENS)
+                each[:, b, batch.turn[b] == turn, image] &= seen[:, None]
+        return each
+
+    @torch.no_grad()
+    def attended(self, batch: Batch, visible: torch.Tensor) -> torch.Tensor:
+        """Attention of the first turn's answer to each image token, a mean over heads and rows, [layers, B, 144]."""
+        rows = (batch.turn == 1) & (batch.labels != IGNORE) & (batch.labels != self.processor.tokenizer.eos_token_id)
+        image = slice(self.batches.image_start, self.batches.image_start + NUM_IMAGE_TOKENS)
+        share = rows / rows.sum(1, keepdim=True).clamp_min(1)
+        found: list[torch.Tensor] = []
+
+        def take(module: nn.Module, args: tuple, output: tuple) -> None:
+            alpha = output[1].float().mean(1)[..., image]
+            found.append((share[..., None] * alpha).sum(1))  # a matrix product would be in bfloat16 here
+
+        handles = [layer.self_attn.register_forward_hook(take) for layer in self.language.layers]
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                self.forward(batch, visible, whole=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(found)
 
     def hide_picture(self, batch: Batch, share: float, later: float) -> torch.Tensor:
         """`visible` with the picture hidden from the question words of a random `share` of samples,
@@ -179,17 +229,24 @@ class Trainer:
         blind = batch.question & (torch.rand(len(batch.question)) < shares)[:, None]
         return batch.visible & ~(blind[:, :, None] & (batch.input_ids == self.batches.image_id)[:, None, :])
 
-    def forward(self, batch: Batch, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits [B, L, V], image tokens [B, 144, d], and the lens's logits [B, L, V]."""
+    def forward(
+        self, batch: Batch, visible: torch.Tensor, whole: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [B, L, V], image tokens [B, 144, d], and the lens's logits [B, L, V].
+
+        visible: [B, L, L], or one of each layer. whole: not compiled, so that hooks inside of layers are called.
+        """
         _, image = self.image_tokens(batch.pixel_values)
         hidden = self.language.embed_tokens(batch.input_ids)
         slots = (batch.input_ids == self.batches.image_id)[..., None].expand_as(hidden)
         hidden = hidden.masked_scatter(slots, image.to(hidden.dtype))
-        mask = torch.zeros(visible.shape, dtype=torch.bfloat16).masked_fill(~visible, -1e9)[:, None]
+        masks = torch.zeros(visible.shape, dtype=torch.bfloat16).masked_fill(~visible, -1e9).unsqueeze(-3)
         rotary = self.language.rotary_emb(hidden, batch.position_ids)
         lens = hidden
         for i, layer in enumerate(self.language.layers):
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            run = layer.forward if whole else layer
+            mask = masks if visible.ndim == 3 else masks[i]
+            hidden = run(hidden, attention_mask=mask, position_embeddings=rotary)
             if i == _LENS_LAYER:
                 lens = hidden
         read = lambda h: self.model.lm_head(self.language.norm(h))  # noqa: E731
@@ -239,7 +296,8 @@ def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a training, from the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the weights and the processor")
     parser.add_argument("--seed", type=int, default=0)
@@ -247,8 +305,9 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500, help="batches of 64 for the vision tower")
     parser.add_argument("--word-steps", type=int, default=150, help="batches of 64 for projector and words")
     parser.add_argument("--steps", type=int, default=6000, help="batches for the whole model's answers")
-    parser.add_argument("--context-steps", type=int, default=500, help="batches for the last stage")
-    parser.add_argument("--start", default=None, help="weights after the third stage: run the last one alone")
+    parser.add_argument("--context-steps", type=int, default=500, help="batches for parts of pictures at random")
+    parser.add_argument("--compressed-steps", type=int, default=500, help="batches for what was attended to")
+    parser.add_argument("--start", default=None, help="weights after the third stage: run the last two alone")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--chained", type=float, default=0.3, help="share of samples that are conversations")
@@ -256,7 +315,11 @@ def main() -> None:
     parser.add_argument("--blind-questions", type=float, default=0.8, help="share of blind question words")
     parser.add_argument("--blind-later", type=float, default=0.5, help="the same after a description was asked for")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     os.makedirs(args.out, exist_ok=True)
