@@ -32,7 +32,7 @@ from gpu_measure import OURS, Bench, bf16_rounding, device_facts, gate, rates, s
 from harness import machine, write_result
 from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase, topk_compaction
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
-from mllm_fast.kernels.topk_compaction.reference import compact
+from mllm_fast.kernels.topk_compaction.torch_kernel import compact
 from torch import Tensor
 
 # layers, heads of each, scored positions, vocabulary, width, width of a head; LLaVA-1.5-7B's

@@ -8,6 +8,7 @@ from .dispatch import backend_report
 from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import OperatorCache, Unembedding, logprob_increase, weight_state
 from .topk_compaction import Compaction, topk_compaction
+from .weighted_values import weighted_values
 
 __all__ = [
     "Attention",
@@ -21,4 +22,5 @@ __all__ = [
     "segment_table",
     "topk_compaction",
     "weight_state",
+    "weighted_values",
 ]

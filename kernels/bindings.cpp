@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "cpu/isa.h"
 #include "knockout_attention/cpu_kernel.h"
 #include "logprob_increase/cpu_kernel.h"
+#include "weighted_values/cpu_kernel.h"
 
 namespace py = pybind11;
 
@@ -20,43 +22,40 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of mllm-fast. Addresses are those of contiguous host memory.";
   m.def("instruction_sets", &mllm::instruction_sets, "Instruction sets usable here, best first.");
   m.def(
-      "log_sum_exp",
-      [](uintptr_t writes, std::vector<uintptr_t> operands, bool bfloat16, uintptr_t base, uintptr_t lean,
-         uintptr_t shift, uintptr_t raw, float cap, int64_t rows, int64_t vocab, int64_t depth, int64_t groups,
+      "increase",
+      [](uintptr_t writes, const std::vector<uintptr_t>& operands, bool bfloat16, std::array<uintptr_t, 2> names,
+         std::array<uintptr_t, 3> scales, std::array<uintptr_t, 2> logits, float cap, std::array<int64_t, 5> sizes,
          uintptr_t out, int threads, const std::string& isa) {
-        const int64_t together = operands.size() == 1 ? groups : 1;  // groups of one operand
-        for (size_t i = 0; i < operands.size(); ++i) {
-          auto from = [&](uintptr_t array, int64_t each) {
-            return array ? pointer<float>(array) + i * each : nullptr;
-          };
-          mllm::Problem p;
-          p.writes = from(writes, rows * depth);
-          p.operand = pointer<const void>(operands[i]);
-          p.operand_bfloat16 = bfloat16;
-          p.base = from(base, vocab);
-          p.lean = from(lean, vocab);
-          p.shift = from(shift, rows);
-          p.raw = from(raw, vocab);
-          p.cap = cap;
-          p.group_rows = rows;
-          p.rows = together * rows;
-          p.vocab = vocab;
-          p.depth = depth;
-          p.groups = together;
-          p.out = from(out, rows);
-          p.threads = threads;
-          mllm::log_sum_exp(p, isa);
-        }
+        mllm::Increase p;
+        p.writes = pointer<float>(writes);
+        for (const uintptr_t one : operands) p.operands.push_back(pointer<const void>(one));
+        p.operand_bfloat16 = bfloat16;
+        p.source = pointer<const int64_t>(names[0]);
+        p.tokens = pointer<const int64_t>(names[1]);
+        p.scale = pointer<float>(scales[0]);
+        p.rescale = pointer<float>(scales[1]);
+        p.gain = pointer<float>(scales[2]);
+        p.lean = pointer<float>(logits[0]);
+        p.offset = pointer<float>(logits[1]);
+        p.cap = cap;
+        p.sources = sizes[0];
+        p.groups = sizes[1];
+        p.rows = sizes[2];
+        p.vocab = sizes[3];
+        p.depth = sizes[4];
+        p.out = pointer<float>(out);
+        p.threads = threads;
+        mllm::increase(p, isa);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("writes"), py::arg("operands"), py::arg("bfloat16"),
-      py::arg("base"), py::arg("lean"), py::arg("shift"), py::arg("raw"), py::arg("cap"),
-      py::arg("rows"), py::arg("vocab"), py::arg("depth"), py::arg("groups"), py::arg("out"), py::arg("threads"),
-      py::arg("isa"),
-      "Fills `out`, `rows` numbers a group; one operand for all groups, or one for each. See"
+      py::arg("names"), py::arg("scales"), py::arg("logits"), py::arg("cap"), py::arg("sizes"), py::arg("out"),
+      py::arg("threads"), py::arg("isa"),
+      "Fills `out`, a number a row; one operand for all groups, or one for each. names: sources, tokens; scales: scale,"
+      " rescale, gain; logits: lean, offset; sizes: sources, groups, rows a group, vocabulary, depth. See"
       " logprob_increase/problem.h.");
   m.def(
       "attention",
-      [](std::array<uintptr_t, 3> operands, bool bfloat16, std::array<std::array<int64_t, 3>, 3> strides,
+      [](std::array<uintptr_t, 3> operands, bool bfloat16, std::array<std::array<int64_t, 4>, 3> strides,
          std::array<uintptr_t, 3> mask, int64_t segment_stride, float scale, std::array<int64_t, 7> sizes,
          std::array<uintptr_t, 4> results, int threads, const std::string& isa) {
         mllm::AttentionProblem p;
@@ -64,7 +63,7 @@ PYBIND11_MODULE(_cpu, m) {
         p.key = pointer<const void>(operands[1]);
         p.value = pointer<const void>(operands[2]);
         p.bfloat16 = bfloat16;
-        auto of = [](const std::array<int64_t, 3>& s) { return mllm::Strides{s[0], s[1], s[2]}; };
+        auto of = [](const std::array<int64_t, 4>& s) { return mllm::Strides{s[0], s[1], s[2]}; };
         p.query_strides = of(strides[0]);
         p.key_strides = of(strides[1]);
         p.value_strides = of(strides[2]);
@@ -93,6 +92,33 @@ PYBIND11_MODULE(_cpu, m) {
       "Operands query, key, value and their strides of batch, head, row; mask segments, table, start; sizes batch,"
       " heads, key heads, rows, keys, width and the first row's position; results output, lse, mass and the rows it counts. See"
       " knockout_attention/problem.h.");
+  m.def(
+      "weighted_values",
+      [](uintptr_t query,
+         const std::vector<std::tuple<std::array<uintptr_t, 3>, std::array<int64_t, 4>, int64_t, float>>& layers,
+         const std::vector<std::array<int64_t, 3>>& heads, bool bfloat16, std::array<int64_t, 2> sizes, uintptr_t out,
+         int threads, const std::string& isa) {
+        mllm::WeightedValues p;
+        const int64_t size = bfloat16 ? 2 : 4;
+        for (const auto& [layer, row, head] : heads) {
+          const auto& [bases, strides, group, scale] = layers.at(layer);
+          p.heads.push_back({pointer<const char>(query) + row * sizes[1] * size,
+                             pointer<const char>(bases[0]) + head / group * strides[0] * size,
+                             pointer<const char>(bases[1]) + head / group * strides[2] * size, strides[1], strides[3],
+                             pointer<const uint8_t>(bases[2]), scale});
+        }
+        p.bfloat16 = bfloat16;
+        p.positions = sizes[0];
+        p.width = sizes[1];
+        p.out = pointer<float>(out);
+        p.threads = threads;
+        mllm::weighted_values(p, isa);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("query"), py::arg("layers"), py::arg("heads"),
+      py::arg("bfloat16"), py::arg("sizes"), py::arg("out"), py::arg("threads"), py::arg("isa"),
+      "layers: addresses of keys, values and seen, strides of head and position of keys and of values, query heads a key"
+      " head, scale. heads: index into layers, row of query, head. sizes: positions, width. See"
+      " weighted_values/cpu_kernel.h.");
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");
 }

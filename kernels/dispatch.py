@@ -26,6 +26,10 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "cpu": (torch.float32, torch.bfloat16),
     },
     "topk_compaction": {"triton": (torch.float16, torch.bfloat16, torch.float32)},
+    "weighted_values": {
+        "triton": (torch.float16, torch.bfloat16, torch.float32),
+        "cpu": (torch.float32, torch.bfloat16),
+    },
 }
 
 
@@ -84,6 +88,13 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str = "auto", *,
             raise ValueError(f"{op} on {device}: {triton_missing()}, or choose backend='torch'")
         return "triton"
     return "torch" if _unfit("cpu", device, dtype, op) else "cpu"
+
+
+@cache
+def kernel_of(op: str, device: torch.device, dtype: torch.dtype, requested: str) -> ModuleType:
+    """The module that computes `op`: the backend that `choose` names, loaded when it is first needed."""
+    backend = choose(device, dtype, requested, op=op)
+    return importlib.import_module(f".{op}.{backend}_kernel", __package__)
 
 
 def _unfit(backend: str, device: torch.device, dtype: torch.dtype, op: str) -> str:

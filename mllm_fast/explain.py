@@ -320,7 +320,7 @@ class Explanation:
             device = self._trace.residual.device
             scores = logprob_increase(
                 self._trace.residual[index, layers],
-                self._trace.position_values(index, part),
+                self._trace.position_values(index, part, self._backend),
                 torch.full((len(layers),), self.token_ids[index], device=device),
                 self._unembedding,
                 projection=[self._text.projection(layer, head).to(device) for layer, head in part],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import Recording
 from .errors import InputError
+from .kernels import weighted_values
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,19 @@ class Trace:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return torch.softmax(scores, -1)
 
-    def position_values(self, token: int, heads: list[tuple[int, int]]) -> Tensor:
+    def position_values(self, token: int, heads: Sequence[tuple[int, int]], backend: str = "auto") -> Tensor:
         """alpha_jp v_jp of some heads, (layer, head) each, for every position of one row: [len(heads), N', D]."""
-        stop, each = int(self.rows[token]) + 1, self.query.shape[2]
-        groups = each // self.keys[0].shape[0]
-        query = self.query[token].flatten(0, 1)
-        wide, device = torch.promote_types(query.dtype, torch.float32), query.device
-        keys = torch.stack([self.keys[layer][head // groups] for layer, head in heads])[:, :stop].to(wide)
-        values = torch.stack([self.values[layer][head // groups] for layer, head in heads])[:, :stop].to(wide)
-        query = query[torch.tensor([layer * each + head for layer, head in heads], device=device)].to(wide)
-        scale = torch.tensor([self.scale[layer] for layer, _ in heads], device=device, dtype=wide)
-        scores = (keys @ query[..., None])[..., 0] * scale[:, None]
-        for i, (layer, _) in enumerate(heads):
-            seen = self.seen[layer]
-            if seen is not None:
-                scores[i].masked_fill_(~seen[token, :stop].to(device), -torch.inf)
-        return torch.softmax(scores, -1)[..., None] * values
+        seen = [None if mask is None else mask[token] for mask in self.seen]
+        return weighted_values(
+            self.query[token],
+            self.keys,
+            self.values,
+            heads,
+            count=int(self.rows[token]) + 1,
+            scale=self.scale,
+            seen=seen,
+            backend=backend,
+        )
 
 
 def make_trace(

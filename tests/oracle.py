@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from mllm_fast.kernels.logprob_increase.base import Base
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
 from mllm_fast.kernels.logprob_increase.unembedding import Unembedding
 
@@ -15,6 +16,13 @@ def assert_as_good_as(got: torch.Tensor, low: torch.Tensor, truth: torch.Tensor,
     allowed = 2 * (low.double() - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * magnitude
     worst = (got.double() - truth).abs().max()
     assert worst <= allowed, f"error {worst:.2e}, the reference errs by {(low.double() - truth).abs().max():.2e}"
+
+
+class Drawn(Base):
+    """Any vectors in place of those of residual vectors."""
+
+    def __init__(self, **vectors):
+        vars(self).update(vectors)
 
 
 def problem(

@@ -336,7 +336,7 @@ def test_nothing_is_written_beyond_the_outputs(isa, rows):
     buffers[2][: sizes[2]] = 0  # the caller gives the mass as zeros
     EXTENSION.attention(
         tuple(t.data_ptr() for t in (problem.query, problem.key, problem.value)), False,
-        tuple(t.stride()[:3] for t in (problem.query, problem.key, problem.value)), (0, 0, 0), 0, 0.25,
+        tuple(t.stride() for t in (problem.query, problem.key, problem.value)), (0, 0, 0), 0, 0.25,
         (1, heads, heads, rows, keys, width, keys - rows), (*(b.data_ptr() for b in buffers), 0), 2, isa,
     )  # fmt: skip
     for buffer, size in zip(buffers, sizes, strict=True):

@@ -113,7 +113,7 @@ def test_a_gpu_machine_without_triton_is_told_so(monkeypatch):
     """It is not served by plain torch unless that is asked for."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed (no module)")
-    for op in ("knockout_attention", "logprob_increase", "topk_compaction"):
+    for op in ("knockout_attention", "logprob_increase", "topk_compaction", "weighted_values"):
         with pytest.raises(ValueError, match=f"{op} on cuda:0: triton is not installed.*backend='torch'"):
             choose(gpu, torch.bfloat16, op=op)
         with pytest.raises(ValueError, match=r"'triton' cannot be used: triton is not installed.*use 'torch'"):
@@ -145,7 +145,7 @@ def test_choices(monkeypatch):
 
 def test_report_says_what_each_op_uses(monkeypatch):
     report = backend_report()
-    assert set(report) == {"knockout_attention", "logprob_increase", "topk_compaction"}
+    assert set(report) == {"knockout_attention", "logprob_increase", "topk_compaction", "weighted_values"}
     if EXTENSION and not torch.cuda.is_available():
         line = f"CPU: C++ for float32, bfloat16, {SETS[0]} (this processor has {', '.join(SETS)})"
         assert report["knockout_attention"].startswith(line)

@@ -13,7 +13,7 @@ from mllm_fast.kernels import Unembedding, logprob_increase
 from mllm_fast.kernels.dispatch import cpu_extension
 from mllm_fast.kernels.logprob_increase import cpu_kernel, torch_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
-from oracle import assert_as_good_as, cast, problem, truth_of
+from oracle import Drawn, assert_as_good_as, cast, problem, truth_of
 
 EXTENSION, _ = cpu_extension()
 SETS = EXTENSION.instruction_sets() if EXTENSION else []
@@ -84,29 +84,53 @@ def test_bfloat16_weights(backend, way):
     depth=st.integers(1, 300),
     bfloat16=st.booleans(),
     lean=st.booleans(),
+    offset=st.booleans(),
+    gain=st.booleans(),
     cap=st.sampled_from([None, 3.0]),
     seed=st.integers(0, 2**16),
 )
-def test_every_instruction_set(isa, groups, rows, vocab, depth, bfloat16, lean, cap, seed):
+def test_every_instruction_set(isa, groups, rows, vocab, depth, bfloat16, lean, offset, gain, cap, seed):
     """Equivalence 7 for the kernel alone, at odd sizes: the float64 torch kernel is the oracle, the float32
     one gives the tolerance."""
     gen = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
-    operand = draw(vocab, depth)
-    operand = operand.bfloat16() if bfloat16 else operand
-    arguments = [
-        2 * draw(groups, rows, depth) / depth**0.5,
-        operand,
-        torch.log_softmax(4 * draw(groups, vocab), -1),
-        draw(groups, vocab) if lean else None,
-        0.3 * draw(groups, rows) if lean else None,
-        5 * draw(groups, vocab) if cap else None,
-    ]
-    double = [None if a is None else a.double() for a in arguments]
-    truth = torch_kernel.log_sum_exp(*double, cap)
-    low = torch_kernel.log_sum_exp(*arguments, cap)
-    got = cpu_kernel.log_sum_exp(*arguments, cap, isa=isa)
+    operands = [draw(vocab, depth).bfloat16() if bfloat16 else draw(vocab, depth) for _ in range(groups)]
+    base = Drawn(
+        scale=0.5 + torch.rand(2, generator=gen),
+        lean=4 * draw(2, vocab),
+        offset=draw(vocab) if offset else None,
+        cap=cap,
+        tokens=torch.randint(vocab, (2,), generator=gen),
+    )
+    arguments = [2 * draw(groups, rows, depth) / depth**0.5, draw(depth) if gain else None]
+    rest = [0.3 * draw(groups, rows) if lean else None, torch.randint(2, (groups,), generator=gen)]
+    several = gain or groups == 3  # one operand for all groups, or one for each
+    low = torch_kernel.increase(base, *arguments, Given(operands) if several else operands[0], *rest)
+    got = cpu_kernel.increase(base, *arguments, Given(operands) if several else operands[0], *rest, isa=isa)
+    double = [None if a is None else a.double() for a in (*arguments, rest[0])]
+    wide = [one.double() for one in operands]
+    truth = torch_kernel.increase(doubled(base), *double[:2], Given(wide) if several else wide[0], double[2], rest[1])
     assert_as_good_as(got, low, truth, magnitude=float(truth.abs().max()) + 20)
+
+
+class Given(list):
+    """Operators that are there already."""
+
+    nbytes = 0
+
+    def cached(self, group: int) -> bool:
+        return True
+
+
+def doubled(base: Drawn) -> Drawn:
+    fields = {"scale": base.scale, "lean": base.lean, "offset": base.offset}
+    wide = {name: None if field is None else field.double() for name, field in fields.items()}
+    return Drawn(**wide, cap=base.cap, tokens=base.tokens)
+
+
+def flat(logits: torch.Tensor, token: int = 0, offset: torch.Tensor | None = None) -> Drawn:
+    """One residual vector of these logits."""
+    return Drawn(scale=torch.ones(1), lean=logits, offset=offset, cap=None, tokens=torch.tensor([token]))
 
 
 @needs_extension
@@ -114,11 +138,11 @@ def test_every_instruction_set(isa, groups, rows, vocab, depth, bfloat16, lean, 
 def test_every_output_is_written(isa):
     """The output buffer is poisoned: a forgotten row stays NaN. One operand for all groups, or one for each."""
     for operands in ([torch.randn(19, 7)], [torch.randn(19, 7) for _ in range(3)]):
-        writes, base = torch.randn(3, 13, 7), torch.log_softmax(torch.randn(3, 19), -1)
-        out = torch.full((41,), float("nan"))
-        EXTENSION.log_sum_exp(
-            writes.data_ptr(), [one.data_ptr() for one in operands], False, base.data_ptr(), 0, 0, 0, 0.0,
-            13, 19, 7, 3, out.data_ptr(), 3, isa,
+        values, lean, scale = torch.randn(3, 13, 7), torch.randn(1, 19), torch.ones(1)
+        names, out = torch.zeros(4, dtype=torch.int64), torch.full((41,), float("nan"))
+        EXTENSION.increase(
+            values.data_ptr(), [one.data_ptr() for one in operands], False, (names.data_ptr(), names.data_ptr()),
+            (scale.data_ptr(), 0, 0), (lean.data_ptr(), 0), 0.0, (1, 3, 13, 19, 7), out.data_ptr(), 3, isa,
         )  # fmt: skip
         assert not out[:39].isnan().any()
         assert out[39:].isnan().all(), "the kernel wrote past its rows"
@@ -128,14 +152,15 @@ def test_every_output_is_written(isa):
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("offset", [-4000.0, -400.0, 400.0])
 def test_common_shift_of_all_logits(isa, offset):
-    """Softmax ignores what all words share: increases far beyond float32's exponents must not overflow."""
-    writes = torch.ones(1, 3, 2)
+    """Softmax ignores what all words share: increases far beyond float32's exponents must not overflow, and cost a
+    rounding of the logits alone."""
+    values = torch.ones(1, 3, 2)
     operand = torch.randn(50, 2) * 0.1
     operand[:, 0] += offset
-    base = torch.log_softmax(torch.randn(1, 50), -1)
-    got = cpu_kernel.log_sum_exp(writes, operand, base, None, None, None, None, isa=isa)
-    truth = torch_kernel.log_sum_exp(writes.double(), operand.double(), base.double(), None, None, None, None)
-    torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=0)
+    base, source = flat(torch.randn(1, 50), token=7), torch.zeros(1, dtype=torch.int64)
+    got = cpu_kernel.increase(base, values, None, operand, None, source, isa=isa)
+    truth = torch_kernel.increase(doubled(base), values.double(), None, operand.double(), None, source)
+    torch.testing.assert_close(got.double(), truth, rtol=0, atol=4 * abs(offset) * torch.finfo(torch.float32).eps)
 
 
 @needs_extension
@@ -145,10 +170,11 @@ def test_common_shift_of_all_logits(isa, offset):
 def test_words_that_cannot_be_said(isa, masked, count):
     """A bias of -inf, or a large finite one, masks words, as some heads do for their padding; whole blocks of
     them must not turn the sum into NaN or infinity."""
-    base = torch.log_softmax(torch.tensor([[masked] * count + [1.0, 2.0, 0.5]]), -1)
-    writes, operand = torch.randn(1, 35, 3), torch.randn(count + 3, 3)
-    got = cpu_kernel.log_sum_exp(writes, operand, base, None, None, None, None, isa=isa)
-    truth = torch_kernel.log_sum_exp(writes.double(), operand.double(), base.double(), None, None, None, None)
+    bias = torch.tensor([masked] * count + [0.0] * 3)
+    base = flat(torch.cat([torch.randn(1, count), torch.tensor([[1.0, 2.0, 0.5]])], 1), token=count + 1, offset=bias)
+    values, operand, source = torch.randn(1, 35, 3), torch.randn(count + 3, 3), torch.zeros(1, dtype=torch.int64)
+    got = cpu_kernel.increase(base, values, None, operand, None, source, isa=isa)
+    truth = torch_kernel.increase(doubled(base), values.double(), None, operand.double(), None, source)
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
 
 

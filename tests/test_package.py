@@ -60,6 +60,7 @@ def test_data_flows_one_way():
     order = [
         "kernels",
         "errors",
+        "caches",
         "offload",
         "files",
         "images",

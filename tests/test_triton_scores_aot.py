@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 from mllm_fast.kernels.logprob_increase import triton_kernel, triton_tiles
 from mllm_fast.kernels.topk_compaction import triton_kernel as topk
+from mllm_fast.kernels.weighted_values import triton_kernel as weighted
 from triton_aot import compile_kernel
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -126,3 +127,19 @@ def test_copies(dtype, width, aligned, capability):
     kernel = compile_kernel(topk.copy, signature, constants, capability, topk.WARPS, 3)
     assert kernel.spills == 0
     assert ("ld.global.v4.b32" in kernel.ptx) == aligned, "16 bytes at a time"
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 72), (torch.float32, 256)]
+)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_weighted_values(dtype, width, aligned, capability):
+    signature = {"query": TYPES[dtype], "places": "*i64", "count": "i32"}
+    signature |= dict.fromkeys(("scales", "scores", "out"), "*fp32")
+    vector = 16 // dtype.itemsize if aligned else 1
+    block = 1 << (width - 1).bit_length()
+    constants = {"WIDTH": width, "BLOCK_N": weighted.BLOCK_N, "BLOCK_D": block, "VECTOR": vector}
+    kernel = compile_kernel(weighted.weigh, signature, constants, capability, weighted.WARPS, 3)
+    assert kernel.spills == 0
+    assert kernel.shared <= SHARED[capability]

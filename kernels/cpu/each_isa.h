@@ -1,5 +1,5 @@
-// Compiles MLLM_PATH once an instruction set, each in a namespace of its own, and MLLM_TILE_PATH once for the
-// matrix tiles. Not with -march: the module must load anywhere, and the choice is made at run time.
+// Compiles MLLM_PATH once an instruction set, each in a namespace of its own, and MLLM_TILE_PATH, where there is one,
+// once for the matrix tiles. Not with -march: the module must load anywhere, and the choice is made at run time.
 // ROWS * VECS accumulators and VECS operands fit the registers. Needs cpu/isa.h; no include guard.
 
 namespace plain {
@@ -40,7 +40,7 @@ constexpr int ROWS = 8, VECS = 3;
 #pragma GCC pop_options
 #endif
 
-#if defined(MLLM_AMX)
+#if defined(MLLM_AMX) && defined(MLLM_TILE_PATH)
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
 namespace amx {

@@ -12,7 +12,6 @@ alpha over chosen rows.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import kernel_of
 
 __all__ = ["SEGMENTS", "Attention", "join", "knockout_attention", "segment_table"]
 
@@ -49,7 +48,6 @@ def segment_table(rules: Iterable[tuple[int, int]], device: torch.device | str =
     return torch.tensor([w - (w >> 31 << 32) for w in words], dtype=torch.int32, device=device)
 
 
-@torch.no_grad()
 def knockout_attention(
     query: Tensor,
     key: Tensor,
@@ -90,12 +88,11 @@ def knockout_attention(
         ValueError: names the argument, what it got and what it takes.
     """
     _check(query, key, value, segments, table, start, mass, causal)
-    backend = choose(query.device, query.dtype, backend, op="knockout_attention")
     if scale is None:
         scale = query.shape[3] ** -0.5
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale is a positive number, got {scale}")
-    kernel = importlib.import_module(f".{backend}_kernel", __package__)
+    kernel = kernel_of("knockout_attention", query.device, query.dtype, backend)
     return Attention(*kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass, causal))
 
 
@@ -112,21 +109,15 @@ def join(first: Attention, second: Attention) -> Tensor:
 
 
 def _check(query, key, value, segments, table, start, mass, causal) -> None:
-    """Few and cheap tests first: decoding calls this once a layer and token."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} has four dimensions, batch, heads, positions, head size; got {_shape(tensor)}")
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, which this kernel does not give: detach it, or use the model's own"
-                " attention for training"
-            )
-        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
-            raise ValueError(f"{name} is not contiguous in its last dimension (stride {tensor.stride(3)}): copy it")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, query {query.dtype}: give all in one type")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move it there")
+    """Few and cheap tests: decoding calls this once a layer and token."""
+    if not (
+        query.ndim == key.ndim == value.ndim == 4
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and not (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
+        _check_each(query, key, value)
     batch, heads, rows, width = query.shape
     if not query.dtype.is_floating_point:
         raise ValueError(f"query is float16, bfloat16 or float32, got {query.dtype}")
@@ -156,7 +147,25 @@ def _check(query, key, value, segments, table, start, mass, causal) -> None:
     if isinstance(mass, Tensor) and (mass.shape != (batch, rows) or mass.dtype != torch.bool):
         raise ValueError(f"mass is True, False or bool [{batch}, {rows}], got {mass.dtype} {_shape(mass)}")
     for name, tensor in (("segments", segments), ("table", table), ("start", start), ("mass", mass)):
-        if isinstance(tensor, Tensor) and tensor.device != query.device:
+        if tensor is not None and not isinstance(tensor, bool) and tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move it there")
+
+
+def _check_each(query, key, value) -> None:
+    """What is wrong with the operands."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} has four dimensions, batch, heads, positions, head size; got {_shape(tensor)}")
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which this kernel does not give: detach it, or use the model's own"
+                " attention for training"
+            )
+        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
+            raise ValueError(f"{name} is not contiguous in its last dimension (stride {tensor.stride(3)}): copy it")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, query {query.dtype}: give all in one type")
+        if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move it there")
 
 

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <tuple>
 #include <utility>
 
 #include "../cpu/aligned.h"

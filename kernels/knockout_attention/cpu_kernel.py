@@ -37,7 +37,7 @@ def attention(
         extension.attention(  # type: ignore[union-attr]
             (query.data_ptr(), key.data_ptr(), value.data_ptr()),
             query.dtype == torch.bfloat16,
-            (query.stride()[:3], key.stride()[:3], value.stride()[:3]),
+            (query.stride(), key.stride(), value.stride()),
             (_address(segments), _address(table), _address(start)),
             segments.stride(0) if segments is not None and len(segments) > 1 else 0,
             scale,

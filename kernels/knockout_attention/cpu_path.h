@@ -1,4 +1,5 @@
 // What cpu/each_isa.h compiles once an instruction set.
+#include "../cpu/lanes.h"
 #include "cpu_rows.h"
 #include "cpu_keys.h"
 #include "cpu_prefill.h"

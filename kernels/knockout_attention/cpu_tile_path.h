@@ -1,4 +1,5 @@
 // What cpu/each_isa.h compiles for the matrix tiles: the products of prefill. All else is the vectors' work.
+#include "../cpu/lanes.h"
 #include "cpu_rows.h"
 #include "cpu_amx.h"
 

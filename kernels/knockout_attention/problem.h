@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/aligned.h"
+#include "../cpu/bfloat16.h"
 
 namespace mllm {
 
@@ -135,19 +136,5 @@ inline std::vector<AttentionTask> attention_tasks(const AttentionProblem& p, int
 }
 
 constexpr float UNSET = -std::numeric_limits<float>::infinity();  // the peak of a row that has seen no key
-
-inline float bfloat16_to_float(uint16_t x) {
-  const uint32_t wide = static_cast<uint32_t>(x) << 16;
-  float y;
-  __builtin_memcpy(&y, &wide, 4);
-  return y;
-}
-
-inline uint16_t float_to_bfloat16(float x) {  // to nearest, ties to even
-  uint32_t b;
-  __builtin_memcpy(&b, &x, 4);
-  if ((b & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(b >> 16 | 0x40);
-  return static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1)) >> 16);
-}
 
 }  // namespace mllm

@@ -13,13 +13,12 @@ write w = O u of a head (u of d_head numbers) needs only M = W_U diag(g) O, whic
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import kernel_of
 from .base import Base
 from .operators import OperatorCache, Operators, weight_state
 from .unembedding import Unembedding
@@ -75,7 +74,7 @@ def logprob_increase(
     """
     _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys)
     wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
-    backend = choose(residual.device, unembedding.weight.dtype, backend, op="logprob_increase")
+    kernel = kernel_of("logprob_increase", residual.device, unembedding.weight.dtype, backend)
     own_mean = unembedding.kind == "layer" and norm == "own"  # is the write's own mean taken off it?
     made = None if projection is None else Operators(unembedding, projection, own_mean, operators, keys)
     if way == "auto":
@@ -91,16 +90,11 @@ def logprob_increase(
         source = torch.arange(len(residual), device=residual.device)
     scale, rescale = _scales(residual, values, outward, source, unembedding, norm, final)
     base = Base(residual, tokens, unembedding, norm, final, scale)
-    kernel = importlib.import_module(f".{backend}_kernel", __package__)
-    after = scale[source, None] if rescale is None else scale[source, None] + rescale
-    scaled = values * after[..., None]
     if way == "direct":
         if own_mean:
-            scaled = unembedding.centred(scaled)
-        if unembedding.gain is not None:
-            scaled = scaled * unembedding.gain.to(wide)
-        return kernel.increase(base, scaled, unembedding.weight, rescale, source)
-    return kernel.increase(base, scaled, made, rescale, source)
+            values = unembedding.centred(values)
+        return kernel.increase(base, values, unembedding.gain, unembedding.weight, rescale, source)
+    return kernel.increase(base, values, None, made, rescale, source)
 
 
 def _scales(

@@ -1,4 +1,4 @@
-// log2 sum_v 2^x with x = base + writes . operand^T, never stored: the work behind logprob_increase.
+// log p(token) before and after writes; no logit of a write is stored.
 #include "cpu_kernel.h"
 
 #include <atomic>
@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "../cpu/aligned.h"
+#include "../cpu/bfloat16.h"
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
 
@@ -17,16 +18,17 @@
 
 namespace mllm {
 
-void log_sum_exp(const Problem& p, const std::string& isa) {
+void increase(const Increase& p, const std::string& isa) {
 #if defined(MLLM_AMX)
   // for few rows, splitting the operand costs more than the tiles save
-  if (isa == "amx" && amx_usable()) return p.rows > 32 ? amx::log_sum_exp(p) : avx512::log_sum_exp(p);
+  if (isa == "amx" && amx_usable())
+    return avx512::increase(p, [](const Problem& q) { q.rows > 32 ? amx::log_sum_exp(q) : avx512::log_sum_exp(q); });
 #endif
 #if defined(MLLM_X86)
-  if (isa == "avx512") return avx512::log_sum_exp(p);
-  if (isa == "avx2") return avx2::log_sum_exp(p);
+  if (isa == "avx512") return avx512::increase(p, avx512::log_sum_exp);
+  if (isa == "avx2") return avx2::increase(p, avx2::log_sum_exp);
 #endif
-  if (isa == "plain") return plain::log_sum_exp(p);
+  if (isa == "plain") return plain::increase(p, plain::log_sum_exp);
   throw std::invalid_argument("unknown instruction set " + isa);
 }
 

@@ -7,7 +7,7 @@
 namespace mllm {
 
 // Fills p.out; `isa` is one of instruction_sets() of cpu/isa.h.
-void log_sum_exp(const Problem& p, const std::string& isa);
+void increase(const Increase& p, const std::string& isa);
 
 // Rate in flop/s of a loop of independent fused multiply-adds that never leaves the registers, on `threads`
 // threads: the ceiling that the benchmarks compare with.

@@ -17,7 +17,7 @@ struct Words {
   explicit Words(int64_t most) : base(most), lean(most), raw(most) {}
 
   void fill(const mllm::Problem& p, int group, int64_t word, int64_t words) {
-    const int64_t here = std::min(words, p.vocab - word), from = group * p.vocab + word;
+    const int64_t here = std::min(words, p.vocab - word), from = p.source[group] * p.vocab + word;
     std::copy_n(p.base + from, here, base.begin());
     std::fill(base.begin() + here, base.begin() + words, -INFINITY);
     if (p.lean) std::copy_n(p.lean + from, here, lean.begin());

@@ -14,9 +14,17 @@ from .operators import Operators
 _BLOCK_ELEMENTS = 1 << 20  # of [rows, block of words], so 4 MiB of float32 at a time
 
 
-def increase(base: Base, writes: Tensor, operands: Tensor | Operators, shift: Tensor | None, source: Tensor) -> Tensor:
-    """S [G, R] of scaled writes [G, R, k] to the residual vectors `source` [G]; `operands` is one for all groups,
-    [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None for frozen statistics."""
+def increase(
+    base: Base,
+    values: Tensor,
+    gain: Tensor | None,
+    operands: Tensor | Operators,
+    shift: Tensor | None,
+    source: Tensor,
+) -> Tensor:
+    """S [G, R] of writes [G, R, k], times `gain` [k], to the residual vectors `source` [G]; `operands` is one for all
+    groups, [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None for frozen statistics."""
+    writes = base.scaled(values, gain, shift, source)
     if isinstance(operands, Tensor):
         total = log_sum_exp(writes, operands, *base.of(source, shift), base.cap)
         return base.explained(writes, operands[base.tokens[source]], shift, source) - total

@@ -50,7 +50,8 @@ def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
 
 def increase(
     base: Base,
-    writes: Tensor,
+    values: Tensor,
+    gain: Tensor | None,
     operands: Tensor | Operators,
     shift: Tensor | None,
     source: Tensor,
@@ -58,8 +59,9 @@ def increase(
 ) -> Tensor:
     """See `torch_kernel.increase`; everything in float32. `splits` cuts the vocabulary so (tests), else as the GPU is
     best filled."""
-    if not writes.shape[0] * writes.shape[1]:
-        return writes.new_empty(writes.shape[:2])
+    if not values.shape[0] * values.shape[1]:
+        return values.new_empty(values.shape[:2])
+    writes = base.scaled(values, gain, shift, source)
     problem = _Problem(base, splits)
     if isinstance(operands, Tensor):
         return problem.direct(writes, operands, shift, source)

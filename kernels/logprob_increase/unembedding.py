@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,22 +54,35 @@ class Unembedding:
         weight is widened a block of rows at a time, never as a whole."""
         if self.gain is not None:
             columns = self.gain.to(columns.dtype)[:, None] * columns
-        return self._times(columns)
+        if self.weight.dtype == columns.dtype:
+            return self.weight @ columns
+        out = columns.new_empty(self.weight.shape[0], columns.shape[1])
+        for block in self._blocks():
+            out[block] = self.weight[block].to(columns.dtype) @ columns
+        return out
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The same of vectors [n, d], as [n, V]."""
+        return self._of_rows(rows if self.gain is None else rows * self.gain.to(rows.dtype))
 
     def offset(self, dtype: torch.dtype) -> Tensor | None:
         """What does not depend on x: weight norm_bias + bias, [V], or None."""
         total = None
         if self.norm_bias is not None:
-            total = self._times(self.norm_bias.to(dtype)[:, None])[:, 0]
+            total = self._of_rows(self.norm_bias.to(dtype)[None])[0]
         if self.bias is not None:
             total = self.bias.to(dtype) if total is None else total + self.bias.to(dtype)
         return total
 
-    def _times(self, columns: Tensor) -> Tensor:
-        if self.weight.dtype == columns.dtype:
-            return self.weight @ columns
-        rows = max(1, _CHUNK // self.weight.shape[1])
-        out = columns.new_empty(self.weight.shape[0], columns.shape[1])
-        for start in range(0, len(out), rows):
-            out[start : start + rows] = self.weight[start : start + rows].to(columns.dtype) @ columns
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        if self.weight.dtype == rows.dtype:
+            return rows @ self.weight.T
+        out = rows.new_empty(len(rows), len(self.weight))
+        for block in self._blocks():
+            out[:, block] = rows @ self.weight[block].to(rows.dtype).T
         return out
+
+    def _blocks(self) -> Iterator[slice]:
+        """Rows of the weight that are widened together."""
+        step = max(1, _CHUNK // self.weight.shape[1])
+        return (slice(start, start + step) for start in range(0, len(self.weight), step))

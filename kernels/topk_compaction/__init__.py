@@ -7,14 +7,13 @@ one of M; each kept row is read once, no other row at all.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import kernel_of
 
 __all__ = ["Compaction", "topk_compaction"]
 
@@ -58,8 +57,7 @@ def topk_compaction(
         ValueError: names the argument, what it got and what it takes.
     """
     count = _check(mass, keys, values, keep, candidates, always)
-    backend = choose(mass.device, keys[0].dtype, backend, op="topk_compaction")
-    kernel = importlib.import_module(".reference" if backend == "torch" else f".{backend}_kernel", __package__)
+    kernel = kernel_of("topk_compaction", mass.device, keys[0].dtype, backend)
     return Compaction(*kernel.compact(mass, keys, values, keep, candidates, always, count))
 
 

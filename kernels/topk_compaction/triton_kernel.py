@@ -105,7 +105,7 @@ def compact(
     always: Tensor | None,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.compact`."""
+    """See `torch_kernel.compact`."""
     layers, positions = mass.shape
     heads, _, width = keys[0].shape
     chosen = torch.empty(layers, count, dtype=torch.int64, device=mass.device)

@@ -15,7 +15,7 @@ from mllm_fast.kernels import OperatorCache, logprob_increase
 from mllm_fast.kernels.dispatch import interpreted
 from mllm_fast.kernels.logprob_increase import torch_kernel, triton_kernel
 from mllm_fast.kernels.logprob_increase.base import Base
-from oracle import assert_as_good_as, cast, problem, truth_of
+from oracle import Drawn, assert_as_good_as, cast, problem, truth_of
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,11 +43,11 @@ def drawn(*sizes, dtype, **variant):
     return {name: value.to(DEVICE) for name, value in arguments.items()}, replace(unembedding, **fields)
 
 
-class Drawn(Base):
-    """Any vectors in place of those of residual vectors."""
+class Scaled(Drawn):
+    """Writes come scaled, so that the operands' type can hold them."""
 
-    def __init__(self, **vectors):
-        vars(self).update(vectors)
+    def scaled(self, values, gain, rescale, source):
+        return values
 
 
 class Given(list):
@@ -60,11 +60,11 @@ class Given(list):
 
 
 def draw(groups, rows, vocab, depth, dtype, way="direct", own=False, cap=None, seed=0):
-    """base, writes, operands, shift and source of a kernel alone; residual vectors are shared and out of order."""
+    """The arguments of a kernel alone, without gain; residual vectors are shared and out of order."""
     gen = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=gen).to(DEVICE)  # noqa: E731
     vectors = max(1, groups // 2)
-    base = Drawn(
+    base = Scaled(
         lean=randn(vectors, vocab),
         raw=5 * randn(vectors, vocab),
         cap=cap,
@@ -76,15 +76,16 @@ def draw(groups, rows, vocab, depth, dtype, way="direct", own=False, cap=None, s
     operands = Given(randn(vocab, depth).to(dtype) for _ in range(count))
     shift = 0.3 * randn(groups, rows) if own else None
     source = torch.randint(vectors, (groups,), generator=gen).to(DEVICE)
-    return base, writes, operands if way == "factored" else operands[0], shift, source
+    return base, writes, None, operands if way == "factored" else operands[0], shift, source
 
 
-def doubled(base, writes, operands, shift, source):
+def doubled(base, writes, gain, operands, shift, source):
     wide = {name: value.double() for name, value in vars(base).items() if name in ("lean", "raw", "log_probs")}
     operands = [one.double() for one in operands] if isinstance(operands, list) else operands.double()
     return (
-        Drawn(**(vars(base) | wide)),
+        Scaled(**(vars(base) | wide)),
         writes.double(),
+        gain,
         operands,
         shift if shift is None else shift.double(),
         source,
@@ -93,11 +94,11 @@ def doubled(base, writes, operands, shift, source):
 
 def plain(arguments):
     """The same in plain torch, in the type of the arguments."""
-    base, writes, operands, shift, source = arguments
+    base, writes, gain, operands, shift, source = arguments
     if isinstance(operands, torch.Tensor):
-        return torch_kernel.increase(base, writes, operands, shift, source)
+        return torch_kernel.increase(*arguments)
     return torch.cat([
-        plain((base, writes[g : g + 1], one, None if shift is None else shift[g : g + 1], source[g : g + 1]))
+        plain((base, writes[g : g + 1], gain, one, None if shift is None else shift[g : g + 1], source[g : g + 1]))
         for g, one in enumerate(operands)
     ])  # fmt: skip
 
@@ -162,7 +163,7 @@ def test_words_that_cannot_be_said(way, splits, masked):
 def test_common_shift_of_all_logits(way, offset):
     """Softmax ignores what all words share: increases far beyond float32's exponents must not overflow."""
     arguments = draw(1, 3, 150, 2, torch.float32, way)
-    operand = arguments[2][0] if way == "factored" else arguments[2]
+    operand = arguments[3][0] if way == "factored" else arguments[3]
     operand *= 0.1
     operand[:, 0] += offset
     arguments[1][:] = 1
@@ -204,12 +205,8 @@ def test_op_matches_float64_oracle(monkeypatch, dtype, way, norm, variant):
     truth = truth_of(arguments, unembedding, norm)
     options = {"unembedding": unembedding, "norm": norm, "way": way}
     got = logprob_increase(**arguments, **options, backend="triton")
-    exact = torch_kernel.increase
-
-    def rounding(base, writes, operands, shift, source):
-        return exact(base, writes.to(dtype).float(), operands, shift, source)
-
-    monkeypatch.setattr(torch_kernel, "increase", rounding)
+    exact = Base.scaled
+    monkeypatch.setattr(Base, "scaled", lambda *arguments: exact(*arguments).to(dtype).float())
     low = logprob_increase(**arguments, **options, backend="torch")
     assert_as_good_as(got, low, truth, magnitude=20)
     assert truth.abs().max() > 20 * (got - truth).abs().max(), "the tolerance must mean something"
