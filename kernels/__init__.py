@@ -4,14 +4,15 @@ Importing the package binds the ops; their backends (the compiled extension, Tri
 the first call that needs them.
 """
 
-from .dispatch import backend_report
+from .dispatch import backend_report, wide_type
 from .knockout_attention import Attention, join, knockout_attention, segment_table
-from .logprob_increase import OperatorCache, Unembedding, logprob_increase, weight_state
+from .logprob_increase import Base, OperatorCache, Unembedding, logprob_increase, weight_state
 from .topk_compaction import Compaction, topk_compaction
 from .weighted_values import weighted_values
 
 __all__ = [
     "Attention",
+    "Base",
     "Compaction",
     "OperatorCache",
     "Unembedding",
@@ -23,4 +24,5 @@ __all__ = [
     "topk_compaction",
     "weight_state",
     "weighted_values",
+    "wide_type",
 ]

@@ -24,7 +24,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "increase",
       [](uintptr_t writes, const std::vector<uintptr_t>& operands, bool bfloat16, std::array<uintptr_t, 2> names,
-         std::array<uintptr_t, 3> scales, std::array<uintptr_t, 2> logits, float cap, std::array<int64_t, 5> sizes,
+         std::array<uintptr_t, 3> scales, std::array<uintptr_t, 3> logits, float cap, std::array<int64_t, 5> sizes,
          uintptr_t out, int threads, const std::string& isa) {
         mllm::Increase p;
         p.writes = pointer<float>(writes);
@@ -35,8 +35,9 @@ PYBIND11_MODULE(_cpu, m) {
         p.scale = pointer<float>(scales[0]);
         p.rescale = pointer<float>(scales[1]);
         p.gain = pointer<float>(scales[2]);
-        p.lean = pointer<float>(logits[0]);
-        p.offset = pointer<float>(logits[1]);
+        p.log_probs = pointer<float>(logits[0]);
+        p.lean = pointer<float>(logits[1]);
+        p.raw = pointer<float>(logits[2]);
         p.cap = cap;
         p.sources = sizes[0];
         p.groups = sizes[1];
@@ -51,7 +52,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("names"), py::arg("scales"), py::arg("logits"), py::arg("cap"), py::arg("sizes"), py::arg("out"),
       py::arg("threads"), py::arg("isa"),
       "Fills `out`, a number a row; one operand for all groups, or one for each. names: sources, tokens; scales: scale,"
-      " rescale, gain; logits: lean, offset; sizes: sources, groups, rows a group, vocabulary, depth. See"
+      " rescale, gain; logits: log-probabilities, lean, raw; sizes: sources, groups, rows a group, vocabulary, depth. See"
       " logprob_increase/problem.h.");
   m.def(
       "attention",

@@ -33,6 +33,11 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 
 
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """What sums of numbers of a floating type are made in: float32, of float64 that."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @cache
 def cpu_extension() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason why it is not there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .kernels import Unembedding
+from .kernels import Unembedding, weight_state
 from .layout import Tile
 from .offload import weight_of
 
+_STACKED_BYTES = 1 << 25  # of the output projections of a model that keeps them together
 Tiling = tuple[tuple[Tile, ...], tuple[int, int]]  # tiles in token order, and (rows, cols) of the canvas
 
 
@@ -53,14 +54,27 @@ class TextModel:
     num_heads: int
     head_dim: int
     _views: dict[int, tuple[Any, int, torch.Tensor, list[torch.Tensor]]] = field(default_factory=dict, repr=False)
+    _stacked: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def projection(self, layer: int, head: int) -> torch.Tensor:
         """O_j: [hidden size, head dim], a view of the output projection's weight."""
         return self._of_heads(layer)[1][head]
 
-    def projections(self, layer: int) -> torch.Tensor:
-        """O_j of all heads, transposed: [heads, head dim, hidden size], a view of the weight."""
-        return self._of_heads(layer)[0]
+    def projections(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """O_j of all heads, transposed, [layers, heads, head dim, hidden size], some layers at a time: of a small model
+        all of them, from one copy that is kept; else one after another."""
+        count = len(self.outputs)
+        first: Any = self.outputs[0].weight
+        elsewhere = any(output.weight.device.type == "meta" for output in self.outputs)
+        if elsewhere or count * first.numel() * dtype.itemsize > _STACKED_BYTES:
+            for layer in range(count):
+                yield slice(layer, layer + 1), self._of_heads(layer)[0].to(device=device, dtype=dtype)[None]
+            return
+        state = device, dtype, *(weight_state(output.weight) for output in self.outputs)
+        if self._stacked.get("state") != state:
+            each = [self._of_heads(layer)[0].to(device=device, dtype=dtype) for layer in range(count)]
+            self._stacked.update(state=state, weights=torch.stack(each))
+        yield slice(0, count), self._stacked["weights"]
 
     def _of_heads(self, layer: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Kept while the weight stays where it is: of a small model, making views takes as long as using them."""

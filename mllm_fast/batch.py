@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapters import TextModel
 from .attention import Recording, recording
-from .kernels import Attention, join
+from .kernels import Attention, join, wide_type
 from .masks import attend_split
 from .prefixes import Prefix, Prefixes, Stack
 
@@ -252,7 +252,7 @@ class Batch:
         count = len(self.rows)
         output, total = (
             torch.empty_like(rows),
-            rows.new_empty(rows.shape[:2], dtype=torch.promote_types(rows.dtype, torch.float32)),
+            rows.new_empty(rows.shape[:2], dtype=wide_type(rows.dtype)),
         )
         if self._single:
             # all slots in one call; of the rows that read several tokens nothing is seen

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapters import TextModel
 from .errors import InputError, check_choice
-from .kernels import OperatorCache, logprob_increase, weight_state
+from .kernels import Base, OperatorCache, logprob_increase, weight_state, wide_type
 from .layout import ImageLayout, TokenLayout
 from .maps import WITH_DETECTOR, find
 from .trace import Trace
@@ -80,6 +80,7 @@ class Explanation:
         self._replay = replay
         self._unembedding = vlm_text.unembedding()
         self._head_scores: Tensor | None = None
+        self._logits: tuple[range, Base] | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self.verification: list[Verification] = []
         self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None  # of a joint model's explanation
@@ -128,8 +129,10 @@ class Explanation:
         wanted = self._heads(index, heads)
         missing = [head for head in wanted if (index, head) not in self._position_scores]
         if missing:
-            for head, scores in zip(missing, self._score_positions(index, missing), strict=True):
-                self._position_scores[index, head] = scores
+            scores = self._score_positions(index, missing)
+            self._position_scores |= {(index, head): row for head, row in zip(missing, scores.unbind(), strict=True)}
+            if missing == wanted:
+                return scores.clone()
         return torch.stack([self._position_scores[index, head] for head in wanted])
 
     @torch.no_grad()
@@ -236,6 +239,7 @@ class Explanation:
     def forget(self) -> None:
         """Drop the scores that were made, so that the next are made anew."""
         self._head_scores = None
+        self._logits = None
         self._position_scores = {}
 
     def token_index(self, token: int | str) -> int:
@@ -288,49 +292,55 @@ class Explanation:
 
     def _score_heads(self, tokens: range) -> Tensor:
         """[len(tokens), L, H]: one row a head, so the direct way, all layers and heads in one call."""
-        trace, first, last = self._trace, tokens.start, tokens.stop
-        count, layers, device = len(tokens), self.num_layers, trace.residual.device
-        wide = torch.promote_types(trace.output.dtype, torch.float32)
-        width = trace.residual.shape[-1]
-        writes = torch.empty(layers, self.num_heads, count, width, dtype=wide, device=device)
-        output = trace.output[first:last].to(wide).permute(1, 2, 0, 3)  # [L, H, T, D]
-        for layer in range(layers):
-            weight = self._text.projections(layer).to(device=device, dtype=wide)
-            torch.bmm(output[layer], weight, out=writes[layer])
+        trace, count, layers = self._trace, len(tokens), self.num_layers
+        device, wide = trace.residual.device, wide_type(trace.output.dtype)
+        writes = torch.empty(layers, self.num_heads, count, trace.residual.shape[-1], dtype=wide, device=device)
+        output = trace.output[tokens.start : tokens.stop].to(wide).permute(1, 2, 0, 3)  # [L, H, T, D]
+        for some, weight in self._text.projections(device, wide):
+            torch.matmul(output[some], weight, out=writes[some])
+        base, _ = self._base(tokens)
         scores = logprob_increase(
-            trace.residual[first:last].flatten(0, 1),
-            writes.permute(2, 0, 1, 3).flatten(0, 1),
-            torch.tensor(self.token_ids[first:last], device=device)[:, None].expand(-1, layers).flatten(),
-            self._unembedding,
-            norm=self.norm,
-            final=trace.final[first:last, None].expand(-1, layers, -1).flatten(0, 1),
-            backend=self._backend,
+            base, writes.permute(2, 0, 1, 3).flatten(0, 1), unembedding=self._unembedding, backend=self._backend
         )
         return scores.reshape(count, layers, self.num_heads)
 
-    def _score_positions(self, index: int, heads: list[tuple[int, int]]) -> list[Tensor]:
-        """One [positions] a head: many rows a head, so the factored way where it pays."""
-        stop = int(self._trace.rows[index]) + 1
+    def _base(self, tokens: range) -> tuple[Base, int]:
+        """The logits at every layer's input to some tokens' rows, and which of its vectors is the first of them; made
+        once for the calls that follow each other."""
+        if self._logits is None or not (self._logits[0].start <= tokens.start and tokens.stop <= self._logits[0].stop):
+            trace, layers = self._trace, self.num_layers
+            residual = trace.residual[tokens.start : tokens.stop].flatten(0, 1)
+            named = [token for token in self.token_ids[tokens.start : tokens.stop] for _ in range(layers)]
+            final = trace.final[tokens.start : tokens.stop, None].expand(-1, layers, -1).flatten(0, 1)
+            ids = torch.tensor(named, device=residual.device)
+            self._logits = tokens, Base(residual, ids, self._unembedding, self.norm, final)
+        held, base = self._logits
+        return base, (tokens.start - held.start) * self.num_layers
+
+    def _score_positions(self, index: int, heads: list[tuple[int, int]]) -> Tensor:
+        """[heads, positions]: many rows a head, so the factored way where it pays."""
+        stop = self._trace.rows[index] + 1
         step = max(1, _WRITE_ELEMENTS // (stop * self._text.head_dim))
-        done: dict[tuple[int, int], Tensor] = {}
-        ordered = sorted(heads)  # the heads of a layer together: they share its attention and its residual
-        for start in range(0, len(ordered), step):
-            part = ordered[start : start + step]
-            layers = sorted({layer for layer, _ in part})
-            device = self._trace.residual.device
+        base, first = self._base(range(index, index + 1))
+        device = self._trace.residual.device
+        parts = []
+        for start in range(0, len(heads), step):
+            part = heads[start : start + step]
+            layers = {layer for layer, _ in part}
+            states = {layer: weight_state(self._text.outputs[layer].weight) for layer in layers}
             scores = logprob_increase(
-                self._trace.residual[index, layers],
+                base,
                 self._trace.position_values(index, part, self._backend),
-                torch.full((len(layers),), self.token_ids[index], device=device),
-                self._unembedding,
-                projection=[self._text.projection(layer, head).to(device) for layer, head in part],
-                norm=self.norm,
-                final=self._trace.final[index].expand(len(layers), -1),
-                source=torch.tensor([layers.index(layer) for layer, _ in part], device=device),
+                unembedding=self._unembedding,
+                projection=[_on(self._text.projection(layer, head), device) for layer, head in part],
+                source=torch.tensor([first + layer for layer, _ in part], device=device),
                 backend=self._backend,
                 operators=self._operators,
-                keys=[(layer, head, weight_state(self._text.outputs[layer].weight)) for layer, head in part],
+                keys=[(layer, head, states[layer]) for layer, head in part],
             )
-            spread = self._trace.spread(scores, [layer for layer, _ in part], len(self.input_ids))
-            done |= dict(zip(part, spread.unbind(), strict=True))
-        return [done[head] for head in heads]
+            parts.append(self._trace.spread(scores, [layer for layer, _ in part], len(self.input_ids)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)

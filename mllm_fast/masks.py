@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from .errors import InputError
-from .kernels import Attention, knockout_attention
+from .kernels import Attention, knockout_attention, wide_type
 from .kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from .kernels.knockout_attention.reference import visible
 
@@ -132,7 +132,7 @@ def attend(
     rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.empty_like(query)
-    share = query.new_zeros(*query.shape[:2], keys, dtype=torch.promote_types(query.dtype, torch.float32))
+    share = query.new_zeros(*query.shape[:2], keys, dtype=wide_type(query.dtype))
     chosen = torch.ones(1, rows, device=query.device) if isinstance(mass, bool) else mass
     weight = chosen.to(share.dtype) / chosen.to(share.dtype).sum(-1, keepdim=True).clamp_min(1)
     for start in range(0, rows, _ROW_BLOCK):
@@ -184,7 +184,7 @@ def weigh(
     rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     seen, bias = seen_by(mask, 0, rows, rows, keys, closed)
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = wide_type(query.dtype)
     scores = query.to(wide) @ key.to(wide).mT * scale
     scores = scores if bias is None else scores + bias
     # the lowest number in place of -inf: a row that sees nothing would have no gradient but NaN

@@ -129,7 +129,7 @@ class Session:
             ]
             for i, shared in enumerate((self.keys, self.values))
         )
-        rows = torch.arange(num_tokens) + keys[0].shape[1] - num_tokens
+        rows = range(keys[0].shape[1] - num_tokens, keys[0].shape[1])
         return trace_of(record, keys, values, rows, positions)
 
     @property

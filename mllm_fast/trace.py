@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import Recording
 from .errors import InputError
-from .kernels import weighted_values
+from .kernels import weighted_values, wide_type
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Trace:
     residual [T, L, d]: h, each layer's input at the row. query [T, L, H, D], rotated. output [T, L, H, D]:
     sum_p alpha_jp v_jp of every head, what the output projection reads. final [T, d]: the last
     layer's output at the row. keys, values: one [Hkv, N, D] a layer. rows: the position of each explained
-    row, int64 [T]; a row sees keys up to itself, and where `seen` has an entry for its layer (bool [T, N]),
+    row; a row sees keys up to itself, and where `seen` has an entry for its layer (bool [T, N]),
     only those. scale: of the attention, one a layer. positions: where the keys lie in the whole sequence, int64 [L, N];
     None where the cache holds all of it.
     """
@@ -32,7 +32,7 @@ class Trace:
     final: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    rows: Tensor
+    rows: Sequence[int]
     seen: tuple[Tensor | None, ...]
     scale: tuple[float, ...]
     positions: Tensor | None = None
@@ -42,15 +42,15 @@ class Trace:
         the CPU, 0 where no key is."""
         values, count = values.float().cpu(), values.shape[1]
         if self.positions is None:
-            return torch.nn.functional.pad(values, (0, length - count))
+            return torch.constant_pad_nd(values, (0, length - count))
         return torch.zeros(len(values), length).scatter_(1, self.positions[list(layers), :count], values)
 
     def attention(self, token: int, layer: int) -> Tensor:
         """alpha of one row: float32 or wider [H, N'], N' = its position + 1."""
-        stop = int(self.rows[token]) + 1
+        stop = self.rows[token] + 1
         keys = self.keys[layer][:, :stop]
         query = self.query[token, layer]
-        wide = torch.promote_types(query.dtype, torch.float32)
+        wide = wide_type(query.dtype)
         heads, width = query.shape
         grouped = query.to(wide).reshape(keys.shape[0], heads // keys.shape[0], width)
         scores = (grouped @ keys.to(wide).mT * self.scale[layer]).reshape(heads, stop)
@@ -67,7 +67,7 @@ class Trace:
             self.keys,
             self.values,
             heads,
-            count=int(self.rows[token]) + 1,
+            count=self.rows[token] + 1,
             scale=self.scale,
             seen=seen,
             backend=backend,
@@ -86,9 +86,9 @@ def make_trace(
         InputError: the passes were not one a token (beams, chunks, guidance, assisted decoding), or the cache
             does not hold every position (a sliding window, an offloaded or quantised one).
     """
-    rows = torch.arange(num_tokens) + prompt_length - 1
-    length = int(rows[-1]) + 1
-    _check_passes(record, rows.tolist(), one_sequence=batch_index is None)
+    rows = range(prompt_length - 1, prompt_length - 1 + num_tokens)
+    length = rows[-1] + 1
+    _check_passes(record, rows, one_sequence=batch_index is None)
     batch_index = batch_index or 0
     keys, values = [], []
     for i in range(record.num_layers):
@@ -100,7 +100,9 @@ def make_trace(
                 f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
                 " use transformers' default cache and a sequence shorter than the model's sliding window"
             )
-        k, v = k[batch_index].to(record.device), v[batch_index].to(record.device)
+        k, v = k[batch_index], v[batch_index]
+        if k.device != record.device:
+            k, v = k.to(record.device), v.to(record.device)
         if k.shape[1] > length:
             k, v = k[:, :length], v[:, :length]
         keys.append(k)
@@ -112,7 +114,7 @@ def trace_of(
     record: Recording,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    rows: Tensor,
+    rows: Sequence[int],
     positions: Tensor | None = None,
     batch_index: int = 0,
 ) -> Trace:
@@ -132,7 +134,7 @@ def trace_of(
     )
 
 
-def _check_passes(record: Recording, rows: list[int], one_sequence: bool) -> None:
+def _check_passes(record: Recording, rows: Sequence[int], one_sequence: bool) -> None:
     """The recorded rows, pass after pass, must be those of the explained tokens."""
     recorded: list[int | None] = []
     for last, hidden in zip(record.last, record.final, strict=True):

@@ -121,7 +121,7 @@ def log_probs(ex: Explanation, token: int, variants: Sequence[Tensor]) -> Tensor
     trace = ex._trace
     # rows before the first one that a knockout touches are as they were
     rows = torch.cat([ex.layout.positions("query"), ex.layout.positions("generated")])
-    row = int(trace.rows[token])
+    row = trace.rows[token]
     first = min(int(rows.min()), row)
     each = sum(k[:, : row + 1].nbytes for k in (*trace.keys, *trace.values))
     step = max(1, _CACHE_BYTES // each)

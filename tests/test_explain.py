@@ -323,17 +323,56 @@ def test_quantised_weights_are_refused():
         mf.VLM(model, processor)
 
 
-def test_projections_are_those_of_the_weight_there_is(built):
-    """Kept views of one that was replaced, or moved, are not used."""
+@pytest.mark.parametrize("together", [True, False])
+def test_projections_are_those_of_the_weight_there_is(built, together, monkeypatch):
+    """Kept views, or copies, of one that was replaced, moved or trained are not used."""
     vlm = mf.VLM(*built("llava"))
+    monkeypatch.setattr("mllm_fast.adapters._STACKED_BYTES", together << 25)
+
+    def everywhere():
+        found = list(vlm.text.projections(kept.device, kept.dtype))
+        assert len(found) == (1 if together else len(vlm.text.layers))
+        assert [layer for some, _ in found for layer in range(some.start, some.stop)] == [*range(len(vlm.text.layers))]
+        return torch.cat([weight for _, weight in found])[0, 1].mT
+
     linear, kept = vlm.text.outputs[0], vlm.text.outputs[0].weight
     first = vlm.text.projection(0, 1).clone()
+    assert torch.equal(everywhere(), first)
     try:
         linear.weight = torch.nn.Parameter(2 * kept.detach())
         assert torch.equal(vlm.text.projection(0, 1), 2 * first)
+        assert torch.equal(everywhere(), 2 * first)
         linear.weight.data = 2 * linear.weight.data
         assert torch.equal(vlm.text.projection(0, 1), 4 * first)
-        assert torch.equal(vlm.text.projections(0)[1].mT, 4 * first)
+        assert torch.equal(everywhere(), 4 * first)
+        with torch.no_grad():
+            linear.weight.mul_(2)
+        assert torch.equal(everywhere(), 8 * first)
     finally:
         linear.weight = kept
     assert torch.equal(vlm.text.projection(0, 1), first)
+
+
+def test_the_logits_of_a_word_are_made_once(shapes, picture, monkeypatch):
+    """Heads, and positions of any of them, write to the same residual vectors: one product with the unembedding."""
+    from mllm_fast import explain
+
+    ex = shapes.explain(picture, "what color is the star?")
+    made = []
+    base = explain.Base
+    monkeypatch.setattr(explain, "Base", lambda *arguments: made.append(len(arguments[0])) or base(*arguments))
+    first = ex.position_scores(0, 3)
+    ex.position_scores(0, [(0, 0), (5, 3)])
+    ex.heatmap(0)
+    assert made == [len(ex.tokens) * ex.num_layers]
+    ex.forget()
+    assert torch.equal(ex.position_scores(0, 3), first)
+    assert len(made) == 2
+
+
+def test_what_is_given_is_the_callers_own(shapes, picture):
+    ex = shapes.explain(picture, "what color is the star?")
+    first = ex.position_scores(0, 3)
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(ex.position_scores(0, 3), kept)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mllm_fast.kernels import Unembedding, logprob_increase
+from mllm_fast.kernels import Base, Unembedding, logprob_increase
 from mllm_fast.kernels.dispatch import cpu_extension
 from mllm_fast.kernels.logprob_increase import cpu_kernel, torch_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
@@ -118,7 +118,7 @@ class Given(list):
 
     nbytes = 0
 
-    def cached(self, group: int) -> bool:
+    def at_hand(self, group: int) -> bool:
         return True
 
 
@@ -138,11 +138,12 @@ def flat(logits: torch.Tensor, token: int = 0, offset: torch.Tensor | None = Non
 def test_every_output_is_written(isa):
     """The output buffer is poisoned: a forgotten row stays NaN. One operand for all groups, or one for each."""
     for operands in ([torch.randn(19, 7)], [torch.randn(19, 7) for _ in range(3)]):
-        values, lean, scale = torch.randn(3, 13, 7), torch.randn(1, 19), torch.ones(1)
+        values, scale = torch.randn(3, 13, 7), torch.ones(1)
+        logs = torch.log_softmax(torch.randn(1, 19), -1)
         names, out = torch.zeros(4, dtype=torch.int64), torch.full((41,), float("nan"))
         EXTENSION.increase(
             values.data_ptr(), [one.data_ptr() for one in operands], False, (names.data_ptr(), names.data_ptr()),
-            (scale.data_ptr(), 0, 0), (lean.data_ptr(), 0), 0.0, (1, 3, 13, 19, 7), out.data_ptr(), 3, isa,
+            (scale.data_ptr(), 0, 0), (logs.data_ptr(), 0, 0), 0.0, (1, 3, 13, 19, 7), out.data_ptr(), 3, isa,
         )  # fmt: skip
         assert not out[:39].isnan().any()
         assert out[39:].isnan().all(), "the kernel wrote past its rows"
@@ -217,6 +218,38 @@ def test_groups_may_share_a_residual(way, norm):
         logprob_increase(**shared, unembedding=unembedding, source=source + 1)
 
 
+@pytest.mark.parametrize("norm", ["frozen", "own"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+def test_calls_share_the_logits_at_a_residual(backend, variant, norm):
+    """Of residual vectors that are known already, in any order: the same numbers, to the bit."""
+    arguments, unembedding = cast(*problem(3, 9, 57, 24, 6, **variant), torch.float32)
+    base = Base(arguments["residual"], arguments["tokens"], unembedding, norm, arguments["final"])
+    for way in ("direct", "factored"):
+        expected = logprob_increase(**arguments, unembedding=unembedding, norm=norm, way=way, backend=backend)
+        shared = {name: arguments[name].flip(0) for name in ("values", "projection")}
+        got = logprob_increase(
+            base, **shared, unembedding=unembedding, source=torch.tensor([2, 1, 0]), way=way, backend=backend
+        )
+        assert torch.equal(got.flip(0), expected)
+
+
+def test_a_base_says_what_is_missing_or_too_much():
+    arguments, unembedding = cast(*problem(2, 3, 57, 24, 6), torch.float32)
+    residual, values, tokens, final = (arguments[name] for name in ("residual", "values", "tokens", "final"))
+    base = Base(residual, tokens, unembedding, final=final)
+    more = {"projection": arguments["projection"]}
+    for name, value in (("tokens", tokens), ("final", final)):
+        with pytest.raises(ValueError, match="tokens and final belong to a Base already"):
+            logprob_increase(base, values, unembedding=unembedding, **more, **{name: value})
+    with pytest.raises(ValueError, match="tokens is needed"):
+        logprob_increase(residual, values, unembedding=unembedding, **more)
+    with pytest.raises(ValueError, match="unembedding is needed"):
+        logprob_increase(base, values, **more)
+    with pytest.raises(ValueError, match=r"tokens lie in 0 .. 56, got 0 .. 57"):
+        Base(residual, torch.tensor([0, 57]), unembedding, final=final)
+
+
 def test_auto_way_counts_the_operator():
     """Few rows do not pay for an operator, many do, and a cached one costs nothing."""
     from mllm_fast.kernels import OperatorCache
@@ -228,10 +261,13 @@ def test_auto_way_counts_the_operator():
     assert _cheaper_way(values, unembedding, None) == "direct"
     assert _cheaper_way(values, unembedding, made) == "direct"
     assert _cheaper_way(values.repeat(1, 50, 1), unembedding, made) == "factored"
-    cached = Operators(unembedding, projection, False, OperatorCache(1 << 20), ["head"])
-    assert not cached.cached(0)
-    cached[0].sum()
-    assert _cheaper_way(values, unembedding, cached) == "factored"
+    cache = OperatorCache(1 << 20)
+    first = Operators(unembedding, projection, False, cache, ["head"])
+    assert _cheaper_way(values, unembedding, first) == "direct"
+    made = first[0]
+    second = Operators(unembedding, projection, False, cache, ["head"])
+    assert _cheaper_way(values, unembedding, second) == "factored"
+    assert second[0] is made
 
 
 @pytest.mark.parametrize(

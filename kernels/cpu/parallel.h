@@ -65,7 +65,7 @@ inline void parallel(int threads, const std::function<void(int)>& work, bool own
 
 // A thread is worth waking for a few million flops.
 inline int worthwhile_threads(int threads, double flops) {
-  return static_cast<int>(std::clamp(flops / 8e6, 1.0, static_cast<double>(std::max(threads, 1))));
+  return static_cast<int>(std::clamp(flops / 3e6, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 
 }  // namespace mllm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import wide_type
 from . import reference
 
 _BLOCK_ELEMENTS = 1 << 24  # of [B, H, rows, N], so 64 MiB of float32 at a time
@@ -25,7 +26,7 @@ def attention(
     """See `reference.attention`; computed in float32 or wider, grouped heads never repeated."""
     batch, heads, rows, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = wide_type(query.dtype)
     output = query.new_empty(batch, rows, heads, width).transpose(1, 2)
     total = query.new_empty(batch, heads, rows, dtype=wide) if lse else None
     weight = None

@@ -19,22 +19,21 @@ import torch
 from torch import Tensor
 
 from ..dispatch import kernel_of
-from .base import Base
+from .base import Base, check_range
 from .operators import OperatorCache, Operators, weight_state
 from .unembedding import Unembedding
 
-__all__ = ["OperatorCache", "Unembedding", "logprob_increase", "weight_state"]
+__all__ = ["Base", "OperatorCache", "Unembedding", "logprob_increase", "weight_state"]
 
-NORMS = ("frozen", "own")
 WAYS = ("auto", "direct", "factored")
 
 
 @torch.no_grad()
 def logprob_increase(
-    residual: Tensor,
+    residual: Tensor | Base,
     values: Tensor,
-    tokens: Tensor,
-    unembedding: Unembedding,
+    tokens: Tensor | None = None,
+    unembedding: Unembedding | None = None,
     *,
     projection: Tensor | Sequence[Tensor] | None = None,
     norm: str = "frozen",
@@ -48,7 +47,8 @@ def logprob_increase(
     """The increase of log p(token) by each write: G groups of R writes, each group to one residual vector.
 
     Args:
-        residual: h, [G, d]; or with `source`, [B, d].
+        residual: h, [G, d]; or with `source`, [B, d]. Or a `Base` that was made of it, the tokens, norm and final,
+            which are then not given: calls that write to the same residual vectors make their logits once.
         values: the writes [G, R, d]; or with `projection`, what it projects, [G, R, k].
         tokens: b, the explained token of each residual vector, int64 [G] (or [B]).
         unembedding: final norm and unembedding.
@@ -72,24 +72,24 @@ def logprob_increase(
     Raises:
         ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
     """
-    _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys)
-    wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
-    kernel = kernel_of("logprob_increase", residual.device, unembedding.weight.dtype, backend)
-    own_mean = unembedding.kind == "layer" and norm == "own"  # is the write's own mean taken off it?
+    if unembedding is None:
+        raise ValueError("unembedding is needed: the final norm and the unembedding")
+    base = _base(residual, tokens, unembedding, norm, final)
+    _check(base, values, unembedding, projection, source, way, operators, keys)
+    wide = base.residual.dtype
+    kernel = kernel_of("logprob_increase", base.residual.device, unembedding.weight.dtype, backend)
+    own_mean = unembedding.kind == "layer" and base.norm == "own"  # is the write's own mean taken off it?
     made = None if projection is None else Operators(unembedding, projection, own_mean, operators, keys)
     if way == "auto":
         way = _cheaper_way(values, unembedding, made)
-    residual, values = residual.to(wide), values.to(wide)
+    values = values.to(wide)
     outward = None
-    if projection is not None and (way == "direct" or norm == "own"):
+    if projection is not None and (way == "direct" or base.norm == "own"):
         stacked = projection if isinstance(projection, Tensor) else torch.stack(list(projection))
         outward = stacked.to(wide)
     if way == "direct" and outward is not None:
         values, outward = values @ outward.mT, None
-    if source is None:
-        source = torch.arange(len(residual), device=residual.device)
-    scale, rescale = _scales(residual, values, outward, source, unembedding, norm, final)
-    base = Base(residual, tokens, unembedding, norm, final, scale)
+    rescale = None if base.norm == "frozen" else _rescale(base, values, outward, base.each(source), unembedding)
     if way == "direct":
         if own_mean:
             values = unembedding.centred(values)
@@ -97,27 +97,27 @@ def logprob_increase(
     return kernel.increase(base, values, None, made, rescale, source)
 
 
-def _scales(
-    residual: Tensor,
-    values: Tensor,
-    outward: Tensor | None,
-    source: Tensor,
-    unembedding: Unembedding,
-    norm: str,
-    final: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The norm's scale r0 at each residual vector, [B], and r - r0 for each write, [G, R], None where they are equal.
+def _base(residual, tokens, unembedding, norm, final) -> Base:
+    if not isinstance(residual, Base):
+        if tokens is None:
+            raise ValueError("tokens is needed: the explained token of each residual vector")
+        return Base(residual, tokens, unembedding, norm, final)
+    if tokens is not None or final is not None:
+        raise ValueError("tokens and final belong to a Base already: give the residual vectors, or leave these out")
+    return residual
 
-    r - r0 is computed from the change of the mean square, not as a difference of two scales: for a small
-    write the two agree in all digits but the last. With a projection the change comes from the d_head x
-    d_head Gram matrix, without making the write.
+
+def _rescale(base: Base, values: Tensor, outward: Tensor | None, source: Tensor, unembedding: Unembedding) -> Tensor:
+    """r - r0 for each write, [G, R], with the norm's scale r0 at the residual vector and r after the write.
+
+    It is computed from the change of the mean square, not as a difference of two scales: for a small write the two
+    agree in all digits but the last. With a projection the change comes from the d_head x d_head Gram matrix, without
+    making the write.
     """
-    if norm == "frozen":
-        return unembedding.scale(final.to(residual.dtype)), None  # type: ignore[union-attr]
-    h = unembedding.centred(residual)
-    width = residual.shape[-1]
-    before = h.square().mean(-1) + unembedding.eps
-    scale, before, h = torch.rsqrt(before), before[source, None], h[source, :, None]
+    h = unembedding.centred(base.residual)
+    width = h.shape[-1]
+    before = (h.square().mean(-1) + unembedding.eps)[source, None]
+    h = h[source, :, None]
     if outward is None:
         w = unembedding.centred(values)
         change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
@@ -126,7 +126,7 @@ def _scales(
         change = 2 * (values @ (outward.mT @ h))[..., 0] + ((values @ (outward.mT @ outward)) * values).sum(-1)
     change = change / width
     root_before, root_after = before.sqrt(), (before + change).clamp_min(unembedding.eps).sqrt()
-    return scale, -change / (root_before * root_after * (root_before + root_after))
+    return -change / (root_before * root_after * (root_before + root_after))
 
 
 def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators | None) -> str:
@@ -137,27 +137,22 @@ def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators 
     groups, rows, depth = values.shape
     vocab, width = unembedding.weight.shape
     direct = groups * rows * width * (vocab + depth)
-    to_make = groups - sum(map(operators.cached, range(groups)))
-    factored = groups * rows * vocab * depth + to_make * vocab * width * depth
+    factored = groups * rows * vocab * depth + operators.to_make * vocab * width * depth
     return "factored" if factored <= direct else "direct"
 
 
-def _check(residual, values, tokens, unembedding, projection, norm, final, source, way, operators, keys) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
+def _check(base, values, unembedding, projection, source, way, operators, keys) -> None:
     if way not in WAYS:
         raise ValueError(f"way is one of {', '.join(WAYS)}, got {way!r}")
     if way == "factored" and projection is None:
         raise ValueError("way='factored' needs `projection`: without it the values are the writes themselves")
     if (operators is None) != (keys is None):
         raise ValueError("operators and keys go together: give both or neither")
-    vocab, width = unembedding.weight.shape
-    if residual.ndim != 2 or residual.shape[1] != width:
-        raise ValueError(f"residual is [B, {width}], got {tuple(residual.shape)}")
-    count = len(residual)
+    width = unembedding.weight.shape[1]
+    count = len(base.residual)
     if source is not None and (source.ndim != 1 or source.dtype != torch.int64):
         raise ValueError(f"source is int64 [G], got {source.dtype} {tuple(source.shape)}")
-    _check_range("source lies", [] if source is None else source.tolist(), count)
+    check_range("source lies", [] if source is None else source.tolist(), count)
     groups = count if source is None else len(source)
     depth = width
     if projection is not None:
@@ -170,16 +165,5 @@ def _check(residual, values, tokens, unembedding, projection, norm, final, sourc
         raise ValueError(f"values is [{groups}, R, {depth}], got {tuple(values.shape)}")
     if depth < 1:
         raise ValueError(f"values is [{groups}, R, k] with k >= 1, got {tuple(values.shape)}")
-    if tokens.shape != (count,) or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
-    _check_range("tokens lie", tokens.tolist(), vocab)
-    if norm == "frozen" and (final is None or final.shape != residual.shape):
-        got = None if final is None else tuple(final.shape)
-        raise ValueError(f"norm='frozen' needs final [{count}, {width}], the final layer's output, got {got}")
     if keys is not None and len(keys) != groups:
         raise ValueError(f"keys has one entry a group, {groups}, got {len(keys)}")
-
-
-def _check_range(what: str, ids: list[int], stop: int) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < stop):
-        raise ValueError(f"{what} in 0 .. {stop - 1}, got {min(ids)} .. {max(ids)}")

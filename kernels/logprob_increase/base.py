@@ -1,4 +1,4 @@
-"""What the increase needs of the residual vectors themselves."""
+"""What the increase needs of the residual vectors themselves; calls that write to the same ones share it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,44 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..dispatch import wide_type
 from .unembedding import Unembedding
 
 
 class Base:
-    """The logits at each of B residual vectors: scale * lean + offset, before the cap.
+    """B residual vectors, their explained tokens, and the logits there: scale * lean + offset, before the cap.
 
-    scale: of the norm, [B]. lean: the change of the logits by the norm's scale, [B, V]. offset: what depends on no
-    residual vector, [V] or None. cap: the soft cap or None. tokens: the explained tokens, int64 [B].
+    Args:
+        residual: h, [B, d]. tokens: int64 [B]. norm, final: as in `logprob_increase`.
+
+    Attributes:
+        scale: of the norm, [B]. lean: the change of the logits by the norm's scale, [B, V]. offset: what depends on no
+            residual vector, [V] or None. cap: the soft cap or None.
+
+    Raises:
+        ValueError: names the argument, what it got and what it takes.
     """
 
-    def __init__(self, residual, tokens: Tensor, unembedding: Unembedding, norm: str, final, scale: Tensor):
+    def __init__(
+        self,
+        residual: Tensor,
+        tokens: Tensor,
+        unembedding: Unembedding,
+        norm: str = "frozen",
+        final: Tensor | None = None,
+    ):
+        _check(residual, tokens, unembedding, norm, final)
+        wide = wide_type(unembedding.weight.dtype)
+        self.norm, self.tokens, self.final = norm, tokens, final
+        self.residual = residual.to(wide)
+        measured = self.residual if norm == "own" else final.to(wide)  # type: ignore[union-attr]
+        self.scale = unembedding.scale(measured)
+        h = self.residual
         if unembedding.kind == "layer":
-            residual = residual - (residual if norm == "own" else final.to(residual.dtype)).mean(-1, keepdim=True)
-        self.scale = scale
-        self.lean = unembedding.of_rows(residual)
-        self.offset = unembedding.offset(residual.dtype)
+            h = h - measured.mean(-1, keepdim=True)
+        self.lean = unembedding.of_rows(h)
+        self.offset = unembedding.offset(wide)
         self.cap = unembedding.softcap
-        self.tokens = tokens
 
     @cached_property
     def raw(self) -> Tensor:
@@ -37,6 +57,10 @@ class Base:
         """[B, V]."""
         logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
         return torch.log_softmax(logits, -1)
+
+    def each(self, source: Tensor | None) -> Tensor:
+        """The residual vector of each group, int64 [G], where None stands for one after another."""
+        return torch.arange(len(self.lean), device=self.lean.device) if source is None else source
 
     def scaled(self, values: Tensor, gain: Tensor | None, rescale: Tensor | None, source: Tensor) -> Tensor:
         """Writes [G, R, k] as they change the logits: times the norm's scale after the write, and its gain."""
@@ -61,3 +85,26 @@ class Base:
             before = self.raw[source, tokens][:, None] / self.cap
             change = self.cap * (torch.tanh(before + change / self.cap) - torch.tanh(before))
         return change
+
+
+NORMS = ("frozen", "own")
+
+
+def _check(residual, tokens, unembedding, norm, final) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm!r}")
+    vocab, width = unembedding.weight.shape
+    if residual.ndim != 2 or residual.shape[1] != width:
+        raise ValueError(f"residual is [B, {width}], got {tuple(residual.shape)}")
+    count = len(residual)
+    if tokens.shape != (count,) or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
+    check_range("tokens lie", tokens.tolist(), vocab)
+    if norm == "frozen" and (final is None or final.shape != residual.shape):
+        got = None if final is None else tuple(final.shape)
+        raise ValueError(f"norm='frozen' needs final [{count}, {width}], the final layer's output, got {got}")
+
+
+def check_range(what: str, ids: list[int], stop: int) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < stop):
+        raise ValueError(f"{what} in 0 .. {stop - 1}, got {min(ids)} .. {max(ids)}")

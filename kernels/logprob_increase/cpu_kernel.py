@@ -18,7 +18,7 @@ def increase(
     gain: Tensor | None,
     operands: Tensor | Operators,
     rescale: Tensor | None,
-    source: Tensor,
+    source: Tensor | None,
     isa: str | None = None,
 ) -> Tensor:
     """See `torch_kernel.increase`; everything float32, the operands float32 or bfloat16. `isa` picks an instruction set
@@ -27,8 +27,9 @@ def increase(
     if isinstance(operands, Tensor):
         _fill(out, base, values, gain, [operands], rescale, source, isa)
         return out
+    names = base.each(source)
     for part, held in held_together(operands, _MADE_BYTES):
-        _fill(out[part], base, values[part], gain, held, None if rescale is None else rescale[part], source[part], isa)
+        _fill(out[part], base, values[part], gain, held, None if rescale is None else rescale[part], names[part], isa)
     return out
 
 
@@ -39,7 +40,7 @@ def _fill(
     gain: Tensor | None,
     operands: list[Tensor],
     rescale: Tensor | None,
-    source: Tensor,
+    source: Tensor | None,
     isa: str | None,
 ) -> None:
     if not out.numel():
@@ -47,23 +48,23 @@ def _fill(
     groups, rows, depth = values.shape
     vocab = len(operands[0])
     # contiguous copies, where one is needed, live until the call is over
-    values, lean, scale, source, tokens = (
-        one.contiguous() for one in (values, base.lean, base.scale, source, base.tokens)
-    )
+    values, logs, scale, tokens = (one.contiguous() for one in (values, base.log_probs, base.scale, base.tokens))
+    source = None if source is None else source.contiguous()
     gain = None if gain is None else gain.to(values.dtype).contiguous()
-    offset = None if base.offset is None else base.offset.contiguous()
+    lean = None if rescale is None else base.lean.contiguous()
     rescale = None if rescale is None else rescale.contiguous()
+    raw = None if base.cap is None else base.raw.contiguous()
     operands = [one.contiguous() for one in operands]
     extension, _ = cpu_extension()
     extension.increase(  # type: ignore[union-attr]
         values.data_ptr(),
         [one.data_ptr() for one in operands],
         operands[0].dtype == torch.bfloat16,
-        (source.data_ptr(), tokens.data_ptr()),
+        (_address(source), tokens.data_ptr()),
         (scale.data_ptr(), _address(rescale), _address(gain)),
-        (lean.data_ptr(), _address(offset)),
+        (logs.data_ptr(), _address(lean), _address(raw)),
         base.cap or 0.0,
-        (len(lean), groups, rows, vocab, depth),
+        (len(logs), groups, rows, vocab, depth),
         out.data_ptr(),
         torch.get_num_threads(),
         isa or instruction_set(),

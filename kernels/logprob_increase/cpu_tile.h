@@ -9,6 +9,11 @@ static inline vec capped(vec x, float raw, float cap) {
   return log2e * cap * ((1.0f - std::tanh(raw / cap)) - 2.0f / (e + 1.0f));
 }
 
+constexpr float LOG2E = 1.4426950408889634f;
+// A log-probability below the smallest float64: the word cannot be said. Kept apart from the running peak, which such
+// words would drag far from all others.
+constexpr float NEVER = -745.0f * LOG2E;
+
 // What the group says of the words of one block, copied so that it ends with the block's padding: padded
 // words have probability 0.
 struct Words {
@@ -17,8 +22,11 @@ struct Words {
   explicit Words(int64_t most) : base(most), lean(most), raw(most) {}
 
   void fill(const mllm::Problem& p, int group, int64_t word, int64_t words) {
-    const int64_t here = std::min(words, p.vocab - word), from = p.source[group] * p.vocab + word;
-    std::copy_n(p.base + from, here, base.begin());
+    const int64_t here = std::min(words, p.vocab - word), from = (p.source ? p.source[group] : p.first + group) * p.vocab + word;
+    for (int64_t v = 0; v < here; ++v) {
+      const float x = p.base[from + v] * LOG2E;
+      base[v] = x <= NEVER ? -INFINITY : x;
+    }
     std::fill(base.begin() + here, base.begin() + words, -INFINITY);
     if (p.lean) std::copy_n(p.lean + from, here, lean.begin());
     if (p.raw) std::copy_n(p.raw + from, here, raw.begin());

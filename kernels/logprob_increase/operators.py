@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from threading import Lock
 
-import torch
 from torch import Tensor
 
+from ..dispatch import wide_type
 from .unembedding import Unembedding
 
 
@@ -16,7 +16,7 @@ def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -
     """M [V, k] = W_U diag(g) O for a projection O [d, k], with O's columns centred if `centred` (a layer
     norm with its own statistics takes the mean off). In the unembedding's dtype; computed in float32 or
     wider."""
-    wide = torch.promote_types(unembedding.weight.dtype, torch.float32)
+    wide = wide_type(unembedding.weight.dtype)
     columns = projection.to(wide)
     if centred:
         columns = columns - columns.mean(0)
@@ -48,12 +48,22 @@ class OperatorCache:
         state = (centred, *map(weight_state, weights))
         return [(key, state) for key in keys]
 
+    def find(self, full: Sequence[Hashable]) -> list[Tensor | None]:
+        """The operators of full keys, None where one is not in the cache."""
+        found: list[Tensor | None] = []
+        with self._lock:
+            for key in full:
+                operator = self._entries.get(key)
+                if operator is not None:
+                    self._entries.move_to_end(key)
+                found.append(operator)
+        return found
+
     def get(self, full: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
         """The operator of a full key, from the cache or made now; kept if it fits the budget at all."""
-        with self._lock:
-            if full in self._entries:
-                self._entries.move_to_end(full)
-                return self._entries[full]
+        (operator,) = self.find([full])
+        if operator is not None:
+            return operator
         operator = make_operator(unembedding, projection, centred)
         with self._lock:
             if operator.nbytes <= self.budget and full not in self._entries:
@@ -87,6 +97,8 @@ class Operators:
         self.unembedding, self.projection, self.centred = unembedding, projection, centred
         self.cache = cache
         self.full = [] if cache is None or keys is None else cache.full_keys(keys, unembedding, centred)
+        # those of the cache, until they are asked for: others that are made meanwhile may push them out of it
+        self._found: list[Tensor | None] = [None] * len(projection) if cache is None else cache.find(self.full)
         weight = unembedding.weight  # nbytes: of one
         self.nbytes = weight.shape[0] * projection[0].shape[1] * weight.element_size() if len(projection) else 0
 
@@ -94,21 +106,29 @@ class Operators:
         return len(self.projection)
 
     def __getitem__(self, group: int) -> Tensor:
+        found, self._found[group] = self._found[group], None
+        if found is not None:
+            return found
         if self.cache is None:
             return make_operator(self.unembedding, self.projection[group], self.centred)
         return self.cache.get(self.full[group], self.unembedding, self.projection[group], self.centred)
 
-    def cached(self, group: int) -> bool:
-        """Whether the cache holds it now."""
-        return self.cache is not None and self.full[group] in self.cache
+    @property
+    def to_make(self) -> int:
+        """How many are not at hand."""
+        return sum(one is None for one in self._found)
+
+    def at_hand(self, group: int) -> bool:
+        """Whether an operator need not be made."""
+        return self._found[group] is not None
 
 
 def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Runs of groups, and their operators: of those that are not in the cache at most `most_made` bytes at a time."""
+    """Runs of groups, and their operators: of those that must be made at most `most_made` bytes at a time."""
     first, made = 0, 0
     held: list[Tensor] = []
     for g in range(len(operators)):
-        size = 0 if operators.cached(g) else operators.nbytes
+        size = 0 if operators.at_hand(g) else operators.nbytes
         if held and made + size > most_made:
             yield slice(first, g), held
             first, made, held = g, 0, []

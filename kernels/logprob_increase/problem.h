@@ -9,41 +9,46 @@
 
 namespace mllm {
 
-// out[i] = log2 sum_v 2^(base[s][v] + writes[i] . operand[v] + shift[i] * lean[s][v]),  s the source of row i's group.
+// out[i] = log2 sum_v 2^(base[s][v] log2(e) + writes[i] . operand[v] + shift[i] * lean[s][v]),  s the source of row i's
+// group.
 // With cap > 0 the middle terms are a raw increase x, and count as capped(raw + x) - capped(raw).
 struct Problem {
   const float* writes = nullptr;         // [rows, depth]
   const void* operand = nullptr;         // [vocab, depth], float32 or bfloat16
   bool operand_bfloat16 = false;
   int64_t group_rows = 0;                // rows of group g are g * group_rows and those after it
-  const int64_t* source = nullptr;       // [groups], a row of base, lean and raw each
-  const float* base = nullptr;           // [sources, vocab], log2 of the base probabilities
+  const int64_t* source = nullptr;       // [groups], a row of base, lean and raw each; null: one after another
+  const float* base = nullptr;           // [sources, vocab], log of the base probabilities
   const float* lean = nullptr;           // [sources, vocab] or null
   const float* shift = nullptr;          // [rows] or null
   const float* raw = nullptr;            // [sources, vocab] or null: raw logits in nats, for the cap
   float cap = 0;
+  int64_t first = 0;                     // without a source: that of the first group
   int64_t rows = 0, vocab = 0, depth = 0, groups = 0;
   float* out = nullptr;                  // [rows]
   int threads = 1;
 };
 
-// out[i] = log p(token) after the write minus before, in nats; see logprob_increase/__init__.py. The logits at a residual
-// vector are scale * lean + offset, those after a write (scale + rescale) * (lean + gain write . operand) + offset.
+// out[i] = log p(token) after the write minus before, in nats; see logprob_increase/__init__.py. A write changes the
+// logits by (scale + rescale) * (gain write . operand) + rescale * lean.
 struct Increase {
   const float* writes = nullptr;         // [groups, rows, depth]
   std::vector<const void*> operands;     // one [vocab, depth] for all groups, or one for each
   bool operand_bfloat16 = false;
-  const int64_t* source = nullptr;       // [groups]: the residual vector that is written to
+  const int64_t* source = nullptr;       // [groups]: the residual vector that is written to; null: one after another
   const int64_t* tokens = nullptr;       // [sources]
   const float* scale = nullptr;          // [sources]
   const float* rescale = nullptr;        // [groups, rows] or null
   const float* gain = nullptr;           // [depth] or null
-  const float* lean = nullptr;           // [sources, vocab]
-  const float* offset = nullptr;         // [vocab] or null
+  const float* log_probs = nullptr;      // [sources, vocab]
+  const float* lean = nullptr;           // [sources, vocab], with rescale
+  const float* raw = nullptr;            // [sources, vocab]: logits before the cap, with a cap
   float cap = 0;                         // 0: none
   int64_t sources = 0, groups = 0, rows = 0, vocab = 0, depth = 0;
   float* out = nullptr;                  // [groups, rows]
   int threads = 1;
+
+  int64_t source_of(int64_t group) const { return source ? source[group] : group; }
 };
 
 // A panel: up to `width` rows of one group, side by side in the lanes.

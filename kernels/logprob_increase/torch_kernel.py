@@ -20,10 +20,12 @@ def increase(
     gain: Tensor | None,
     operands: Tensor | Operators,
     shift: Tensor | None,
-    source: Tensor,
+    source: Tensor | None,
 ) -> Tensor:
-    """S [G, R] of writes [G, R, k], times `gain` [k], to the residual vectors `source` [G]; `operands` is one for all
-    groups, [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None for frozen statistics."""
+    """S [G, R] of writes [G, R, k], times `gain` [k], to the residual vectors `source` [G], None for one after another;
+    `operands` is one for all groups, [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None
+    for frozen statistics."""
+    source = base.each(source)
     writes = base.scaled(values, gain, shift, source)
     if isinstance(operands, Tensor):
         total = log_sum_exp(writes, operands, *base.of(source, shift), base.cap)

@@ -54,13 +54,14 @@ def increase(
     gain: Tensor | None,
     operands: Tensor | Operators,
     shift: Tensor | None,
-    source: Tensor,
+    source: Tensor | None,
     splits: int | None = None,
 ) -> Tensor:
     """See `torch_kernel.increase`; everything in float32. `splits` cuts the vocabulary so (tests), else as the GPU is
     best filled."""
     if not values.shape[0] * values.shape[1]:
         return values.new_empty(values.shape[:2])
+    source = base.each(source)
     writes = base.scaled(values, gain, shift, source)
     problem = _Problem(base, splits)
     if isinstance(operands, Tensor):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dispatch import wide_type
+
 
 def weighted_values(
     query: Tensor,
@@ -18,7 +20,7 @@ def weighted_values(
     seen: Sequence[Tensor | None],
 ) -> Tensor:
     """Arguments and result as `mllm_fast.kernels.weighted_values`; `seen` has an entry a layer."""
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = wide_type(query.dtype)
     out = query.new_empty(len(heads), count, query.shape[2], dtype=wide)
     for g, (layer, head) in enumerate(heads):
         shared = head // (query.shape[1] // len(keys[layer]))

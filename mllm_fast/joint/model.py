@@ -202,7 +202,7 @@ class JointModel:
 
     def direction(self, ex: Explanation, seen: Seen, token: int, image: int = 0) -> Tensor:
         """dy/dE, y being the logit of a token of an explanation of this model: [1 + n, d], 0 at the class token."""
-        row = int(ex._trace.rows[token])
+        row = ex._trace.rows[token]
         positions = ex.layout.images[image].positions
         with differentiable(ex, row + 1) as embeds:
             hidden = hidden_states(ex, row + 1, lambda layer, alpha: None, embeds)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels import wide_type
 from .passes import differentiable, hidden_states
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """In nats, float32 [n]."""
-    row = int(ex._trace.rows[token])
+    row = ex._trace.rows[token]
     with differentiable(ex, row + 1) as embeds:
         hidden = hidden_states(ex, row + 1, lambda layer, alpha: None, embeds)
         logits = ex.replay.text.logits(hidden[-1])
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        wide = wide_type(logits.dtype)
         log_prob = torch.log_softmax(logits.to(wide), -1)[ex.token_ids[token]]
         (gradient,) = torch.autograd.grad(log_prob, embeds)
     return (gradient.to(wide) * embeds.detach().to(wide)).sum(-1)[image.positions.to(embeds.device)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Relevance, without a unit, float32 [n]."""
-    row = int(ex._trace.rows[token])
+    row = ex._trace.rows[token]
     flow: Tensor | None = None
 
     def weighing(layer: int, alpha: Tensor) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Shares of 1, float32 [n]."""
-    row = int(ex._trace.rows[token])
+    row = ex._trace.rows[token]
     layers: list[Tensor] = []
     hidden_states(ex, row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))
     # one row of the product of (A + I) / 2, from the last layer down

@@ -21,7 +21,7 @@ _SIDE = 3  # of the filter's window
 @torch.inference_mode()
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Activation, without a unit, float32 [n]."""
-    row, text = int(ex._trace.rows[token]), ex.replay.text
+    row, text = ex._trace.rows[token], ex.replay.text
     hidden = hidden_states(ex, row + 1)
     ids = ex.input_ids[: row + 1]
     context = torch.cat([ex.layout.positions("query"), torch.arange(ex.layout.prompt_length, row + 1)])

@@ -55,7 +55,7 @@ class Given(list):
 
     nbytes = 0
 
-    def cached(self, group: int) -> bool:
+    def at_hand(self, group: int) -> bool:
         return True
 
 
