@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,8 +43,23 @@ def whole_file(path: Path) -> Iterator[str]:
         yield name
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(name, path)
+        with _replaced(path):
+            os.replace(name, path)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[None]:
+    """Frees the file that is replaced inside on a thread of its own: a large one takes as long as writing it."""
+    old = None
+    with suppress(OSError):
+        if os.name == "posix" and stat.S_ISREG(os.lstat(path).st_mode):  # elsewhere an open file cannot be replaced
+            old = os.open(path, os.O_RDONLY)
+    try:
+        yield
+    finally:
+        if old is not None:  # its last name is gone: what closes it frees it
+            threading.Thread(target=os.close, args=(old,), name="mllm-fast-free").start()

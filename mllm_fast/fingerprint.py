@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -20,14 +19,48 @@ _VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "_attn_imp
 
 
 class _Seen(NamedTuple):
-    """The configuration as it was, where the weights were, one value of each as it is now and as it was then, and the
-    fingerprint."""
+    """The configuration as it was; the modules with their tensors; one value of each tensor as it is now and as it was
+    then; and the fingerprint."""
 
     config: Any
-    state: Hashable
+    modules: _Modules
     values: list[torch.Tensor]
     before: bytes
     digest: str
+
+
+class _Modules:
+    """A tree of modules as it was: who holds what under which name, and each tensor's state. It holds no module of the
+    tree's own root, which would then never be freed."""
+
+    def __init__(self, model: nn.Module):
+        self._owners: list[tuple[ReferenceType[nn.Module], str, dict[str, Any]]] = []
+        self._held: list[tuple[dict[str, Any], str, Any]] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._tensors: list[torch.Tensor] = []
+        seen, todo = {id(model)}, [model]
+        while todo:
+            module = todo.pop()
+            for name in ("_parameters", "_buffers", "_modules"):
+                inside = module.__dict__[name]
+                self._owners.append((ref(module), name, inside))
+                self._held += [(inside, key, value) for key, value in inside.items()]
+                self._sizes.append((inside, len(inside)))
+                if name == "_modules":
+                    new = [child for child in inside.values() if child is not None and id(child) not in seen]
+                    seen.update(map(id, new))
+                    todo += new
+                else:
+                    self._tensors += [tensor for tensor in inside.values() if tensor is not None]
+        self._states = [weight_state(tensor) for tensor in self._tensors]
+
+    def unchanged(self) -> bool:
+        return (
+            all(getattr(owner(), name, None) is inside for owner, name, inside in self._owners)
+            and all(len(inside) == size for inside, size in self._sizes)
+            and all(inside.get(name) is value for inside, name, value in self._held)
+            and all(weight_state(tensor) == state for tensor, state in zip(self._tensors, self._states, strict=True))
+        )
 
 
 _known: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
@@ -41,10 +74,9 @@ def fingerprint(model: Any) -> str:
     Kept until the configuration, a weight, or the middle value of a weight is another one.
     """
     settings = _settings(model.config)
-    state = tuple(weight_state(tensor) for tensor in _tensors(model))
     seen = _known.get(model)
     # what is written by way of .data leaves no other trace than the values
-    if seen is not None and seen.state == state and seen.config == settings and _bytes(seen.values) == seen.before:
+    if seen and seen.config == settings and seen.modules.unchanged() and _bytes(seen.values) == seen.before:
         return seen.digest
     config = json.dumps(_without(model.config.to_dict()), sort_keys=True, default=str)
     digest = hashlib.sha256(config.encode())
@@ -59,23 +91,8 @@ def fingerprint(model: Any) -> str:
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         if flat.numel() and not offloaded:
             middle.append(tensor.detach()[tuple(size // 2 for size in tensor.shape)].reshape(1))  # a view
-    _known[model] = _Seen(settings, state, middle, _bytes(middle), digest.hexdigest())
+    _known[model] = _Seen(settings, _Modules(model), middle, _bytes(middle), digest.hexdigest())
     return digest.hexdigest()
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, in an order that does not change; five times as fast as `state_dict`."""
-    seen = {id(model)}
-    todo = [model]
-    while todo:
-        module = todo.pop()
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                todo.append(child)
 
 
 def _settings(value: Any) -> Any:

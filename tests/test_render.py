@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -123,3 +124,34 @@ def test_no_half_written_file(tmp_path, monkeypatch):
         write_whole(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     assert target.read_text() == "old"
+
+
+def test_a_replaced_file_is_freed(tmp_path):
+    """Its last reader keeps it, and no descriptor is left behind; pipes and links are not opened."""
+    target = tmp_path / "x.json"
+    target.write_bytes(b"old" * 1000)
+    fresh = tmp_path / "y.json"
+    write_whole(fresh, b"first")  # nothing to free
+    _wait_for_freeing()
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    with target.open("rb") as reader:
+        write_whole(target, b"new")
+        assert reader.read() == b"old" * 1000
+    assert target.read_bytes() == b"new"
+    link = tmp_path / "z.json"
+    link.symlink_to(target)
+    write_whole(link, b"link")
+    assert target.read_bytes() == b"new"
+    pipe = tmp_path / "p.json"
+    os.mkfifo(pipe)
+    write_whole(pipe, b"no pipe")  # to open one would wait for its writer
+    assert pipe.read_bytes() == b"no pipe"
+    _wait_for_freeing()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _wait_for_freeing():
+    for thread in threading.enumerate():
+        if thread.name == "mllm-fast-free":
+            thread.join()
