@@ -121,12 +121,14 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def paths(case: Case, rounds: int) -> dict[str, float]:
-    """Milliseconds of the kernel on each instruction set."""
+    """Milliseconds of the kernel on each instruction set, in both types."""
     extension, _ = cpu_extension()
-    q, k, v = case.operands(torch.float32)
     rest = (case.segments, case.table, None, WIDTH**-0.5, False, False)
-    runs = {isa: partial(cpu_kernel.attention, q, k, v, *rest, isa) for isa in extension.instruction_sets()}
-    return {isa: median(seconds) * 1e3 for isa, seconds in in_turn(runs, rounds).items()}
+    runs = {}
+    for name, dtype in (("", torch.float32), (" bf16", torch.bfloat16)):
+        for isa in extension.instruction_sets():
+            runs[isa + name] = partial(cpu_kernel.attention, *case.operands(dtype), *rest, isa=isa)
+    return {name: median(seconds) * 1e3 for name, seconds in in_turn(runs, rounds).items()}
 
 
 def main() -> None:

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 from harness import in_turn, machine, median, peak_bytes, write_result
-from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase
+from mllm_fast.kernels import Base, OperatorCache, Unembedding, logprob_increase
 from mllm_fast.kernels.dispatch import cpu_extension, instruction_set
+from mllm_fast.kernels.logprob_increase import cpu_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
 
 VOCAB, WIDTH, HEADS, DEPTH, POSITIONS = 32_064, 4096, 32, 128, 600
@@ -107,18 +108,15 @@ def rates(layer: Layer, rounds: int) -> dict[str, float]:
     threads = torch.get_num_threads()
     extension, _ = cpu_extension()
     operator = torch.randn(VOCAB, DEPTH)
-    base = torch.log_softmax(torch.randn(1, VOCAB), -1)
-    out = torch.empty(POSITIONS)
+    base = Base(layer.residual, layer.token, layer.unembedding, final=layer.final)
     square = torch.randn(2048, 2048)
-    sets = extension.instruction_sets()
 
     def kernel(isa: str) -> None:
-        writes, operand, logs = (one.data_ptr() for one in (layer.values[0], operator, base))
-        sizes = (POSITIONS, VOCAB, DEPTH, 1)
-        extension.log_sum_exp(writes, [operand], False, logs, 0, 0, 0, 0.0, *sizes, out.data_ptr(), threads, isa)
+        cpu_kernel.increase(base, layer.values[:1], None, operator, None, None, isa)
 
     found = {}
-    for isa in sets:  # each path beside its own ceiling: wide instructions lower the clock for those that follow
+    # each path beside its own ceiling: wide instructions lower the clock for those that follow
+    for isa in extension.instruction_sets():
         seconds, peaks = [], []
         for _ in range(rounds):
             seconds += in_turn({"kernel": partial(kernel, isa)}, 1)["kernel"]

@@ -23,7 +23,7 @@ EXTENSION, _ = cpu_extension()
 SETS = EXTENSION.instruction_sets() if EXTENSION else []
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 WAYS = ["torch", *SETS]
-READ_TOGETHER = {"amx": 32, "avx512": 48, "avx2": 24, "plain": 8}  # keys; the mass takes 48 on AMX
+READ_TOGETHER = {"amx": 32, "avx512_bf16": 48, "avx512": 48, "avx2": 24, "plain": 8}  # keys; the mass takes 48 on AMX
 FEW_ROWS = 16  # of a key head: up to here the kernels read key by key
 
 

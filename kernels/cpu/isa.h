@@ -7,6 +7,9 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MLLM_X86 1
 #include <immintrin.h>
+#if __GNUC__ >= 10
+#define MLLM_X86_BF16 1
+#endif
 #if defined(__linux__) && defined(__has_include)
 #if __has_include(<amxtileintrin.h>)
 #define MLLM_AMX 1
@@ -33,7 +36,8 @@ inline bool amx_usable() {
 }
 #endif
 
-// Instruction sets this processor can use, best first; "plain" is always among them.
+// Instruction sets this processor can use, best first; "plain" is always among them. What has no path of its own for
+// one takes that of the next.
 inline std::vector<std::string> instruction_sets() {
   std::vector<std::string> list;
 #if defined(MLLM_X86)
@@ -42,6 +46,9 @@ inline std::vector<std::string> instruction_sets() {
       __builtin_cpu_supports("avx512dq")) {
 #if defined(MLLM_AMX)
     if (amx_usable()) list.push_back("amx");
+#endif
+#if defined(MLLM_X86_BF16)
+    if (__builtin_cpu_supports("avx512bf16")) list.push_back("avx512_bf16");
 #endif
     list.push_back("avx512");
   }

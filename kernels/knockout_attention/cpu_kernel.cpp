@@ -12,6 +12,7 @@
 #include "run_prefill.h"
 
 #define MLLM_PATH "../knockout_attention/cpu_path.h"
+#define MLLM_PAIR_PATH "../knockout_attention/cpu_pair_path.h"
 #define MLLM_TILE_PATH "../knockout_attention/cpu_tile_path.h"
 #include "../cpu/each_isa.h"
 
@@ -26,6 +27,9 @@ void attention(const AttentionProblem& problem, const std::string& isa) {
   }
 #if defined(MLLM_AMX)
   if (isa == "amx" && amx_usable()) return amx::attention(p);
+#endif
+#if defined(MLLM_X86_BF16)
+  if (isa == "avx512_bf16") return avx512_bf16::attention(p);
 #endif
 #if defined(MLLM_X86)
   if (isa == "avx512") return avx512::attention(p);

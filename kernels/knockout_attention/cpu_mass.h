@@ -3,7 +3,7 @@
 
 template <typename T>
 static void add_mass(const mllm::AttentionProblem& p) {
-  constexpr int64_t chunk_keys = VECS * LANES;
+  constexpr int64_t chunk_keys = CHUNK;
   const int64_t chunks = (p.keys + chunk_keys - 1) / chunk_keys;
   std::atomic<int64_t> next{0};
   mllm::parallel(p.threads, [&](int) {
@@ -29,7 +29,7 @@ static void add_mass(const mllm::AttentionProblem& p) {
           mllm::Bits closed_to_all = ~mllm::Bits(0);
           for (int r = 0; r < count; ++r) closed_to_all &= sight.closed(chosen[at + r]);
           if (from > sight.position(chosen[at + count - 1]) || to <= sight.first || !(present & ~closed_to_all)) continue;
-          if (!is_packed) pack_keys(k + from * p.key_strides.row, p.key_strides.row, to - from, p.width, packed.data());
+          if (!is_packed) pack_single_keys(k + from * p.key_strides.row, p.key_strides.row, to - from, p.width, packed.data());
           is_packed = true;
           for (int r = 0; r < ROWS; ++r)
             for (int64_t e = 0; e < p.width; ++e)

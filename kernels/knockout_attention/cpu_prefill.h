@@ -1,26 +1,31 @@
-// Prefill by fused multiply-adds. Included inside a namespace, once an instruction set, after cpu/vector.h, with ROWS
+// Prefill by fused multiply-adds. Included inside a namespace, once an instruction set, after cpu/lanes.h, with ROWS
 // and VECS set so that ROWS * VECS accumulators and VECS operands fit the registers: no include guard.
 //
 // Keys lie in the lanes: a chunk of VECS * LANES keys is packed [depth][key] once a head. A block of ROWS rows meets
-// one open chunk at a time; its scores never leave the registers until they are weights. Several row blocks share each
-// visit to a chunk, which then comes from the first or second cache.
+// one open chunk at a time, as far as its last row sees; its scores never leave the registers until they are weights.
+// Several row blocks share each visit to a chunk, which then comes from the first or second cache.
+//
+// `Products` says what is packed and how it is multiplied; see cpu_singles.h, cpu_pairs.h.
 
-constexpr int CHUNK = VECS * LANES;
 constexpr int BLOCKS = 8;  // row blocks that meet a chunk together
 
-template <typename T>
+template <typename Products>
 class Prefill {
+  using T = typename Products::Given;
+  using Unit = typename Products::Unit;
+
  public:
   Prefill(const mllm::AttentionProblem& problem, const mllm::Sight& seen, const mllm::Views& blocks_and_chunks)
       : p(problem),
         sight(seen),
         views(blocks_and_chunks),
         wide((p.width + LANES - 1) / LANES * LANES),
-        in_place(sizeof(T) == 4 && wide == p.width),
-        keys(views.chunks * CHUNK * p.width),
-        values(in_place ? 0 : views.chunks * CHUNK * wide),
-        queries(BLOCKS * ROWS * p.width),
-        weights(ROWS * CHUNK),
+        depth((p.width + Products::PER - 1) / Products::PER),
+        in_place(Products::VALUES_IN_PLACE && wide == p.width),
+        keys(views.chunks * CHUNK * depth),
+        values(in_place ? 0 : views.chunks * CHUNK / Products::PER * wide),
+        queries(BLOCKS * ROWS * depth),
+        weights(ROWS * CHUNK / Products::PER),
         out(BLOCKS * ROWS * wide),
         sums(BLOCKS * ROWS * LANES) {}
 
@@ -33,8 +38,11 @@ class Prefill {
         for (int64_t b = 0; b < count; ++b) {
           const mllm::View view = views.of(first + b, c);
           if (view == mllm::View::NONE) continue;
-          weigh(blocks[b], b, c, view == mllm::View::SOME);
-          add_values(b, c);
+          // keys of the chunk that the last row may see; the others of its last vector are masked
+          const int64_t last = sight.position(blocks[b].row + blocks[b].count - 1);
+          const int64_t seen = std::min<int64_t>(CHUNK, last + 1 - c * CHUNK);
+          weigh(blocks[b], b, c, seen, view == mllm::View::SOME);
+          add_values(b, c, seen);
         }
       for (int64_t b = 0; b < count; ++b) finish(b, task);
     }
@@ -46,38 +54,36 @@ class Prefill {
     mllm::Bits closed[ROWS];
     float peak[ROWS];
   };
+  using Units = std::vector<Unit, mllm::CacheAligned<Unit>>;
 
   const mllm::AttentionProblem& p;
   const mllm::Sight& sight;
   const mllm::Views& views;
-  const int64_t wide;
+  const int64_t wide, depth;
   const bool in_place;
-  mllm::Floats keys, values;   // [chunk][depth][CHUNK], [chunk][CHUNK][wide]
-  mllm::Floats queries;        // [block][ROWS][depth]
-  mllm::Floats weights, out, sums;  // [ROWS][CHUNK], [block][ROWS][wide], [block][ROWS][LANES]
+  Units keys, values;      // [chunk][depth][CHUNK], [chunk][CHUNK / PER][wide]
+  Units queries, weights;  // [block][ROWS][depth], [ROWS][CHUNK / PER]
+  mllm::Floats out, sums;  // [block][ROWS][wide], [block][ROWS][LANES]
   Block blocks[BLOCKS];
-  const float* value_base = nullptr;
+  const Unit* value_base = nullptr;
   int64_t value_stride = 0;
 
   void pack_open_chunks(const mllm::AttentionTask& task) {
     const T* k = static_cast<const T*>(p.key) + task.batch * p.key_strides.batch + task.kv_head * p.key_strides.head;
     const T* v =
         static_cast<const T*>(p.value) + task.batch * p.value_strides.batch + task.kv_head * p.value_strides.head;
-    value_base = in_place ? reinterpret_cast<const float*>(v) : values.data();
+    value_base = in_place ? reinterpret_cast<const Unit*>(v) : values.data();
     value_stride = in_place ? p.value_strides.row : wide;
     for (int64_t c = 0; c < views.chunks; ++c) {
       bool open = false;
       for (int64_t b = task.first; b < task.last && !open; ++b) open = views.of(b, c) != mllm::View::NONE;
       if (!open) continue;
       const int64_t from = c * CHUNK, count = std::min<int64_t>(CHUNK, p.keys - from);
-      pack_keys(k + from * p.key_strides.row, p.key_strides.row, count, p.width, keys.data() + c * CHUNK * p.width);
-      if (in_place) continue;
-      for (int64_t i = 0; i < count; ++i) {
-        float* to = values.data() + (from + i) * wide;
-        const T* row = v + (from + i) * p.value_strides.row;
-        for (int64_t e = 0; e < p.width; ++e) to[e] = widen(row[e]);
-        std::fill(to + p.width, to + wide, 0.0f);
-      }
+      Products::pack_keys(k + from * p.key_strides.row, p.key_strides.row, count, p.width,
+                          keys.data() + c * CHUNK * depth);
+      if (!in_place)
+        Products::pack_values(v + from * p.value_strides.row, p.value_strides.row, count, p.width, wide,
+                              values.data() + c * CHUNK / Products::PER * wide);
     }
   }
 
@@ -90,46 +96,53 @@ class Prefill {
     for (int r = 0; r < ROWS; ++r) {
       b.closed[r] = r < b.count ? sight.closed(b.row + r) : ~mllm::Bits(0);
       b.peak[r] = mllm::UNSET;
-      float* to = queries.data() + (slot * ROWS + r) * p.width;
+      Unit* to = queries.data() + (slot * ROWS + r) * depth;
       if (r < b.count) {
-        const T* row = q + (b.row + r) * p.query_strides.row;
-        for (int64_t e = 0; e < p.width; ++e) to[e] = widen(row[e]) * p.log2_scale();
+        Products::pack_query(q + (b.row + r) * p.query_strides.row, p.width, p.log2_scale(), to);
       } else {
-        std::fill_n(to, p.width, 0.0f);
+        std::fill_n(to, depth, Unit(0));
       }
     }
     std::fill_n(out.data() + slot * ROWS * wide, ROWS * wide, 0.0f);
     std::fill_n(sums.data() + slot * ROWS * LANES, ROWS * LANES, 0.0f);
   }
 
-  // weights = 2^(scores - peak) of one block and chunk.
-  void weigh(Block& b, int64_t slot, int64_t chunk, bool masked) {
-    vec x[ROWS][VECS];
-    multiply_keys(queries.data() + slot * ROWS * p.width, keys.data() + chunk * CHUNK * p.width, p.width, x);
+  // weights = 2^(scores - peak) of one block and the first `seen` keys of a chunk.
+  void weigh(Block& b, int64_t slot, int64_t chunk, int64_t seen, bool masked) {
+    if (seen > 2 * LANES) return weigh_vectors<VECS>(b, slot, chunk, masked);
+    if (seen > LANES) return weigh_vectors<2>(b, slot, chunk, masked);
+    weigh_vectors<1>(b, slot, chunk, masked);
+  }
+
+  template <int NV>
+  void weigh_vectors(Block& b, int64_t slot, int64_t chunk, bool masked) {
+    vec x[ROWS][NV];
+    Products::multiply(queries.data() + slot * ROWS * depth, keys.data() + chunk * CHUNK * depth, depth,
+                       p.log2_scale(), x);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      ivec unseen[VECS];
+      ivec unseen[NV];
       if (masked) {
 #pragma GCC unroll 4
-        for (int j = 0; j < VECS; ++j) {
+        for (int j = 0; j < NV; ++j) {
           unseen[j] = hidden(sight, chunk * CHUNK + j * LANES, sight.position(b.row + r), b.closed[r]);
           x[r][j] = unseen[j] ? splat(mllm::UNSET) : x[r][j];
         }
       }
       vec most = x[r][0];
 #pragma GCC unroll 4
-      for (int j = 1; j < VECS; ++j) most = maximum(most, x[r][j]);
+      for (int j = 1; j < NV; ++j) most = maximum(most, x[r][j]);
       const float top = greatest(most);
       if (top != mllm::UNSET && top > b.peak[r] + 8) raise(b, slot, r, top);
       const vec peak = splat(b.peak[r] == mllm::UNSET ? 0.0f : b.peak[r]);
       float* sum = sums.data() + (slot * ROWS + r) * LANES;
       vec sum_here = load(sum);
 #pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j) {
+      for (int j = 0; j < NV; ++j) {
         vec y = exp2(x[r][j] - peak);
         if (masked) y = unseen[j] ? (vec){} : y;
         sum_here += y;
-        store(weights.data() + r * CHUNK + j * LANES, y);
+        Products::keep_weights(y, weights.data() + (r * CHUNK + j * LANES) / Products::PER);
       }
       store(sum, sum_here);
     }
@@ -147,37 +160,28 @@ class Prefill {
   }
 
   template <int NV>
-  void add_strip(const float* v, int64_t stride, int64_t count, float* o) {
+  void add_strip(const Unit* v, int64_t count, float* o) {
     vec sum[ROWS][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) sum[r][j] = load(o + r * wide + j * LANES);
-    for (int64_t k = 0; k < count; ++k) {
-      vec x[NV];
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) x[j] = load(v + k * stride + j * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const vec w = splat(weights[r * CHUNK + k]);
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) sum[r][j] += w * x[j];
-      }
-    }
+    Products::add(weights.data(), v, value_stride, count, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) store(o + r * wide + j * LANES, sum[r][j]);
   }
 
-  void add_values(int64_t slot, int64_t chunk) {
-    const int64_t count = std::min<int64_t>(CHUNK, p.keys - chunk * CHUNK), strips = wide / LANES;
-    const float* v = value_base + chunk * CHUNK * value_stride;
+  // Adds the values of the first `seen` keys of a chunk.
+  void add_values(int64_t slot, int64_t chunk, int64_t seen) {
+    const int64_t count = (seen + Products::PER - 1) / Products::PER, strips = wide / LANES;
+    const Unit* v = value_base + chunk * CHUNK / Products::PER * value_stride;
     float* o = out.data() + slot * ROWS * wide;
     int64_t strip = 0;
-    for (; strip + VECS <= strips; strip += VECS) add_strip<VECS>(v + strip * LANES, value_stride, count, o + strip * LANES);
-    if (strips - strip == 2) return add_strip<2>(v + strip * LANES, value_stride, count, o + strip * LANES);
-    if (strips - strip == 1) add_strip<1>(v + strip * LANES, value_stride, count, o + strip * LANES);
+    for (; strip + VECS <= strips; strip += VECS) add_strip<VECS>(v + strip * LANES, count, o + strip * LANES);
+    if (strips - strip == 2) return add_strip<2>(v + strip * LANES, count, o + strip * LANES);
+    if (strips - strip == 1) add_strip<1>(v + strip * LANES, count, o + strip * LANES);
   }
 
   void finish(int64_t slot, const mllm::AttentionTask& task) {
@@ -189,7 +193,7 @@ class Prefill {
   }
 };
 
-template <typename T>
+template <typename Products>
 static void prefill(const mllm::AttentionProblem& p) {
-  mllm::run_prefill<Prefill<T>>(p, ROWS, CHUNK, [](auto) { return 0; });
+  mllm::run_prefill<Prefill<Products>>(p, ROWS, CHUNK, [](auto) { return 0; });
 }

@@ -25,7 +25,8 @@ void increase(const Increase& p, const std::string& isa) {
     return avx512::increase(p, [](const Problem& q) { q.rows > 32 ? amx::log_sum_exp(q) : avx512::log_sum_exp(q); });
 #endif
 #if defined(MLLM_X86)
-  if (isa == "avx512") return avx512::increase(p, avx512::log_sum_exp);
+  // its pairs of bfloat16 would have to be six products
+  if (isa == "avx512" || isa == "avx512_bf16") return avx512::increase(p, avx512::log_sum_exp);
   if (isa == "avx2") return avx2::increase(p, avx2::log_sum_exp);
 #endif
   if (isa == "plain") return plain::increase(p, plain::log_sum_exp);
@@ -37,7 +38,7 @@ double fma_rate(int threads, const std::string& isa) {
   if (isa == "amx" && amx_usable()) return amx::fma_rate(threads);
 #endif
 #if defined(MLLM_X86)
-  if (isa == "avx512") return avx512::fma_rate(threads);
+  if (isa == "avx512" || isa == "avx512_bf16") return avx512::fma_rate(threads);
   if (isa == "avx2") return avx2::fma_rate(threads);
 #endif
   if (isa == "plain") return plain::fma_rate(threads);

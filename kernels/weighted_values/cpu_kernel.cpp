@@ -18,7 +18,8 @@ namespace mllm {
 
 void weighted_values(const WeightedValues& p, const std::string& isa) {
 #if defined(MLLM_X86)
-  if (isa == "amx" || isa == "avx512") return avx512::weighted_values(p);  // no product of matrices: no tiles
+  // no product of matrices: neither tiles nor pairs
+  if (isa == "amx" || isa == "avx512_bf16" || isa == "avx512") return avx512::weighted_values(p);
   if (isa == "avx2") return avx2::weighted_values(p);
 #endif
   if (isa == "plain") return plain::weighted_values(p);
