@@ -5,6 +5,7 @@ the first call that needs them.
 """
 
 from .dispatch import backend_report, wide_type
+from .few_row_linear import few_row_linear, worth_reading
 from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import Base, OperatorCache, Unembedding, logprob_increase, weight_state
 from .topk_compaction import Compaction, topk_compaction
@@ -17,6 +18,7 @@ __all__ = [
     "OperatorCache",
     "Unembedding",
     "backend_report",
+    "few_row_linear",
     "join",
     "knockout_attention",
     "logprob_increase",
@@ -25,4 +27,5 @@ __all__ = [
     "weight_state",
     "weighted_values",
     "wide_type",
+    "worth_reading",
 ]

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "few_row_linear/cpu_kernel.h"
 #include "knockout_attention/cpu_kernel.h"
 #include "logprob_increase/cpu_kernel.h"
 #include "weighted_values/cpu_kernel.h"
@@ -120,6 +121,26 @@ PYBIND11_MODULE(_cpu, m) {
       "layers: addresses of keys, values and seen, strides of head and position of keys and of values, query heads a key"
       " head, scale. heads: index into layers, row of query, head. sizes: positions, width. See"
       " weighted_values/cpu_kernel.h.");
+  m.def(
+      "few_row_linear",
+      [](std::array<uintptr_t, 4> arrays, std::array<bool, 2> bfloat16, std::array<int64_t, 3> sizes, int threads,
+         const std::string& isa) {
+        mllm::FewRowLinear p;
+        p.x = pointer<const void>(arrays[0]);
+        p.weight = pointer<const void>(arrays[1]);
+        p.bias = pointer<const void>(arrays[2]);
+        p.out = pointer<void>(arrays[3]);
+        p.rows_bfloat16 = bfloat16[0];
+        p.weight_bfloat16 = bfloat16[1];
+        p.rows = sizes[0];
+        p.columns = sizes[1];
+        p.depth = sizes[2];
+        p.threads = threads;
+        mllm::few_row_linear(p, isa);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("arrays"), py::arg("bfloat16"), py::arg("sizes"),
+      py::arg("threads"), py::arg("isa"),
+      "arrays: x, weight, bias, out; bfloat16: x and out, weight and bias; sizes: rows, columns, depth. See few_row_linear/cpu_kernel.h.");
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");
 }

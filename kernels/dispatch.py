@@ -21,6 +21,7 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "triton": (torch.float16, torch.bfloat16, torch.float32),
         "cpu": (torch.float32, torch.bfloat16),
     },
+    "few_row_linear": {"cpu": (torch.float32, torch.bfloat16)},
     "logprob_increase": {
         "triton": (torch.float16, torch.bfloat16, torch.float32),
         "cpu": (torch.float32, torch.bfloat16),
@@ -88,7 +89,7 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str = "auto", *,
         if unfit:
             raise ValueError(f"backend {requested!r} cannot be used: {unfit}; use 'torch' or 'auto'")
         return requested
-    if device.type == "cuda" and dtype in _DTYPES[op]["triton"]:
+    if device.type == "cuda" and dtype in _DTYPES[op].get("triton", ()):
         if triton_missing():
             raise ValueError(f"{op} on {device}: {triton_missing()}, or choose backend='torch'")
         return "triton"
@@ -126,7 +127,10 @@ def _report(op: str) -> str:
     if torch.cuda.is_available():
         chip = f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
         missing = triton_missing()
-        lines.append(f"GPU: refused, {missing}" if missing else f"GPU ({chip}): Triton for {_names(op, 'triton')}")
+        if "triton" not in _DTYPES[op]:
+            lines.append(f"GPU ({chip}): torch's own matrix products")
+        else:
+            lines.append(f"GPU: refused, {missing}" if missing else f"GPU ({chip}): Triton for {_names(op, 'triton')}")
     extension, reason = cpu_extension()
     if "cpu" not in _DTYPES[op]:
         lines.append("CPU: plain torch (no C++ kernel: it only moves memory)")

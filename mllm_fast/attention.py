@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .adapters import TextModel
 from .knockout import Plan
+from .linears import few_row_linears
 from .masks import Closed, RowMask, attend, row_mask, seen_by, weigh
 from .offload import device_of
 from .shares import Watcher
@@ -112,7 +113,10 @@ def recording(
     with model_lock(text):
         if str(text.config._attn_implementation).startswith("mllm_fast_"):
             raise RuntimeError("this model is being recorded already; leave that block first")
-        with _attached(text, rows, knockouts, shares, backend, attending, weighing) as record:
+        with (
+            few_row_linears(text, backend),
+            _attached(text, rows, knockouts, shares, backend, attending, weighing) as record,
+        ):
             yield record
 
 

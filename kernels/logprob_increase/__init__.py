@@ -74,7 +74,7 @@ def logprob_increase(
     """
     if unembedding is None:
         raise ValueError("unembedding is needed: the final norm and the unembedding")
-    base = _base(residual, tokens, unembedding, norm, final)
+    base = _base(residual, tokens, unembedding, norm, final, backend)
     _check(base, values, unembedding, projection, source, way, operators, keys)
     wide = base.residual.dtype
     kernel = kernel_of("logprob_increase", base.residual.device, unembedding.weight.dtype, backend)
@@ -97,11 +97,11 @@ def logprob_increase(
     return kernel.increase(base, values, None, made, rescale, source)
 
 
-def _base(residual, tokens, unembedding, norm, final) -> Base:
+def _base(residual, tokens, unembedding, norm, final, backend) -> Base:
     if not isinstance(residual, Base):
         if tokens is None:
             raise ValueError("tokens is needed: the explained token of each residual vector")
-        return Base(residual, tokens, unembedding, norm, final)
+        return Base(residual, tokens, unembedding, norm, final, backend)
     if tokens is not None or final is not None:
         raise ValueError("tokens and final belong to a Base already: give the residual vectors, or leave these out")
     return residual

@@ -15,7 +15,7 @@ class Base:
     """B residual vectors, their explained tokens, and the logits there: scale * lean + offset, before the cap.
 
     Args:
-        residual: h, [B, d]. tokens: int64 [B]. norm, final: as in `logprob_increase`.
+        residual: h, [B, d]. tokens: int64 [B]. norm, final, backend: as in `logprob_increase`.
 
     Attributes:
         scale: of the norm, [B]. lean: the change of the logits by the norm's scale, [B, V]. offset: what depends on no
@@ -32,6 +32,7 @@ class Base:
         unembedding: Unembedding,
         norm: str = "frozen",
         final: Tensor | None = None,
+        backend: str = "auto",
     ):
         _check(residual, tokens, unembedding, norm, final)
         wide = wide_type(unembedding.weight.dtype)
@@ -42,8 +43,9 @@ class Base:
         h = self.residual
         if unembedding.kind == "layer":
             h = h - measured.mean(-1, keepdim=True)
-        self.lean = unembedding.of_rows(h)
-        self.offset = unembedding.offset(wide)
+        plain = "torch" if backend == "torch" else "auto"  # the other choices have no linear layer of their own
+        self.lean = unembedding.of_rows(h, plain)
+        self.offset = unembedding.offset(wide, plain)
         self.cap = unembedding.softcap
 
     @cached_property

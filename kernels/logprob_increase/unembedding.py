@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 24  # elements of the unembedding that are widened at a time: 64 MiB of float32
+from ..few_row_linear import few_row_linear
+from ..few_row_linear.torch_kernel import blocks
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,20 @@ class Unembedding:
         if self.weight.dtype == columns.dtype:
             return self.weight @ columns
         out = columns.new_empty(self.weight.shape[0], columns.shape[1])
-        for block in self._blocks():
+        for block in blocks(self.weight):
             out[block] = self.weight[block].to(columns.dtype) @ columns
         return out
 
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """The same of vectors [n, d], as [n, V]."""
-        return self._of_rows(rows if self.gain is None else rows * self.gain.to(rows.dtype))
+    def of_rows(self, rows: Tensor, backend: str = "auto") -> Tensor:
+        """The same of vectors [n, d], as [n, V]; backend as `few_row_linear` takes it."""
+        rows = rows if self.gain is None else rows * self.gain.to(rows.dtype)
+        return few_row_linear(rows, self.weight, backend=backend)
 
-    def offset(self, dtype: torch.dtype) -> Tensor | None:
-        """What does not depend on x: weight norm_bias + bias, [V], or None."""
+    def offset(self, dtype: torch.dtype, backend: str = "auto") -> Tensor | None:
+        """What does not depend on x: weight norm_bias + bias, [V], or None; backend as `few_row_linear` takes it."""
         total = None
         if self.norm_bias is not None:
-            total = self._of_rows(self.norm_bias.to(dtype)[None])[0]
+            total = few_row_linear(self.norm_bias.to(dtype), self.weight, backend=backend)
         if self.bias is not None:
             total = self.bias.to(dtype) if total is None else total + self.bias.to(dtype)
         return total
-
-    def _of_rows(self, rows: Tensor) -> Tensor:
-        if self.weight.dtype == rows.dtype:
-            return rows @ self.weight.T
-        out = rows.new_empty(len(rows), len(self.weight))
-        for block in self._blocks():
-            out[:, block] = rows @ self.weight[block].to(rows.dtype).T
-        return out
-
-    def _blocks(self) -> Iterator[slice]:
-        """Rows of the weight that are widened together."""
-        step = max(1, _CHUNK // self.weight.shape[1])
-        return (slice(start, start + step) for start in range(0, len(self.weight), step))

@@ -1,0 +1,74 @@
+"""A linear layer of a few rows, as a decoder's step and a short question are:
+
+    out = x weight^T + bias
+
+Reading the weight bounds it, not multiplying; what multiplies large matrices well reads it at half of memory's speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import choose
+from . import torch_kernel
+
+__all__ = ["few_row_linear", "worth_reading"]
+
+# up to here the C++ kernel won wherever it was measured; benchmarks/linear.py
+_MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
+_LEAST_BYTES = 1 << 18  # a smaller weight stays in the caches, and torch is as fast
+
+
+def worth_reading(weight: Tensor) -> bool:
+    """Whether a weight is large enough for this op to matter."""
+    return weight.nbytes >= _LEAST_BYTES
+
+
+def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """x weight^T + bias, summed in float32 (float64 for float64).
+
+    Args:
+        x: [..., k].
+        weight: [n, k], of x's type; or bfloat16 or float16 where x is wider, and then never widened as a whole.
+        bias: [n] of the weight's type, or None.
+        backend: "cpu", "torch" or "auto", which takes the C++ kernel for few rows and a large weight on the CPU where
+            no gradient is asked for, else torch; see `mllm_fast.kernels.dispatch`.
+
+    Returns:
+        [..., n] of x's type.
+
+    Raises:
+        ValueError: names the argument, what it got and what it takes.
+    """
+    _check(x, weight, bias)
+    wants_grad = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))
+    if backend == "auto" and (wants_grad or not _few(x, weight)):
+        backend = "torch"
+    if choose(weight.device, weight.dtype, backend, op="few_row_linear") == "torch":
+        return torch_kernel.linear(x, weight, bias)
+    if wants_grad:
+        raise ValueError("backend 'cpu' computes no gradients: use 'torch' or 'auto', or torch.no_grad()")
+    if x.dtype not in (weight.dtype, torch.float32):
+        raise ValueError(f"backend 'cpu' takes x in {weight.dtype} as the weight or float32, got {x.dtype}")
+    from . import cpu_kernel
+
+    return cpu_kernel.linear(x, weight, bias)
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    rows = x.numel() // max(1, weight.shape[1])
+    fits = x.dtype == weight.dtype or x.dtype == torch.float32
+    return fits and 0 < rows <= _MOST_ROWS.get(weight.dtype, 0) and worth_reading(weight)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x is [..., k] and weight [n, k], got {list(x.shape)} and {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is [{weight.shape[0]}], got {list(bias.shape)}")
+    if not x.dtype.is_floating_point or x.dtype.itemsize < weight.dtype.itemsize:
+        raise ValueError(f"x is floating and no narrower than weight, {weight.dtype}, got {x.dtype}")
+    for name, one in (("x", x), ("bias", bias)):
+        if one is not None and one.device != weight.device:
+            raise ValueError(f"{name} is on {weight.device} as weight is, got {one.device}")

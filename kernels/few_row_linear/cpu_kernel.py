@@ -1,0 +1,27 @@
+"""Hands the linear layer to the compiled extension. Same contract as `torch_kernel.linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import cpu_extension, instruction_set
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Tensor:
+    """See `few_row_linear`; the weight float32 or bfloat16, x of its type or float32. `isa` picks an instruction set
+    (tests), else the processor's best."""
+    columns, depth = weight.shape
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    extension, _ = cpu_extension()
+    if out.numel():
+        extension.few_row_linear(  # type: ignore[union-attr]
+            (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
+            (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16),
+            (out.numel() // columns, columns, depth),
+            torch.get_num_threads(),
+            isa or instruction_set(),
+        )
+    return out

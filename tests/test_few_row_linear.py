@@ -1,0 +1,137 @@
+"""few_row_linear: every instruction set against float64, at odd shapes; what it refuses; who is served by what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mllm_fast.kernels import few_row_linear
+from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.few_row_linear import cpu_kernel, torch_kernel
+
+EXTENSION, _ = cpu_extension()
+SETS = EXTENSION.instruction_sets() if EXTENSION else []
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def draw(rows, columns, depth, types=(F32, F32), bias=True, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
+    x, weight = randn(rows, depth).to(types[0]), randn(columns, depth).to(types[1])
+    return x, weight, randn(columns).to(types[1]) if bias else None
+
+
+def check(got, x, weight, bias):
+    """Twice plain torch's error on the same operands, and a rounding of the largest output, of the summands too."""
+    truth = torch_kernel.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    low = torch_kernel.linear(x, weight, bias)
+    assert got.dtype == x.dtype
+    assert got.shape == truth.shape
+    sums = x.double().abs() @ weight.double().abs().T
+    rounding = torch.finfo(got.dtype).eps * truth.abs().max() + torch.finfo(F32).eps * sums.max()
+    assert (got - truth).abs().max() <= 2 * (low - truth).abs().max() + rounding
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", SETS)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 40),
+    depth=st.integers(1, 100),
+    types=st.sampled_from([(F32, F32), (BF16, BF16), (F32, BF16)]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@example(rows=1, columns=600, depth=1040, types=(F32, F32), bias=True, seed=0)  # several runs, two threads
+@example(rows=13, columns=603, depth=1033, types=(BF16, BF16), bias=False, seed=0)
+def test_every_instruction_set(isa, rows, columns, depth, types, bias, seed):
+    x, weight, bias = draw(rows, columns, depth, types, bias, seed)
+    check(cpu_kernel.linear(x, weight, bias, isa=isa), x, weight, bias)
+
+
+@needs_extension
+def test_a_row_does_not_depend_on_the_others():
+    """Answers are the same asked alone and together: the order of a row's sum is its own."""
+    x, weight, bias = draw(64, 100, 333)
+    whole = cpu_kernel.linear(x, weight, bias)
+    for rows in (1, 2, 5, 6, 7, 13, 40):
+        assert torch.equal(cpu_kernel.linear(x[:rows], weight, bias), whole[:rows])
+
+
+@needs_extension
+def test_any_shape_and_stride():
+    x, weight, bias = draw(24, 70, 50)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    apart = torch.stack([weight, weight], -1)[..., 0]
+    assert not apart.is_contiguous()
+    got = few_row_linear(x.view(2, 3, 4, 50), apart, bias, backend="cpu")
+    torch.testing.assert_close(got, expected.view(2, 3, 4, 70))
+    assert few_row_linear(x[0], weight, backend="cpu").shape == (70,)
+    assert few_row_linear(x[:0], weight, backend="cpu").shape == (0, 70)
+
+
+@needs_extension
+def test_nan_stays_in_its_row():
+    x, weight, bias = draw(7, 30, 40)
+    x[3, 5] = float("nan")
+    got = few_row_linear(x, weight, bias, backend="cpu")
+    assert got[3].isnan().all()
+    assert got[[0, 1, 2, 4, 5, 6]].isfinite().all()
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype", "served"),
+    [
+        (1, 256, F32, True),
+        (64, 256, F32, True),
+        (65, 256, F32, False),
+        (8, 512, BF16, True),
+        (9, 512, BF16, False),
+        (1, 100, F32, False),  # stays in the caches
+        (1, 512, torch.float16, False),
+        (1, 512, torch.float64, False),
+    ],
+)
+def test_auto_takes_the_kernel_for_few_rows_of_a_large_weight(monkeypatch, rows, size, dtype, served):
+    used = []
+    monkeypatch.setattr(cpu_kernel, "linear", lambda *_: used.append(True))
+    few_row_linear(torch.zeros(rows, size, dtype=dtype), torch.zeros(size, size, dtype=dtype))
+    assert bool(used) == served
+
+
+def test_gradients_flow_by_torch():
+    x, weight, bias = draw(2, 300, 300)
+    weight.requires_grad_()
+    few_row_linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad[0], x.sum(0))
+    with pytest.raises(ValueError, match="computes no gradients"):
+        few_row_linear(x, weight, bias, backend="cpu")
+
+
+def test_a_narrow_weight_is_not_rounded_to():
+    """x in float32 keeps its digits where the weight is bfloat16."""
+    x, weight, bias = draw(3, 20, 30, (F32, BF16))
+    for backend in ("torch", *(["cpu"] if EXTENSION else [])):
+        check(few_row_linear(x, weight, bias, backend=backend), x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(3, 5)}, r"x is \[..., k\] and weight \[n, k\], got \[2, 4\] and \[3, 5\]"),
+        ({"bias": torch.zeros(4)}, r"bias is \[3\], got \[4\]"),
+        ({"x": torch.zeros(2, 4, dtype=BF16)}, "no narrower than weight, torch.float32, got torch.bfloat16"),
+        ({"x": torch.zeros(2, 4, dtype=torch.int64)}, "x is floating"),
+        ({"x": torch.zeros(2, 4, device="meta")}, "x is on cpu as weight is, got meta"),
+        ({"backend": "triton"}, "no kernel of that kind"),
+        ({"backend": "fast"}, "backend is one of"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        few_row_linear(**arguments)
