@@ -127,7 +127,7 @@ def ordering(found: dict[str, np.ndarray]) -> list[dict]:
 
 
 def chart(accuracy: dict[str, dict[str, float]], scenes: int, target: Path) -> None:
-    """Accuracy over K: on the left the query and K by each score, near the top; on the right K alone by attention."""
+    """Accuracy over K: on the left the query and K by each score, near the top; on the right K alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,11 +135,11 @@ def chart(accuracy: dict[str, dict[str, float]], scenes: int, target: Path) -> N
 
     figure, (both, alone) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     percent = lambda label, what="accuracy": 100 * accuracy[label][what]  # noqa: E731
-    for axes, parts, scores in ((both, "query+image", SCORES), (alone, "image", ("generated", "query", "random"))):
+    for axes, parts in ((both, "query+image"), (alone, "image")):
         axes.axhline(percent(FULL), color="#333333", linewidth=1.2, label=f"everything, {percent(FULL):.1f} %")
         query = f"query alone, {percent(QUERY):.1f} %"
         axes.axhline(percent(QUERY), color="#333333", linewidth=1.2, linestyle=":", label=query)
-        for i, score in enumerate(scores):
+        for i, score in enumerate(SCORES):
             every = "100 % alone" if parts == "image" else FULL  # with nothing dropped, whatever the score
             labels = [*(name(parts, score, share) for share in SHARES), every]
             at = [share * 1.03 ** (i - 1.5) for share in (*SHARES, 100)]  # side by side where they are equal

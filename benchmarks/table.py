@@ -7,6 +7,8 @@ import json
 import math
 from pathlib import Path
 
+import table_kernels as kernels
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -16,7 +18,13 @@ def table() -> str:
         _result, ("scores", "explanation", "fidelity", "attention", "knockouts")
     )
     accuracy = json.loads((ROOT / "mllm_fast" / "shapes" / "accuracy.json").read_text())
-    parts = [_speed(scores), _attention(attention), _knockouts(knockouts)]
+    parts = [
+        kernels.speed(scores),
+        kernels.attention(attention),
+        kernels.tiles(_result("attention_amx"), _result("scores_amx")),
+        kernels.linear(_result("linear")),
+        kernels.knockouts(knockouts),
+    ]
     # figures that were not measured are left out, not made up
     parts += [
         make(_result(name)) for name, make in (("reprompt", _reprompt), ("reprompt_quality", _quality)) if _has(name)
@@ -25,7 +33,7 @@ def table() -> str:
     parts += [_methods(_result("maps"))] if _has("maps") else []
     parts += [_joint(_result("joint"), _result("gradient_alignment"))] if _has("joint") else []
     parts += [serving(_result("serving"))] if _has("serving") else []
-    parts += [_accuracy(accuracy), [_machine(scores)]]
+    parts += [_accuracy(accuracy), _machines()]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -35,75 +43,6 @@ def _has(name: str) -> bool:
 
 def _result(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def _speed(scores: dict) -> list[str]:
-    ways, rates = scores["ways"], scores["gflops"]
-    lines = [
-        "Scoring 600 positions of a head, sizes of LLaVA-1.5-7B (V = 32,064, d = 4,096, d_head = 128), float32:",
-        "",
-        "| way | ms a head | against direct | error against float64 |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    names = {
-        "direct": "direct: project, norm, unembed, log-softmax (torch)",
-        "torch, cached": "factored in plain torch, operator cached",
-        "kernel, cached": f"factored kernel ({scores['instruction set']}), cached, a layer's heads in one call",
-        "kernel, on the fly": "the same, operators made in the call",
-        "kernel, cached, one head alone": "one head alone: its own pass over the unembedding for the logits at h",
-    }
-    for name, label in names.items():
-        way = ways[name]
-        lines.append(f"| {label} | {way['ms_per_head']:.1f} | {way['times_faster']:.1f} x | {way['error']:.1e} |")
-    sets = [name.removeprefix("kernel, ") for name in rates if name.startswith("kernel, ")]
-    shares = ", ".join(
-        f"{name} {rates[f'kernel, {name}']:.0f} of {rates[f'peak, {name}']:.0f}"
-        f" ({rates[f'kernel, {name}'] / rates[f'peak, {name}']:.0%})"
-        for name in sets
-    )
-    memory = scores["peak_megabytes"]
-    lines += [
-        "",
-        f"GFLOP/s of each path against a register-only loop: {shares}; torch's sgemm {rates['sgemm']:.0f}. Peak memory"
-        f" beyond the operator: {memory['kernel, cached']:.1f} MB, the direct way {memory['direct']:.0f} MB.",
-    ]
-    return lines
-
-
-def _attention(attention: dict) -> list[str]:
-    isa = attention["instruction set"]
-    lines = [
-        "Attention with the image knocked out of the query, 32 heads of 128 (576 of 640 or 1,800 of 2,048 positions"
-        f" are image), ms; GPU: not measured, no GPU was at hand. The kernel is {isa}'s:",
-        "",
-        "| | kernel | kernel, bf16 | SDPA, mask | SDPA, mask, bf16 | SDPA causal, nothing out | FlexAttention |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    names = ("kernel", "kernel bf16", "SDPA, mask", "SDPA, mask bf16", "SDPA, causal", "FlexAttention")
-    for case, rows in attention["cases"].items():
-        label = case.replace("image -> query", "image")
-        figures = [f"{rows[n]['ms']:.3g} ({rows[n]['against_kernel']:.1f} x)" if n in rows else "" for n in names]
-        figures[0] = f"{rows['kernel']['ms']:.3g}"
-        lines.append(f"| {label} | {' | '.join(figures)} |")
-    rows = attention["cases"]["prefill, N = 2048, knocked out: image -> query"]
-    lines += [
-        "",
-        f"Largest error to float64 there: kernel {rows['kernel']['error']:.1e}, SDPA {rows['SDPA, mask']['error']:.1e};"
-        f" in bfloat16 {rows['kernel bf16']['error']:.1e} and {rows['SDPA, mask bf16']['error']:.1e}.",
-    ]
-    return lines
-
-
-def _knockouts(knockouts: dict) -> list[str]:
-    long, steps = knockouts["generation"], knockouts["streaming"]
-    plain, ours = long["ms"].values()
-    each = steps["ms_a_token"]
-    return [
-        "32 tokens from a picture, a LLaVA of random weights (16 layers of d = 1,024, 576 image tokens), image -> query"
-        f" and generated knocked out in all layers: {ours:,.0f} ms, transformers with SDPA and nothing knocked out"
-        f" {plain:,.0f} ms. Streaming the embedded model: {each['stream']:.1f} ms a token,"
-        f" {each['stream, explained']:.1f} with every token explained ({steps['explained_over_stream']:.2f} times).",
-    ]
 
 
 def _reprompt(reprompt: dict) -> list[str]:
@@ -367,14 +306,19 @@ def _accuracy(accuracy: dict) -> list[str]:
     ]
 
 
-def _machine(scores: dict) -> str:
-    m = scores["machine"]
-    return (
-        f"Measured on two cores of an {m['cpu']} ({m['instruction sets']}), torch {m['torch']}; no GPU was at hand."
-        " Run `python benchmarks/scores.py`, `attention.py`,"
-        " `knockouts.py`, `reprompt.py`, `reprompt_quality.py`, `explanation.py`, `fidelity.py`, `maps.py`, `joint.py`,"
-        " `gradient_alignment.py`, `serving.py` on yours."
-    )
+def _machines() -> list[str]:
+    """What was measured where."""
+    where: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        m = json.loads(path.read_text()).get("machine")
+        if m is not None and not path.stem.endswith("_amx"):
+            where.setdefault(f"two cores of an {m['cpu']}, torch {m['torch']}", []).append(f"`{path.stem}.py`")
+    most = max(where, key=lambda name: len(where[name]))
+    rest = "".join(f" ({', '.join(files)}: {name})" for name, files in where.items() if name != most)
+    return [
+        f"Measured on {most}{rest}; no GPU was at hand. To measure yours: `python benchmarks/` and"
+        f" {', '.join(sorted(file for files in where.values() for file in files))}."
+    ]
 
 
 if __name__ == "__main__":
