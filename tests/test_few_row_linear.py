@@ -46,6 +46,7 @@ def check(got, x, weight, bias):
     seed=st.integers(0, 2**16),
 )
 @example(rows=1, columns=600, depth=1040, types=(F32, F32), bias=True, seed=0)  # several runs, two threads
+@example(rows=2, columns=5, depth=0, types=(F32, F32), bias=True, seed=0)  # the bias alone
 @example(rows=13, columns=603, depth=1033, types=(BF16, BF16), bias=False, seed=0)
 def test_every_instruction_set(isa, rows, columns, depth, types, bias, seed):
     x, weight, bias = draw(rows, columns, depth, types, bias, seed)

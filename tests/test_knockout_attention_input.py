@@ -145,7 +145,8 @@ def test_choices(monkeypatch):
 
 def test_report_says_what_each_op_uses(monkeypatch):
     report = backend_report()
-    assert set(report) == {"knockout_attention", "logprob_increase", "topk_compaction", "weighted_values"}
+    ops = {"knockout_attention", "logprob_increase", "topk_compaction", "weighted_values"}
+    assert set(report) == {*ops, "few_row_linear"}
     if EXTENSION and not torch.cuda.is_available():
         line = f"CPU: C++ for float32, bfloat16, {SETS[0]} (this processor has {', '.join(SETS)})"
         assert report["knockout_attention"].startswith(line)
@@ -157,6 +158,9 @@ def test_report_says_what_each_op_uses(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "")
     gpu = "GPU (Some GPU, sm_90): Triton for float16, bfloat16, float32; CPU"
-    assert all(line.startswith(gpu) for line in backend_report().values())
+    assert all(backend_report()[op].startswith(gpu) for op in ops)
+    linear = backend_report()["few_row_linear"]
+    assert linear.startswith("GPU (Some GPU, sm_90): torch's own matrix products; CPU: plain torch")
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
-    assert all(line.startswith("GPU: refused, triton is not installed; CPU") for line in backend_report().values())
+    assert all(backend_report()[op].startswith("GPU: refused, triton is not installed; CPU") for op in ops)
+    assert backend_report()["few_row_linear"] == linear

@@ -74,6 +74,7 @@ def test_data_flows_one_way():
     ]
     order += [
         "masks",
+        "linears",
         "attention",
         "trace",
         "session",

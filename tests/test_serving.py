@@ -96,8 +96,9 @@ def test_keep_is_a_field_of_the_request(server, url, sample, shapes):
 
 
 def test_streams(server, url, sample, shapes):
-    answer = shapes.compress(sample).ask(DESCRIBE)
-    stream = chat(server.client(), asked(DESCRIBE, url), stream=True, stream_options={"include_usage": True})
+    answer = shapes.compress(sample, 0.2).ask(DESCRIBE)  # a long one
+    options = {"stream_options": {"include_usage": True}, "extra_body": {"keep": 0.2}}
+    stream = chat(server.client(), asked(DESCRIBE, url), stream=True, **options)
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
@@ -164,16 +165,18 @@ def test_sampling_and_log_probabilities(server, url):
 
 
 def test_stops_where_it_is_told(server, url, sample, shapes):
-    whole = shapes.compress(sample).ask(DESCRIBE).text
-    reply = chat(server.client(), asked(DESCRIBE, url), max_completion_tokens=3)
+    whole = shapes.compress(sample, 0.2).ask(DESCRIBE).text
+    assert "blue star" in whole
+    more = {"extra_body": {"keep": 0.2}}
+    reply = chat(server.client(), asked(DESCRIBE, url), max_completion_tokens=3, **more)
     assert reply.choices[0].finish_reason == "length"
     assert whole.startswith(reply.choices[0].message.content)
     assert reply.usage.completion_tokens == 3
     for stop in ("star", ["zebra", "blue star"]):
         cut = whole.partition(stop if isinstance(stop, str) else stop[1])[0].rstrip()
-        reply = chat(server.client(), asked(DESCRIBE, url), stop=stop)
+        reply = chat(server.client(), asked(DESCRIBE, url), stop=stop, **more)
         assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (cut, "stop")
-        chunks = chat(server.client(), asked(DESCRIBE, url), stop=stop, stream=True)
+        chunks = chat(server.client(), asked(DESCRIBE, url), stop=stop, stream=True, **more)
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == cut
 
 

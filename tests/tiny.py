@@ -202,7 +202,9 @@ def sliding(window: int) -> SimpleNamespace:
         layer.self_attn.sliding_window = window
         layer.attention_type = "sliding_attention"
     outputs = (text.layers[-1].self_attn.o_proj,)
-    return SimpleNamespace(config=text.config, layers=tuple(text.layers), norm=text.norm, outputs=outputs, decoder=text)
+    return SimpleNamespace(
+        config=text.config, layers=tuple(text.layers), norm=text.norm, head=None, outputs=outputs, decoder=text
+    )
 
 
 def qwen2_5_vl(vision_layers: int = 2, seed: int = 0):

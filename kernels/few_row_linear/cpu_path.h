@@ -134,7 +134,8 @@ template <typename X, typename W>
 static void few_row_linear(const mllm::FewRowLinear& p) {
   const Layer<X, W> layer(p);
   const int64_t tiles = p.columns / WEIGHTS;
-  const int64_t run = std::max<int64_t>(1, (1 << 17) / (WEIGHTS * p.depth * static_cast<int64_t>(sizeof(W))));
+  const int64_t tile_bytes = WEIGHTS * p.depth * static_cast<int64_t>(sizeof(W));
+  const int64_t run = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, tile_bytes));  // tiles
   std::atomic<int64_t> next{0};
   // reading a byte takes as long as four operations or more
   const double work = std::max<double>(2 * p.rows, 4 * sizeof(W)) * p.columns * p.depth;
