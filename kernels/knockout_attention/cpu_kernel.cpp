@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../cpu/aligned.h"
+#include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
 #include "run_prefill.h"
@@ -25,6 +26,7 @@ void attention(const AttentionProblem& problem, const std::string& isa) {
     own_lse.resize(p.batch * p.heads * p.rows);
     p.lse = own_lse.data();
   }
+  wish_huge_pages(p.out, p.batch * p.heads * p.rows * p.width * (p.bfloat16 ? 2 : 4));
 #if defined(MLLM_AMX)
   if (isa == "amx" && amx_usable()) return amx::attention(p);
 #endif
