@@ -140,7 +140,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("arrays"), py::arg("bfloat16"), py::arg("sizes"),
       py::arg("threads"), py::arg("isa"),
-      "arrays: x, weight, bias, out; bfloat16: x and out, weight and bias; sizes: rows, columns, depth. See few_row_linear/cpu_kernel.h.");
+      "arrays: x, weight, bias, out; bfloat16: x and out, weight and bias; sizes: rows, columns, depth. See"
+      " few_row_linear/cpu_kernel.h.");
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");
 }

@@ -34,6 +34,10 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 
 
+# what the C++ kernel leaves to torch
+_LEFT = {"few_row_linear": "; it serves few rows of a large weight, torch the others"}
+
+
 def wide_type(dtype: torch.dtype) -> torch.dtype:
     """What sums of numbers of a floating type are made in: float32, of float64 that."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -140,7 +144,7 @@ def _report(op: str) -> str:
         sets = extension.instruction_sets()
         lines.append(
             f"CPU: C++ for {_names(op, 'cpu')}, {sets[0]} (this processor has {', '.join(sets)});"
-            " plain torch for other types"
+            f" plain torch for other types{_LEFT.get(op, '')}"
         )
     return "; ".join(lines)
 

@@ -41,8 +41,7 @@ def few_row_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
 
 def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     if (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
+        torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()  # a compiled model has its own linear layers
         or type(layer.weight) is not nn.Parameter  # a quantised weight, say
     ):

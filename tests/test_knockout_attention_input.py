@@ -150,6 +150,7 @@ def test_report_says_what_each_op_uses(monkeypatch):
     if EXTENSION and not torch.cuda.is_available():
         line = f"CPU: C++ for float32, bfloat16, {SETS[0]} (this processor has {', '.join(SETS)})"
         assert report["knockout_attention"].startswith(line)
+        assert report["few_row_linear"].endswith("it serves few rows of a large weight, torch the others")
     assert "plain torch (no C++ kernel" in report["topk_compaction"]
     monkeypatch.setattr(dispatch, "cpu_extension", lambda: (None, "the C++ extension is not built"))
     assert "CPU: plain torch (the C++ extension is not built)" in backend_report()["knockout_attention"]
