@@ -5,7 +5,8 @@
 - decode: a row, with and without the knockout, eager and as CUDA graphs;
 - by-products: what the log-sum-exp and the mass add to prefill;
 - scoring: 576 positions of all 32 x 32 heads of LLaVA-1.5-7B's sizes in one call, beside the direct way;
-- compaction: the kept rows of a cache of 32 layers.
+- compaction: the kept rows of a cache of 32 layers;
+- model: tokens of a LLaVA of 7B random weights, with the image knocked out, streamed and explained.
 
 Every contender's error against float64 comes first, for all sections: no figure is printed where one is wrong. A
 contender that cannot run here is named with the reason. Times are medians of CUDA events, contenders in turn, the
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 from gpu_attention import SYSTEM_TOKENS, ByProducts, Decode, Prefill, with_times
 from gpu_measure import OURS, Bench, bf16_rounding, device_facts, gate, rates, slug
+from gpu_model import Tokens
 from harness import machine, write_result
 from mllm_fast.kernels import OperatorCache, Unembedding, logprob_increase, topk_compaction
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
@@ -228,6 +230,7 @@ SECTIONS = {
     "by-products": ByProducts,
     "scoring": Scoring,
     "compaction": Compaction,
+    "model": Tokens,
 }
 
 

@@ -14,13 +14,23 @@ _PATCH = 8
 
 
 def random_llava(
-    hidden: int, layers: int, heads: int, intermediate: int, grid: tuple[int, int], window: int, ends: bool = False
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    grid: tuple[int, int],
+    window: int,
+    ends: bool = False,
+    vocab: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> mf.VLM:
-    """grid: rows and columns of the picture's tokens. ends: answers may end before the tokens asked for.
+    """grid: rows and columns of the picture's tokens. ends: answers may end before the tokens asked for. vocab: words,
+    those of the embedded model and made-up ones.
 
     The vision tower is not what is measured: each patch becomes its own token, without attention.
     """
     tokenizer = build_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range((vocab or 0) - len(tokenizer))])
     rows, cols = grid
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -47,7 +57,8 @@ def random_llava(
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config).eval()
     model.model.get_image_features = _patches_as_tokens(model)
     if not ends:
         model.generation_config.eos_token_id = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -129,6 +130,9 @@ def _check_folder(name: str, folder: Path) -> None:
         return
     if not (folder / "config.json").is_file():
         raise InputError(f"{name}: the folder has no config.json; give a folder that save_pretrained wrote")
+    with failures(f"{name}: config.json"):  # some versions of transformers do not say which file
+        if not isinstance(json.loads((folder / "config.json").read_bytes()), dict):
+            raise InputError(f"{name}: config.json does not describe a model; copy it again")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{name}: the folder has no weights (*.safetensors); copy the model again")
     if not any((folder / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):

@@ -58,6 +58,9 @@ def picture():
 def run(monkeypatch, capfd):
     """Runs the command in this process: (exit code, stdout, stderr)."""
 
+    # a machine with a GPU must show what all others show
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["mllm-fast", *map(str, arguments)])
         capfd.readouterr()  # what the test's own preparations printed

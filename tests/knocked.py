@@ -91,7 +91,7 @@ def eager(
             mask = kwargs["attention_mask"]
             rows, keys = mask.shape[-2:]
             mine = extra[:, keys - rows : keys, :keys].repeat_interleave(len(mask) // len(extra), 0)
-            return args, kwargs | {"attention_mask": mask + mine[:, None]}
+            return args, kwargs | {"attention_mask": mask + mine[:, None].to(mask.device)}
 
         return hook
 

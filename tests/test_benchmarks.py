@@ -62,12 +62,14 @@ def test_without_a_gpu_one_line_and_code_2():
 def modules(monkeypatch):
     """gpu, gpu_attention, gpu_measure; nothing is compiled, and the true sizes are tiny."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    gpu, attention, measure = map(importlib.import_module, ("gpu", "gpu_attention", "gpu_measure"))
+    names = ("gpu", "gpu_attention", "gpu_measure", "gpu_model")
+    gpu, attention, measure, model = map(importlib.import_module, names)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name in ("HEADS", "LENGTHS", "DEPTH"):
         monkeypatch.setattr(attention, name, getattr(attention, f"TINY_{name}"))
     monkeypatch.setattr(gpu, "MODEL", gpu.TINY_MODEL)
     monkeypatch.setattr(gpu, "CACHE", gpu.TINY_CACHE)
+    monkeypatch.setattr(model, "SIZES", model.TINY)
     attention.compiled_flex.cache_clear()
     yield gpu, attention, measure
     attention.compiled_flex.cache_clear()

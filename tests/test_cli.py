@@ -65,7 +65,7 @@ def test_info(run):
     code, out, _ = run("info", "--json")
     assert code == 0
     facts = json.loads(out)
-    assert facts["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(facts["versions"]["torch"])  # without "+cu130"
     assert "logprob_increase" in facts["operations"]
     code, out, _ = run("info")
     assert code == 0

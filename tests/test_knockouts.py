@@ -293,7 +293,7 @@ def test_bad_rules_are_named(vlm, picture, rules, message):
         {"source": None, "target": "query"},
         {"source": [1.5], "target": "query"},
         {"source": ["7"], "target": "query"},
-        {"source": "image", "target": object()},
+        {"source": "image", "target": Ellipsis},
         {"source": "image", "target": "query", "layers": 3},
         {"source": "image", "target": "query", "layers": [2.5]},
     ],

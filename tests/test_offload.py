@@ -17,7 +17,7 @@ QUESTION = "Describe the image."
 
 @pytest.fixture(scope="module")
 def whole():
-    return mf.VLM.from_pretrained("shapes")
+    return mf.VLM.from_pretrained("shapes", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def spread(whole, tmp_path_factory):
     count = len(whole.text.layers)
     places |= {f"model.language_model.layers.{i}": "cpu" if i < count // 2 else "disk" for i in range(count)}
     folder = tmp_path_factory.mktemp("offload")
-    vlm = mf.VLM.from_pretrained("shapes", device_map=places, offload_folder=folder)
+    vlm = mf.VLM.from_pretrained("shapes", device="cpu", device_map=places, offload_folder=folder)
     assert {weight.device.type for weight in vlm.model.parameters()} == {"cpu", "meta"}
     return vlm
 

@@ -23,7 +23,8 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
 
 def run_cases(file: Path, interpret: bool) -> None:
     # some cases ask torch for its deterministic mode, which cuBLAS has with this setting
-    fixed = {"TRITON_INTERPRET": str(int(interpret)), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    fixed = {"TRITON_INTERPRET": str(int(interpret)), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": path}
     environment = os.environ | fixed
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={file.parent}", str(file)]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)

@@ -25,9 +25,9 @@ TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 BLOCKS_D = (16, 32, 64, 128, 256)
 FIXED = {
     **dict.fromkeys(("query", "key", "value", "output"), "*bf16"),
-    **dict.fromkeys(("lse", "weight", "parts", "part_lse"), "*fp32"),
-    **dict.fromkeys(("table", "start", "blocks", "counts"), "*i32"),
-    "segments": "*u8",
+    **dict.fromkeys(("lse", "counted", "parts", "part_lse"), "*fp32"),
+    **dict.fromkeys(("table", "start"), "*i32"),
+    **dict.fromkeys(("segments", "chosen"), "*u8"),
     "scale": "fp32",
 }
 COUNTS = ("heads", "per_kv", "packed")  # integers that need not be multiples of 16
@@ -43,14 +43,21 @@ def attention_kernel(kind: str, dtype: torch.dtype, block_d: int, capability: in
     tile = triton_kernel.config(dtype, block_d, divmod(capability, 10), kind)
     absent = {} if full else dict.fromkeys(("segments", "table", "start"))
     flags = {"HAS_SEGMENTS": full, "HAS_START": full, "PRECISION": tile.precision, "BLOCK_D": block_d}
+    flags |= {"CHUNK": tile.chunk, "EVEN_D": even}
     types = dict.fromkeys(("query", "key"), TYPES[dtype])
     if kind == "mass":
         fn, types["output"] = triton_mass.mass, "*fp32"
+        flags["HAS_CHOSEN"] = full
+        absent |= {} if full else dict.fromkeys(("chosen", "counted"))
     else:
         fn = triton_attend.attend
         types |= dict.fromkeys(("value", "output"), TYPES[dtype])
-        flags |= {"EVEN_D": even, "WITH_LSE": full, "PACKED": full and kind == "decode"}
-        absent |= {} if full else dict.fromkeys(("lse", "blocks", "counts"))
+        if kind == "described":
+            block = f"tensordesc<{TYPES[dtype][1:]}[1,1,{tile.block_n},{block_d}]>"
+            types |= {"key": block, "value": block}
+        flags |= {"WITH_LSE": full, "PACKED": full and kind == "decode"}
+        flags["DESCRIBED"] = kind == "described"
+        absent |= {} if full else {"lse": None}
     flags |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     return build(fn, capability, tile.warps, tile.stages, types, **flags, **absent)
 
@@ -68,13 +75,21 @@ def uses_tensor_cores(kind: str, dtype: torch.dtype, block_d: int, capability: i
     return triton_kernel.config(dtype, block_d, divmod(capability, 10), kind).precision != "ieee"
 
 
+def has_kind(kind: str, dtype: torch.dtype, capability: int, block_d: int) -> bool:
+    if kind == "described":
+        return dtype.itemsize == 2 and capability // 10 in triton_kernel._DESCRIBED
+    return block_d <= max(triton_kernel._TILES[kind][dtype.itemsize])
+
+
 def default_cases():
     for kind, dtype, capability in itertools.product(triton_kernel.KINDS, (torch.bfloat16, torch.float32), SHARED):
-        served = {triton_kernel.config(dtype, d, divmod(capability, 10), kind): d for d in BLOCKS_D}
+        widths = [d for d in BLOCKS_D if has_kind(kind, dtype, capability, d)]
+        served = {triton_kernel.config(dtype, d, divmod(capability, 10), kind): d for d in widths}
         for block_d in served.values():
             yield kind, dtype, block_d, capability, True, True
             yield kind, dtype, block_d, capability, False, False
-        yield kind, dtype, 16, capability, True, True
+        if widths:
+            yield kind, dtype, 16, capability, True, True
     for capability in SHARED:
         yield "prefill", torch.float16, 128, capability, True, True
 
@@ -83,28 +98,8 @@ def default_cases():
 def test_attention_kernels(kind, dtype, block_d, capability, even, full):
     made = attention_kernel(kind, dtype, block_d, capability, even, full)
     check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
-    if kind == "prefill" and dtype.itemsize == 2:
+    if kind in ("prefill", "described") and dtype.itemsize == 2:
         assert TENSOR_CORES[capability][-1] in made.ptx, "the chip's own matrix instructions"
-
-
-def tiles(*kinds: str) -> list[tuple[int, int]]:
-    """Every tile that `config` gives one of `kinds`."""
-    choices = itertools.product(TYPES, BLOCKS_D, SHARED, kinds)
-    return sorted({triton_kernel.config(t, d, divmod(c, 10), k)[:2] for t, d, c, k in choices})
-
-
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize(("block_m", "block_n"), tiles("prefill", "decode"))
-def test_plan_keys(block_m, block_n, capability):
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": triton_kernel.CHUNK}
-    check(build(triton_attend.plan_keys, capability, 4, 3, HAS_START=True, **tile), capability, False)
-
-
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize(("block_m", "block_n"), tiles("mass"))
-def test_plan_rows(block_m, block_n, capability):
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": triton_kernel.CHUNK}
-    check(build(triton_mass.plan_rows, capability, 4, 3, HAS_SEGMENTS=True, HAS_START=True, **tile), capability, False)
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -114,14 +109,12 @@ def test_combine(block_d, capability):
     check(build(triton_attend.combine, capability, 4, 3, **flags), capability, False)
 
 
-ATTEND = (triton_attend.plan_keys, triton_attend.attend, triton_attend.combine)
-MASS = (triton_mass.plan_rows, triton_mass.mass)
-
-
-@pytest.mark.parametrize("fn", ATTEND + MASS, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    "fn", [triton_attend.attend, triton_attend.combine, triton_mass.mass], ids=lambda fn: fn.__name__
+)
 def test_a_new_length_compiles_nothing(fn):
     special = {p.name for p in fn.params if p.is_constexpr or not p.do_not_specialize}
-    assert not special & {"rows", "keys", "slots", "splits", "segment_stride"}
+    assert not special & {"rows", "keys", "splits", "segment_stride"}
 
 
 def main() -> None:
@@ -129,8 +122,8 @@ def main() -> None:
     flags = (False, True)
     for case in itertools.product(triton_kernel.KINDS, TYPES, BLOCKS_D, SHARED, flags, flags):
         kind, dtype, block_d, capability, even, full = case
-        if kind == "mass" and not even:
-            continue  # it has no code for this
+        if not has_kind(kind, dtype, capability, block_d):
+            continue
         made = attention_kernel(*case)
         print(f"sm_{capability} {kind:8}{TYPES[dtype][1:]:5}{block_d:4} {'even' if even else 'odd ':5}"
               f"{'full' if full else 'bare':5}{made.registers:4} registers{made.spills:5} spilled"

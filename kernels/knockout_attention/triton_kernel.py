@@ -7,20 +7,20 @@ of 24. float16 and bfloat16 go directly. Everything is accumulated in float32.
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_attend import attend, combine, plan_keys
+from ..triton_launch import Launch, remembered
+from .triton_attend import attend, combine
 from .triton_mass import mass as mass_of_keys
-from .triton_mass import plan_rows
 
-KINDS = ("prefill", "decode", "mass")
+KINDS = ("prefill", "described", "decode", "mass")
 MAX_SPLITS = 64
-CHUNK = 32  # blocks that a planning kernel looks at together
 _DECODE_ROWS = 32  # up to so many rows of a key head are packed into blocks of 16
 _SPLIT_BLOCKS = 2  # key blocks that a split has at least
 _OPTIONS = {"enable_fp_fusion": True}  # Triton's default is about to change, and warns
@@ -28,42 +28,46 @@ _LOG2E = 1 / math.log(2)
 
 
 class Config(NamedTuple):
-    """Tile of rows x keys, warps and pipeline stages of a kernel."""
+    """Tile of rows x keys, warps and pipeline stages of a kernel; chunk: blocks that a program looks at together before
+    it reads those that are open, at most 32."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     precision: str = "tf32x3"
+    chunk: int = 32
 
 
 # by bytes of an operand and padded head size (up to): chosen so that no register spills and 99 KiB of shared memory
-# do on compute capability 8 and 12, 227 KiB on 9 and 10; tests/test_triton_aot.py holds them to it
+# do on compute capability 8 and 12, 227 KiB on 9 and 10; tests/test_triton_aot.py holds them to it. Among these the
+# fastest on an H200; see benchmarks/NOTES.md
 _TILES = {
     "prefill": {
-        2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+        2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 2)},
         # three tf32 products of a head of 256 need more registers than there are
-        4: {64: Config(32, 32, 4, 2), 128: Config(32, 16, 8, 2), 256: Config(16, 32, 8, 2, "ieee")},
+        4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 2), 256: Config(16, 16, 4, 2, "ieee")},
     },
     "decode": {
-        2: {128: Config(16, 64, 8, 3), 256: Config(16, 32, 8, 3)},
-        4: {128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2, "ieee")},
+        2: {128: Config(16, 32, 4, 4, chunk=16), 256: Config(16, 32, 8, 3)},
+        4: {128: Config(16, 16, 4, 2)},  # wider ones are served as a prefill's rows
     },
     "mass": {
         2: {128: Config(64, 128, 8, 3), 256: Config(64, 64, 8, 2)},
-        4: {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 2)},
+        4: {64: Config(32, 16, 8, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 2)},
     },
 }
-# of 16-bit operands where there is shared memory for more
-_LARGE_TILES = {("prefill", 128): Config(128, 64, 8, 3), ("decode", 256): Config(16, 64, 8, 2)}
+# keys and values of 16 bits that the copy engine reads, by the capability of chips that have one and 227 KiB
+_DESCRIBED = {
+    9: {64: Config(64, 64, 4, 4), 128: Config(64, 64, 4, 3), 256: Config(128, 32, 8, 3)},
+    10: {64: Config(64, 64, 4, 4), 128: Config(64, 64, 8, 3), 256: Config(64, 32, 8, 3)},
+}
 
 
 def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind: str) -> Config:
     """What serves operands of `dtype` on a GPU of this compute capability; `kind` is one of KINDS."""
-    limit, tile = next((n, tile) for n, tile in _TILES[kind][dtype.itemsize].items() if head_size <= n)
-    if dtype.itemsize == 2 and capability[0] in (9, 10):
-        return _LARGE_TILES.get((kind, limit), tile)
-    return tile
+    tiles = _DESCRIBED[capability[0]] if kind == "described" else _TILES[kind][dtype.itemsize]
+    return next(tile for limit, tile in tiles.items() if head_size <= limit)
 
 
 @cache
@@ -100,50 +104,86 @@ def split_count(programs: int, key_blocks: int, processors: int) -> int:
     return max(1, min(2 * processors // max(1, programs), key_blocks // _SPLIT_BLOCKS, MAX_SPLITS))
 
 
+class _Plan(NamedTuple):
+    """Of one set of sizes: the launches, the integers that they take, and how many parts of each row there are."""
+
+    attend: Launch
+    combine: Launch | None
+    strides: tuple[int, ...]
+    counts: tuple[int, ...]
+    described: tuple[int, int] | None  # key block and padded width of the descriptors
+    splits: int
+
+
+_PLANS: dict[Any, _Plan] = {}
+
+
 def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tuple[Tensor, Tensor | None]:
     """Output [B, R, H, D] and, if `lse`, the log-sum-exp [B, H, R]."""
     batch, heads, rows, width = query.shape
-    keys, per_kv = key.shape[2], heads // key.shape[1]
-    capability, processors = _chip(query.device)
-    packed = per_kv if per_kv * rows <= _DECODE_ROWS else 1
-    tile = config(query.dtype, width, capability, "decode" if per_kv * rows <= _DECODE_ROWS else "prefill")
-    row_blocks, key_blocks = triton.cdiv(packed * rows, tile.block_m), triton.cdiv(keys, tile.block_n)
-    splits = split_count(batch * (heads // packed) * row_blocks, key_blocks, processors)
-
     like = {"device": query.device, "dtype": torch.float32}
     output = torch.empty(batch, rows, heads, width, device=query.device, dtype=query.dtype)
     total = torch.empty(batch, heads, rows, **like) if lse else None
-    parts, part_total = output, total
-    if splits > 1:
-        parts = torch.empty(splits, batch, rows, heads, width, **like)
-        part_total = torch.empty(splits, batch, heads, rows, **like)
     if not output.numel():
         return output, total
-    segment_stride = _segment_stride(segments)
-    blocks = counts = None
-    if segments is not None:
-        blocks = torch.empty(batch, row_blocks, key_blocks, device=query.device, dtype=torch.int32)
-        counts = torch.empty(batch, row_blocks, 2, device=query.device, dtype=torch.int32)
-        plan_keys[(row_blocks, batch)](
-            segments, table, start, blocks, counts, segment_stride, packed, rows, keys, key_blocks,
-            HAS_START=start is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, CHUNK=CHUNK,
-            num_warps=4, **_OPTIONS,
-        )  # fmt: skip
-    block_d = triton.next_power_of_2(width)
-    attend[(batch * (heads // packed), row_blocks, splits)](
-        query, key, value, parts, part_total, segments, table, start, blocks, counts, scale * _LOG2E,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], segment_stride,
-        heads, per_kv, packed, rows, keys, keys - rows if causal else keys, width, key_blocks,
-        HAS_SEGMENTS=segments is not None, HAS_START=start is not None, WITH_LSE=part_total is not None,
-        PACKED=packed > 1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, EVEN_D=block_d == width,
-        PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages, **_OPTIONS,
+    sizes = (
+        query.dtype, query.device, query.shape, key.shape, query.stride(), key.stride(), value.stride(),
+        _segment_stride(segments), segments is None, start is None, lse, causal,
+        # what Triton compiles differently
+        tuple(one is None or one.data_ptr() % 16 == 0 for one in (query, key, value, segments, table, start)),
     )  # fmt: skip
-    if splits > 1:
-        combine[(batch * rows * heads,)](
-            parts, part_total, output, total, heads, rows, width, splits,
-            WITH_LSE=lse, MAX_SPLITS=MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **_OPTIONS,
-        )  # fmt: skip
+    plan = remembered(_PLANS, sizes, partial(_plan, query, key, value, segments, start, lse, causal))
+    parts, part_total = output, total
+    if plan.splits > 1:
+        parts = torch.empty(plan.splits, batch, rows, heads, width, **like)
+        part_total = torch.empty(plan.splits, batch, heads, rows, **like)
+    if plan.described is not None:
+        key, value = (_described(one, *plan.described) for one in (key, value))
+    plan.attend(
+        query, key, value, parts, part_total, segments, table, start, scale * _LOG2E, *plan.strides, *plan.counts
+    )
+    if plan.combine is not None:
+        plan.combine(parts, part_total, output, total, heads, rows, width, plan.splits)
     return output, total
+
+
+def _plan(query, key, value, segments, start, lse, causal) -> _Plan:
+    batch, heads, rows, width = query.shape
+    keys, per_kv = key.shape[2], heads // key.shape[1]
+    capability, processors = _chip(query.device)
+    decode = per_kv * rows <= _DECODE_ROWS and width <= max(_TILES["decode"][query.element_size()])
+    packed = per_kv if decode else 1
+    described = not decode and capability[0] in _DESCRIBED and all(map(is_describable, (key, value)))
+    tile = config(query.dtype, width, capability, "decode" if decode else "described" if described else "prefill")
+    row_blocks, key_blocks = triton.cdiv(packed * rows, tile.block_m), triton.cdiv(keys, tile.block_n)
+    programs = batch * (heads // packed)
+    splits = split_count(programs * row_blocks, key_blocks, processors)
+    block_d = triton.next_power_of_2(width)
+    flags = {"HAS_SEGMENTS": segments is not None, "HAS_START": start is not None, "WITH_LSE": lse or splits > 1}
+    shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d, "EVEN_D": block_d == width}
+    ways = {"PACKED": packed > 1, "DESCRIBED": described, "CHUNK": tile.chunk}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **_OPTIONS}
+    last = {"WITH_LSE": lse, "MAX_SPLITS": MAX_SPLITS, "BLOCK_D": block_d}
+    return _Plan(
+        Launch(attend, (programs, row_blocks, splits), flags | ways | shape | {"PRECISION": tile.precision}, options),
+        Launch(combine, (batch * rows * heads, 1, 1), last, {"num_warps": 4, **_OPTIONS}) if splits > 1 else None,
+        (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], _segment_stride(segments)),
+        (heads, per_kv, packed, rows, keys, keys - rows if causal else keys, width),
+        (tile.block_n, block_d) if described else None,
+        splits,
+    )
+
+
+def is_describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can read it: 16-bit, every row at a multiple of 16 bytes, nothing expanded."""
+    if tensor.element_size() != 2 or tensor.data_ptr() % 16 or tensor.numel() == 0:
+        return False
+    return all(stride > 0 and stride * 2 % 16 == 0 for stride in tensor.stride()[:3])
+
+
+def _described(tensor: Tensor, block_n: int, block_d: int) -> TensorDescriptor:
+    """Keys or values [B, Hkv, N, D] for the copy engine, in blocks of positions."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, block_n, block_d])
 
 
 def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
@@ -154,21 +194,13 @@ def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
     share = torch.empty(batch, heads, keys, device=query.device, dtype=torch.float32)
     if not share.numel():
         return share
-    weight = torch.ones(batch, rows, device=query.device) if chosen is True else chosen.float()
-    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
-    row_blocks, key_blocks = triton.cdiv(rows, tile.block_m), triton.cdiv(keys, tile.block_n)
-    blocks = torch.empty(batch, key_blocks, row_blocks, device=query.device, dtype=torch.int32)
-    counts = torch.empty(batch, key_blocks, device=query.device, dtype=torch.int32)
-    segment_stride = _segment_stride(segments)
-    flags = {"HAS_SEGMENTS": segments is not None, "HAS_START": start is not None}
-    plan_rows[(key_blocks, batch)](
-        weight, segments, table, start, blocks, counts, segment_stride, rows, keys, row_blocks,
-        **flags, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, CHUNK=CHUNK, num_warps=4, **_OPTIONS,
-    )  # fmt: skip
-    mass_of_keys[(batch * heads, key_blocks)](
-        query, key, total, weight, share, segments, table, start, blocks, counts, scale * _LOG2E,
-        *query.stride()[:3], *key.stride()[:3], segment_stride, heads, per_kv, rows, keys, width, row_blocks,
-        **flags, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=triton.next_power_of_2(width),
+    some, block_d = chosen is not True, triton.next_power_of_2(width)
+    mass_of_keys[(batch * heads, triton.cdiv(keys, tile.block_n))](
+        query, key, total, chosen.contiguous().view(torch.uint8) if some else None,
+        chosen.sum(-1, dtype=torch.float32) if some else None, share, segments, table, start, scale * _LOG2E,
+        *query.stride()[:3], *key.stride()[:3], _segment_stride(segments), heads, per_kv, rows, keys, width,
+        HAS_CHOSEN=some, HAS_SEGMENTS=segments is not None, HAS_START=start is not None, CHUNK=tile.chunk,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, EVEN_D=block_d == width,
         PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages, **_OPTIONS,
     )  # fmt: skip
     return share

@@ -74,6 +74,8 @@ def logprob_increase(
     """
     if unembedding is None:
         raise ValueError("unembedding is needed: the final norm and the unembedding")
+    if source is not None:  # first, as reading it waits for the GPU
+        _check_source(source, len(residual.residual if isinstance(residual, Base) else residual))
     base = _base(residual, tokens, unembedding, norm, final, backend)
     _check(base, values, unembedding, projection, source, way, operators, keys)
     wide = base.residual.dtype
@@ -141,6 +143,12 @@ def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators 
     return "factored" if factored <= direct else "direct"
 
 
+def _check_source(source: Tensor, count: int) -> None:
+    if source.ndim != 1 or source.dtype != torch.int64:
+        raise ValueError(f"source is int64 [G], got {source.dtype} {tuple(source.shape)}")
+    check_range("source lies", source.tolist(), count)
+
+
 def _check(base, values, unembedding, projection, source, way, operators, keys) -> None:
     if way not in WAYS:
         raise ValueError(f"way is one of {', '.join(WAYS)}, got {way!r}")
@@ -149,14 +157,11 @@ def _check(base, values, unembedding, projection, source, way, operators, keys) 
     if (operators is None) != (keys is None):
         raise ValueError("operators and keys go together: give both or neither")
     width = unembedding.weight.shape[1]
-    count = len(base.residual)
-    if source is not None and (source.ndim != 1 or source.dtype != torch.int64):
-        raise ValueError(f"source is int64 [G], got {source.dtype} {tuple(source.shape)}")
-    check_range("source lies", [] if source is None else source.tolist(), count)
-    groups = count if source is None else len(source)
+    groups = len(base.residual) if source is None else len(source)
     depth = width
     if projection is not None:
-        sizes = {tuple(one.shape) for one in projection}
+        same = isinstance(projection, Tensor) and projection.ndim == 3
+        sizes = {tuple(one.shape) for one in (projection[:1] if same else projection)}
         depth = max((size[-1] for size in sizes), default=values.shape[-1])
         if len(projection) != groups or sizes - {(width, depth)}:
             found = f"{len(projection)} of {sorted(sizes)}"

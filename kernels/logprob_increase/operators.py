@@ -84,6 +84,7 @@ class Operators:
     """The operator of each group, made or taken from the cache when it is asked for.
 
     projection: O of each group, [G, d, k] or G of [d, k]. cache, keys: a cache and the G keys there, or neither.
+    dtype, nbytes: of one operator.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Operators:
         self.full = [] if cache is None or keys is None else cache.full_keys(keys, unembedding, centred)
         # those of the cache, until they are asked for: others that are made meanwhile may push them out of it
         self._found: list[Tensor | None] = [None] * len(projection) if cache is None else cache.find(self.full)
-        weight = unembedding.weight  # nbytes: of one
+        weight = unembedding.weight
+        self.dtype = weight.dtype
         self.nbytes = weight.shape[0] * projection[0].shape[1] * weight.element_size() if len(projection) else 0
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import triton_tiles
 from .base import Base
 from .operators import Operators, held_together
+from .triton_rounding import rounded_writes
 
 _LOG2E = 1 / math.log(2)
 _MADE_BYTES = 1 << 30  # of operators outside the cache that one launch keeps alive
@@ -35,8 +36,8 @@ class Config(NamedTuple):
 
 
 def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
-    """Tile sizes, one set for every GPU from sm_80 on. `plain`: neither the norm's own scale nor a cap, whose
-    vectors take registers."""
+    """Tile sizes, one set for every GPU from sm_80 on, the fastest of these on an H200. `plain`: neither the norm's own
+    scale nor a cap, whose vectors take registers."""
     if dtype == torch.float32:  # the three products need their operands in halves: shallow tiles
         return Config(128, 64, 32, 8, 3, 2)
     if way == "direct":
@@ -45,6 +46,8 @@ def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
         return Config(128, 32, 32, 8, 3, 2)
     if depth > 256:
         return Config(128, 64, 64, 8, 3, 2)
+    if plain and depth <= 128:
+        return Config(64, 64, max(16, triton.next_power_of_2(depth)), 4, 3, 8)
     return Config(128, 64, max(16, triton.next_power_of_2(depth)), 8, 3 if depth <= 128 else 2, 4)
 
 
@@ -62,15 +65,15 @@ def increase(
     if not values.shape[0] * values.shape[1]:
         return values.new_empty(values.shape[:2])
     source = base.each(source)
-    writes = base.scaled(values, gain, shift, source)
     problem = _Problem(base, splits)
+    rounded, factor = rounded_writes(values, gain, base.scale, shift, source, operands.dtype, problem.unit)
     if isinstance(operands, Tensor):
-        return problem.direct(writes, operands, shift, source)
-    out = writes.new_empty(writes.shape[:2])
+        return problem.direct(rounded, factor, operands, shift, source)
+    out = torch.empty_like(factor)
     # memory given back after a launch is used again in the stream's order
     for part, held in held_together(operands, _MADE_BYTES):
         lift = None if shift is None else shift[part]
-        out[part] = problem.factored(writes[part], held, lift, source[part])
+        out[part] = problem.factored(rounded[part], factor[part], held, lift, source[part])
     return out
 
 
@@ -86,18 +89,19 @@ class _Problem:
         self.before = self.logs if base.cap is None else base.raw / base.cap
         self.tokens = base.tokens.contiguous()
 
-    def factored(self, writes: Tensor, operators: list[Tensor], shift: Tensor | None, source: Tensor) -> Tensor:
-        """S [G, R] of writes [G, R, k] with an operator [V, k] for each group."""
-        groups, rows, depth = writes.shape
+    def factored(
+        self, rounded: Tensor, factor: Tensor, operators: list[Tensor], shift: Tensor | None, source: Tensor
+    ) -> Tensor:
+        """S [G, R] of writes [G, R, k], `rounded` times `factor` [G, R], with an operator [V, k] for each group."""
+        groups, rows, depth = rounded.shape
         dtype, vocab = operators[0].dtype, len(operators[0])
         tile = config(dtype, depth, "factored", shift is None and self.base.cap is None)
         blocks = groups * triton.cdiv(rows, tile.block_r)
-        splits, share = self._split(tile, blocks, vocab, writes.device)
-        rounded, factor = _rounded(writes, dtype, self.unit)
+        splits, share = self._split(tile, blocks, vocab, rounded.device)
         picked = torch.empty_like(factor)
         sums = factor.new_empty(splits, groups, rows)
-        addresses = torch.tensor([one.data_ptr() for one in operators], device=writes.device)
-        with torch.cuda.device_of(writes):
+        addresses = torch.tensor([one.data_ptr() for one in operators], device=rounded.device)
+        with torch.cuda.device_of(rounded):
             triton_tiles.factored[(blocks * splits,)](
                 rounded, factor, self._shift(shift, factor), addresses, source.contiguous(), self.tokens,
                 self.logs, self.lean, self.before, self.gain, picked, sums, groups, rows, vocab, share,
@@ -105,21 +109,20 @@ class _Problem:
             )  # fmt: skip
         return _merged(picked, sums)
 
-    def direct(self, writes: Tensor, operand: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
-        """S [G, R] of writes [G, R, d] with the operand [V, d]."""
-        depth, vocab = writes.shape[2], len(operand)
-        rows = writes.shape[0] * writes.shape[1]
+    def direct(self, rounded: Tensor, factor: Tensor, operand: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
+        """S [G, R] of writes [G, R, d], `rounded` times `factor` [G, R], with the operand [V, d]."""
+        depth, vocab = rounded.shape[2], len(operand)
+        rows = factor.numel()
         tile = config(operand.dtype, depth, "direct", shift is None and self.base.cap is None)
         blocks = triton.cdiv(rows, tile.block_r)
-        splits, share = self._split(tile, min(blocks, BAND), vocab, writes.device)
-        rounded, factor = _rounded(writes, operand.dtype, self.unit)
+        splits, share = self._split(tile, min(blocks, BAND), vocab, rounded.device)
         picked = torch.empty_like(factor)
         sums = factor.new_empty(splits, *factor.shape)
         # a block of rows goes through the residual vectors between its first and its last: sorted, they are few
         sorted_source, order = torch.sort(source, stable=True)
-        place = order[:, None] * writes.shape[1] + torch.arange(writes.shape[1], device=writes.device)
+        place = order[:, None] * factor.shape[1] + torch.arange(factor.shape[1], device=factor.device)
         origin = sorted_source[:, None].expand_as(place).contiguous()
-        with torch.cuda.device_of(writes):
+        with torch.cuda.device_of(rounded):
             triton_tiles.direct[(blocks * splits,)](
                 rounded, factor, self._shift(shift, factor), operand.contiguous(), place, origin, self.tokens,
                 self.logs, self.lean, self.before, self.gain, picked, sums, rows, vocab, share, splits,
@@ -150,13 +153,6 @@ class _Problem:
             "num_stages": tile.stages,
             "enable_fp_fusion": True,
         }
-
-
-def _rounded(writes: Tensor, dtype: torch.dtype, unit: float) -> tuple[Tensor, Tensor]:
-    """The writes in `dtype`, and what brings each row back, times `unit`, [G, R]: rows end up between 1/2 and 1."""
-    exponent = torch.frexp(writes.abs().amax(-1)).exponent.clamp(-100, 100)
-    power = torch.ldexp(torch.ones_like(writes[..., 0]), exponent)
-    return (writes / power[..., None]).to(dtype).contiguous(), power * unit
 
 
 def _merged(picked: Tensor, sums: Tensor) -> Tensor:

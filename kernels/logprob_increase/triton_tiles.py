@@ -14,6 +14,8 @@ import triton.language as tl
 from ..dispatch import interpreted
 
 _INTERPRETED = tl.constexpr(interpreted())
+# sums between these err by rounding alone: what is lost below 2 ** -126 is nothing beside them
+LEAST, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)
 _MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)  # so that 2 ** (this z) = exp(-2 z)
 
 
@@ -78,6 +80,63 @@ def _dot(a, b):
     return tl.dot(a, b)
 
 
+@triton.jit
+def _share(
+    write,
+    left,
+    operator,
+    base,
+    lean,
+    before,
+    scale,
+    lift,
+    gain,
+    height,
+    fits,
+    token,
+    start,
+    stop,
+    vocab,
+    CAREFUL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OWN: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Words start .. stop: the level, the sum of 2 ** (x - level), and the products of the explained word. The level is
+    `height`, or with CAREFUL each row's maximum."""
+    depth = tl.arange(0, BLOCK_K)
+    inside = depth < DEPTH
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    found = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(start, stop, BLOCK_V):
+        word = first + tl.arange(0, BLOCK_V)
+        known = word < vocab
+        right = operator + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
+        if BLOCK_K == DEPTH:
+            products = _dot(write, tl.load(right, mask=known[None, :], other=0.0))
+        elif BLOCK_K > DEPTH:
+            products = _dot(write, tl.load(right, mask=known[None, :] & inside[:, None], other=0.0))
+        else:
+            products = _products(left, right, fits, known, DEPTH, BLOCK_K)
+        level = tl.load(base + word, mask=known, other=float("-inf"))
+        slope = tl.load(lean + word, mask=known, other=0.0)[None, :] if OWN else level[None, :]
+        logit = tl.load(before + word, mask=known, other=0.0)[None, :] if CAP else level[None, :]
+        if (token >= first) & (token < first + BLOCK_V):
+            found = _column(products, token - first, BLOCK_V)
+        d = _change(products, scale[:, None], lift[:, None], slope, logit, gain, OWN, CAP)
+        if CAREFUL:
+            peak, total = _add(level[None, :] + d, peak, total)
+        else:
+            total += tl.sum(tl.exp2((level - height)[None, :] + d), 1)
+    if not CAREFUL:
+        peak = tl.zeros_like(peak) + height
+    return peak, total, found
+
+
 @triton.jit(do_not_specialize=["groups", "rows", "vocab", "share"])
 def factored(
     writes,  # [groups, rows, DEPTH]
@@ -127,26 +186,25 @@ def factored(
     base += origin * vocab
     lean += origin * vocab
     before += origin * vocab
-    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    found = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(split * share, min(split * share + share, vocab), BLOCK_V):
-        word = first + tl.arange(0, BLOCK_V)
-        known = word < vocab
-        right = operator + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
-        if BLOCK_K == DEPTH:
-            products = _dot(write, tl.load(right, mask=known[None, :], other=0.0))
-        elif BLOCK_K > DEPTH:
-            products = _dot(write, tl.load(right, mask=known[None, :] & inside[:, None], other=0.0))
-        else:
-            products = _products(left, right, fits, known, DEPTH, BLOCK_K)
-        level = tl.load(base + word, mask=known, other=float("-inf"))[None, :]
-        slope = tl.load(lean + word, mask=known, other=0.0)[None, :] if OWN else level
-        logit = tl.load(before + word, mask=known, other=0.0)[None, :] if CAP else level
-        if (token >= first) & (token < first + BLOCK_V):
-            found = _column(products, token - first, BLOCK_V)
-        d = _change(products, scale[:, None], lift[:, None], slope, logit, gain, OWN, CAP)
-        peak, total = _add(level + d, peak, total)
+    if BLOCK_K < DEPTH:
+        write = scale  # unused: the block of writes is read again for each tile
+    # One level for all rows, in place of each row's running maximum: a third of the work beside the products. The
+    # share's first words say how high; where a row ends far from there the careful sum is made. With a cap the other
+    # work is large, and registers are few.
+    word = split * share + tl.arange(0, BLOCK_V)
+    height = tl.max(tl.load(base + word, mask=word < vocab, other=float("-inf")), 0)
+    height = tl.where(height == float("-inf"), 0.0, height)
+    peak, total, found = _share(
+        write, left, operator, base, lean, before, scale, lift, gain, height, fits, token, split * share,
+        min(split * share + share, vocab), vocab, CAP, DEPTH, BLOCK_R, BLOCK_V, BLOCK_K, OWN, CAP,
+    )  # fmt: skip
+    if not CAP:
+        near = (total >= LEAST) & (total <= MOST)  # not where it is NaN
+        if tl.max((fits & ~near).to(tl.int32), 0) != 0:
+            peak, total, found = _share(
+                write, left, operator, base, lean, before, scale, lift, gain, height, fits, token, split * share,
+                min(split * share + share, vocab), vocab, True, DEPTH, BLOCK_R, BLOCK_V, BLOCK_K, OWN, CAP,
+            )  # fmt: skip
     if (token >= split * share) & (token < split * share + share):
         slope = tl.load(lean + token) if OWN else 0.0
         logit = tl.load(before + token) if CAP else 0.0

@@ -12,7 +12,7 @@ def select(mass: Tensor, keep: int, candidates: Tensor, always: Tensor | None) -
     """The kept positions of each layer, int64 [L, M], ascending."""
     chosen_from = candidates.nonzero()[:, 0]
     mass = mass[:, chosen_from]
-    mass = torch.where(mass.isnan(), -torch.inf, mass)
+    mass = torch.where(mass.isnan(), -torch.inf, mass) + 0.0  # no minus before zero: a GPU's sort may look at bits
     # stable: of equal masses the lower position comes first
     best = torch.sort(mass, dim=1, descending=True, stable=True).indices[:, :keep]
     kept = chosen_from[best]
