@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import table_kernels as kernels
+from table_gpu import gpu
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,6 +23,7 @@ def table() -> str:
         kernels.speed(scores),
         kernels.attention(attention),
         kernels.tiles(_result("attention_amx"), _result("scores_amx")),
+        *(gpu(_result(path.stem)) for path in sorted(RESULTS.glob("gpu-*.json"))),
         kernels.linear(_result("linear")),
         kernels.knockouts(knockouts),
     ]
@@ -311,12 +313,12 @@ def _machines() -> list[str]:
     where: dict[str, list[str]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         m = json.loads(path.read_text()).get("machine")
-        if m is not None and not path.stem.endswith("_amx"):
+        if m is not None and not path.stem.endswith("_amx") and not path.stem.startswith("gpu-"):
             where.setdefault(f"two cores of an {m['cpu']}, torch {m['torch']}", []).append(f"`{path.stem}.py`")
     most = max(where, key=lambda name: len(where[name]))
     rest = "".join(f" ({', '.join(files)}: {name})" for name, files in where.items() if name != most)
     return [
-        f"Measured on {most}{rest}; no GPU was at hand. To measure yours: `python benchmarks/` and"
+        f"Measured on {most}{rest}, but for the GPU's. To measure yours: `python benchmarks/` and"
         f" {', '.join(sorted(file for files in where.values() for file in files))}."
     ]
 

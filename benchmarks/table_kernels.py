@@ -40,7 +40,7 @@ def attention(attention: dict) -> list[str]:
     isa = attention["instruction set"]
     lines = [
         "Attention with the image knocked out of the query, 32 heads of 128 (576 of 640 or 1,800 of 2,048 positions"
-        f" are image), ms; GPU: not measured, no GPU was at hand. The kernel is {isa}'s:",
+        f" are image), on the CPU, ms. The kernel is {isa}'s:",
         "",
         "| | kernel | kernel, bf16 | SDPA, mask | SDPA, mask, bf16 | SDPA causal, nothing out | FlexAttention |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

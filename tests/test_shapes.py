@@ -138,6 +138,16 @@ def test_later_questions_see_what_a_context_keeps(later):
     assert (nothing > 0.2) == (later == "by object")
 
 
+@pytest.mark.parametrize("again", [0.0, 1.0])
+def test_a_description_can_be_asked_for_twice(again):
+    """In a later turn, which sees the asking words of the first and not its answer; `again` of the samples do."""
+    maker = BatchMaker(build_tokenizer())
+    mix = Mix(chained=0.0, prefixed=1.0, describe_turns=3, later="everything", again=again)
+    tasks = maker.draw(np.random.default_rng(0), 20, 3, mix).tasks
+    assert all(each[0] == "describe" for each in tasks)
+    assert [each.count("then describe") for each in tasks] == [int(again)] * 20
+
+
 def test_the_last_stage_hides_what_the_description_did_not_look_at(tmp_path):
     """Layer by layer later turns see the tokens of largest attention, as many in each; nobody else's view changes."""
     trainer = Trainer(parse(["--out", str(tmp_path), "--no-compile"]))

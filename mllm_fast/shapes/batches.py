@@ -35,7 +35,8 @@ class Mix(NamedTuple):
     are not prefixed and ask for a description, in one of the first `describe_turns` turns. later: how later turns of a
     prefixed sample see the picture. "part": all of it (one turn of four), or a share of its tokens that is often small.
     "by object": all of it (one of four), nothing (35 in 100), or a share of the objects' tokens and one, often small,
-    of the others': a compressed context keeps hardly any token of the background. "everything": all of it.
+    of the others': a compressed context keeps hardly any token of the background. "everything": all of it. again: share
+    of the prefixed samples that ask for a description a second time, in such a later turn.
     """
 
     chained: float
@@ -43,6 +44,7 @@ class Mix(NamedTuple):
     describe: float = 0.6
     describe_turns: int = 3
     later: str = "part"
+    again: float = 0.0
 
 
 @dataclass
@@ -152,7 +154,7 @@ class BatchMaker:
         kinds = [_kind(rng.random(), mix) for _ in scenes]
         for b, (scene, kind) in enumerate(zip(scenes, kinds, strict=True)):
             first = [_always(scene, rng, "describe")] if kind == "prefixed" else []
-            questions = first + _questions(scene, rng, 0.0 if first else mix.describe, mix.describe_turns)
+            questions = first + _questions(scene, rng, mix.again if first else mix.describe, mix.describe_turns)
             batch.tasks.append(self._pack(batch, b, questions, kind, keywords))
         same = batch.turn[:, None, :] == batch.turn[:, :, None]
         is_chained = torch.tensor([kind == "chained" for kind in kinds])

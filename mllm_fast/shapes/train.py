@@ -13,8 +13,8 @@ later questions see those words and a random part of the picture: the asking wor
 as a large model's do, which is what a compressed context relies on. Figures of knockouts and of
 compression follow in part from that construction.
 
-The weights in the package were made in three runs: `--context-steps 0 --compressed-steps 0`, and twice `--start` with
-the result, `--compressed-steps 0` and then `--context-steps 0`.
+The weights in the package were made in four runs: `--context-steps 0 --compressed-steps 0`, and three times `--start`
+with the result: `--compressed-steps 0`; `--context-steps 0 --again 0`; `--context-steps 0 --compressed-steps 400`.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Trainer:
         self.train_later_turns("contexts", steps, self.model, mix)
 
     def train_compressed(self, steps: int) -> None:
-        mix = Mix(chained=0.25, prefixed=0.6, describe_turns=4, later="everything")
+        mix = Mix(chained=0.25, prefixed=0.6, describe_turns=4, later="everything", again=self.args.again)
         self.train_later_turns("compressed", steps, self.language, mix)
 
     def train_later_turns(self, stage: str, steps: int, trained: nn.Module, mix: Mix) -> None:
@@ -312,6 +312,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--chained", type=float, default=0.3, help="share of samples that are conversations")
     parser.add_argument("--prefixed", type=float, default=0.35, help="share that ask for a description first")
+    parser.add_argument("--again", type=float, default=0.5, help="share that ask for a description again, last stage")
     parser.add_argument("--blind-questions", type=float, default=0.8, help="share of blind question words")
     parser.add_argument("--blind-later", type=float, default=0.5, help="the same after a description was asked for")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
