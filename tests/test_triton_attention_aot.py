@@ -19,7 +19,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("triton is a dependency on Linux x86_64 only", allow_module_level=True)
 
 from mllm_fast.kernels.knockout_attention import triton_attend, triton_kernel, triton_mass
-from triton_aot import SHARED, TENSOR_CORES, Compiled, compile_kernel
+from triton_aot import SHARED, TENSOR_CORES, Compiled, ahead, compile_kernel, selected
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 BLOCKS_D = (16, 32, 64, 128, 256)
@@ -94,9 +94,19 @@ def default_cases():
         yield "prefill", torch.float16, 128, capability, True, True
 
 
-@pytest.mark.parametrize(("kind", "dtype", "block_d", "capability", "even", "full"), list(default_cases()))
-def test_attention_kernels(kind, dtype, block_d, capability, even, full):
-    made = attention_kernel(kind, dtype, block_d, capability, even, full)
+NAMES = ("kind", "dtype", "block_d", "capability", "even", "full")
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    cases = [tuple(given[name] for name in NAMES) for _, given in selected(request, "test_attention_kernels")]
+    with ahead(attention_kernel, cases) as build:
+        yield build
+
+
+@pytest.mark.parametrize(NAMES, list(dict.fromkeys(default_cases())))
+def test_attention_kernels(compiled, kind, dtype, block_d, capability, even, full):
+    made = compiled(kind, dtype, block_d, capability, even, full)
     check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
     if kind in ("prefill", "described") and dtype.itemsize == 2:
         assert TENSOR_CORES[capability][-1] in made.ptx, "the chip's own matrix instructions"

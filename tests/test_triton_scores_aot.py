@@ -13,10 +13,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from mllm_fast.kernels.logprob_increase import triton_kernel, triton_tiles
+from mllm_fast.kernels.logprob_increase import triton_kernel, triton_rounding, triton_tiles
 from mllm_fast.kernels.topk_compaction import triton_kernel as topk
 from mllm_fast.kernels.weighted_values import triton_kernel as weighted
-from triton_aot import compile_kernel
+from triton_aot import ahead, compile_kernel, selected
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -43,7 +43,7 @@ DIRECT = [
 ]
 
 
-def compiled(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
+def scores_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
     tile = triton_kernel.config(dtype, depth, way, plain=not flags)
     constants = {
         "DEPTH": depth,
@@ -60,6 +60,17 @@ def compiled(way: str, dtype: torch.dtype, depth: int, flags: str, capability: i
     return compile_kernel(fn, signature, constants, capability, tile.warps, tile.stages)
 
 
+@pytest.fixture(scope="module")
+def compiled(request):
+    ways = {"test_factored": "factored", "test_direct": "direct"}
+    cases = [
+        (ways[test], given["dtype"], given["depth"], given["flags"], given["capability"])
+        for test, given in selected(request, *ways)
+    ]
+    with ahead(scores_kernel, cases) as build:
+        yield build
+
+
 def check(kernel, capability: int) -> None:
     print(f"registers {kernel.registers}, shared {kernel.shared}")
     assert PRODUCTS[capability] in kernel.ptx, "no tensor cores"
@@ -70,7 +81,7 @@ def check(kernel, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", LARGE)
 @pytest.mark.parametrize(("dtype", "depth", "flags"), FACTORED)
-def test_factored(dtype, depth, flags, capability):
+def test_factored(compiled, dtype, depth, flags, capability):
     kernel = compiled("factored", dtype, depth, flags, capability)
     check(kernel, capability)
     # the operator's rows are read 8 or 16 bytes at a time where they begin at a multiple of that, though its address
@@ -81,7 +92,7 @@ def test_factored(dtype, depth, flags, capability):
 
 @pytest.mark.parametrize("capability", LARGE)
 @pytest.mark.parametrize(("dtype", "depth", "flags"), DIRECT)
-def test_direct(dtype, depth, flags, capability):
+def test_direct(compiled, dtype, depth, flags, capability):
     check(compiled("direct", dtype, depth, flags, capability), capability)
 
 
@@ -90,7 +101,24 @@ def test_direct(dtype, depth, flags, capability):
 @pytest.mark.parametrize(("way", "depth"), [("factored", 256), ("direct", 4096)])
 def test_gpus_of_little_shared_memory(way, depth, dtype, capability):
     """They are served by the same tiles; two or four registers may spill there."""
-    check(compiled(way, dtype, depth, "", capability), capability)
+    check(scores_kernel(way, dtype, depth, "", capability), capability)
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(("dtype", "depth"), [(torch.bfloat16, 128), (torch.float16, 4096), (torch.float32, 80)])
+@pytest.mark.parametrize("flags", ["", "gain shift"])
+def test_rounding(dtype, depth, flags, capability):
+    signature = {"values": "*fp32", "rounded": TYPES[dtype], "source": "*i64", "unit": "fp32"}
+    signature |= dict.fromkeys(("gain", "after", "shift", "factor"), "*fp32") | dict.fromkeys(("count", "rows"), "i32")
+    constants = {
+        "DEPTH": depth,
+        "HAS_GAIN": "gain" in flags,
+        "HAS_SHIFT": "shift" in flags,
+        "BLOCK_R": triton_rounding.BLOCK_R,
+        "BLOCK_K": triton_rounding.BLOCK_K,
+    }
+    kernel = compile_kernel(triton_rounding.round_rows, signature, constants, capability, triton_rounding.WARPS, 3)
+    assert kernel.spills == 0
 
 
 @pytest.mark.parametrize("capability", LARGE)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,6 +36,28 @@ class Compiled(NamedTuple):
     registers: int
     spills: int
     shared: int
+
+
+def selected(request: pytest.FixtureRequest, *tests: str) -> Iterator[tuple[str, dict]]:
+    """Names and parameters of the tests of these names that this run will make, of the module that asks."""
+    for item in request.session.items:
+        if item.module is request.module and item.originalname in tests:
+            yield item.originalname, item.callspec.params
+
+
+@contextmanager
+def ahead(build: Callable[..., Compiled], cases: Iterable[tuple]) -> Iterator[Callable[..., Compiled]]:
+    """`build`, whose results for these arguments are made by as many processes as there are cores, in order."""
+    cases, cores = list(dict.fromkeys(cases)), os.cpu_count() or 1
+    if min(len(cases), cores) < 2:
+        yield build
+        return
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        made = {case: pool.submit(build, *case) for case in cases}
+        try:
+            yield lambda *case: made[case].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def compile_kernel(
