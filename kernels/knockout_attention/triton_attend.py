@@ -47,6 +47,17 @@ def first_bit(bits):
 
 
 @triton.jit
+def as_bits(index, whole, partial):
+    """Two sets of places as the bits of two int32, and how many are in each."""
+    return (
+        tl.reduce_or(tl.where(whole, 1 << index, 0), 0),
+        tl.reduce_or(tl.where(partial, 1 << index, 0), 0),
+        tl.sum(whole.to(tl.int32), 0),
+        tl.sum(partial.to(tl.int32), 0),
+    )
+
+
+@triton.jit
 def survey(
     segments,
     base,
@@ -72,14 +83,7 @@ def survey(
     is_open = ((present & free) != 0) & (block >= lower) & (block < upper)
     edge = (block * BLOCK_N + BLOCK_N - 1 > lowest) | (block * BLOCK_N < first)
     masked = edge | ((present & barred) != 0)
-    whole, partial = is_open & ~masked, is_open & masked
-    bits = 1 << index
-    return (
-        tl.reduce_or(tl.where(whole, bits, 0), 0),
-        tl.reduce_or(tl.where(partial, bits, 0), 0),
-        tl.sum(whole.to(tl.int32), 0),
-        tl.sum(partial.to(tl.int32), 0),
-    )
+    return as_bits(index, is_open & ~masked, is_open & masked)
 
 
 @triton.jit

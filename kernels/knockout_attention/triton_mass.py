@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_attend import LENGTHS, LOG2E, dot, first_bit, sees
+from .triton_attend import LENGTHS, LOG2E, as_bits, dot, first_bit, sees
 
 
 @triton.jit
@@ -43,14 +43,7 @@ def survey_rows(
     is_open = (free & present) != 0
     all_see = counts & (position >= last) & ((words & present) == 0)
     whole = is_open & (tl.min(all_see.to(tl.int32), 1) != 0) & (key >= first) & (last < keys)
-    partial = is_open & ~whole
-    bits = 1 << index
-    return (
-        tl.reduce_or(tl.where(whole, bits, 0), 0),
-        tl.reduce_or(tl.where(partial, bits, 0), 0),
-        tl.sum(whole.to(tl.int32), 0),
-        tl.sum(partial.to(tl.int32), 0),
-    )
+    return as_bits(index, whole, is_open & ~whole)
 
 
 @triton.jit
