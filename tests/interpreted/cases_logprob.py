@@ -179,7 +179,8 @@ def test_a_zero_write_changes_nothing(way, cap):
     arguments = draw(2, 4, 150, 24, torch.bfloat16, way, cap=cap)
     arguments[1][:, 1] = 0
     got = check(arguments)
-    assert got[:, 1].abs().max() <= 4e-7  # a rounding of log sum p
+    # a rounding of log sum p; a GPU's exponential errs by 2 ** -22, and so does its logarithm, here of up to 2 ** 8
+    assert got[:, 1].abs().max() <= (4e-7 if interpreted() else 9 * 2**-22)
     assert got[:, 0].abs().max() > 1e-2
 
 
