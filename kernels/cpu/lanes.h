@@ -34,6 +34,15 @@ static inline float greatest(vec x) {
 #endif
 }
 
+// Whether a lane of a is above that of b.
+static inline bool exceeds(vec a, vec b) {
+#if LANES == 16 && defined(MLLM_X86)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+  return any(a > b);
+#endif
+}
+
 template <typename T>
 static inline float dot(const float* a, const T* b, int64_t count) {
   vec sum = {}, more = {};

@@ -1,6 +1,7 @@
 // What cpu/each_isa.h compiles for products of bfloat16 in pairs: those of prefill. All else is the vectors' work.
 #include "../cpu/lanes.h"
 #include "cpu_rows.h"
+#include "cpu_pack.h"
 #include "cpu_pairs.h"
 #include "cpu_prefill.h"
 

@@ -2,8 +2,6 @@
 // rate of multiply-adds. A unit is a pair: of depths for the scores, of keys for the values. Included like
 // cpu_singles.h, in a namespace of its own.
 
-constexpr int CHUNK = VECS * LANES;  // keys
-
 static inline vec add_products(vec sum, uint32_t a, vec b) {
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
 }
@@ -16,16 +14,10 @@ struct Pairs {
   static constexpr int64_t PER = 2;
   static constexpr bool VALUES_IN_PLACE = false;
 
-  // [depth / 2][CHUNK], zeros beside them.
+  // Keys as [depth / 2][CHUNK].
   static void pack_keys(const uint16_t* from, int64_t stride, int64_t count, int64_t width, uint32_t* to) {
     const int64_t pairs = width / 2;
-    for (int64_t e0 = 0; e0 < pairs; e0 += 16)  // a cache line of each key at a time
-      for (int64_t i = 0; i < CHUNK; ++i)
-        for (int64_t e = e0; e < std::min<int64_t>(e0 + 16, pairs); ++e) {
-          uint32_t pair = 0;
-          if (i < count) std::memcpy(&pair, from + i * stride + 2 * e, 4);
-          to[e * CHUNK + i] = pair;
-        }
+    pack_units([=](int64_t i) { return reinterpret_cast<const Pair*>(from + i * stride); }, count, pairs, to);
     if (width % 2)
       for (int64_t i = 0; i < CHUNK; ++i) to[pairs * CHUNK + i] = i < count ? from[i * stride + width - 1] : 0;
   }
@@ -67,7 +59,17 @@ struct Pairs {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)y));
   }
 
-  // sum += weights [ROWS][CHUNK / 2] . `count` pairs of values.
+  // By a power of two: nothing is rounded.
+  static void scale_weights(uint32_t* weights, int64_t count, float factor) {
+    for (int64_t i = 0; i < (count + 1) / 2; ++i) {
+      uint16_t pair[2];
+      std::memcpy(pair, weights + i, sizeof pair);
+      for (uint16_t& x : pair) x = mllm::float_to_bfloat16(mllm::bfloat16_to_float(x) * factor);
+      std::memcpy(weights + i, pair, sizeof pair);
+    }
+  }
+
+  // sum += weights [ROWS][HELD / 2] . `count` pairs of values.
   template <int NV>
   static void add(const uint32_t* weights, const uint32_t* v, int64_t stride, int64_t count, vec (&sum)[ROWS][NV]) {
     for (int64_t k = 0; k < count; ++k) {
@@ -77,7 +79,7 @@ struct Pairs {
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) sum[r][j] = add_products(sum[r][j], weights[r * CHUNK / 2 + k], x[j]);
+        for (int j = 0; j < NV; ++j) sum[r][j] = add_products(sum[r][j], weights[r * HELD / 2 + k], x[j]);
     }
   }
 };

@@ -1,6 +1,7 @@
 // What cpu/each_isa.h compiles once an instruction set.
 #include "../cpu/lanes.h"
 #include "cpu_rows.h"
+#include "cpu_pack.h"
 #include "cpu_singles.h"
 #include "cpu_prefill.h"
 #include "cpu_mass.h"

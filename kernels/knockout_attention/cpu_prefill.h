@@ -2,12 +2,13 @@
 // and VECS set so that ROWS * VECS accumulators and VECS operands fit the registers: no include guard.
 //
 // Keys lie in the lanes: a chunk of VECS * LANES keys is packed [depth][key] once a head. A block of ROWS rows meets
-// one open chunk at a time, as far as its last row sees; its scores never leave the registers until they are weights.
-// Several row blocks share each visit to a chunk, which then comes from the first or second cache.
+// one open chunk at a time, as far as its last row sees; its scores never leave the registers until they are weights,
+// and the weights of neighbouring chunks meet their values together. Several row blocks share each visit to these
+// chunks, which then come from the first or second cache.
 //
 // `Products` says what is packed and how it is multiplied; see cpu_singles.h, cpu_pairs.h.
 
-constexpr int BLOCKS = 8;  // row blocks that meet a chunk together
+constexpr int BLOCKS = 8;  // row blocks that meet chunks together
 
 template <typename Products>
 class Prefill {
@@ -25,7 +26,7 @@ class Prefill {
         keys(views.chunks * CHUNK * depth),
         values(in_place ? 0 : views.chunks * CHUNK / Products::PER * wide),
         queries(BLOCKS * ROWS * depth),
-        weights(ROWS * CHUNK / Products::PER),
+        weights(ROWS * HELD / Products::PER),
         out(BLOCKS * ROWS * wide),
         sums(BLOCKS * ROWS * LANES) {}
 
@@ -34,16 +35,8 @@ class Prefill {
     for (int64_t first = task.first; first < task.last; first += BLOCKS) {
       const int64_t count = std::min<int64_t>(BLOCKS, task.last - first);
       for (int64_t b = 0; b < count; ++b) begin(b, task, first + b);
-      for (int64_t c = 0; c < views.chunks; ++c)
-        for (int64_t b = 0; b < count; ++b) {
-          const mllm::View view = views.of(first + b, c);
-          if (view == mllm::View::NONE) continue;
-          // keys of the chunk that the last row may see; the others of its last vector are masked
-          const int64_t last = sight.position(blocks[b].row + blocks[b].count - 1);
-          const int64_t seen = std::min<int64_t>(CHUNK, last + 1 - c * CHUNK);
-          weigh(blocks[b], b, c, seen, view == mllm::View::SOME);
-          add_values(b, c, seen);
-        }
+      for (int64_t c = 0; c < views.chunks; c += HELD / CHUNK)
+        for (int64_t b = 0; b < count; ++b) meet(b, first + b, c, std::min(c + HELD / CHUNK, views.chunks));
       for (int64_t b = 0; b < count; ++b) finish(b, task);
     }
   }
@@ -62,7 +55,7 @@ class Prefill {
   const int64_t wide, depth;
   const bool in_place;
   Units keys, values;      // [chunk][depth][CHUNK], [chunk][CHUNK / PER][wide]
-  Units queries, weights;  // [block][ROWS][depth], [ROWS][CHUNK / PER]
+  Units queries, weights;  // [block][ROWS][depth], [ROWS][HELD / PER]
   mllm::Floats out, sums;  // [block][ROWS][wide], [block][ROWS][LANES]
   Block blocks[BLOCKS];
   const Unit* value_base = nullptr;
@@ -107,15 +100,37 @@ class Prefill {
     std::fill_n(sums.data() + slot * ROWS * LANES, ROWS * LANES, 0.0f);
   }
 
-  // weights = 2^(scores - peak) of one block and the first `seen` keys of a chunk.
-  void weigh(Block& b, int64_t slot, int64_t chunk, int64_t seen, bool masked) {
-    if (seen > 2 * LANES) return weigh_vectors<VECS>(b, slot, chunk, masked);
-    if (seen > LANES) return weigh_vectors<2>(b, slot, chunk, masked);
-    weigh_vectors<1>(b, slot, chunk, masked);
+  // One block and its open ones of chunks [chunk, stop), at most HELD / CHUNK: the weights of neighbours are held, so
+  // that sums of values are loaded and stored once.
+  void meet(int64_t slot, int64_t index, int64_t chunk, int64_t stop) {
+    Block& b = blocks[slot];
+    const int64_t last = sight.position(b.row + b.count - 1);
+    int64_t key = 0, held = 0;
+    for (; chunk < stop; ++chunk) {
+      const mllm::View view = views.of(index, chunk);
+      if (view == mllm::View::NONE) {
+        add_values(slot, key, held);
+        held = 0;
+        continue;
+      }
+      if (!held) key = chunk * CHUNK;
+      // keys of the chunk that the last row may see; the others of its last vector are masked
+      const int64_t seen = std::min<int64_t>(CHUNK, last + 1 - chunk * CHUNK);
+      weigh(b, slot, chunk, seen, view == mllm::View::SOME, held);
+      held += seen;
+    }
+    add_values(slot, key, held);
+  }
+
+  // weights[held ..] = 2^(scores - peak) of one block and the first `seen` keys of a chunk.
+  void weigh(Block& b, int64_t slot, int64_t chunk, int64_t seen, bool masked, int64_t held) {
+    if (seen > 2 * LANES) return weigh_vectors<VECS>(b, slot, chunk, masked, held);
+    if (seen > LANES) return weigh_vectors<2>(b, slot, chunk, masked, held);
+    weigh_vectors<1>(b, slot, chunk, masked, held);
   }
 
   template <int NV>
-  void weigh_vectors(Block& b, int64_t slot, int64_t chunk, bool masked) {
+  void weigh_vectors(Block& b, int64_t slot, int64_t chunk, bool masked, int64_t held) {
     vec x[ROWS][NV];
     Products::multiply(queries.data() + slot * ROWS * depth, keys.data() + chunk * CHUNK * depth, depth,
                        p.log2_scale(), x);
@@ -132,8 +147,7 @@ class Prefill {
       vec most = x[r][0];
 #pragma GCC unroll 4
       for (int j = 1; j < NV; ++j) most = maximum(most, x[r][j]);
-      const float top = greatest(most);
-      if (top != mllm::UNSET && top > b.peak[r] + 8) raise(b, slot, r, top);
+      if (exceeds(most, splat(b.peak[r] + 8))) raise(b, slot, r, greatest(most), held);
       const vec peak = splat(b.peak[r] == mllm::UNSET ? 0.0f : b.peak[r]);
       float* sum = sums.data() + (slot * ROWS + r) * LANES;
       vec sum_here = load(sum);
@@ -142,19 +156,22 @@ class Prefill {
         vec y = exp2(x[r][j] - peak);
         if (masked) y = unseen[j] ? (vec){} : y;
         sum_here += y;
-        Products::keep_weights(y, weights.data() + (r * CHUNK + j * LANES) / Products::PER);
+        Products::keep_weights(y, weights.data() + (r * HELD + held + j * LANES) / Products::PER);
       }
       store(sum, sum_here);
     }
   }
 
-  __attribute__((noinline)) void raise(Block& b, int64_t slot, int r, float top) {
+  // Peaks are whole numbers: what there is already is halved so many times, exactly.
+  __attribute__((noinline)) void raise(Block& b, int64_t slot, int r, float top, int64_t held) {
+    top = std::ceil(top);
     if (b.peak[r] != mllm::UNSET) {
-      const vec down = splat(std::exp2(b.peak[r] - top));
+      const float down = std::exp2(b.peak[r] - top);
       float* o = out.data() + (slot * ROWS + r) * wide;
       for (int64_t e = 0; e < wide; e += LANES) store(o + e, load(o + e) * down);
       float* sum = sums.data() + (slot * ROWS + r) * LANES;
       store(sum, load(sum) * down);
+      Products::scale_weights(weights.data() + r * HELD / Products::PER, held, down);
     }
     b.peak[r] = top;
   }
@@ -173,10 +190,11 @@ class Prefill {
       for (int j = 0; j < NV; ++j) store(o + r * wide + j * LANES, sum[r][j]);
   }
 
-  // Adds the values of the first `seen` keys of a chunk.
-  void add_values(int64_t slot, int64_t chunk, int64_t seen) {
-    const int64_t count = (seen + Products::PER - 1) / Products::PER, strips = wide / LANES;
-    const Unit* v = value_base + chunk * CHUNK / Products::PER * value_stride;
+  // Adds the values of the keys from `key` whose weights are held.
+  void add_values(int64_t slot, int64_t key, int64_t held) {
+    const int64_t count = (held + Products::PER - 1) / Products::PER, strips = wide / LANES;
+    if (!count) return;
+    const Unit* v = value_base + key / Products::PER * value_stride;
     float* o = out.data() + slot * ROWS * wide;
     int64_t strip = 0;
     for (; strip + VECS <= strips; strip += VECS) add_strip<VECS>(v + strip * LANES, count, o + strip * LANES);

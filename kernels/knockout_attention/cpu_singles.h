@@ -1,15 +1,10 @@
 // Products of float32, one number a unit; bfloat16 operands are widened as they are packed. Included like
-// cpu_prefill.h, before it.
+// cpu_prefill.h, before it, after cpu_pack.h.
 
-constexpr int CHUNK = VECS * LANES;  // keys
-
-// Packs up to CHUNK keys as [depth][CHUNK] floats, zeros beside them.
+// Keys as [depth][CHUNK].
 template <typename T>
 static void pack_single_keys(const T* from, int64_t stride, int64_t count, int64_t width, float* to) {
-  for (int64_t e0 = 0; e0 < width; e0 += 16)  // a cache line of each key at a time
-    for (int64_t i = 0; i < CHUNK; ++i)
-      for (int64_t e = e0; e < std::min<int64_t>(e0 + 16, width); ++e)
-        to[e * CHUNK + i] = i < count ? widen(from[i * stride + e]) : 0.0f;
+  pack_units([=](int64_t i) { return from + i * stride; }, count, width, to);
 }
 
 // x = ROWS rows [ROWS][width] . the first NV vectors of one packed chunk.
@@ -55,8 +50,11 @@ struct Singles {
     multiply_keys(rows, chunk, depth, x);
   }
   static void keep_weights(vec y, float* to) { store(to, y); }
+  static void scale_weights(float* weights, int64_t count, float factor) {
+    for (int64_t k = 0; k < count; ++k) weights[k] *= factor;
+  }
 
-  // sum += weights [ROWS][CHUNK] . `count` values.
+  // sum += weights [ROWS][HELD] . `count` values.
   template <int NV>
   static void add(const float* weights, const float* v, int64_t stride, int64_t count, vec (&sum)[ROWS][NV]) {
     for (int64_t k = 0; k < count; ++k) {
@@ -65,7 +63,7 @@ struct Singles {
       for (int j = 0; j < NV; ++j) x[j] = load(v + k * stride + j * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const vec w = splat(weights[r * CHUNK + k]);
+        const vec w = splat(weights[r * HELD + k]);
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) sum[r][j] += w * x[j];
       }
