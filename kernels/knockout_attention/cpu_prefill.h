@@ -44,7 +44,7 @@ class Prefill {
  private:
   struct Block {
     int64_t head, row, count;
-    mllm::Bits closed[ROWS];
+    mllm::Bits closed[ROWS], open;  // open: to some row
     float peak[ROWS];
   };
   using Units = std::vector<Unit, mllm::CacheAligned<Unit>>;
@@ -85,9 +85,11 @@ class Prefill {
     b.head = task.kv_head * p.group() + index / views.blocks;
     b.row = index % views.blocks * ROWS;
     b.count = std::min<int64_t>(ROWS, p.rows - b.row);
+    b.open = 0;
     const T* q = static_cast<const T*>(p.query) + task.batch * p.query_strides.batch + b.head * p.query_strides.head;
     for (int r = 0; r < ROWS; ++r) {
       b.closed[r] = r < b.count ? sight.closed(b.row + r) : ~mllm::Bits(0);
+      b.open |= ~b.closed[r];
       b.peak[r] = mllm::UNSET;
       Unit* to = queries.data() + (slot * ROWS + r) * depth;
       if (r < b.count) {
@@ -103,23 +105,27 @@ class Prefill {
   // One block and its open ones of chunks [chunk, stop), at most HELD / CHUNK: the weights of neighbours are held, so
   // that sums of values are loaded and stored once.
   void meet(int64_t slot, int64_t index, int64_t chunk, int64_t stop) {
-    Block& b = blocks[slot];
-    const int64_t last = sight.position(b.row + b.count - 1);
     int64_t key = 0, held = 0;
     for (; chunk < stop; ++chunk) {
       const mllm::View view = views.of(index, chunk);
-      if (view == mllm::View::NONE) {
+      if (view == mllm::View::NONE) continue;
+      const int64_t from = chunk * CHUNK, seen = view == mllm::View::ALL ? CHUNK : until_last_seen(blocks[slot], from);
+      if (!seen) continue;
+      if (key + held != from) {
         add_values(slot, key, held);
-        held = 0;
-        continue;
+        key = from, held = 0;
       }
-      if (!held) key = chunk * CHUNK;
-      // keys of the chunk that the last row may see; the others of its last vector are masked
-      const int64_t seen = std::min<int64_t>(CHUNK, last + 1 - chunk * CHUNK);
-      weigh(b, slot, chunk, seen, view == mllm::View::SOME, held);
+      weigh(blocks[slot], slot, chunk, seen, view == mllm::View::SOME, held);
       held += seen;
     }
     add_values(slot, key, held);
+  }
+
+  // Keys of the chunk up to the last one that some row sees; those between that are not seen are masked.
+  int64_t until_last_seen(const Block& b, int64_t from) const {
+    int64_t to = std::min(from + CHUNK, sight.position(b.row + b.count - 1) + 1);
+    while (to > from && !(sight.bit[to - 1] & b.open)) --to;
+    return to - from;
   }
 
   // weights[held ..] = 2^(scores - peak) of one block and the first `seen` keys of a chunk.
