@@ -135,8 +135,9 @@ class Prefill {
     weigh_vectors<1>(b, slot, chunk, masked, held);
   }
 
+  // Not inlined: its accumulators take all registers.
   template <int NV>
-  void weigh_vectors(Block& b, int64_t slot, int64_t chunk, bool masked, int64_t held) {
+  __attribute__((noinline)) void weigh_vectors(Block& b, int64_t slot, int64_t chunk, bool masked, int64_t held) {
     vec x[ROWS][NV];
     Products::multiply(queries.data() + slot * ROWS * depth, keys.data() + chunk * CHUNK * depth, depth,
                        p.log2_scale(), x);
@@ -168,22 +169,23 @@ class Prefill {
     }
   }
 
-  // Peaks are whole numbers: what there is already is halved so many times, exactly.
+  // By a whole number but for the first time: what there is already is halved so many times, exactly.
   __attribute__((noinline)) void raise(Block& b, int64_t slot, int r, float top, int64_t held) {
-    top = std::ceil(top);
-    if (b.peak[r] != mllm::UNSET) {
-      const float down = std::exp2(b.peak[r] - top);
-      float* o = out.data() + (slot * ROWS + r) * wide;
-      for (int64_t e = 0; e < wide; e += LANES) store(o + e, load(o + e) * down);
-      float* sum = sums.data() + (slot * ROWS + r) * LANES;
-      store(sum, load(sum) * down);
-      Products::scale_weights(weights.data() + r * HELD / Products::PER, held, down);
+    if (b.peak[r] == mllm::UNSET) {
+      b.peak[r] = top;
+      return;
     }
-    b.peak[r] = top;
+    const float steps = std::ceil(top - b.peak[r]), down = std::exp2(-steps);
+    b.peak[r] += steps;
+    float* o = out.data() + (slot * ROWS + r) * wide;
+    for (int64_t e = 0; e < wide; e += LANES) store(o + e, load(o + e) * down);
+    float* sum = sums.data() + (slot * ROWS + r) * LANES;
+    store(sum, load(sum) * down);
+    Products::scale_weights(weights.data() + r * HELD / Products::PER, held, down);
   }
 
   template <int NV>
-  void add_strip(const Unit* v, int64_t count, float* o) {
+  __attribute__((noinline)) void add_strip(const Unit* v, int64_t count, float* o) {
     vec sum[ROWS][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
