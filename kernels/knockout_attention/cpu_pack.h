@@ -44,7 +44,8 @@ static void pack_units(Row row, int64_t count, int64_t units, Unit* to) {
       int64_t e = begin;
       for (int j = 0; j < 4; ++j) __builtin_prefetch(row(CHUNK + i + j) + begin, 0, 2);  // of the next chunk
       for (; i + 4 <= count && e + 4 <= end; e += 4) {
-        quad x[4] = {read_quad(row(i) + e), read_quad(row(i + 1) + e), read_quad(row(i + 2) + e), read_quad(row(i + 3) + e)};
+        quad x[4];
+        for (int j = 0; j < 4; ++j) x[j] = read_quad(row(i + j) + e);
         transpose(x);
         for (int j = 0; j < 4; ++j) std::memcpy(to + (e + j) * CHUNK + i, &x[j], sizeof x[j]);
       }
