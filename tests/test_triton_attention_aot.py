@@ -3,7 +3,7 @@ is a product, no spilled register, no more shared memory than the chip has.
 
 Compiling costs about a second a kernel. Default: for each tile the widest head that it serves, full width with
 segments, padding and by-products, and padded width without; these need most registers. The narrowest heads once.
-`python tests/test_triton_aot.py` compiles the whole product and prints a table.
+`python tests/test_triton_attention_aot.py` compiles the whole product and prints a table.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Config(NamedTuple):
 
 
 # by bytes of an operand and padded head size (up to): chosen so that no register spills and 99 KiB of shared memory
-# do on compute capability 8 and 12, 227 KiB on 9 and 10; tests/test_triton_aot.py holds them to it. Among these the
-# fastest on an H200; see benchmarks/NOTES.md
+# do on compute capability 8 and 12, 227 KiB on 9 and 10; tests/test_triton_attention_aot.py holds them to it. Among
+# these the fastest on an H200; see benchmarks/NOTES.md
 _TILES = {
     "prefill": {
         2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 2)},
