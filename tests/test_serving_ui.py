@@ -108,6 +108,7 @@ def test_knock_out_the_image_and_keep_a_few_patches(page, shapes):
     page.locator("#compression button").click()
     number = page.locator("#keep input[type=number]")
     playwright.expect(number).to_have_value("0")
+    number.click()  # waits two frames: Gradio sets what a newly opened accordion holds once more, one frame later
     number.fill("10")
     number.press("Tab")
     playwright.expect(page.locator("#keep input[type=range]")).to_have_value("10")
