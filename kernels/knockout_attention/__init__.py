@@ -109,25 +109,26 @@ def join(first: Attention, second: Attention) -> Tensor:
 
 
 def _check(query, key, value, segments, table, start, mass, causal) -> None:
-    """Few and cheap tests: decoding calls this once a layer and token."""
+    """Few questions to torch: decoding comes here once a layer and token, each time with cold caches."""
+    shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
     if not (
-        query.ndim == key.ndim == value.ndim == 4
-        and query.dtype == key.dtype == value.dtype
-        and query.device == key.device == value.device
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        len(shape) == len(key_shape) == len(value.shape) == 4
+        and dtype == key.dtype == value.dtype
+        and device == key.device == value.device
+        and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
     ):
         _check_each(query, key, value)
-    batch, heads, rows, width = query.shape
-    if not query.dtype.is_floating_point:
-        raise ValueError(f"query is float16, bfloat16 or float32, got {query.dtype}")
+    batch, heads, rows, width = shape
+    key_batch, kv_heads, keys, key_width = key_shape
+    if not dtype.is_floating_point:
+        raise ValueError(f"query is float16, bfloat16 or float32, got {dtype}")
     if not HEAD_SIZES[0] <= width <= HEAD_SIZES[1]:
         raise ValueError(f"query's head size is {HEAD_SIZES[0]} to {HEAD_SIZES[1]}, got {width}")
-    kv_heads, keys = key.shape[1], key.shape[2]
-    if key.shape[0] != batch or key.shape[3] != width:
-        raise ValueError(f"key is [{batch}, Hkv, N, {width}] for query {_shape(query)}, got {_shape(key)}")
-    if value.shape != key.shape:
-        raise ValueError(f"value is {_shape(key)} as key is, got {_shape(value)}")
+    if key_batch != batch or key_width != width:
+        raise ValueError(f"key is [{batch}, Hkv, N, {width}] for query {list(shape)}, got {list(key_shape)}")
+    if value.shape != key_shape:
+        raise ValueError(f"value is {list(key_shape)} as key is, got {list(value.shape)}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query's heads are a multiple of key's, got {heads} and {kv_heads}")
     if not causal and (segments is not None or mass is not False):
@@ -137,25 +138,27 @@ def _check(query, key, value, segments, table, start, mass, causal) -> None:
     if (segments is None) != (table is None):
         raise ValueError("segments and table go together: give both or neither")
     if segments is not None:
-        fits = segments.ndim == 2 and segments.shape[0] in (1, batch) and segments.shape[1] == keys
-        if not fits or segments.dtype != torch.uint8:
-            raise ValueError(f"segments is uint8 [{batch}, {keys}], got {segments.dtype} {_shape(segments)}")
+        if segments.shape not in ((batch, keys), (1, keys)) or segments.dtype != torch.uint8:
+            raise ValueError(f"segments is uint8 [{batch}, {keys}], got {segments.dtype} {list(segments.shape)}")
         if table.shape != (SEGMENTS,) or table.dtype != torch.int32:
-            raise ValueError(f"table is int32 [{SEGMENTS}], got {table.dtype} {_shape(table)}")
+            raise ValueError(f"table is int32 [{SEGMENTS}], got {table.dtype} {list(table.shape)}")
     if start is not None and (start.shape != (batch,) or start.dtype != torch.int32):
-        raise ValueError(f"start is int32 [{batch}], got {start.dtype} {_shape(start)}")
-    if isinstance(mass, Tensor) and (mass.shape != (batch, rows) or mass.dtype != torch.bool):
-        raise ValueError(f"mass is True, False or bool [{batch}, {rows}], got {mass.dtype} {_shape(mass)}")
-    for name, tensor in (("segments", segments), ("table", table), ("start", start), ("mass", mass)):
-        if tensor is not None and not isinstance(tensor, bool) and tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move it there")
+        raise ValueError(f"start is int32 [{batch}], got {start.dtype} {list(start.shape)}")
+    masses = None if isinstance(mass, bool) else mass
+    if masses is not None and (masses.shape != (batch, rows) or masses.dtype != torch.bool):
+        raise ValueError(f"mass is True, False or bool [{batch}, {rows}], got {mass.dtype} {list(mass.shape)}")
+    for name, tensor in (("segments", segments), ("table", table), ("start", start), ("mass", masses)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {device}: move it there")
 
 
 def _check_each(query, key, value) -> None:
     """What is wrong with the operands."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
-            raise ValueError(f"{name} has four dimensions, batch, heads, positions, head size; got {_shape(tensor)}")
+            raise ValueError(
+                f"{name} has four dimensions, batch, heads, positions, head size; got {list(tensor.shape)}"
+            )
         if tensor.requires_grad:
             raise ValueError(
                 f"{name} requires a gradient, which this kernel does not give: detach it, or use the model's own"
@@ -167,7 +170,3 @@ def _check_each(query, key, value) -> None:
             raise ValueError(f"{name} is {tensor.dtype}, query {query.dtype}: give all in one type")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move it there")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)

@@ -25,28 +25,32 @@ def attention(
     processor's best."""
     batch, heads, rows, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    output = torch.empty(batch, rows, heads, width, dtype=query.dtype)
+    shape, strides = (batch, heads, rows, width), (rows * heads * width, width, heads * width, 1)
+    output = torch.empty_strided(shape, strides, dtype=query.dtype)  # a view of [B, R, H, D] without making one
     total = torch.empty(batch, heads, rows) if lse else None
     share = torch.zeros(batch, heads, keys) if mass is not False else None
+    segment_stride = 0
     if segments is not None and table is not None:
-        segments, table = segments if segments.stride(1) == 1 else segments.contiguous(), table.contiguous()
+        segments = segments if segments.stride()[1] == 1 else segments.contiguous()
+        table = table if table.stride()[0] == 1 else table.contiguous()
+        segment_stride = segments.stride()[0] if segments.shape[0] > 1 else 0
     start = None if start is None else start.contiguous()
     chosen = mass.contiguous() if isinstance(mass, Tensor) else None
     extension, _ = cpu_extension()
-    if output.numel():
+    if batch * heads * rows:
         extension.attention(  # type: ignore[union-attr]
             (query.data_ptr(), key.data_ptr(), value.data_ptr()),
             query.dtype == torch.bfloat16,
             (query.stride(), key.stride(), value.stride()),
             (_address(segments), _address(table), _address(start)),
-            segments.stride(0) if segments is not None and len(segments) > 1 else 0,
+            segment_stride,
             scale,
             (batch, heads, kv_heads, rows, keys, width, keys - rows if causal else keys),
             (output.data_ptr(), _address(total), _address(share), _address(chosen)),
             torch.get_num_threads(),
             isa or instruction_set(),
         )
-    return output.transpose(1, 2), total, share
+    return output, total, share
 
 
 def _address(tensor: Tensor | None) -> int:
