@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast import cli
+
+# the same examples each time: other ones are drawn by `pytest --hypothesis-profile random`
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -129,7 +129,7 @@ def test_a_name_is_forgotten_with_its_slot():
     assert last.slot != again.slot
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 40)), max_size=40))
 def test_prefixes_are_found_where_they_were_laid(steps):
     """Taken and given back in any order, every prefix in use is what was put there; a name has one place."""

@@ -34,7 +34,7 @@ from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32))
 def test_the_noun_judge_is_exact_on_scenes(seed):
     scene = generate_scene(np.random.default_rng(seed))
@@ -103,7 +103,7 @@ def test_a_vocabulary_of_ones_own(tmp_path):
     assert read_vocabulary(tmp_path / "v.json").objects("a big puppy") == ["big dog"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5))), min_size=2, max_size=8))
 def test_scores_are_those_of_scikit_learn(pictures):
     truth, said = (np.array([[i in sets[side] for i in range(6)] for sets in pictures]) for side in (0, 1))

@@ -36,7 +36,7 @@ def check(got, x, weight, bias):
 
 @needs_extension
 @pytest.mark.parametrize("isa", SETS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 40),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
@@ -21,7 +21,6 @@ from mllm_fast.evaluation.samples import scenes
 from mllm_fast.maps import METHODS
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), min_size=2, max_size=30))
 def test_rank_correlation_is_scipys(pairs):
     a, b = (np.array(values, float) for values in zip(*pairs, strict=True))

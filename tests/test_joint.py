@@ -275,7 +275,7 @@ tiles = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tiles, tiles)
 def test_resampling_keeps_what_is_linear_in_place(given_, wanted):
     middles = torch.from_numpy(given_.token_boxes())

@@ -43,7 +43,7 @@ from mllm_fast.likelihood import answer_probabilities, expectation, yes_probabil
 scored = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(scored)
 def test_auroc_is_scikit_learns(pairs):
     scores, truth = [s / 12 for s, _ in pairs], [t for _, t in pairs]
@@ -82,7 +82,7 @@ def test_boxes_are_right_once_and_best_first():
     assert [hit for _, hit in twice] == [True, False]  # one thing is found once
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scored)
 def test_average_precision_is_scikit_learns_made_monotonic(pairs):
     scores = np.linspace(1, 0, len(pairs))

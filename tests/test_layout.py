@@ -80,7 +80,7 @@ def test_tokens_that_do_not_add_up():
         TokenLayout.from_input_ids(torch.tensor([1, 9, 9, 9, 2]), 9, [((8, 8), (tile,), (1, 1))])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(down=st.integers(1, 3), across=st.integers(1, 3), rows=st.integers(1, 5), cols=st.integers(1, 5), data=st.data())
 def test_grid_keeps_the_sum(down, across, rows, cols, data):
     """Tiles side by side and a thumbnail spread by area: nothing is lost, and a constant thumbnail is flat."""

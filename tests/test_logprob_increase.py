@@ -76,7 +76,7 @@ def test_bfloat16_weights(backend, way):
 
 @needs_extension
 @pytest.mark.parametrize("isa", SETS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     groups=st.integers(1, 4),
     rows=st.integers(1, 70),

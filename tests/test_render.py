@@ -26,7 +26,7 @@ def ex(built, picture):
     return mf.VLM(*built("internvl")).explain(picture, "what </script><script> color ?", "red green blue")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(1, 9),
     cols=st.integers(1, 9),

@@ -154,7 +154,7 @@ boxes = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(boxes, st.integers(0, 2**31))
 def test_a_pixel_has_the_largest_weight_of_the_boxes_over_its_middle(corners, seed):
     weights = torch.rand(len(corners), generator=torch.Generator().manual_seed(seed))

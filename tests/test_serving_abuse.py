@@ -238,10 +238,7 @@ def test_the_openapi_document_finds_no_500(server):
     found: list[str] = []
     for result in schema.get_all_operations():
 
-        @settings(
-            max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        @settings(max_examples=30, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
         @given(case=result.ok().as_strategy())
         def each(case):
             reply = case.call(headers={"Authorization": f"Bearer {KEY}"})

@@ -36,7 +36,7 @@ class Letters:
         return bytes(one for one in ids if one or not skip_special_tokens).decode("utf-8", "replace")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(alphabet="ab \nä€😀", max_size=30), stop=st.lists(st.text(alphabet="ab ä", max_size=4), max_size=3))
 def test_words_come_whole_and_stop_in_time(text, stop):
     words = Words(Letters(), stop)

@@ -23,7 +23,7 @@ from mllm_fast.shapes.second_renderer import draw_scene
 from mllm_fast.shapes.train import Trainer, parse
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), draw=st.sampled_from([generate_scene, draw_scene]))
 def test_scenes_are_as_described(seed, draw):
     scene = draw(np.random.default_rng(seed))
@@ -48,7 +48,7 @@ def test_a_seed_names_a_scene():
     assert (one.pixels == other.pixels).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6))
 def test_answers_follow_from_the_scene(seed):
     rng = np.random.default_rng(seed)

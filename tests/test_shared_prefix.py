@@ -44,7 +44,7 @@ def test_every_key_is_seen(way, shape, dtype):
     within(got.lse, truth.lse.float(), truth.lse, 8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.tuples(*(st.integers(1, 70) for _ in range(4))), seed=st.integers(0, 99))
 def test_joined_parts_are_the_whole(sizes, seed):
     """A prefix and the rows' own keys, in two calls, against one call over both, in float64."""

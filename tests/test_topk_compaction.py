@@ -37,7 +37,7 @@ def problems(draw):
     return mass, candidates, always, keep
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problem=problems())
 def test_matches_a_search_by_hand(problem):
     mass, candidates, always, keep = problem

@@ -45,7 +45,7 @@ def check(got, arguments):
 
 @needs_extension
 @pytest.mark.parametrize("isa", SETS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),

@@ -157,7 +157,7 @@ def test_detection_by_hand():
     assert detection([row(False, False)])["F1"] is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_detection_is_that_of_scikit_learn(pairs):
     truth, said = zip(*pairs, strict=True)
