@@ -47,6 +47,8 @@ BAD = [
     ({"start": torch.zeros(2, dtype=torch.int32)}, r"start is int32 \[1\].*\[2\]"),
     ({"mass": torch.ones(1, 9, dtype=torch.bool)}, r"mass is True, False or bool \[1, 3\].*\[1, 9\]"),
     ({"mass": torch.ones(1, 3)}, r"mass is True, False or bool \[1, 3\], got torch.float32"),
+    ({"mass": 1}, r"mass is True, False or bool \[1, 3\], got 1"),
+    ({"mass": None}, r"mass is True, False or bool \[1, 3\], got None"),
     ({"scale": 0.0}, "scale is a positive number, got 0.0"),
     ({"scale": -1.0}, "scale is a positive number, got -1.0"),
     ({"scale": float("nan")}, "scale is a positive number, got nan"),

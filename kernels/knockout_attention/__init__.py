@@ -144,7 +144,9 @@ def _check(query, key, value, segments, table, start, mass, causal) -> None:
             raise ValueError(f"table is int32 [{SEGMENTS}], got {table.dtype} {list(table.shape)}")
     if start is not None and (start.shape != (batch,) or start.dtype != torch.int32):
         raise ValueError(f"start is int32 [{batch}], got {start.dtype} {list(start.shape)}")
-    masses = None if isinstance(mass, bool) else mass
+    masses = mass if isinstance(mass, Tensor) else None
+    if masses is None and not isinstance(mass, bool):
+        raise ValueError(f"mass is True, False or bool [{batch}, {rows}], got {mass!r}")
     if masses is not None and (masses.shape != (batch, rows) or masses.dtype != torch.bool):
         raise ValueError(f"mass is True, False or bool [{batch}, {rows}], got {mass.dtype} {list(mass.shape)}")
     for name, tensor in (("segments", segments), ("table", table), ("start", start), ("mass", masses)):
