@@ -136,3 +136,18 @@ def test_bad_input(change, message):
     arguments = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4)} | change
     with pytest.raises(ValueError, match=message):
         few_row_linear(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_does_not_widen_the_weight():
+    """float32 rows in three parts of bfloat16 err as float32 rows by the widened weight do."""
+    for rows, columns, depth in [(1, 40, 24), (33, 1003, 520), (0, 8, 8)]:
+        x, weight, bias = (one.cuda() for one in draw(rows, columns, depth, (F32, BF16)))
+        x *= torch.logspace(-20, 20, max(1, rows), device="cuda")[:rows, None]
+        truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        low = torch.nn.functional.linear(x, weight.float(), bias.float())
+        with torch.no_grad():
+            got = few_row_linear(x, weight, bias)
+        assert got.dtype == F32
+        sums = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+        assert ((got - truth).abs() <= 2 * (low - truth).abs() + 4 * torch.finfo(F32).eps * sums).all()

@@ -116,7 +116,7 @@ def test_every_instruction_set(isa, groups, rows, vocab, depth, bfloat16, lean, 
 class Given(list):
     """Operators that are there already."""
 
-    nbytes = 0
+    nbytes, together = 0, None
 
     def at_hand(self, group: int) -> bool:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mllm_fast.kernels import OperatorCache, Unembedding, weight_state
-from mllm_fast.kernels.logprob_increase.operators import make_operator
+from mllm_fast.kernels.logprob_increase.operators import Together, make_operator, with_longest
 from oracle import problem
 
 UNEMBEDDING = Unembedding(weight=torch.randn(50, 8), gain=torch.rand(8))
@@ -50,7 +50,7 @@ def test_changed_weights_make_a_new_operator():
     cache = OperatorCache(1 << 20)
 
     def get():
-        (full,) = cache.full_keys([weight_state(projection)], unembedding, False)
+        full = weight_state(projection), cache.state(unembedding, False)
         return cache.get(full, unembedding, projection, False)
 
     before = get()
@@ -59,6 +59,36 @@ def test_changed_weights_make_a_new_operator():
     torch.testing.assert_close(get(), 2 * before)
     unembedding.weight.mul_(2)
     torch.testing.assert_close(get(), 4 * before)
+
+
+def test_a_call_finds_what_the_last_one_found():
+    """As one list, that keeps what a kernel put beside it, until another one is asked for, made or pushed out."""
+    cache, state = OperatorCache(2 * SIZE), OperatorCache.state(UNEMBEDDING, False)
+    for key in "ab":
+        cache.get((key, state), UNEMBEDDING, PROJECTION, False)
+    both = cache.find("ab", state)
+    assert isinstance(both, Together)
+    assert cache.find("ab", state) is both
+    assert cache.find("ba", state)[0] is both[1]
+    assert cache.find("ab", "other weights") == [None, None]
+    assert cache.find("a", state)[0] is both[0]  # b is the oldest now
+    cache.get(("c", state), UNEMBEDDING, PROJECTION, False)
+    a, b = cache.find("ab", state)
+    assert a is both[0]
+    assert b is None
+    assert cache.find("ca", state)[1] is a
+    cache.clear()
+    assert cache.find("ca", state) == [None, None]
+
+
+def test_the_longest_row_is_stored_behind_a_half_operator():
+    for dtype in (torch.bfloat16, torch.float16):
+        rows = torch.randn(50, 8)
+        stored = with_longest(rows, dtype)
+        assert torch.equal(stored, rows.to(dtype))
+        behind = torch.as_strided(stored, (2,), (1,), stored.numel()).view(torch.float32)
+        torch.testing.assert_close(behind[0], stored.float().norm(dim=1).max())
+    assert with_longest(torch.randn(3, 5), torch.bfloat16).shape == (3, 5)
 
 
 def test_negative_budget():

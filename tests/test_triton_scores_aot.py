@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from mllm_fast.kernels.logprob_increase import triton_kernel, triton_rounding, triton_tiles
+from mllm_fast.kernels.logprob_increase import triton_kernel, triton_moments, triton_rounding, triton_tiles
 from mllm_fast.kernels.topk_compaction import triton_kernel as topk
 from mllm_fast.kernels.weighted_values import triton_kernel as weighted
 from triton_aot import ahead, compile_kernel, selected
@@ -22,19 +22,25 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 PRODUCTS = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 LARGE = [80, 90, 100]
+BOTH = [torch.bfloat16, torch.float32]
 SCORES = {
     **dict.fromkeys(("factor", "shift", "base", "lean", "before", "picked", "sums"), "*fp32"),
     **dict.fromkeys(("operators", "source", "tokens", "order"), "*i64"),
     **dict.fromkeys(("groups", "rows", "vocab", "share", "splits"), "i32"),
     "gain": "fp32",
 }
+LISTED = {**dict.fromkeys(("first", "second"), "*fp32"), **dict.fromkeys(("order", "counts"), "*i32")}
+LISTED |= {"shares": "i32", "rounding": "fp32"}
 FACTORED = [
     *((torch.bfloat16, depth, flags) for depth in (16, 32, 64, 128, 256) for flags in ("", "own cap")),
     *((torch.bfloat16, depth, "own cap") for depth in (8, 40, 80, 200, 7, 129, 300, 512)),
     *((torch.float16, 128, flags) for flags in ("", "own cap")),
     *((torch.float32, depth, flags) for depth in (16, 32, 128, 40) for flags in ("", "own cap")),
     *((torch.bfloat16, 128, flags) for flags in ("own", "cap")),
+    *((torch.bfloat16, depth, "listed") for depth in (16, 64, 80, 128)),
+    (torch.float16, 128, "listed"),
 ]
+MOMENTS = [*((torch.bfloat16, depth) for depth in (16, 40, 64, 80, 128)), (torch.float16, 128)]
 DIRECT = [
     *((torch.bfloat16, 4096, flags) for flags in ("", "own", "cap", "own cap")),
     *((torch.bfloat16, 200, flags) for flags in ("", "own cap")),
@@ -44,7 +50,8 @@ DIRECT = [
 
 
 def scores_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
-    tile = triton_kernel.config(dtype, depth, way, plain=not flags)
+    listed = flags == "listed"
+    tile = triton_kernel.config(dtype, depth, way, plain=listed or not flags)
     constants = {
         "DEPTH": depth,
         "BLOCK_R": tile.block_r,
@@ -55,19 +62,39 @@ def scores_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capabili
     }
     if way == "direct":
         constants["BAND"] = triton_kernel.BAND
-    signature = SCORES | {"writes": TYPES[dtype], "operand": TYPES[dtype]}
+    else:
+        constants["LISTED"] = listed
+    signature = SCORES | (LISTED if way == "factored" else {}) | {"writes": TYPES[dtype], "operand": TYPES[dtype]}
     fn = getattr(triton_tiles, way)
     return compile_kernel(fn, signature, constants, capability, tile.warps, tile.stages)
 
 
+def moments_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
+    constants: dict = {"DEPTH": depth, "BLOCK_K": triton_kernel.block_k(depth)}
+    signature = SCORES | LISTED | {"writes": TYPES[dtype]}
+    if way == "expand":
+        constants["BLOCK_R"] = triton_moments.BLOCK_R
+        return compile_kernel(triton_moments.expand, signature, constants, capability, triton_moments.WARPS, 3)
+    tile = triton_moments.MOMENTS
+    constants["BLOCK_V"] = tile.block_v
+    sizes = tile.warps, tile.stages
+    return compile_kernel(
+        triton_moments.moments, signature, constants, capability, *sizes, most_registers=tile.registers
+    )
+
+
+def built(way: str, *case):
+    return (moments_kernel if way in ("moments", "expand") else scores_kernel)(way, *case)
+
+
 @pytest.fixture(scope="module")
 def compiled(request):
-    ways = {"test_factored": "factored", "test_direct": "direct"}
+    ways = {"test_factored": "factored", "test_direct": "direct", "test_moments": "moments", "test_expand": "expand"}
     cases = [
-        (ways[test], given["dtype"], given["depth"], given["flags"], given["capability"])
+        (ways[test], given["dtype"], given["depth"], given.get("flags", ""), given["capability"])
         for test, given in selected(request, *ways)
     ]
-    with ahead(scores_kernel, cases) as build:
+    with ahead(built, cases) as build:
         yield build
 
 
@@ -96,12 +123,36 @@ def test_direct(compiled, dtype, depth, flags, capability):
     check(compiled("direct", dtype, depth, flags, capability), capability)
 
 
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(("dtype", "depth"), MOMENTS)
+def test_moments(compiled, dtype, depth, capability):
+    """Where products may run on while the program does, Triton 3.6 and 3.9 overwrite their operand: each is waited for,
+    none is left to run."""
+    kernel = compiled("moments", dtype, depth, "", capability)
+    check(kernel, capability if depth > 32 else 80)  # what is narrower has the older instruction everywhere
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", kernel.ptx)) <= {"0"}
+
+
+@pytest.mark.parametrize("capability", LARGE)
+@pytest.mark.parametrize(("dtype", "depth"), MOMENTS)
+def test_expand(compiled, dtype, depth, capability):
+    kernel = compiled("expand", dtype, depth, "", capability)
+    assert "mma.sync" in kernel.ptx, "no tensor cores"
+    assert kernel.shared <= SHARED[capability]
+    assert kernel.spills == 0
+
+
 @pytest.mark.parametrize("capability", [86, 120])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("way", "depth"), [("factored", 256), ("direct", 4096)])
+@pytest.mark.parametrize(
+    ("way", "depth", "dtype"),
+    [
+        *((way, depth, dtype) for way, depth in (("factored", 256), ("direct", 4096)) for dtype in BOTH),
+        ("moments", 128, torch.bfloat16),
+    ],
+)
 def test_gpus_of_little_shared_memory(way, depth, dtype, capability):
     """They are served by the same tiles; two or four registers may spill there."""
-    check(scores_kernel(way, dtype, depth, "", capability), capability)
+    check(built(way, dtype, depth, "", capability), capability)
 
 
 @pytest.mark.parametrize("capability", LARGE)

@@ -68,6 +68,7 @@ def compile_kernel(
     num_warps: int,
     num_stages: int,
     unaligned: tuple[str, ...] = (),
+    most_registers: int | None = None,
 ) -> Compiled:
     """Compiles `fn` as a launch would.
 
@@ -78,6 +79,7 @@ def compile_kernel(
         capability: 80, 90 or 100.
         unaligned: integer arguments that are no multiples of 16. Pointers are multiples of 16 bytes, and so are
             integers but those of `do_not_specialize`.
+        most_registers: that a thread may have, the launch's `maxnreg`.
     """
     unknown = set(fn.arg_names) - signature.keys() - constexprs.keys()
     if unknown or signature.keys() & constexprs.keys():
@@ -86,7 +88,7 @@ def compile_kernel(
     types = {name: signature.get(name, "constexpr") for name in fn.arg_names}
     aligned = [i for i, (n, t) in enumerate(types.items()) if t[0] == "*" or (t in ("i32", "i64") and n not in plain)]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, "maxnreg": most_registers}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True  # a cached result tests nothing
         source = ASTSource(fn=fn, signature=types, constexprs=constexprs, attrs=attrs)

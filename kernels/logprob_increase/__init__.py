@@ -67,7 +67,9 @@ def logprob_increase(
     Returns:
         S, [G, R], in float32, or float64 where the unembedding is float64; inference only, no gradient flows.
         Exact to that precision, but that the factored way rounds its operator to the unembedding's dtype, and
-        that the Triton kernels round the scaled writes to it: tensor cores take both operands in one type.
+        that the Triton kernels round the scaled writes to it: tensor cores take both operands in one type. In
+        bfloat16 and float16 they take the log-sum-exp of small writes from its expansion, where a bound proves
+        the rest of it to be within another such rounding (`triton_moments`).
 
     Raises:
         ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
@@ -84,7 +86,8 @@ def logprob_increase(
     made = None if projection is None else Operators(unembedding, projection, own_mean, operators, keys)
     if way == "auto":
         way = _cheaper_way(values, unembedding, made)
-    values = values.to(wide)
+    if way == "direct" or base.norm == "own":  # else the kernel reads them once, in whatever type they are
+        values = values.to(wide)
     outward = None
     if projection is not None and (way == "direct" or base.norm == "own"):
         stacked = projection if isinstance(projection, Tensor) else torch.stack(list(projection))

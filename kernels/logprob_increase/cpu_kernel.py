@@ -21,8 +21,9 @@ def increase(
     source: Tensor | None,
     isa: str | None = None,
 ) -> Tensor:
-    """See `torch_kernel.increase`; everything float32, the operands float32 or bfloat16. `isa` picks an instruction set
-    (tests), else the processor's best."""
+    """See `torch_kernel.increase`; everything float32, the operands float32 or bfloat16, the writes of any type. `isa`
+    picks an instruction set (tests), else the processor's best."""
+    values = values.to(torch.float32)
     out = torch.empty(values.shape[:2])
     if isinstance(operands, Tensor):
         _fill(out, base, values, gain, [operands], rescale, source, isa)

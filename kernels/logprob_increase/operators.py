@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from threading import Lock
 
+import torch
 from torch import Tensor
 
 from ..dispatch import wide_type
@@ -15,12 +16,33 @@ from .unembedding import Unembedding
 def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
     """M [V, k] = W_U diag(g) O for a projection O [d, k], with O's columns centred if `centred` (a layer
     norm with its own statistics takes the mean off). In the unembedding's dtype; computed in float32 or
-    wider."""
+    wider. Stored as `with_longest` does."""
     wide = wide_type(unembedding.weight.dtype)
     columns = projection.to(wide)
     if centred:
         columns = columns - columns.mean(0)
-    return unembedding.times(columns).to(unembedding.weight.dtype).contiguous()
+    return with_longest(unembedding.times(columns), unembedding.weight.dtype)
+
+
+def with_longest(operator: Tensor, dtype: torch.dtype) -> Tensor:
+    """An operator [V, k] in `dtype`. Of two bytes, so that a tensor core reads it, the length of its longest row, in
+    float32, is stored behind the last row, where `triton_moments` looks for it."""
+    if dtype.itemsize != 2:
+        return operator.to(dtype).contiguous()
+    room = torch.empty(operator.numel() + 2, dtype=dtype, device=operator.device)
+    stored = room[:-2].view(operator.shape)
+    stored.copy_(operator)
+    longest = torch.linalg.vector_norm(stored, dim=1, dtype=torch.float32).max()
+    if operator.numel() % 2 == 0:  # else it would lie across two words; the kernel does not look there
+        room[-2:].view(torch.float32).copy_(longest)
+    return stored
+
+
+class Together(list[Tensor]):
+    """Operators of one call that are all at hand. table: their addresses on the device, once a kernel has put them
+    there; the next call for the same operators finds both."""
+
+    table: Tensor | None = None
 
 
 class OperatorCache:
@@ -36,36 +58,49 @@ class OperatorCache:
         self.budget = budget
         self.nbytes = 0
         self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        # the keys of the last call that found all: looking a thousand up takes longer than scoring some of them
+        self._last: tuple[Sequence[Hashable], Together] | None = None
         self._lock = Lock()
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
 
     @staticmethod
-    def full_keys(keys: Sequence[Hashable], unembedding: Unembedding, centred: bool) -> list[Hashable]:
-        """The keys, each with what else the operators are made of."""
+    def state(unembedding: Unembedding, centred: bool) -> Hashable:
+        """What else the operators are made of."""
         weights = [w for w in (unembedding.weight, unembedding.gain) if w is not None]
-        state = (centred, *map(weight_state, weights))
-        return [(key, state) for key in keys]
+        return (centred, *map(weight_state, weights))
 
-    def find(self, full: Sequence[Hashable]) -> list[Tensor | None]:
-        """The operators of full keys, None where one is not in the cache."""
-        found: list[Tensor | None] = []
+    def find(self, keys: Sequence[Hashable], state: Hashable) -> list[Tensor | None] | Together:
+        """The operators of keys, None where one is not in the cache; if all are there, together."""
+        named = [*keys, state]
         with self._lock:
-            for key in full:
-                operator = self._entries.get(key)
+            if self._last is not None and self._last[0] == named:  # they are the most recent ones already
+                return self._last[1]
+            found: list[Tensor | None] = []
+            for key in keys:
+                operator = self._entries.get((key, state))
                 if operator is not None:
-                    self._entries.move_to_end(key)
+                    self._entries.move_to_end((key, state))
                 found.append(operator)
-        return found
+            here = [one for one in found if one is not None]
+            if not here or len(here) < len(found):
+                self._last = None  # others are the most recent now
+                return found
+            self._last = named, Together(here)
+            return self._last[1]
 
     def get(self, full: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
-        """The operator of a full key, from the cache or made now; kept if it fits the budget at all."""
-        (operator,) = self.find([full])
-        if operator is not None:
-            return operator
+        """The operator of a key and state, from the cache or made now; kept if it fits the budget at all."""
+        with self._lock:
+            operator = self._entries.get(full)
+            self._last = None
+            if operator is not None:
+                self._entries.move_to_end(full)
+                return operator
         operator = make_operator(unembedding, projection, centred)
         with self._lock:
+            self._last = None
             if operator.nbytes <= self.budget and full not in self._entries:
                 self._entries[full] = operator
                 self.nbytes += operator.nbytes
@@ -77,7 +112,7 @@ class OperatorCache:
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
-            self.nbytes = 0
+            self._last, self.nbytes = None, 0
 
 
 class Operators:
@@ -96,10 +131,12 @@ class Operators:
         keys: Sequence[Hashable] | None,
     ):
         self.unembedding, self.projection, self.centred = unembedding, projection, centred
-        self.cache = cache
-        self.full = [] if cache is None or keys is None else cache.full_keys(keys, unembedding, centred)
+        self.cache, self.keys = cache, keys
+        self.state = OperatorCache.state(unembedding, centred)
         # those of the cache, until they are asked for: others that are made meanwhile may push them out of it
-        self._found: list[Tensor | None] = [None] * len(projection) if cache is None else cache.find(self.full)
+        self._found: list[Tensor | None] | Together = [None] * len(projection)
+        if cache is not None and keys is not None:
+            self._found = cache.find(keys, self.state)
         weight = unembedding.weight
         self.dtype = weight.dtype
         self.nbytes = weight.shape[0] * projection[0].shape[1] * weight.element_size() if len(projection) else 0
@@ -108,17 +145,25 @@ class Operators:
         return len(self.projection)
 
     def __getitem__(self, group: int) -> Tensor:
-        found, self._found[group] = self._found[group], None
+        found = self._found[group]
         if found is not None:
+            if not isinstance(self._found, Together):
+                self._found[group] = None
             return found
-        if self.cache is None:
+        if self.cache is None or self.keys is None:
             return make_operator(self.unembedding, self.projection[group], self.centred)
-        return self.cache.get(self.full[group], self.unembedding, self.projection[group], self.centred)
+        full = self.keys[group], self.state
+        return self.cache.get(full, self.unembedding, self.projection[group], self.centred)
+
+    @property
+    def together(self) -> Together | None:
+        """All of them, where none must be made."""
+        return self._found if isinstance(self._found, Together) else None
 
     @property
     def to_make(self) -> int:
         """How many are not at hand."""
-        return sum(one is None for one in self._found)
+        return 0 if self.together is not None else sum(one is None for one in self._found)
 
     def at_hand(self, group: int) -> bool:
         """Whether an operator need not be made."""
@@ -127,6 +172,9 @@ class Operators:
 
 def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Runs of groups, and their operators: of those that must be made at most `most_made` bytes at a time."""
+    if operators.together is not None:
+        yield slice(0, len(operators)), operators.together
+        return
     first, made = 0, 0
     held: list[Tensor] = []
     for g in range(len(operators)):

@@ -22,9 +22,9 @@ def increase(
     shift: Tensor | None,
     source: Tensor | None,
 ) -> Tensor:
-    """S [G, R] of writes [G, R, k], times `gain` [k], to the residual vectors `source` [G], None for one after another;
-    `operands` is one for all groups, [V, k], or has one for each. shift [G, R]: the change of the norm's scale, None
-    for frozen statistics."""
+    """S [G, R] of writes [G, R, k] of any type, times `gain` [k], to the residual vectors `source` [G], None for one
+    after another; `operands` is one for all groups, [V, k], or has one for each. shift [G, R]: the change of the norm's
+    scale, None for frozen statistics."""
     source = base.each(source)
     writes = base.scaled(values, gain, shift, source)
     if isinstance(operands, Tensor):

@@ -14,13 +14,14 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_tiles
+from . import triton_moments, triton_tiles
 from .base import Base
-from .operators import Operators, held_together
+from .operators import Operators, Together, held_together
 from .triton_rounding import rounded_writes
 
 _LOG2E = 1 / math.log(2)
 _MADE_BYTES = 1 << 30  # of operators outside the cache that one launch keeps alive
+_LEFT = 4  # a listed launch is cut for a quarter of its rows, as its list's length is known to the GPU alone
 BAND = 8  # blocks of rows, see triton_tiles.direct
 
 
@@ -47,8 +48,13 @@ def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
     if depth > 256:
         return Config(128, 64, 64, 8, 3, 2)
     if plain and depth <= 128:
-        return Config(64, 64, max(16, triton.next_power_of_2(depth)), 4, 3, 8)
-    return Config(128, 64, max(16, triton.next_power_of_2(depth)), 8, 3 if depth <= 128 else 2, 4)
+        return Config(64, 64, block_k(depth), 4, 3, 8)
+    return Config(128, 64, block_k(depth), 8, 3 if depth <= 128 else 2, 4)
+
+
+def block_k(depth: int) -> int:
+    """A tile's depth where it covers that of a head: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(depth))
 
 
 def increase(
@@ -95,19 +101,54 @@ class _Problem:
         """S [G, R] of writes [G, R, k], `rounded` times `factor` [G, R], with an operator [V, k] for each group."""
         groups, rows, depth = rounded.shape
         dtype, vocab = operators[0].dtype, len(operators[0])
-        tile = config(dtype, depth, "factored", shift is None and self.base.cap is None)
+        plain = shift is None and self.base.cap is None
+        tile = config(dtype, depth, "factored", plain)
         blocks = groups * triton.cdiv(rows, tile.block_r)
-        splits, share = self._split(tile, blocks, vocab, rounded.device)
+        listed = plain and triton_moments.serves(dtype, depth, rows)
+        splits, share = self._split(tile, triton.cdiv(blocks, _LEFT) if listed else blocks, vocab, rounded.device)
         picked = torch.empty_like(factor)
         sums = factor.new_empty(splits, groups, rows)
-        addresses = torch.tensor([one.data_ptr() for one in operators], device=rounded.device)
+        addresses = _addresses(operators, rounded.device)
+        source = source.contiguous()
+        order = counts = addresses
         with torch.cuda.device_of(rounded):
+            if listed:
+                order, counts = self._expanded(rounded, factor, addresses, source, vocab, picked, sums)
             triton_tiles.factored[(blocks * splits,)](
-                rounded, factor, self._shift(shift, factor), addresses, source.contiguous(), self.tokens,
-                self.logs, self.lean, self.before, self.gain, picked, sums, groups, rows, vocab, share,
+                rounded, factor, self._shift(shift, factor), addresses, source, self.tokens, self.logs, self.lean,
+                self.before, self.gain, picked, sums, order, counts, groups, rows, vocab, share, LISTED=listed,
                 **self._constants(tile, depth, shift),
             )  # fmt: skip
         return _merged(picked, sums)
+
+    def _expanded(
+        self,
+        rounded: Tensor,
+        factor: Tensor,
+        addresses: Tensor,
+        source: Tensor,
+        vocab: int,
+        picked: Tensor,
+        sums: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Small writes' parts of picked and sums; the list of the other rows [G, R], and their counts [G]."""
+        groups, rows, depth = rounded.shape
+        tile = triton_moments.MOMENTS
+        sizes = {"DEPTH": depth, "BLOCK_K": block_k(depth), "enable_fp_fusion": True}
+        splits, share = self._split(tile, groups, vocab, rounded.device)
+        first, second = factor.new_empty(splits, groups, depth), factor.new_empty(splits, groups, depth, depth)
+        triton_moments.moments[(groups * splits,)](
+            rounded, addresses, source, self.tokens, self.logs, first, second, groups, vocab, share,
+            BLOCK_V=tile.block_v, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **sizes,
+        )  # fmt: skip
+        order = torch.empty(groups, rows, dtype=torch.int32, device=rounded.device)
+        counts = order.new_empty(groups)
+        triton_moments.expand[(groups,)](
+            rounded, factor, addresses, source, self.tokens, first, second, picked, sums, order, counts,
+            groups, rows, vocab, splits, len(sums), torch.finfo(rounded.dtype).eps / 2,
+            BLOCK_R=triton_moments.BLOCK_R, num_warps=triton_moments.WARPS, **sizes,
+        )  # fmt: skip
+        return order, counts
 
     def direct(self, rounded: Tensor, factor: Tensor, operand: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
         """S [G, R] of writes [G, R, d], `rounded` times `factor` [G, R], with the operand [V, d]."""
@@ -130,7 +171,9 @@ class _Problem:
             )  # fmt: skip
         return _merged(picked, sums)
 
-    def _split(self, tile: Config, programs: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    def _split(
+        self, tile: Config | triton_moments.Config, programs: int, vocab: int, device: torch.device
+    ) -> tuple[int, int]:
         """How many shares of the vocabulary, and the words of each: whole tiles, and no share empty."""
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         tiles = triton.cdiv(vocab, tile.block_v)
@@ -153,6 +196,15 @@ class _Problem:
             "num_stages": tile.stages,
             "enable_fp_fusion": True,
         }
+
+
+def _addresses(operators: list[Tensor], device: torch.device) -> Tensor:
+    """int64 [G]."""
+    if not isinstance(operators, Together):
+        return torch.tensor([one.data_ptr() for one in operators], device=device)
+    if operators.table is None:
+        operators.table = torch.tensor([one.data_ptr() for one in operators], device=device)
+    return operators.table
 
 
 def _merged(picked: Tensor, sums: Tensor) -> Tensor:

@@ -16,6 +16,16 @@ BLOCK_R, BLOCK_K, WARPS = 32, 128, 4
 
 
 @triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 in a narrower type, to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:  # which cuts off
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
 def _scaled(at, gain, fits, inside, scale, HAS_GAIN: tl.constexpr):
     write = tl.load(at, mask=fits[:, None] & inside[None, :], other=0.0).to(tl.float32) * scale[:, None]
     if HAS_GAIN:
@@ -62,11 +72,8 @@ def round_rows(
     for step in range(0, DEPTH, BLOCK_K):
         inside = depth + step < DEPTH
         write = _scaled(at + step, gain + step + depth, fits, inside, scale, HAS_GAIN) * inverse[:, None]
-        if INTERPRETED and rounded.dtype.element_ty == tl.bfloat16:  # which cuts off
-            bits = write.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            write = tl.where(tl.abs(write) < float("inf"), bits.to(tl.float32, bitcast=True), write)
-        tl.store(rounded + row[:, None] * DEPTH + step + depth[None, :], write, mask=fits[:, None] & inside[None, :])
+        to = rounded + row[:, None] * DEPTH + step + depth[None, :]
+        tl.store(to, round_to(write, rounded.dtype.element_ty), mask=fits[:, None] & inside[None, :])
     tl.store(factor + row, power * unit, mask=fits)
 
 

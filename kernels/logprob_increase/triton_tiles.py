@@ -52,7 +52,7 @@ def _products(left, right, fits, known, DEPTH: tl.constexpr, BLOCK_K: tl.constex
             inside = depth + step < DEPTH
             write = tl.load(left + step, mask=fits[:, None] & inside[None, :], other=0.0)
             tile = tl.load(right + step, mask=known[None, :] & inside[:, None], other=0.0)
-        products += _dot(write, tile)
+        products += dot(write, tile)
     return products
 
 
@@ -72,7 +72,7 @@ def _add(x, peak, total):
 
 
 @triton.jit
-def _dot(a, b):
+def dot(a, b):
     if _INTERPRETED:  # which would multiply the bit patterns of bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     if a.dtype == tl.float32:
@@ -117,9 +117,9 @@ def _share(
         known = word < vocab
         right = operator + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
         if BLOCK_K == DEPTH:
-            products = _dot(write, tl.load(right, mask=known[None, :], other=0.0))
+            products = dot(write, tl.load(right, mask=known[None, :], other=0.0))
         elif BLOCK_K > DEPTH:
-            products = _dot(write, tl.load(right, mask=known[None, :] & inside[:, None], other=0.0))
+            products = dot(write, tl.load(right, mask=known[None, :] & inside[:, None], other=0.0))
         else:
             products = _products(left, right, fits, known, DEPTH, BLOCK_K)
         level = tl.load(base + word, mask=known, other=float("-inf"))
@@ -151,6 +151,8 @@ def factored(
     gain,
     picked,  # [groups, rows]
     sums,  # [splits, groups, rows]
+    order,  # int32 [groups, rows]: with LISTED the rows to do, from the first
+    counts,  # int32 [groups]: how many
     groups,
     rows,
     vocab,
@@ -161,6 +163,7 @@ def factored(
     BLOCK_K: tl.constexpr,
     OWN: tl.constexpr,
     CAP: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
     """Every group has an operand of its own. Where BLOCK_K covers its depth, the block of writes stays on the chip."""
     blocks = tl.cdiv(rows, BLOCK_R)
@@ -169,6 +172,12 @@ def factored(
     split = tl.program_id(0) // blocks // groups
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     fits = row < rows
+    if LISTED:
+        count = tl.load(counts + group)
+        if block * BLOCK_R >= count:
+            return
+        fits = row < count
+        row = tl.load(order + group.to(tl.int64) * rows + row, mask=fits, other=0)
     place = group.to(tl.int64) * rows + row
     depth = tl.arange(0, BLOCK_K)
     left = writes + place[:, None] * DEPTH + depth

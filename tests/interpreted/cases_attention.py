@@ -185,7 +185,7 @@ def test_matches_float64_definition(case, monkeypatch):
     monkeypatch.setattr(triton_kernel, "split_count", lambda *a: splits.append(launch(*a)) or splits[0])
     query, key, value = operands(case)
     given = masks(case)
-    seen = visible(case.rows, case.keys, given["segments"], given["table"], given["start"])
+    seen = visible(case.rows, case.keys, given["segments"], given["table"], given["start"]).to(DEVICE)
     mass = chosen_rows(case)
     scale = case.width**-0.5 if case.scale is None else case.scale
     arguments = (given["segments"], given["table"], given["start"], scale, True, mass)

@@ -15,6 +15,7 @@ from mllm_fast.kernels import OperatorCache, logprob_increase
 from mllm_fast.kernels.dispatch import interpreted
 from mllm_fast.kernels.logprob_increase import torch_kernel, triton_kernel
 from mllm_fast.kernels.logprob_increase.base import Base
+from mllm_fast.kernels.logprob_increase.operators import Together, with_longest
 from mllm_fast.kernels.logprob_increase.triton_rounding import rounded_writes
 from oracle import Drawn, assert_as_good_as, cast, problem, truth_of
 
@@ -53,8 +54,9 @@ class Given(list):
     def dtype(self):
         return self[0].dtype
 
-    def at_hand(self, group: int) -> bool:
-        return True
+    @property
+    def together(self):
+        return Together(self)
 
 
 def draw(groups, rows, vocab, depth, dtype, way="direct", own=False, cap=None, seed=0):
@@ -72,7 +74,7 @@ def draw(groups, rows, vocab, depth, dtype, way="direct", own=False, cap=None, s
     )
     writes = (2 * randn(groups, rows, depth) / depth**0.5).to(dtype).float()
     count = groups if way == "factored" else 1
-    operands = Given(randn(vocab, depth).to(dtype) for _ in range(count))
+    operands = Given(with_longest(randn(vocab, depth), dtype) for _ in range(count))
     # powers of two when added to the scale, so that the operands' type can hold the scaled writes
     shift = torch.tensor([-0.5, 0.0, 1.0])[torch.randint(3, (groups, rows), generator=gen)].to(DEVICE) if own else None
     source = torch.randint(vectors, (groups,), generator=gen).to(DEVICE)
@@ -254,8 +256,7 @@ def test_launches_that_bound_the_operators_made(monkeypatch, dtype):
     arguments, unembedding = drawn(5, 9, 150, 24, 16, dtype=dtype)
     once = logprob_increase(**arguments, unembedding=unembedding, way="factored", backend="triton")
     cache = OperatorCache(1 << 30)
-    (full,) = cache.full_keys([1], unembedding, False)
-    cache.get(full, unembedding, arguments["projection"][1], False)
+    cache.get((1, cache.state(unembedding, False)), unembedding, arguments["projection"][1], False)
     size = cache.nbytes
     runs = []
     factored = triton_kernel._Problem.factored

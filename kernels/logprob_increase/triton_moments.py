@@ -1,0 +1,193 @@
+"""Small writes without an exponential for each word: the log-sum-exp from two moments of the words' changes.
+
+With p at h, d_v the change of word v's logit by a write and b the explained word, the increase is
+
+    S = d_b - log sum_v p_v exp(d_v) = -(m + log(1 + s / 2 + r)),   m = sum p (d - d_b),   s = variance of d under p
+
+by Taylor's theorem about the mean of d; with Lagrange's remainder |r| <= c exp(c) s / 6, where c bounds the distance of
+any d_v from the mean. The factored way has d_v = w . M_v, so that m = w . sum p (M_v - M_b) and the second moment,
+w^T (sum p (M_v - M_b) M_v^T) w, serve all writes w of a head; c is |w| max |M_v| and the mean's size. The sums over the
+words cost what as many writes cost as a write has numbers, less their exponentials.
+
+S errs by c exp(c) s / 6 at most, and where that is within one rounding of an operand, relative to the deviation
+sqrt(s), the write is done. The others are listed for `triton_tiles.factored`; NaN and infinity are among them.
+"""
+
+# ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreted
+from .triton_rounding import round_to
+from .triton_tiles import dot
+
+_INTERPRETED = tl.constexpr(interpreted())
+_LN2, _LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+_MOST_DEPTH = 128  # of a head: the moments stay in registers
+BLOCK_R, WARPS = 32, 4  # of `expand`; with more Triton 3.6 cannot compile it for sm_100
+
+
+class Config(NamedTuple):
+    """Words of a tile; warps; pipeline stages; registers a thread may have; programs a multiprocessor gets, in about
+    two waves."""
+
+    block_v: int
+    warps: int
+    stages: int
+    registers: int
+    programs: int
+
+
+MOMENTS = Config(64, 8, 4, 128, 4)
+
+
+def serves(dtype: torch.dtype, depth: int, rows: int) -> bool:
+    """Whether the moments are worth their making, for writes of a type whose rounding leaves room for the remainder."""
+    return dtype.itemsize == 2 and depth <= _MOST_DEPTH and depth % 8 == 0 and rows >= 2 * depth
+
+
+@triton.jit
+def _weighted(tile, explained, chance):
+    """chance (tile - explained), each step rounded to their type."""
+    if _INTERPRETED:  # which would take the bit patterns of bfloat16 for numbers
+        less = round_to(tile.to(tl.float32) - explained.to(tl.float32), tile.dtype)
+        return round_to(less.to(tl.float32) * chance.to(tl.float32), tile.dtype)
+    return (tile - explained) * chance
+
+
+@triton.jit(do_not_specialize=["groups", "vocab", "share"])
+def moments(
+    writes,  # for its type
+    operators,  # int64 [groups]: addresses of [vocab, DEPTH]
+    source,  # int64 [groups]
+    tokens,  # int64 [B]
+    base,  # [B, vocab], in bits
+    first,  # [splits, groups, DEPTH]
+    second,  # [splits, groups, DEPTH, DEPTH]
+    groups,
+    vocab,
+    share,  # words a split, a multiple of BLOCK_V
+    DEPTH: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum p (M - M_b) and sum p (M - M_b) M^T over a share of the words."""
+    dtype: tl.constexpr = writes.dtype.element_ty
+    lift: tl.constexpr = 12 if dtype == tl.float16 else 0  # in bits: what is likely stays above float16's smallest
+    group = tl.program_id(0) % groups
+    split = tl.program_id(0) // groups
+    operator = tl.load(operators + group).to(tl.pointer_type(dtype))
+    operator = tl.multiple_of(operator, 16)
+    origin = tl.load(source + group)
+    base += origin * vocab
+    depth = tl.arange(0, BLOCK_K)
+    inside = depth < DEPTH
+    explained = tl.load(operator + tl.load(tokens + origin) * DEPTH + depth, mask=inside, other=0.0)
+    ones = tl.full([BLOCK_V, 16], 1.0, dtype)
+    mean = tl.zeros([BLOCK_K], tl.float32)
+    square = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    begin = split * share
+    stop = min(begin + share, vocab)
+    ahead = begin + tl.arange(0, BLOCK_V)
+    level = tl.load(base + ahead, mask=ahead < stop, other=float("-inf"))
+    for start in range(begin, stop, BLOCK_V):
+        word = start + tl.arange(0, BLOCK_V)
+        known = word < stop
+        at = operator + word.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+        if BLOCK_K == DEPTH:
+            tile = tl.load(at, mask=known[:, None], other=0.0)
+        else:
+            tile = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
+        # the next tile's, now: nothing else hides the wait for it
+        ahead = word + BLOCK_V
+        later = tl.load(base + ahead, mask=ahead < stop, other=float("-inf"))
+        chance = round_to(tl.exp2(level + lift), dtype)
+        part = _weighted(tl.trans(tile), explained[:, None], chance[None, :])
+        square += dot(part, tile)
+        # The narrowest product there is; its columns are the same. Used at once, so that it is waited for, and the one
+        # before it with it: Triton would let a product that is only added up run on while its tile is overwritten.
+        mean += tl.max(dot(part, ones), 1)
+        level = later
+    back: tl.constexpr = 2.0**-12 if dtype == tl.float16 else 1.0
+    place = (split * groups + group).to(tl.int64)
+    row = tl.arange(0, BLOCK_K)[:, None]
+    tl.store(first + place * DEPTH + depth, mean * back, mask=inside)
+    tl.store(second + (place * DEPTH + row) * DEPTH + depth, square * back, mask=(row < DEPTH) & inside)
+
+
+@triton.jit(do_not_specialize=["groups", "rows", "vocab", "splits", "shares"])
+def expand(
+    writes,  # [groups, rows, DEPTH]
+    factor,  # [groups, rows]: what brings them back, in bits
+    operators,  # int64 [groups]: each with its longest row's length behind it
+    source,  # int64 [groups]
+    tokens,  # int64 [B]
+    first,  # [splits, groups, DEPTH]
+    second,  # [splits, groups, DEPTH, DEPTH]
+    picked,  # [groups, rows]
+    sums,  # [shares, groups, rows]
+    order,  # int32 [groups, rows]: the rows that are left, from the first
+    counts,  # int32 [groups]: how many
+    groups,
+    rows,
+    vocab,
+    splits,
+    shares,
+    rounding,  # of an operand, relative
+    DEPTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All rows of a group: 0 as picked and -S as log2 of the sum, so that their difference is S, or a place in the
+    list."""
+    group = tl.program_id(0)
+    depth = tl.arange(0, BLOCK_K)
+    inside = depth < DEPTH
+    deep = tl.arange(0, BLOCK_K)[:, None]
+    mean = tl.zeros([BLOCK_K], tl.float32)
+    square = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    for split in range(0, splits):
+        place = (split * groups + group).to(tl.int64)
+        mean += tl.load(first + place * DEPTH + depth, mask=inside, other=0.0)
+        at = second + (place * DEPTH + deep) * DEPTH + depth
+        square += tl.load(at, mask=(deep < DEPTH) & inside, other=0.0)
+    square = square.to(tl.bfloat16)
+    operator = tl.load(operators + group).to(tl.pointer_type(writes.dtype.element_ty))
+    longest = tl.load((operator + vocab.to(tl.int64) * DEPTH).to(tl.pointer_type(tl.float32)))
+    token = tl.load(tokens + tl.load(source + group))
+    explained = tl.load(operator + token * DEPTH + depth, mask=inside, other=0.0).to(tl.float32)
+    left = 0
+    for start in range(0, rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        fits = row < rows
+        place = group.to(tl.int64) * rows + row
+        write = tl.load(writes + place[:, None] * DEPTH + depth, mask=fits[:, None] & inside, other=0.0)
+        power = tl.load(factor + place, mask=fits, other=0.0) * _LN2
+        wide = write.to(tl.float32)
+        m = power * tl.sum(wide * mean, 1)
+        centre = m + power * tl.sum(wide * explained, 1)
+        raw = power * power * tl.sum(dot(write.to(tl.bfloat16), square) * wide, 1)
+        spread = raw - m * centre
+        spread = tl.where(spread < 0, 0.0, spread)  # NaN stays
+        most = power * tl.sqrt(tl.sum(wide * wide, 1)) * longest + tl.abs(centre)
+        # the second moment is made of rounded numbers
+        deviation = tl.sqrt(spread + 4 * rounding * tl.abs(raw))
+        small = fits & (most * tl.exp2(most * _LOG2E) * deviation <= 6 * rounding)
+        y = 0.5 * spread  # small: the logarithm's series keeps the digits
+        change = m + y * (1 - y * (1 / 2 - y * (1 / 3 - y / 4)))
+        tl.store(picked + place, tl.zeros_like(change), mask=small)
+        kept = change * _LOG2E
+        at = sums + place
+        for _ in range(0, shares):  # all of it in the first
+            tl.store(at, kept, mask=small)
+            kept = tl.zeros_like(kept) + float("-inf")
+            at += groups * rows
+        listed = (fits & ~small).to(tl.int32)
+        tl.store(order + group.to(tl.int64) * rows + left + tl.cumsum(listed, 0) - 1, row, mask=listed != 0)
+        left += tl.sum(listed, 0)
+    tl.store(counts + group, left)
