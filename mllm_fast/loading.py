@@ -96,16 +96,12 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
 
 
 def processor_class(config: Any) -> Any:
-    """The class that loads a model's processor.
-
-    transformers cannot build video processors without torchvision, nor then any processor that has one:
-    there the class is narrowed to its image side.
-    """
+    """The class that loads a model's processor, narrowed to its image side: transformers cannot build video processors
+    without torchvision, and with it asks for files that a model of pictures need not have."""
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-    from transformers.utils import is_torchvision_available
 
-    if is_torchvision_available() or type(config) not in PROCESSOR_MAPPING:
+    if type(config) not in PROCESSOR_MAPPING:
         return AutoProcessor
     found: Any = PROCESSOR_MAPPING[type(config)]
     return image_side(found)

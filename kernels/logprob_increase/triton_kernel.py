@@ -104,7 +104,7 @@ class _Problem:
         plain = shift is None and self.base.cap is None
         tile = config(dtype, depth, "factored", plain)
         blocks = groups * triton.cdiv(rows, tile.block_r)
-        listed = plain and triton_moments.serves(dtype, depth, rows)
+        listed = plain and triton_moments.serves(dtype, depth, groups, rows, vocab)
         splits, share = self._split(tile, triton.cdiv(blocks, _LEFT) if listed else blocks, vocab, rounded.device)
         picked = torch.empty_like(factor)
         sums = factor.new_empty(splits, groups, rows)

@@ -29,6 +29,7 @@ from .triton_tiles import dot
 _INTERPRETED = tl.constexpr(interpreted())
 _LN2, _LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 _MOST_DEPTH = 128  # of a head: the moments stay in registers
+LEAST_WORK = 1 << 27  # exponentials; of fewer the time is that of the launches, and these are two more
 BLOCK_R, WARPS = 32, 4  # of `expand`; with more Triton 3.6 cannot compile it for sm_100
 
 
@@ -46,9 +47,10 @@ class Config(NamedTuple):
 MOMENTS = Config(64, 8, 4, 128, 4)
 
 
-def serves(dtype: torch.dtype, depth: int, rows: int) -> bool:
+def serves(dtype: torch.dtype, depth: int, groups: int, rows: int, vocab: int) -> bool:
     """Whether the moments are worth their making, for writes of a type whose rounding leaves room for the remainder."""
-    return dtype.itemsize == 2 and depth <= _MOST_DEPTH and depth % 8 == 0 and rows >= 2 * depth
+    fits = dtype.itemsize == 2 and depth <= _MOST_DEPTH and depth % 8 == 0
+    return fits and rows >= 2 * depth and groups * rows * vocab >= LEAST_WORK
 
 
 @triton.jit

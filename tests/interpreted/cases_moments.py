@@ -23,6 +23,11 @@ def sized(groups, rows, vocab, depth, dtype, seed=0):
     return base, writes, *rest
 
 
+@pytest.fixture(autouse=True)
+def _always(monkeypatch):
+    monkeypatch.setattr(triton_moments, "LEAST_WORK", 0)
+
+
 @pytest.fixture
 def lists(monkeypatch):
     """The rows that were left to the exponentials and their counts, (order [G, R], counts [G]) of each launch."""
@@ -120,9 +125,11 @@ def test_what_cannot_be_bounded_is_not_expanded(lists):
     assert got[2].isnan().all()
 
 
-def test_only_where_it_pays_and_where_rounding_leaves_room():
-    assert triton_moments.serves(torch.bfloat16, 128, 576)
-    assert not triton_moments.serves(torch.float32, 128, 576)
-    assert not triton_moments.serves(torch.bfloat16, 128, 255)
-    assert not triton_moments.serves(torch.bfloat16, 256, 5000)
-    assert not triton_moments.serves(torch.bfloat16, 36, 5000)
+def test_only_where_it_pays_and_where_rounding_leaves_room(monkeypatch):
+    monkeypatch.undo()
+    assert triton_moments.serves(torch.bfloat16, 128, 1024, 576, 32_064)
+    assert not triton_moments.serves(torch.float32, 128, 1024, 576, 32_064)
+    assert not triton_moments.serves(torch.bfloat16, 128, 1024, 255, 32_064)
+    assert not triton_moments.serves(torch.bfloat16, 256, 1024, 5000, 32_064)
+    assert not triton_moments.serves(torch.bfloat16, 36, 1024, 5000, 32_064)
+    assert not triton_moments.serves(torch.bfloat16, 16, 10, 80, 56)
