@@ -37,10 +37,9 @@ FACTORED = [
     *((torch.float16, 128, flags) for flags in ("", "own cap")),
     *((torch.float32, depth, flags) for depth in (16, 32, 128, 40) for flags in ("", "own cap")),
     *((torch.bfloat16, 128, flags) for flags in ("own", "cap")),
-    *((torch.bfloat16, depth, "listed") for depth in (16, 64, 80, 128)),
-    (torch.float16, 128, "listed"),
+    *((torch.bfloat16, depth, "listed") for depth in (80, 128)),
 ]
-MOMENTS = [*((torch.bfloat16, depth) for depth in (16, 40, 64, 80, 128)), (torch.float16, 128)]
+MOMENTS = [*((torch.bfloat16, depth) for depth in (16, 80, 128)), (torch.float16, 128)]
 DIRECT = [
     *((torch.bfloat16, 4096, flags) for flags in ("", "own", "cap", "own cap")),
     *((torch.bfloat16, 200, flags) for flags in ("", "own cap")),
