@@ -78,7 +78,8 @@ def test_every_row_is_within_its_bound(lists, dtype, groups, rows, vocab, depth,
     deviation = (spread + 4 * unit * raw).sqrt()
     nothing = writes.cpu().abs().amax(-1) == 0
     assert done[(c * c.exp() * deviation < 0.9 * 6 * unit) | nothing].all()
-    assert not done[c * c.exp() * deviation > 1.1 * 6 * unit].any()
+    told = spread > 2**-24  # float16 has no digits for what is less likely; it moves S by less than float32's rounding
+    assert not done[(c * c.exp() * deviation > 1.1 * 6 * unit) & told].any()
     assert 0.2 < done.double().mean() < 0.99, "both ways must be taken"
     error = (got - truth).abs()
     low = plain(arguments).cpu().double()
