@@ -52,7 +52,7 @@ class Scoring:
     title = "scoring, bf16: the host's time counted"
 
     def gate(self, bench: Bench) -> None:
-        """A few heads of the one call over all, by twice what the direct way errs in bf16 and a bf16 rounding."""
+        """A head of each layer, of one call over all, by twice what the direct way errs in bf16 and a bf16 rounding."""
         model = Model(bench)
         self.error = self.direct_error = 0.0
         for values in (model.values, model.large):

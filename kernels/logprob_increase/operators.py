@@ -25,16 +25,14 @@ def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -
 
 
 def with_longest(operator: Tensor, dtype: torch.dtype) -> Tensor:
-    """An operator [V, k] in `dtype`. Of two bytes, so that a tensor core reads it, the length of its longest row, in
-    float32, is stored behind the last row, where `triton_moments` looks for it."""
-    if dtype.itemsize != 2:
+    """An operator [V, k] in `dtype`. If that has two bytes, so that tensor cores read it, and their count is even, so
+    that a float32 fits behind them, the length of its longest row is there, where `triton_moments` looks for it."""
+    if dtype.itemsize != 2 or operator.numel() % 2:
         return operator.to(dtype).contiguous()
     room = torch.empty(operator.numel() + 2, dtype=dtype, device=operator.device)
     stored = room[:-2].view(operator.shape)
     stored.copy_(operator)
-    longest = torch.linalg.vector_norm(stored, dim=1, dtype=torch.float32).max()
-    if operator.numel() % 2 == 0:  # else it would lie across two words; the kernel does not look there
-        room[-2:].view(torch.float32).copy_(longest)
+    room[-2:].view(torch.float32).copy_(torch.linalg.vector_norm(stored, dim=1, dtype=torch.float32).max())
     return stored
 
 

@@ -10,7 +10,8 @@ w^T (sum p (M_v - M_b) M_v^T) w, serve all writes w of a head; c is |w| max |M_v
 words cost what as many writes cost as a write has numbers, less their exponentials.
 
 S errs by c exp(c) s / 6 at most, and where that is within one rounding of an operand, relative to the deviation
-sqrt(s), the write is done. The others are listed for `triton_tiles.factored`; NaN and infinity are among them.
+sqrt(s), the write is done. The others are listed for `triton_tiles.factored`; NaN and infinity are among them. On top
+come the roundings of what is added up: p (M - M_b) is in the operands' type, as M and w are.
 """
 
 # ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
@@ -22,11 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import interpreted
-from .triton_rounding import round_to
+from .triton_rounding import INTERPRETED, round_to
 from .triton_tiles import dot
 
-_INTERPRETED = tl.constexpr(interpreted())
 _LN2, _LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 _MOST_DEPTH = 128  # of a head: the moments stay in registers
 LEAST_WORK = 1 << 27  # exponentials; of fewer the time is that of the launches, and these are two more
@@ -56,7 +55,7 @@ def serves(dtype: torch.dtype, depth: int, groups: int, rows: int, vocab: int) -
 @triton.jit
 def _weighted(tile, explained, chance):
     """chance (tile - explained), each step rounded to their type."""
-    if _INTERPRETED:  # which would take the bit patterns of bfloat16 for numbers
+    if INTERPRETED:  # which would take the bit patterns of bfloat16 for numbers
         less = round_to(tile.to(tl.float32) - explained.to(tl.float32), tile.dtype)
         return round_to(less.to(tl.float32) * chance.to(tl.float32), tile.dtype)
     return (tile - explained) * chance
