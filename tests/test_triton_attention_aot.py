@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import re
 import sys
 
 import pytest
@@ -33,9 +34,9 @@ FIXED = {
 COUNTS = ("heads", "per_kv", "packed")  # integers that need not be multiples of 16
 
 
-def build(fn, capability: int, warps: int, stages: int, types: dict | None = None, **constexprs) -> Compiled:
+def build(fn, capability: int, tile: triton_kernel.Config, types: dict | None = None, **constexprs) -> Compiled:
     types = {n: FIXED.get(n, "i32") for n in fn.arg_names if n not in constexprs} | (types or {})
-    return compile_kernel(fn, types, constexprs, capability, warps, stages, COUNTS)
+    return compile_kernel(fn, types, constexprs, capability, tile.warps, tile.stages, COUNTS, tile.registers)
 
 
 def attention_kernel(kind: str, dtype: torch.dtype, block_d: int, capability: int, even: bool, full: bool) -> Compiled:
@@ -55,11 +56,11 @@ def attention_kernel(kind: str, dtype: torch.dtype, block_d: int, capability: in
         if kind == "described":
             block = f"tensordesc<{TYPES[dtype][1:]}[1,1,{tile.block_n},{block_d}]>"
             types |= {"key": block, "value": block}
-        flags |= {"WITH_LSE": full, "PACKED": full and kind == "decode"}
+        flags |= {"WITH_LSE": full, "PACKED": full and kind == "decode", "SPLIT": full, "GROUPED": full}
         flags["DESCRIBED"] = kind == "described"
         absent |= {} if full else {"lse": None}
     flags |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    return build(fn, capability, tile.warps, tile.stages, types, **flags, **absent)
+    return build(fn, capability, tile, types, **flags, **absent)
 
 
 def check(made: Compiled, capability: int, products: bool) -> None:
@@ -110,13 +111,15 @@ def test_attention_kernels(compiled, kind, dtype, block_d, capability, even, ful
     check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
     if kind in ("prefill", "described") and dtype.itemsize == 2:
         assert TENSOR_CORES[capability][-1] in made.ptx, "the chip's own matrix instructions"
+        # every wait is for all products: the copy that is begun next writes where the last but one read
+        assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", made.ptx)) <= {"0"}
 
 
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("block_d", [16, 256])
 def test_combine(block_d, capability):
     flags = {"WITH_LSE": True, "MAX_SPLITS": triton_kernel.MAX_SPLITS, "BLOCK_D": block_d}
-    check(build(triton_attend.combine, capability, 4, 3, **flags), capability, False)
+    check(build(triton_attend.combine, capability, triton_kernel.Config(0, 0, 4, 3), **flags), capability, False)
 
 
 @pytest.mark.parametrize(

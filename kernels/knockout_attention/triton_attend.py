@@ -1,6 +1,7 @@
 """The Triton kernels of the attention itself: `attend` goes through the key blocks that its rows see with an online
 softmax, `combine` puts together what several programs made of one row block. Which blocks segments and padding leave
-open each program finds itself (`survey`): a list in memory costs a launch, and every block's address a wait.
+open each program finds itself (`survey`): a list in memory costs a launch, and every block's address a wait. What comes
+before the first product is paid by every program, in instructions fetched once: few of them, and no divisions.
 
 Rows of a program: m = 0 .. packed * R, query head m // R, position N - R + m % R. A prefill packs one head, a decode
 step all heads that share a key head, which fills the tensor cores' 16 rows and reads each key once.
@@ -12,11 +13,13 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreted
+from . import SEGMENTS
 
 INTERPRETED = tl.constexpr(interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SPLIT_TILE = tl.constexpr(16)
+ENTRIES = tl.constexpr(SEGMENTS)  # of a table
 
 # lengths change from call to call and must not compile a kernel anew
 LENGTHS = ["rows", "keys", "before", "segment_stride", "splits"]
@@ -31,12 +34,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def sees(position, words, first, key, ids, HAS_SEGMENTS: tl.constexpr):  # noqa: N803
-    """Which of the keys each row sees, bool [rows, keys]; `words` are the table's entries of the rows."""
-    seen = (key[None, :] <= position[:, None]) & (key >= first)[None, :]
-    if HAS_SEGMENTS:
-        seen = seen & (((words[:, None] >> ids[None, :]) & 1) == 0)
-    return seen
+def before_and_real(position, key, first):
+    """Which of the keys each row sees as far as causality and padding go, bool [rows, keys]."""
+    return (key[None, :] <= position[:, None]) & (key >= first)[None, :]
+
+
+@triton.jit
+def unblocked(words, ids):
+    """Which of the keys each row sees as far as segments go, bool [rows, keys]; `words` are the rows' table entries."""
+    return ((words[:, None] >> ids[None, :]) & 1) == 0
 
 
 @triton.jit
@@ -47,43 +53,36 @@ def first_bit(bits):
 
 
 @triton.jit
-def as_bits(index, whole, partial):
-    """Two sets of places as the bits of two int32, and how many are in each."""
-    return (
-        tl.reduce_or(tl.where(whole, 1 << index, 0), 0),
-        tl.reduce_or(tl.where(partial, 1 << index, 0), 0),
-        tl.sum(whole.to(tl.int32), 0),
-        tl.sum(partial.to(tl.int32), 0),
-    )
+def count_bits(bits):
+    """How many bits of an int32 are set: sums of two, four, then eight of them side by side."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24) & 255
 
 
 @triton.jit
 def survey(
     segments,
     base,
-    lower,
-    upper,
     first,
-    lowest,
-    highest,
+    last,
     free,
     barred,
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
 ):
-    """Of key blocks base .. base + CHUNK, as far as they are of lower .. upper: those that rows see whole, and those
-    that need a mask, as bits of two int32, and how many. The rows lie between positions lowest and highest; `free` are
-    the segments that one of them sees, `barred` those that one does not see."""
-    index = tl.arange(0, CHUNK)
-    block = base + index
-    key = block[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inside = (key >= first) & (key <= highest)
-    ids = tl.load(segments + key, mask=inside, other=0).to(tl.int32)
-    present = tl.reduce_or(tl.where(inside, 1 << ids, 0), 1)
-    is_open = ((present & free) != 0) & (block >= lower) & (block < upper)
-    edge = (block * BLOCK_N + BLOCK_N - 1 > lowest) | (block * BLOCK_N < first)
-    masked = edge | ((present & barred) != 0)
-    return as_bits(index, is_open & ~masked, is_open & masked)
+    """Of key blocks base .. base + CHUNK those with a key, of first .. last, in a segment that is `free` (bits; one of
+    the rows sees it), and those with one that is `barred` (one does not), as bits of two int32."""
+    at = tl.arange(0, CHUNK * BLOCK_N)
+    key = base * BLOCK_N + at
+    inside = (key >= first) & (key <= last)
+    segment = 1 << tl.load(segments + key, mask=inside, other=0).to(tl.int32)
+    bit = tl.where(inside, 1 << (at // BLOCK_N), 0)
+    is_open = tl.where((segment & free) != 0, bit, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    is_barred = tl.where((segment & barred) != 0, bit, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    both = tl.reduce_or(is_open | (is_barred << 32), 0)  # at once: the program waits three times in a reduction
+    return both.to(tl.uint32).to(tl.int32, bitcast=True), (both >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -100,13 +99,14 @@ def _step(
     kv_head,
     segments,
     block,
+    barred,
     position,
+    lowest,
     words,
     first,
     keys,
     width,
     scale,
-    MASKED: tl.constexpr,  # noqa: N803
     HAS_SEGMENTS: tl.constexpr,  # noqa: N803
     DESCRIBED: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
@@ -114,7 +114,8 @@ def _step(
     EVEN_D: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """One block of keys: the running maximum [BLOCK_M] (base 2), sum [BLOCK_M] and output [BLOCK_M, BLOCK_D]."""
+    """One block of keys: the running maximum [BLOCK_M] (base 2), sum [BLOCK_M] and output [BLOCK_M, BLOCK_D]. Blocks
+    with and without a mask go through one loop: between two the copies under way would have to end."""
     n = tl.arange(0, BLOCK_N)
     base = block * BLOCK_N
     if DESCRIBED:  # zeros beyond the last key and the width
@@ -122,28 +123,23 @@ def _step(
         v = tl.reshape(value.load([batch, kv_head, base, 0]), [BLOCK_N, BLOCK_D])
     else:
         d = tl.arange(0, BLOCK_D)
-        key_at = key + base.to(tl.int64) * key_stride + n[:, None] * key_stride + d[None, :]
-        value_at = value + base.to(tl.int64) * value_stride + n[:, None] * value_stride + d[None, :]
-        if MASKED:
-            inside = (base + n < keys)[:, None]
-            if not EVEN_D:
-                inside = inside & (d < width)[None, :]
-            k = tl.load(key_at, mask=inside, other=0.0)
-            v = tl.load(value_at, mask=inside, other=0.0)
-        elif EVEN_D:
+        row = tl.minimum(base + n, keys - 1).to(tl.int64)  # beyond the last key its own again, which no row sees there
+        key_at = key + (row * key_stride)[:, None] + d[None, :]
+        value_at = value + (row * value_stride)[:, None] + d[None, :]
+        if EVEN_D:
             k = tl.load(key_at)
             v = tl.load(value_at)
         else:
             k = tl.load(key_at, mask=(d < width)[None, :], other=0.0)
             v = tl.load(value_at, mask=(d < width)[None, :], other=0.0)
     scores = dot(q, tl.trans(k), None, PRECISION)
-    if MASKED:
-        ids = n
-        if HAS_SEGMENTS:
-            ids = tl.load(segments + base + n, mask=base + n < keys, other=0).to(tl.int32)
-        scores = tl.where(sees(position, words, first, base + n, ids, HAS_SEGMENTS), scores, float("-inf"))
+    if (base + BLOCK_N - 1 > lowest) | (base < first):  # the diagonal, and the padding's end
+        scores = tl.where(before_and_real(position, base + n, first), scores, float("-inf"))
+    if HAS_SEGMENTS and barred:
+        ids = tl.load(segments + base + n, mask=base + n < keys, other=0).to(tl.int32)
+        scores = tl.where(unblocked(words, ids), scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     alpha = tl.exp2(scores * scale - safe[:, None])  # one fused multiply-add: the scale is positive
     fade = tl.exp2(peak - safe)
     total = total * fade + tl.sum(alpha, 1)
@@ -179,10 +175,13 @@ def attend(
     keys,
     before,
     width,
+    splits,
     HAS_SEGMENTS: tl.constexpr,  # noqa: N803
     HAS_START: tl.constexpr,  # noqa: N803
     WITH_LSE: tl.constexpr,  # noqa: N803
+    SPLIT: tl.constexpr,  # noqa: N803
     PACKED: tl.constexpr,  # noqa: N803
+    GROUPED: tl.constexpr,  # noqa: N803
     DESCRIBED: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
@@ -191,81 +190,77 @@ def attend(
     EVEN_D: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """Grid (B * H / packed, row blocks, splits). Each split takes an even share of the key blocks and writes its own
+    """Grid (H / packed, row blocks * splits, B). Each split takes an even share of the key blocks and writes its own
     normalised output [splits, B, R, H, D] and log-sum-exp [splits, B, H, R]; one split's are the result. `scale`
     includes log2 e. `key` and `value` are descriptors of [B, Hkv, N, D] with blocks of [1, 1, BLOCK_N, BLOCK_D] if
     DESCRIBED, which the chip's copy engine reads without the threads' help, else addresses."""
-    groups = heads // packed
-    batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    row_block = tl.num_programs(1) - 1 - tl.program_id(1)  # the rows with most keys first
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    batches = tl.num_programs(0) // groups
+    group, place, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batches, split, row_blocks = tl.num_programs(2), 0, tl.num_programs(1)
+    if SPLIT:
+        place, split, row_blocks = place // splits, place % splits, row_blocks // splits
+    row_block = row_blocks - 1 - place  # the rows with most keys first
 
     m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     real = m < packed * rows
-    head, row = group * packed + m * 0, m
-    if PACKED:  # the divisions cost registers that a prefill has not
-        head, row = group * packed + m // rows, m % rows
+    if PACKED:  # of each head all rows
+        head, row, kv_head = group * packed + m // rows, m % rows, group
+        lowest, highest = tl.minimum(before, keys - 1), keys - 1
+    else:
+        head, row, kv_head = group + m * 0, m, group
+        if GROUPED:
+            kv_head = group // per_kv
+        lowest = tl.minimum(before + row_block * BLOCK_M, keys - 1)
+        highest = tl.minimum(before + row_block * BLOCK_M + BLOCK_M, keys) - 1
     position = tl.minimum(before + row, keys - 1)  # rows after all keys see as much as the last position
     first = tl.load(start + batch) if HAS_START else 0
     wide = batch.to(tl.int64)
-    query += wide * query_batch + head.to(tl.int64)[:, None] * query_head + row.to(tl.int64)[:, None] * query_row
-    inside = real[:, None] if EVEN_D else real[:, None] & (d < width)[None, :]
-    q = tl.load(query + d[None, :], mask=inside, other=0.0)
-    kv_head = group * packed // per_kv
-    if not DESCRIBED:
-        key += wide * key_batch + kv_head.to(tl.int64) * key_head
-        value += wide * value_batch + kv_head.to(tl.int64) * value_head
 
     # this split's share of the key blocks from the padding to the last row
-    lowest = tl.min(tl.where(real, position, keys), 0)
-    highest = tl.max(tl.where(real, position, -1), 0)
-    bottom = first // BLOCK_N
-    blocks = tl.maximum(highest // BLOCK_N + 1 - bottom, 0)
-    lower, upper = bottom + blocks * split // splits, bottom + blocks * (split + 1) // splits
+    lower, upper = first // BLOCK_N, highest // BLOCK_N + 1
+    if SPLIT:
+        blocks = tl.maximum(upper - lower, 0)
+        lower, upper = lower + blocks * split // splits, lower + blocks * (split + 1) // splits
     words = position
     if HAS_SEGMENTS:
         segments += wide * segment_stride
-        live = real & (position >= first)  # padding sees nothing and must not open a block
-        words = tl.load(table + tl.load(segments + position, mask=real, other=0).to(tl.int32))
-        free = tl.reduce_or(tl.where(live, ~words, 0), 0)  # segments that some row sees
-        barred = tl.reduce_or(tl.where(live, words, 0), 0)  # segments that some row does not see
-        low, high = lower // CHUNK, (upper + CHUNK - 1) // CHUNK
-    else:
-        # only at both ends is a mask needed: at the padding and at the diagonal
-        begin = tl.minimum(tl.maximum((first + BLOCK_N - 1) // BLOCK_N, lower), upper)
-        end = tl.minimum(tl.maximum((lowest + 1) // BLOCK_N, begin), upper)
-        whole, partial = end - begin, upper - lower - (end - begin)
-        low, high = 0, 1
+        own = tl.load(segments + position).to(tl.int32)
+        entries = tl.load(table + tl.arange(0, ENTRIES))  # all: those of the rows would wait for their segments
+    query += wide * query_batch + head.to(tl.int64)[:, None] * query_head + row.to(tl.int64)[:, None] * query_row
+    inside = real[:, None] if EVEN_D else real[:, None] & (d < width)[None, :]
+    q = tl.load(query + d[None, :], mask=inside, other=0.0)
+    if not DESCRIBED:
+        key += wide * key_batch + kv_head.to(tl.int64) * key_head
+        value += wide * value_batch + kv_head.to(tl.int64) * value_head
+    if HAS_SEGMENTS:
+        # padding sees nothing and must not open a block
+        live = tl.reduce_or(tl.where(position >= first, 1 << own, 0), 0)
+        is_live = ((live >> tl.arange(0, ENTRIES)) & 1) != 0
+        free = tl.reduce_or(tl.where(is_live, ~entries, 0), 0)  # segments that some row sees
+        barred = tl.reduce_or(tl.where(is_live, entries, 0), 0)  # segments that some row does not see
+        words = tl.load(table + own)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for chunk in range(low, high):
-        if HAS_SEGMENTS:
-            whole_bits, partial_bits, whole, partial = survey(
-                segments, chunk * CHUNK, lower, upper, first, lowest, highest, free, barred, CHUNK, BLOCK_N
-            )
-        for i in range(whole):
-            if HAS_SEGMENTS:
-                block = chunk * CHUNK + first_bit(whole_bits)
-                whole_bits &= whole_bits - 1
-            else:
-                block = begin + i
+    if HAS_SEGMENTS:
+        last = tl.minimum(highest, upper * BLOCK_N - 1)
+        for base in range(lower, upper, CHUNK):
+            open_bits, barred_bits = survey(segments, base, first, last, free, barred, CHUNK, BLOCK_N)
+            for _ in range(count_bits(open_bits)):
+                bit = first_bit(open_bits)
+                open_bits &= open_bits - 1
+                peak, total, acc = _step(
+                    q, peak, total, acc, key, value, key_row, value_row, batch, kv_head, segments, base + bit,
+                    ((barred_bits >> bit) & 1) != 0, position, lowest, words, first, keys, width, scale,
+                    True, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                )  # fmt: skip
+    else:
+        for block in range(lower, upper):
             peak, total, acc = _step(
-                q, peak, total, acc, key, value, key_row, value_row, batch, kv_head, segments, block, position, words,
-                first, keys, width, scale, False, HAS_SEGMENTS, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-            )  # fmt: skip
-        for i in range(partial):
-            if HAS_SEGMENTS:
-                block = chunk * CHUNK + first_bit(partial_bits)
-                partial_bits &= partial_bits - 1
-            else:
-                block = tl.where(i < begin - lower, lower + i, end + i - (begin - lower))
-            peak, total, acc = _step(
-                q, peak, total, acc, key, value, key_row, value_row, batch, kv_head, segments, block, position, words,
-                first, keys, width, scale, True, HAS_SEGMENTS, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                q, peak, total, acc, key, value, key_row, value_row, batch, kv_head, segments, block,
+                False, position, lowest, words, first, keys, width, scale,
+                False, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
             )  # fmt: skip
 
     blind = total == 0  # a row that sees no key

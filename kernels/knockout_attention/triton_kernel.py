@@ -31,7 +31,8 @@ _LOG2E = 1 / math.log(2)
 
 class Config(NamedTuple):
     """Tile of rows x keys, warps and pipeline stages of a kernel; chunk: blocks that a program looks at together before
-    it reads those that are open, at most 32."""
+    it reads those that are open, at most 32; registers: that a thread may have. Without a limit the assembler may
+    spill a few bytes to fit one more program."""
 
     block_m: int
     block_n: int
@@ -39,6 +40,7 @@ class Config(NamedTuple):
     stages: int
     precision: str = "tf32x3"
     chunk: int = 32
+    registers: int | None = None
 
 
 # by bytes of an operand and padded head size (up to): chosen so that no register spills and 99 KiB of shared memory
@@ -48,21 +50,25 @@ _TILES = {
     "prefill": {
         2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 2)},
         # three tf32 products of a head of 256 need more registers than there are
-        4: {64: Config(32, 32, 4, 2), 128: Config(16, 16, 4, 2), 256: Config(16, 16, 4, 2, "ieee")},
+        4: {64: Config(32, 64, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2, "ieee")},
     },
     "decode": {
-        2: {128: Config(16, 32, 4, 4, chunk=16), 256: Config(16, 32, 8, 3)},
-        4: {128: Config(16, 16, 4, 2)},  # wider ones are served as a prefill's rows
+        2: {128: Config(16, 32, 4, 4, registers=255), 256: Config(16, 32, 8, 3)},
+        4: {128: Config(16, 32, 4, 2, registers=255)},  # wider ones are served as a prefill's rows
     },
     "mass": {
         2: {128: Config(64, 128, 8, 3), 256: Config(64, 64, 8, 2)},
-        4: {64: Config(32, 16, 8, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 2)},
+        4: {64: Config(32, 16, 8, 2, registers=255), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 2)},
     },
 }
 # keys and values of 16 bits that the copy engine reads, by the capability of chips that have one and 227 KiB
 _DESCRIBED = {
-    9: {64: Config(64, 64, 4, 4), 128: Config(64, 64, 4, 3), 256: Config(128, 32, 8, 3)},
-    10: {64: Config(64, 64, 4, 4), 128: Config(64, 64, 8, 3), 256: Config(64, 32, 8, 3)},
+    9: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(128, 32, 8, 3, chunk=16)},
+    10: {
+        64: Config(64, 64, 4, 4, registers=255),
+        128: Config(64, 64, 8, 3),
+        256: Config(64, 32, 8, 3, registers=255),
+    },
 }
 
 
@@ -158,19 +164,21 @@ def _plan(query, key, value, segments, start, lse, causal) -> _Plan:
     described = not decode and capability[0] in _DESCRIBED and all(map(is_describable, (key, value)))
     tile = config(query.dtype, width, capability, "decode" if decode else "described" if described else "prefill")
     row_blocks, key_blocks = triton.cdiv(packed * rows, tile.block_m), triton.cdiv(keys, tile.block_n)
-    programs = batch * (heads // packed)
-    splits = split_count(programs * row_blocks, key_blocks, processors)
+    groups = heads // packed
+    splits = split_count(batch * groups * row_blocks, key_blocks, processors)
     block_d = triton.next_power_of_2(width)
     flags = {"HAS_SEGMENTS": segments is not None, "HAS_START": start is not None, "WITH_LSE": lse or splits > 1}
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d, "EVEN_D": block_d == width}
-    ways = {"PACKED": packed > 1, "DESCRIBED": described, "CHUNK": tile.chunk}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **_OPTIONS}
+    ways = {"SPLIT": splits > 1, "PACKED": packed > 1, "GROUPED": per_kv > 1}
+    ways |= {"DESCRIBED": described, "CHUNK": tile.chunk}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **_OPTIONS}
     last = {"WITH_LSE": lse, "MAX_SPLITS": MAX_SPLITS, "BLOCK_D": block_d}
+    constants = flags | ways | shape | {"PRECISION": tile.precision}
     return _Plan(
-        Launch(attend, (programs, row_blocks, splits), flags | ways | shape | {"PRECISION": tile.precision}, options),
+        Launch(attend, (groups, row_blocks * splits, batch), constants, options),
         Launch(combine, (batch * rows * heads, 1, 1), last, {"num_warps": 4, **_OPTIONS}) if splits > 1 else None,
         (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], _segment_stride(segments)),
-        (heads, per_kv, packed, rows, keys, keys - rows if causal else keys, width),
+        (heads, per_kv, packed, rows, keys, keys - rows if causal else keys, width, splits),
         (tile.block_n, block_d) if described else None,
         splits,
     )
@@ -203,7 +211,7 @@ def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
         *query.stride()[:3], *key.stride()[:3], _segment_stride(segments), heads, per_kv, rows, keys, width,
         HAS_CHOSEN=some, HAS_SEGMENTS=segments is not None, HAS_START=start is not None, CHUNK=tile.chunk,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, EVEN_D=block_d == width,
-        PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages, **_OPTIONS,
+        PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **_OPTIONS,
     )  # fmt: skip
     return share
 

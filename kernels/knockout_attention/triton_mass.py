@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_attend import LENGTHS, LOG2E, as_bits, dot, first_bit, sees
+from .triton_attend import LENGTHS, LOG2E, before_and_real, count_bits, dot, first_bit, unblocked
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def survey_rows(
 ):
     """Of row blocks base .. base + CHUNK, and keys `key` .. `last` of segments `present` (bits): blocks of chosen rows
     that all see all of the keys, and others with a chosen row that sees one, as far as segments, padding and the first
-    key tell; as bits of two int32, and how many."""
+    key tell; as bits of two int32."""
     index = tl.arange(0, CHUNK)
     row = (base + index)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     position = keys - rows + row
@@ -43,7 +43,8 @@ def survey_rows(
     is_open = (free & present) != 0
     all_see = counts & (position >= last) & ((words & present) == 0)
     whole = is_open & (tl.min(all_see.to(tl.int32), 1) != 0) & (key >= first) & (last < keys)
-    return as_bits(index, whole, is_open & ~whole)
+    bit = 1 << index
+    return tl.reduce_or(tl.where(whole, bit, 0), 0), tl.reduce_or(tl.where(is_open & ~whole, bit, 0), 0)
 
 
 @triton.jit
@@ -117,20 +118,20 @@ def mass(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the rows at the end: once, not once a block
     above = tl.maximum(base - (keys - rows), 0) // BLOCK_M  # row blocks that end before these keys
     for low in range(above, (rows + BLOCK_M - 1) // BLOCK_M, CHUNK):
-        whole_bits, partial_bits, whole, partial = survey_rows(
+        whole_bits, partial_bits = survey_rows(
             chosen, segments, table, low, base, base + BLOCK_N - 1, first, present, rows, keys,
             HAS_CHOSEN, HAS_SEGMENTS, CHUNK, BLOCK_M,
         )  # fmt: skip
-        read = n < tl.where(whole + partial > 0, keys, 0)  # a block that nobody sees stays unread
+        read = n < tl.where((whole_bits | partial_bits) != 0, keys, 0)  # a block that nobody sees stays unread
         key_at = key + offset[:, None] * key_row + d[None, :]
         k = tl.load(key_at, mask=read[:, None] & (d < width)[None, :], other=0.0)
-        for _ in range(whole):
+        for _ in range(count_bits(whole_bits)):
             row = (low + first_bit(whole_bits)) * BLOCK_M + m
             whole_bits &= whole_bits - 1
             q = _rows(query, query_row, row, rows, width, False, BLOCK_D, EVEN_D)
             logs = tl.load(lse + row) * LOG2E
             total += tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - logs[:, None])
-        for _ in range(partial):
+        for _ in range(count_bits(partial_bits)):
             row = (low + first_bit(partial_bits)) * BLOCK_M + m
             partial_bits &= partial_bits - 1
             position = keys - rows + row
@@ -143,6 +144,9 @@ def mass(
             if HAS_SEGMENTS:
                 words = tl.load(table + tl.load(segments + position, mask=counts, other=0).to(tl.int32))
             alpha = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - logs[:, None])
-            total += tl.where(sees(position, words, first, n, ids, HAS_SEGMENTS) & counts[:, None], alpha, 0.0)
+            seen = before_and_real(position, n, first) & counts[:, None]
+            if HAS_SEGMENTS:
+                seen = seen & unblocked(words, ids)
+            total += tl.where(seen, alpha, 0.0)
     count = tl.maximum(tl.load(counted + batch), 1.0) if HAS_CHOSEN else tl.maximum(rows, 1).to(tl.float32)
     tl.store(output + (batch * heads + head) * keys + n, tl.sum(total, 0) / count, mask=n < keys)

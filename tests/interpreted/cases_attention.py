@@ -22,7 +22,7 @@ from mllm_fast.kernels.knockout_attention import knockout_attention, segment_tab
 from mllm_fast.kernels.knockout_attention.reference import attention as reference
 from mllm_fast.kernels.knockout_attention.reference import visible
 from mllm_fast.kernels.knockout_attention.torch_kernel import attention as plain_torch
-from mllm_fast.kernels.knockout_attention.triton_attend import first_bit, survey
+from mllm_fast.kernels.knockout_attention.triton_attend import count_bits, first_bit, survey
 from mllm_fast.kernels.knockout_attention.triton_mass import survey_rows
 from oracle import assert_as_good_as
 
@@ -224,29 +224,27 @@ def tiled(seen: torch.Tensor, fill: bool) -> torch.Tensor:
 
 
 @triton.jit
-def surveys(
-    out, chosen, segments, table, base, lower, upper, first, lowest, highest, free, barred, key, last, present, rows,
-    keys, CHUNK: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
+def surveys(out, segments, base, first, last, free, barred, CHUNK: tl.constexpr):  # noqa: N803
+    """What a program makes of CHUNK blocks of 16 keys."""
+    is_open, is_barred = survey(segments, base, first, last, free, barred, CHUNK, 16)
+    tl.store(out, is_open)
+    tl.store(out + 1, is_barred)
+
+
+@triton.jit
+def surveys_of_rows(
+    out, chosen, segments, table, base, key, last, first, present, rows, keys, CHUNK: tl.constexpr  # noqa: N803
 ):  # fmt: skip
-    """What a program makes of CHUNK blocks of 16 keys, or of 16 rows."""
-    if ROWS:
-        whole, partial, wholes, partials = survey_rows(
-            chosen, segments, table, base, key, last, first, present, rows, keys, True, True, CHUNK, 16
-        )
-    else:
-        whole, partial, wholes, partials = survey(
-            segments, base, lower, upper, first, lowest, highest, free, barred, CHUNK, 16
-        )
+    """What a program makes of CHUNK blocks of 16 rows."""
+    whole, partial = survey_rows(
+        chosen, segments, table, base, key, last, first, present, rows, keys, True, True, CHUNK, 16
+    )
     tl.store(out, whole)
     tl.store(out + 1, partial)
-    tl.store(out + 2, wholes)
-    tl.store(out + 3, partials)
 
 
-def places(bits: int, count: int) -> list[int]:
-    found = [i for i in range(32) if bits >> i & 1]
-    assert len(found) == count
-    return found
+def places(bits: int) -> list[int]:
+    return [i for i in range(32) if bits >> i & 1]
 
 
 def union(words: torch.Tensor) -> int:
@@ -273,35 +271,35 @@ def test_only_open_blocks_are_read(case):
         first = 0 if given["start"] is None else int(given["start"][b])
         own, picked = ids.cpu().long(), chosen[b].to(DEVICE).view(torch.uint8)
 
-        def ask(of_rows, blocks, lower=0, lowest=0, highest=0, free=0, barred=0, key=0, present=0):
-            """Blocks found whole, and all that are found."""
-            whole, partial = [], []
-            for base in range(0, blocks, chunk):
-                out = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-                surveys[(1,)](
-                    out, picked, ids, given["table"], base, lower, blocks, first, lowest, highest, free,  # noqa: B023
-                    barred, key, key + 15, present, case.rows, case.keys, CHUNK=chunk, ROWS=of_rows,
-                )  # fmt: skip
-                bits = out.tolist()
-                whole += [base + i for i in places(bits[0], bits[2])]
-                partial += [base + i for i in places(bits[1], bits[3])]
-            assert not set(whole) & set(partial)
-            return whole, whole + partial
-
         for block in range(some.shape[1]):
             rows = position[block * 16 : block * 16 + 16]
             entries = words[own[rows[rows >= first]]]
-            below = (torch.arange(some.shape[2]) + 1) * 16 <= rows[0]
-            highest = int(rows[-1]) if len(entries) else -1
-            whole, found = ask(False, some.shape[2], 1, int(rows[0]), highest, union(~entries), union(entries))
-            needed = some[b, block].clone()
+            needed, last = some[b, block].clone(), min(int(rows[-1]), case.keys - 1)
             needed[0] = False  # of another split
+            found, barred = [], []
+            for base in range(1, some.shape[2], chunk):
+                out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+                surveys[(1,)](out, ids, base, first, last, union(~entries), union(entries), CHUNK=chunk)
+                found += [base + i for i in places(int(out[0]))]
+                barred += [base + i for i in places(int(out[1]))]
+            below = (torch.arange(some.shape[2]) + 1) * 16 <= rows[0]
             assert_listed(found, needed, below)
-            assert every[b, block][whole].all()
+            unmasked = [i for i in found if i not in barred and below[i] and i * 16 >= first]
+            assert every[b, block][unmasked].all()
+            assert set((every[b, block] & below).nonzero().flatten().tolist()) - {0} <= set(unmasked)
         for block in range(some.shape[2]):
             keys = torch.arange(block * 16, min(block * 16 + 16, case.keys))
-            whole, found = ask(True, some.shape[1], key=int(keys[0]), present=union(1 << own[keys[keys >= first]]))
-            assert_listed(found, some_chosen[b, :, block], keys[-1] < position[::16])
+            present, whole, partial = union(1 << own[keys[keys >= first]]), [], []
+            for base in range(0, some.shape[1], chunk):
+                out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+                surveys_of_rows[(1,)](
+                    out, picked, ids, given["table"], base, int(keys[0]), int(keys[0]) + 15, first, present, case.rows,
+                    case.keys, CHUNK=chunk,
+                )  # fmt: skip
+                whole += [base + i for i in places(int(out[0]))]
+                partial += [base + i for i in places(int(out[1]))]
+            assert not set(whole) & set(partial)
+            assert_listed(whole + partial, some_chosen[b, :, block], keys[-1] < position[::16])
             assert whole == every_chosen[b, :, block].nonzero().flatten().tolist()
 
 
@@ -312,16 +310,19 @@ def assert_listed(listed: list[int], needed: torch.Tensor, below: torch.Tensor) 
 
 
 @triton.jit
-def first_bits(bits, out):
-    tl.store(out + tl.program_id(0), first_bit(tl.load(bits + tl.program_id(0))))
+def first_bits(bits, first, count):
+    tl.store(first + tl.program_id(0), first_bit(tl.load(bits + tl.program_id(0))))
+    tl.store(count + tl.program_id(0), count_bits(tl.load(bits + tl.program_id(0))))
 
 
-def test_first_bit():
-    """Of every place, alone and with others above it."""
-    bits = torch.tensor([[1 << i, (-1 << i)] for i in range(32)]).flatten().to(torch.int32).to(DEVICE)
-    out = torch.full_like(bits, -1)
-    first_bits[(64,)](bits, out)
-    assert out.tolist() == [i for i in range(32) for _ in range(2)]
+def test_first_bit_and_how_many():
+    """Of every place, alone and with all others above it, and with every second one."""
+    made = [word for i in range(32) for word in (1 << i, -1 << i, 0x55555555 << i)]
+    bits = torch.tensor([(one + (1 << 31)) % (1 << 32) - (1 << 31) for one in made], dtype=torch.int32, device=DEVICE)
+    first, count = (torch.full_like(bits, -1) for _ in range(2))
+    first_bits[(len(made),)](bits, first, count)
+    assert first.tolist() == [i for i in range(32) for _ in range(3)]
+    assert count.tolist() == [(one % (1 << 32)).bit_count() for one in made]
 
 
 @pytest.mark.parametrize("rows", [1, 40])
