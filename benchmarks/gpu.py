@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -243,8 +244,9 @@ SECTIONS = {
 }
 
 
-def measure(bench: Bench, names: list[str]) -> dict:
-    """All gates, then all figures."""
+def measure(bench: Bench, names: list[str], keep: Callable[[dict], None]) -> dict:
+    """All gates, then all figures. `keep` gets what there is after each section but the last: machines are lent for a
+    time, and a run that is cut off loses the section it was in, which is named, and not all."""
     result: dict = {"benchmark": "gpu", "rehearsal": bench.rehearsal, "quick": bench.quick, "machine": machine()}
     if not bench.rehearsal:
         result |= {"device": device_facts(), "rounds": bench.rounds}
@@ -261,13 +263,19 @@ def measure(bench: Bench, names: list[str]) -> dict:
     result["rates"] = bench.rates = rates(bench)
     for name, rate in bench.rates.items():
         print(f"{name}: {rate:.0f}")
+    waiting = list(sections)
     for name, section in sections.items():
         print(f"\n{section.title}")
         result[name] = section.measure(bench)
-    result["left_out"] = [
-        {"contender": name, "reason": reason, "cases": cases} for (name, reason), cases in bench.left_out.items()
-    ]
-    return result
+        waiting.remove(name)
+        if waiting:
+            keep({**result, "left_out": reasons(bench), "unfinished": list(waiting)})
+    return {**result, "left_out": reasons(bench)}
+
+
+def reasons(bench: Bench) -> list[dict]:
+    """Who did not run, why, and in which cases."""
+    return [{"contender": name, "reason": reason, "cases": cases} for (name, reason), cases in bench.left_out.items()]
 
 
 def main() -> None:
@@ -276,7 +284,12 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="prove on the CPU that the script runs; no times")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--out", type=Path, default=None, help="write the JSON line here (default: benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="write the JSON here, after each section; default: benchmarks/results, at the end",
+    )
     args = parser.parse_args()
     if args.rehearse and args.out is not None:
         parser.error("--out is for figures, and a rehearsal holds none")
@@ -289,7 +302,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold:
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # first calls compile in earnest
             os.environ[name] = str(Path(cold) / name)
-        result = measure(Bench(args.rehearse, args.quick, args.rounds, cold), args.only)
+        result = measure(
+            Bench(args.rehearse, args.quick, args.rounds, cold), args.only, partial(write_result, args.out)
+        )
     out = args.out
     if out is None and not args.rehearse and args.only == list(SECTIONS):
         kind = "-quick" if args.quick else ""

@@ -49,8 +49,11 @@ def median(values: list[float]) -> float:
 
 
 def write_result(path: Path | None, result: dict) -> None:
+    """Whole or not at all."""
     if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

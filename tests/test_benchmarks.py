@@ -95,6 +95,16 @@ def bench(modules, monkeypatch, tmp_path):
     return bench
 
 
+def test_what_was_measured_is_kept_after_each_section(modules, tmp_path):
+    gpu, _, measure = modules
+    kept = []
+    bench = measure.Bench(rehearsal=True, quick=False, rounds=20, folder=str(tmp_path))
+    result = gpu.measure(bench, ["by-products", "compaction", "scoring"], kept.append)
+    assert [one.pop("unfinished") for one in kept] == [["compaction", "scoring"], ["scoring"]]
+    assert kept[0]["by-products"] == kept[1]["by-products"] == result["by-products"]
+    assert result.keys() - kept[-1].keys() == {"scoring"}
+
+
 def test_rates_are_over_the_pairs_and_bytes_left_open(modules, bench, capsys):
     gpu, _, _ = modules
     found = {}
