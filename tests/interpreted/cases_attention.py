@@ -339,6 +339,32 @@ def test_all_padding(rows):
     assert got.lse[1].isfinite().all()
 
 
+@pytest.mark.parametrize("segments", [False, True])
+def test_keys_after_a_block_of_rows_are_not_read(segments):
+    """Later rows see them, so that they are poisoned for those alone."""
+    query, key, value = (torch.randn(1, 1, 160, 16, device=DEVICE) for _ in range(3))
+    masks = {}
+    if segments:
+        ids = (torch.arange(160, device=DEVICE) > 40).to(torch.uint8)[None]
+        masks = {"segments": ids, "table": segment_table([(0, 1)], DEVICE)}
+    clean = knockout_attention(query, key, value, **masks, backend="triton").output
+    key[:, :, 128:] = value[:, :, 128:] = torch.nan  # 128: a multiple of every tile's rows and keys
+    got = knockout_attention(query, key, value, **masks, backend="triton").output
+    assert torch.equal(got[:, :, :128], clean[:, :, :128])
+    assert got[:, :, 128:].isnan().all()
+
+
+def test_padding_opens_no_block():
+    """Rows of padding may stand in a block with others; what only their segment sees stays unread."""
+    query, key, value = (torch.randn(1, 1, 128, 16, device=DEVICE, dtype=BRAIN) for _ in range(3))
+    ids = torch.ones(1, 128, dtype=torch.uint8, device=DEVICE)
+    ids[:, :10], ids[:, 64:] = 0, 2
+    key[:, :, 64:] = value[:, :, 64:] = torch.nan
+    start = torch.tensor([10], dtype=torch.int32, device=DEVICE)
+    masks = {"segments": ids, "table": segment_table([(2, 1), (2, 2)], DEVICE), "start": start}
+    assert knockout_attention(query, key, value, **masks, backend="triton").output.isfinite().all()
+
+
 def test_no_rows_and_no_sequences():
     for batch, rows in ((0, 5), (2, 0)):
         query, key = torch.zeros(batch, 2, rows, 16, device=DEVICE), torch.zeros(batch, 2, 20, 16, device=DEVICE)
