@@ -217,7 +217,7 @@ def attend(
     wide = batch.to(tl.int64)
 
     # this split's share of the key blocks from the padding to the last row
-    lower, upper = first // BLOCK_N, highest // BLOCK_N + 1
+    lower, upper = first // BLOCK_N, (highest + BLOCK_N) // BLOCK_N
     if SPLIT:
         blocks = tl.maximum(upper - lower, 0)
         lower, upper = lower + blocks * split // splits, lower + blocks * (split + 1) // splits

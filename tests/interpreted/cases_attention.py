@@ -365,6 +365,15 @@ def test_padding_opens_no_block():
     assert knockout_attention(query, key, value, **masks, backend="triton").output.isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_keys(rows):
+    """An empty prefix: as rows that see nothing."""
+    query, key = torch.randn(2, 2, rows, 16, device=DEVICE), torch.zeros(2, 2, 0, 16, device=DEVICE)
+    got = knockout_attention(query, key, key, causal=False, lse=True, backend="triton")
+    assert (got.output == 0).all()
+    assert (got.lse == -torch.inf).all()
+
+
 def test_no_rows_and_no_sequences():
     for batch, rows in ((0, 5), (2, 0)):
         query, key = torch.zeros(batch, 2, rows, 16, device=DEVICE), torch.zeros(batch, 2, 20, 16, device=DEVICE)
