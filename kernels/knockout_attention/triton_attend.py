@@ -1,7 +1,8 @@
 """The Triton kernels of the attention itself: `attend` goes through the key blocks that its rows see with an online
 softmax, `combine` puts together what several programs made of one row block. Which blocks segments and padding leave
 open each program finds itself (`survey`): a list in memory costs a launch, and every block's address a wait. What comes
-before the first product is paid by every program, in instructions fetched once: few of them, and no divisions.
+before the first product is paid by every program, in instructions fetched once: few of them, and divisions only for
+splits, packed rows and grouped heads.
 
 Rows of a program: m = 0 .. packed * R, query head m // R, position N - R + m % R. A prefill packs one head, a decode
 step all heads that share a key head, which fills the tensor cores' 16 rows and reads each key once.

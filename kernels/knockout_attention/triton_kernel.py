@@ -3,7 +3,7 @@
 float32 operands go through the tensor cores as three tf32 products each ("tf32x3"): 21 bits of each factor instead
 of 24. float16 and bfloat16 go directly. Everything is accumulated in float32. Where a chip has an engine that copies
 tiles, it reads 16-bit keys and values of a prefill; rows that do not begin at multiples of 16 bytes, and expanded ones,
-it cannot read: the threads do, as on other chips (on an H200 in 1.4 times the time).
+it cannot read: the threads do, as on other chips (on an H200 in 1.3 to 1.5 times the time).
 """
 
 from __future__ import annotations
