@@ -22,7 +22,7 @@ struct Pairs {
       for (int64_t i = 0; i < CHUNK; ++i) to[pairs * CHUNK + i] = i < count ? from[i * stride + width - 1] : 0;
   }
   static void pack_query(const uint16_t* row, int64_t width, float, uint32_t* to) {
-    to[width / 2] = 0;
+    if (width % 2) to[width / 2] = 0;  // an even width has no half pair, and no room for one
     std::memcpy(to, row, 2 * width);
   }
   // [CHUNK / 2][wide]: of each column the pair of two keys.
