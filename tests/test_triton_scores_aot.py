@@ -50,7 +50,7 @@ DIRECT = [
 
 def scores_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
     listed = flags == "listed"
-    tile = triton_kernel.config(dtype, depth, way, plain=listed or not flags)
+    tile = triton_kernel.config(dtype, depth, way, divmod(capability, 10), own="own" in flags, cap="cap" in flags)
     constants = {
         "DEPTH": depth,
         "BLOCK_R": tile.block_r,
@@ -65,7 +65,8 @@ def scores_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capabili
         constants["LISTED"] = listed
     signature = SCORES | (LISTED if way == "factored" else {}) | {"writes": TYPES[dtype], "operand": TYPES[dtype]}
     fn = getattr(triton_tiles, way)
-    return compile_kernel(fn, signature, constants, capability, tile.warps, tile.stages)
+    sizes = tile.warps, tile.stages
+    return compile_kernel(fn, signature, constants, capability, *sizes, most_registers=tile.registers)
 
 
 def moments_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capability: int):
@@ -73,8 +74,10 @@ def moments_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capabil
     signature = SCORES | LISTED | {"writes": TYPES[dtype]}
     if way == "expand":
         constants["BLOCK_R"] = triton_moments.BLOCK_R
-        return compile_kernel(triton_moments.expand, signature, constants, capability, triton_moments.WARPS, 3)
-    tile = triton_moments.MOMENTS
+        sizes = triton_moments.WARPS, 3
+        registers = triton_moments.REGISTERS
+        return compile_kernel(triton_moments.expand, signature, constants, capability, *sizes, most_registers=registers)
+    tile = triton_moments.config(divmod(capability, 10))
     constants["BLOCK_V"] = tile.block_v
     sizes = tile.warps, tile.stages
     return compile_kernel(

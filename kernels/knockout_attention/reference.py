@@ -20,10 +20,13 @@ def visible(
     if start is not None:
         seen = seen & (key >= start[:, None, None])
     if segments is not None and table is not None:
-        ids = segments.long()
-        blocked = table.long()[ids[:, keys - rows :, None]] >> ids[:, None, :] & 1
-        seen = seen & (blocked == 0)
+        seen = seen & open_pairs(segments[:, keys - rows :], segments, table)
     return seen
+
+
+def open_pairs(rows: Tensor, keys: Tensor, table: Tensor) -> Tensor:
+    """Whether a row may see a key as far as their segments [B, rows] and [B, keys] go: bool [B, rows, keys]."""
+    return table.long()[rows.long()[:, :, None]] >> keys.long()[:, None, :] & 1 == 0
 
 
 def attention(

@@ -9,7 +9,7 @@ it cannot read: the threads do, as on other chips (on an H200 in 1.3 to 1.5 time
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_launch import Launch, remembered
+from ..triton_launch import RELEASE, Launch, chip, remembered
 from .triton_attend import attend, combine
 from .triton_mass import mass as mass_of_keys
 
@@ -57,8 +57,8 @@ _TILES = {
         4: {128: Config(16, 32, 4, 2, registers=255)},  # wider ones are served as a prefill's rows
     },
     "mass": {
-        2: {128: Config(64, 128, 8, 3), 256: Config(64, 64, 8, 2)},
-        4: {64: Config(32, 16, 8, 2, registers=255), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 8, 2)},
+        2: {128: Config(64, 128, 8, 3), 256: Config(64, 64, 8, 2, registers=255)},
+        4: {64: Config(32, 16, 8, 2, registers=255), 128: Config(16, 32, 8, 2), 256: Config(16, 32, 8, 2)},
     },
 }
 # keys and values of 16 bits that the copy engine reads, by the capability of chips that have one and 227 KiB
@@ -66,24 +66,22 @@ _DESCRIBED = {
     9: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(128, 32, 8, 3, chunk=16)},
     10: {
         64: Config(64, 64, 4, 4, registers=255),
-        128: Config(64, 64, 8, 3),
+        128: Config(64, 64, 8, 3, registers=255),
         256: Config(64, 32, 8, 3, registers=255),
     },
 }
+if RELEASE < (3, 9):  # whose assembler has fewer registers to give: these tiles spill there
+    _TILES["mass"][4][256] = Config(16, 16, 8, 2, "ieee")
+    _DESCRIBED[9][256] = Config(64, 32, 4, 3, chunk=16) if RELEASE == (3, 8) else Config(128, 16, 8, 3, chunk=16)
 
 
 def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind: str) -> Config:
     """What serves operands of `dtype` on a GPU of this compute capability; `kind` is one of KINDS."""
     tiles = _DESCRIBED[capability[0]] if kind == "described" else _TILES[kind][dtype.itemsize]
-    return next(tile for limit, tile in tiles.items() if head_size <= limit)
-
-
-@cache
-def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; a small A100 for Triton's interpreter."""
-    if device.type != "cuda":
-        return (8, 0), 4
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+    tile = next(tile for limit, tile in tiles.items() if head_size <= limit)
+    if kind == "prefill" and dtype.itemsize == 2 and capability[0] == 10:
+        return tile._replace(registers=255)
+    return tile
 
 
 def attention(
@@ -158,7 +156,7 @@ def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tu
 def _plan(query, key, value, segments, start, lse, causal) -> _Plan:
     batch, heads, rows, width = query.shape
     keys, per_kv = key.shape[2], heads // key.shape[1]
-    capability, processors = _chip(query.device)
+    capability, processors = chip(query.device)
     decode = per_kv * rows <= _DECODE_ROWS and width <= max(_TILES["decode"][query.element_size()])
     packed = per_kv if decode else 1
     described = not decode and capability[0] in _DESCRIBED and all(map(is_describable, (key, value)))
@@ -200,7 +198,7 @@ def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
     """The mean of alpha over the chosen rows, [B, H, N], from the log-sum-exp [B, H, R]."""
     batch, heads, rows, width = query.shape
     keys, per_kv = key.shape[2], heads // key.shape[1]
-    tile = config(query.dtype, width, _chip(query.device)[0], "mass")
+    tile = config(query.dtype, width, chip(query.device)[0], "mass")
     share = torch.empty(batch, heads, keys, device=query.device, dtype=torch.float32)
     if not share.numel():
         return share

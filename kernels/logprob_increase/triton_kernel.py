@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..triton_launch import RELEASE, chip
 from . import triton_moments, triton_tiles
 from .base import Base
 from .operators import Operators, Together, held_together
@@ -26,7 +27,8 @@ BAND = 8  # blocks of rows, see triton_tiles.direct
 
 
 class Config(NamedTuple):
-    """Rows, words and depth of a tile; warps; pipeline stages; programs a multiprocessor gets, in about two waves."""
+    """Rows, words and depth of a tile; warps; pipeline stages; programs a multiprocessor gets, in about two waves;
+    registers a thread may have (without a limit the assembler may spill a few bytes to fit one more program)."""
 
     block_r: int
     block_v: int
@@ -34,22 +36,36 @@ class Config(NamedTuple):
     warps: int
     stages: int
     programs: int
+    registers: int | None = None
 
 
-def config(dtype: torch.dtype, depth: int, way: str, plain: bool) -> Config:
-    """Tile sizes, one set for every GPU from sm_80 on, the fastest of these on an H200. `plain`: neither the norm's own
-    scale nor a cap, whose vectors take registers."""
+def config(
+    dtype: torch.dtype, depth: int, way: str, capability: tuple[int, int], *, own: bool = False, cap: bool = False
+) -> Config:
+    """Tile sizes for every GPU from sm_80 on, the fastest of these on an H200, such that no register spills; `own`, the
+    norm's own scale, and `cap` have vectors of words that take registers. tests/test_triton_scores_aot.py holds them to
+    it."""
+    tile = _tile(dtype, depth, way, capability, own, cap)
+    return tile._replace(block_v=min(tile.block_v, 32), registers=255) if RELEASE < (3, 6) else tile
+
+
+def _tile(dtype: torch.dtype, depth: int, way: str, capability: tuple[int, int], own: bool, cap: bool) -> Config:
+    plain = not (own or cap)
+    if way == "direct":
+        # a thread of sm_100 has a row of the tile, and so all of its words' vectors
+        rows = 64 if cap or (own and capability[0] == 10) else 128
+        if dtype == torch.float32:
+            return Config(rows, 32, 32, 8, 3, 2, registers=255) if own and cap else Config(rows, 64, 32, 8, 3, 2)
+        return Config(rows, 128 if plain else 64, 64, 8, 3, 2)
     if dtype == torch.float32:  # the three products need their operands in halves: shallow tiles
         return Config(128, 64, 32, 8, 3, 2)
-    if way == "direct":
-        return Config(128, 128 if plain else 64, 64, 8, 3, 2)
     if depth % 8:  # rows that no vector load can take
-        return Config(128, 32, 32, 8, 3, 2)
+        return Config(128, 32, 32, 8, 3, 2, 255 if RELEASE < (3, 7) else None)
     if depth > 256:
         return Config(128, 64, 64, 8, 3, 2)
     if plain and depth <= 128:
         return Config(64, 64, block_k(depth), 4, 3, 8)
-    return Config(128, 64, block_k(depth), 8, 3 if depth <= 128 else 2, 4)
+    return Config(128, 64, block_k(depth), 8, 3 if depth <= 128 else 2, 4, None if depth <= 128 else 255)
 
 
 def block_k(depth: int) -> int:
@@ -102,7 +118,7 @@ class _Problem:
         groups, rows, depth = rounded.shape
         dtype, vocab = operators[0].dtype, len(operators[0])
         plain = shift is None and self.base.cap is None
-        tile = config(dtype, depth, "factored", plain)
+        tile = self._tile(dtype, depth, "factored", rounded.device, shift)
         blocks = groups * triton.cdiv(rows, tile.block_r)
         listed = plain and triton_moments.serves(dtype, depth, groups, rows, vocab)
         splits, share = self._split(tile, triton.cdiv(blocks, _LEFT) if listed else blocks, vocab, rounded.device)
@@ -133,7 +149,7 @@ class _Problem:
     ) -> tuple[Tensor, Tensor]:
         """Small writes' parts of picked and sums; the list of the other rows [G, R], and their counts [G]."""
         groups, rows, depth = rounded.shape
-        tile = triton_moments.MOMENTS
+        tile = triton_moments.config(chip(rounded.device)[0])
         sizes = {"DEPTH": depth, "BLOCK_K": block_k(depth), "enable_fp_fusion": True}
         splits, share = self._split(tile, groups, vocab, rounded.device)
         first, second = factor.new_empty(splits, groups, depth), factor.new_empty(splits, groups, depth, depth)
@@ -146,7 +162,7 @@ class _Problem:
         triton_moments.expand[(groups,)](
             rounded, factor, addresses, source, self.tokens, first, second, picked, sums, order, counts,
             groups, rows, vocab, splits, len(sums), torch.finfo(rounded.dtype).eps / 2,
-            BLOCK_R=triton_moments.BLOCK_R, num_warps=triton_moments.WARPS, **sizes,
+            BLOCK_R=triton_moments.BLOCK_R, num_warps=triton_moments.WARPS, maxnreg=triton_moments.REGISTERS, **sizes,
         )  # fmt: skip
         return order, counts
 
@@ -154,7 +170,7 @@ class _Problem:
         """S [G, R] of writes [G, R, d], `rounded` times `factor` [G, R], with the operand [V, d]."""
         depth, vocab = rounded.shape[2], len(operand)
         rows = factor.numel()
-        tile = config(operand.dtype, depth, "direct", shift is None and self.base.cap is None)
+        tile = self._tile(operand.dtype, depth, "direct", rounded.device, shift)
         blocks = triton.cdiv(rows, tile.block_r)
         splits, share = self._split(tile, min(blocks, BAND), vocab, rounded.device)
         picked = torch.empty_like(factor)
@@ -181,10 +197,14 @@ class _Problem:
         each = triton.cdiv(tiles, min(wanted, tiles))
         return triton.cdiv(tiles, each), each * tile.block_v
 
+    def _tile(self, dtype: torch.dtype, depth: int, way: str, device: torch.device, shift: Tensor | None) -> Config:
+        own, cap = shift is not None, self.base.cap is not None
+        return config(dtype, depth, way, chip(device)[0], own=own, cap=cap)
+
     def _shift(self, shift: Tensor | None, unused: Tensor) -> Tensor:
         return unused if shift is None else (shift * self.unit).contiguous()
 
-    def _constants(self, tile: Config, depth: int, shift: Tensor | None) -> dict[str, int | bool]:
+    def _constants(self, tile: Config, depth: int, shift: Tensor | None) -> dict[str, int | bool | None]:
         return {
             "DEPTH": depth,
             "BLOCK_R": tile.block_r,
@@ -194,6 +214,7 @@ class _Problem:
             "CAP": self.base.cap is not None,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            "maxnreg": tile.registers,
             "enable_fp_fusion": True,
         }
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_launch import RELEASE
 from .triton_rounding import INTERPRETED, round_to
 from .triton_tiles import dot
 
@@ -30,6 +31,7 @@ _LN2, _LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634
 _MOST_DEPTH = 128  # of a head: the moments stay in registers
 LEAST_WORK = 1 << 27  # exponentials; of fewer the time is that of the launches, and these are two more
 BLOCK_R, WARPS = 32, 4  # of `expand`; with more Triton 3.6 cannot compile it for sm_100
+REGISTERS = 255 if RELEASE < (3, 6) else None  # of `expand`
 
 
 class Config(NamedTuple):
@@ -43,7 +45,11 @@ class Config(NamedTuple):
     programs: int
 
 
-MOMENTS = Config(64, 8, 4, 128, 4)
+def config(capability: tuple[int, int]) -> Config:
+    """The tile of `moments` for a GPU of this compute capability."""
+    if capability[0] in (9, 10):
+        return Config(64, 8, 4, 128, 4)
+    return Config(32, 4, 4, 255, 4)  # both operands of the older products are in registers
 
 
 def serves(dtype: torch.dtype, depth: int, groups: int, rows: int, vocab: int) -> bool:
@@ -89,7 +95,7 @@ def moments(
     depth = tl.arange(0, BLOCK_K)
     inside = depth < DEPTH
     explained = tl.load(operator + tl.load(tokens + origin) * DEPTH + depth, mask=inside, other=0.0)
-    ones = tl.full([BLOCK_V, 16], 1.0, dtype)
+    ones = tl.full([BLOCK_V, 16], 1.0, tl.float32).to(dtype)  # the interpreter of Triton 3.8 makes no bfloat16
     mean = tl.zeros([BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
     begin = split * share

@@ -269,8 +269,9 @@ def direct(
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     found = tl.zeros([BLOCK_R], tl.float32)
+    column = tl.arange(0, BLOCK_V)
     for first in range(split * share, min(split * share + share, vocab), BLOCK_V):
-        word = first + tl.arange(0, BLOCK_V)
+        word = first + column
         known = word < vocab
         right = operand + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
         x = _products(left, right, fits, known, DEPTH, BLOCK_K)
@@ -278,10 +279,10 @@ def direct(
         # most often one; a gather of base by row instead would hold a second tile in registers
         for vector in range(lowest, highest + 1):
             mine = origin == vector
-            at = vector * vocab + word
-            level = tl.load(base + at, mask=known, other=float("-inf"))[None, :]
-            slope = tl.load(lean + at, mask=known, other=0.0)[None, :] if OWN else level
-            logit = tl.load(before + at, mask=known, other=0.0)[None, :] if CAP else level
+            at = vector * vocab + first  # one address, and not one a word
+            level = tl.load(base + at + column, mask=known, other=float("-inf"))[None, :]
+            slope = tl.load(lean + at + column, mask=known, other=0.0)[None, :] if OWN else level
+            logit = tl.load(before + at + column, mask=known, other=0.0)[None, :] if CAP else level
             d = _change(x, scale[:, None], lift[:, None], slope, logit, gain, OWN, CAP)
             x = tl.where(mine[:, None], level + d, x)
         peak, total = _add(x, peak, total)

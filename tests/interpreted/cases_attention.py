@@ -179,7 +179,7 @@ def chip_error(query: torch.Tensor, key: torch.Tensor, scale: float) -> float:
 def test_matches_float64_definition(case, monkeypatch):
     if case.small:
         monkeypatch.setattr(triton_kernel, "config", lambda *_: SMALL)
-    monkeypatch.setattr(triton_kernel, "_chip", lambda _: ((9 if case.described else 8, 0), 4))
+    monkeypatch.setattr(triton_kernel, "chip", lambda _: ((9 if case.described else 8, 0), 4))
     splits = []
     launch = triton_kernel.split_count
     monkeypatch.setattr(triton_kernel, "split_count", lambda *a: splits.append(launch(*a)) or splits[0])
