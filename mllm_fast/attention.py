@@ -15,18 +15,25 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .adapters import TextModel
+from .errors import InputError
 from .knockout import Plan
 from .linears import few_row_linears
 from .masks import Closed, RowMask, attend, row_mask, seen_by, weigh
 from .offload import device_of
 from .shares import Watcher
 
+# arguments of a decoder that a replay makes itself, or that only say what it gives back
+_REPLAYED = (
+    "input_ids", "inputs_embeds", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
+    "return_dict", "output_attentions", "output_hidden_states",
+)  # fmt: skip
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
 Attending = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
 Weighing = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
@@ -49,7 +56,8 @@ class Recording:
     residual, query, output: one list a layer; query [B, rows, H, D], rotated; output as query, what each head read.
     final: inputs of the final norm. seen: for each pass the keys that the rows see, bool [B or 1, rows, N], or None for
     plain causal attention. last: the position of each pass's last row, None where the caller's own mask does not tell.
-    embeds, positions: what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows.
+    embeds, positions: what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows. others: the
+    further arguments of each pass that were given, by name; see `verify.Replay`.
     """
 
     rows: int
@@ -64,6 +72,7 @@ class Recording:
     last: list[int | None] = field(default_factory=list)
     embeds: list[Tensor] = field(default_factory=list)
     positions: list[Tensor | None] = field(default_factory=list)
+    others: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.residual = [[] for _ in range(self.num_layers)]
@@ -87,7 +96,13 @@ class Recording:
         seen = None
         if mask is not None and not (isinstance(mask, RowMask) and mask.causal and closed is None):
             rows = query.shape[2]
-            seen = seen_by(mask, max(0, rows - self.rows), rows, rows, keys, closed)[0][:, 0]
+            visible, bias = seen_by(mask, max(0, rows - self.rows), rows, rows, keys, closed)
+            if visible.shape[1] > 1 or (bias is not None and torch.where(visible, bias, 0).any()):
+                raise InputError(
+                    "the attention mask differs from head to head, or adds to the scores of keys that are seen: an"
+                    " explanation knows masks that close keys alone, for all heads; pass such a mask to generate only"
+                )
+            seen = visible[:, 0]
         self.seen[layer].append(seen)
 
 
@@ -152,7 +167,9 @@ def _attached(
         table = None if knockouts is None else knockouts.tables[layer]
         closed = None
         if knockouts is not None and table is not None:
-            closed = knockouts.segments(len(query), key.shape[2]), table
+            # of the positions that the keys have: a sliding window's begin later
+            before = attention_mask.key_offset if isinstance(attention_mask, RowMask) else 0
+            closed = knockouts.segments(len(query), before + key.shape[2])[:, before:], table
         if weighing is not None:
             output, alpha = weigh(query, key, value, attention_mask, scale, closed)
             weighing(layer, alpha)
@@ -181,6 +198,10 @@ def _attached(
             embeds = text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])  # type: ignore[operator]
         record.embeds.append(embeds)
         record.positions.append(kwargs.get("position_ids"))
+        others = {name: given for name, given in kwargs.items() if name not in _REPLAYED}
+        record.others.append(
+            {name: given for name, given in others.items() if given is not None and given is not False}
+        )
 
     handles = []
     try:

@@ -14,7 +14,7 @@ from transformers.masking_utils import causal_mask_function
 from .errors import InputError
 from .kernels import Attention, knockout_attention, wide_type
 from .kernels.knockout_attention import HEAD_SIZES, torch_kernel
-from .kernels.knockout_attention.reference import visible
+from .kernels.knockout_attention.reference import open_pairs
 
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
 Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
@@ -196,7 +196,8 @@ def seen_by(
     mask: RowMask | Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
 ) -> tuple[Tensor, Tensor | None]:
     """Rows `start` to `stop` of `rows` as bool [B or 1, 1 or H, stop - start, keys], and what a ready float mask
-    adds to their scores."""
+    adds to their scores. Causality is the mask's own affair: a ready mask, or another rule, may let a row see later
+    keys, and knockouts close only what they name."""
     bias = None
     if isinstance(mask, RowMask):
         seen = mask.block(start, stop)
@@ -205,7 +206,12 @@ def seen_by(
         if seen.dtype != torch.bool:
             bias, seen = seen, seen > torch.finfo(seen.dtype).min / 2
     if closed is not None:
-        last = keys - rows + stop  # the rule's own positions end here
-        open_keys = visible(stop - start, last, closed[0][:, :last], closed[1], None)[:, None]
-        seen = seen & F.pad(open_keys, (0, keys - last), value=True)
+        segments, table = closed
+        first = start + first_row(mask, rows, keys)
+        seen = seen & open_pairs(segments[:, first : first + stop - start], segments, table)[:, None]
     return seen, bias
+
+
+def first_row(mask: RowMask | Tensor, rows: int, keys: int) -> int:
+    """Where among the keys the first row's own is; under a ready mask the rows are the last ones."""
+    return mask.offset - mask.key_offset if isinstance(mask, RowMask) else keys - rows
