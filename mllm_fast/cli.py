@@ -66,9 +66,11 @@ def explain(
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
     norm: Annotated[str, typer.Option(help="Statistics of the final norm: frozen or own.")] = "frozen",
-    verify: Annotated[bool, typer.Option("--verify", help="Check each map by knocking its patches out.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check each word's map of --method by knocking its patches out.")
+    ] = False,
     method: Annotated[
-        str, typer.Option(help="Of the saved maps: logprob, attention, ..., gradient-alignment (of a joint model).")
+        str, typer.Option(help="Of the maps: logprob, attention, ..., gradient-alignment (of a joint model).")
     ] = "logprob",
     joint: Annotated[
         str | None, typer.Option(help="Read the picture by a joint model: a folder, or 'shapes'; its model answers.")
@@ -115,7 +117,7 @@ def explain(
         ex = reader.explain(pictures, prompt, answer, **options)
         chosen = None if token is None else ex.token_index(_index_or_word(token))
         if verify:
-            ex.verify(tokens=None if chosen is None else [chosen])
+            ex.verify(tokens=None if chosen is None else [chosen], method=method)
         if out is not None:
             ex.save(out, chosen, method)
     if as_json:
@@ -125,7 +127,7 @@ def explain(
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    _print_explanation(ex, chosen)
+    _print_explanation(ex, chosen, method)
     if out is not None:
         OUT.print(f"saved {escape(str(out))}", highlight=False)
 
@@ -254,7 +256,8 @@ def _index_or_word(token: str) -> int | str:
         return token
 
 
-def _print_explanation(ex: Explanation, chosen: int | None) -> None:
+def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
+    from .map_names import map_name
     from .verify import fall
 
     OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
@@ -262,13 +265,13 @@ def _print_explanation(ex: Explanation, chosen: int | None) -> None:
     table = Table(title="what made the model say each word", title_justify="left", title_style="bold")
     table.add_column("token")
     table.add_column("best heads: layer.head, increase of log p")
-    table.add_column("best patch, pixels", justify="right")
+    table.add_column(f"best patch, pixels ({map_name(method)})", justify="right")
     if ex.verification:
         table.add_column("check: log p falls without these patches")
     for i in range(len(ex.tokens)) if chosen is None else [chosen]:
         heads = "  ".join(f"{layer}.{head} {score:+.2f}" for layer, head, score in ex.top_heads(i, 4))
-        row = [escape(ex.tokens[i].strip()), heads, _best_patch(ex, i)]
-        check = ex.verified(i)
+        row = [escape(ex.tokens[i].strip()), heads, _best_patch(ex, i, method)]
+        check = ex.verified(i, method)
         if check is not None:
             random = sum(check.random) / len(check.random)
             falls = f"{fall(check.top)}, random {fall(random)}, lowest {fall(check.lowest)}"
@@ -280,11 +283,11 @@ def _print_explanation(ex: Explanation, chosen: int | None) -> None:
         OUT.print("A map fails: knocking out other patches hurts its word as much.", style="red", highlight=False)
 
 
-def _best_patch(ex: Explanation, token: int) -> str:
-    """Where the map of the ten best heads is highest, as "x 12-20, y 40-48"."""
+def _best_patch(ex: Explanation, token: int, method: str) -> str:
+    """Where the map is highest, as "x 12-20, y 40-48"."""
     best, words = float("-inf"), ""
     for i, layout in enumerate(ex.layout.images):
-        grid = ex.heatmap(token, image=i)
+        grid = ex.heatmap(token, method, image=i)
         if float(grid.max()) <= best:
             continue
         best = float(grid.max())

@@ -17,6 +17,7 @@ from .adapters import TextModel
 from .errors import InputError, check_choice
 from .kernels import Base, OperatorCache, logprob_increase, weight_state, wide_type
 from .layout import ImageLayout, TokenLayout
+from .map_names import DEFAULT
 from .maps import WITH_DETECTOR, find
 from .trace import Trace
 
@@ -192,9 +193,17 @@ class Explanation:
         return self._replay
 
     def verify(
-        self, top: float = 0.05, controls: int = 8, *, tokens: Sequence[int | str] | None = None, heads: Heads = 10
+        self,
+        top: float = 0.05,
+        controls: int = 8,
+        *,
+        tokens: Sequence[int | str] | None = None,
+        heads: Heads = 10,
+        method: str = DEFAULT,
     ) -> list[Verification]:
         """The causal check of the maps: are the patches that a map calls high those that the word hangs on?
+
+        method, heads: the map that is checked, as in `heatmap`; a verdict is shown beside that map alone.
 
         The highest `top` of the image's tokens are knocked out (image patches -> query and generated, in all layers)
         and the change of log p(token) is put beside that of the same number of random patches, `controls` times, and
@@ -205,13 +214,18 @@ class Explanation:
         """
         from .verify import verify
 
+        check_choice("method", method, WITH_DETECTOR)
         chosen = range(len(self.tokens)) if tokens is None else [self.token_index(token) for token in tokens]
-        self.verification = [verify(self, token, top, controls, heads) for token in chosen]
+        self.verification = [verify(self, token, top, controls, heads, method) for token in chosen]
         return self.verification
 
-    def verified(self, token: int) -> Verification | None:
-        """What `verify` found for a token, None if it was not asked."""
-        return next((one for one in self.verification if one.token == token), None)
+    def verified(self, token: int, method: str = DEFAULT, heads: Heads = 10) -> Verification | None:
+        """What the last `verify` found for a token's map of this method (and, of "logprob", these heads); None if it
+        was not asked."""
+        for one in self.verification:
+            if one.token == token and one.method == method and (method != DEFAULT or one.heads == heads):
+                return one
+        return None
 
     def project(
         self,

@@ -87,7 +87,7 @@ def draw_token(ex: Explanation, token: int, heads: int = 10, method: str = "logp
         note += f" The detector looks for \u201c{found.query}\u201d; drawn are the five boxes of largest weight."
         note += f" Note: {found.note}." if found.note else ""
     foot = text.wrap(note, 14, FAINT)
-    check = ex.verified(token)
+    check = ex.verified(token, method, heads)
     if check is not None:
         foot += text.wrap(f"Check: {check}.", 14, INK)
     head_height = sum(line.height for line in lines) + 2 * MARGIN
@@ -117,7 +117,7 @@ def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Ima
     top = max(float(grid.max()) for grids in maps for grid, _ in grids)
     entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the picture", "") for p in ex.images]
     for index, (token, grids) in enumerate(zip(ex.tokens, maps, strict=True)):
-        check = ex.verified(index)
+        check = ex.verified(index, method, heads)
         found = "" if check is None else f", check: {check.verdict}"
         for picture, (grid, box) in zip(ex.images, grids, strict=True):
             drawn = overlay(picture, grid, box, top, side)
@@ -129,7 +129,7 @@ def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Ima
     text = Text(width - 2 * MARGIN)
     lines = [*text.wrap(f"Question: {ex.prompt}", 18, INK), *text.wrap(f"Answer: {ex.text}", 18, INK)]
     foot = text.wrap(_note(ex, method, heads), 14, FAINT)
-    if ex.verification:
+    if any(ex.verified(token, method, heads) for token in range(len(ex.tokens))):
         foot += text.wrap(
             "Check: the highest patches are knocked out; \u201cholds\u201d if log p(token) falls more than without"
             " random or the lowest patches, \u201cfails\u201d if not, \u201copen\u201d if no set of patches moves it.",

@@ -18,8 +18,9 @@ from safetensors.torch import save as save_tensors
 
 from .box_weights import BoxWeights
 from .errors import InputError
-from .explain import Explanation
+from .explain import Explanation, Heads
 from .files import check_target, write_whole
+from .map_names import DEFAULT
 from .maps import ALIGNMENT, MEANINGS
 
 _HEADS = 10
@@ -70,9 +71,11 @@ def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]
         "id": ex.token_ids[token],
         "top_heads": [{"layer": layer, "head": head, "score": score} for layer, head, score in heads],
     }
-    check = ex.verified(token)
+    check = next((one for one in ex.verification if one.token == token), None)
     if check is not None:
         result["verification"] = {
+            "map": check.method,
+            "heads": check.heads,
             "verdict": check.verdict,
             "knocked_out": check.count,
             "of": check.of,
@@ -176,10 +179,13 @@ def _page_token(ex: Explanation, token: int, method: str) -> dict[str, Any]:
     heads = ex.top_heads(token, _HEADS)
     scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
     layouts = ex.layout.images
-    check = ex.verified(token)
     return {
         "text": ex.tokens[token].strip(),
-        "check": None if check is None else {"verdict": check.verdict, "text": str(check)},
+        "checks": {
+            "all": _check(ex, token, heads=_HEADS),
+            "attention": _check(ex, token, "attention"),
+            "extra": None if method in _ALWAYS else _check(ex, token, method),
+        },
         "maps": [_rounded(i.to_grid(scores.sum(0)[i.positions])) for i in layouts],
         "attention": [_rounded(ex.heatmap(token, "attention", image=i)) for i in range(len(layouts))],
         "extra": _page_extra(ex, token, method),
@@ -188,11 +194,18 @@ def _page_token(ex: Explanation, token: int, method: str) -> dict[str, Any]:
                 "layer": layer,
                 "head": head,
                 "score": round(score, 4),
+                "check": _check(ex, token, heads=[(layer, head)]),
                 "maps": [_rounded(i.to_grid(row[i.positions])) for i in layouts],
             }
             for (layer, head, score), row in zip(heads, scores, strict=True)
         ],
     }
+
+
+def _check(ex: Explanation, token: int, method: str = DEFAULT, heads: Heads = _HEADS) -> dict[str, str] | None:
+    """The verdict of one map, if it was checked."""
+    check = ex.verified(token, method, heads)
+    return None if check is None else {"verdict": check.verdict, "text": str(check)}
 
 
 def _page_extra(ex: Explanation, token: int, method: str) -> dict[str, Any] | None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .attention import Recording, recording
 from .caches import CACHE
 from .errors import InputError
 from .knockout import EachItsOwn, Knockout, Plan
+from .map_names import DEFAULT, map_name
 
 if TYPE_CHECKING:
     from .explain import Explanation, Heads
@@ -31,7 +33,8 @@ class Verification:
     """Changes of log p(token) when patches are knocked out, one a variant.
 
     token: its index. log_prob: with all patches. count: patches knocked out, of the image tokens' number `of`. top,
-    lowest: the change for the map's highest and lowest patches; random: for as many random ones, several times.
+    lowest: the change for the map's highest and lowest patches; random: for as many random ones, several times. method,
+    heads: of the map that was checked, as in `Explanation.heatmap`; the verdict is about no other map.
     """
 
     token: int
@@ -41,6 +44,8 @@ class Verification:
     top: float
     lowest: float
     random: tuple[float, ...]
+    method: str = DEFAULT
+    heads: Heads = 10
 
     @property
     def moved(self) -> bool:
@@ -68,6 +73,7 @@ class Verification:
             f"without its {self.count} highest of {self.of} patches log p falls by {fall(self.top)}, without random"
             f" ones by {fall(mean)} (at most {fall(min(self.random))}), without the lowest by"
             f" {fall(self.lowest)}: {meaning[self.verdict]}"
+            f" ({map_name(self.method, self.heads)})"
         )
 
 
@@ -77,8 +83,8 @@ def fall(change: float) -> str:
 
 
 class Replay:
-    """What is needed to run the end of an explained sequence again: what each pass gave the decoder, and the knockouts
-    that were in force."""
+    """What is needed to run an explained sequence, or its end, again: what each pass gave the decoder, and the
+    knockouts that were in force."""
 
     def __init__(self, text: TextModel, record: Recording, rules: tuple[Knockout, ...], backend: str):
         self.text = text
@@ -87,10 +93,52 @@ class Replay:
         self.embeds = torch.cat(record.embeds, 1)  # [1, N, d]
         given = [p for p in record.positions if p is not None]
         self.positions = torch.cat(given, -1) if len(given) == len(record.positions) else None  # [..., 1, N]
+        self._others = [(embeds.shape[:2], others) for embeds, others in zip(record.embeds, record.others, strict=True)]
+
+    def arguments(self, start: int, stop: int, count: int = 1) -> dict[str, Any]:
+        """What the decoder was given at positions `start` .. `stop`, beside embeddings and cache, for `count` copies of
+        the sequence.
+
+        Raises:
+            InputError: an argument has not one entry a position, and so cannot be cut; or not every pass had it.
+        """
+        span = slice(start, stop)
+        found: dict[str, Any] = {"attention_mask": None, "position_ids": None}
+        if self.positions is not None:
+            positions = self.positions[..., span]
+            found["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
+        for name, whole in self._whole.items():
+            found[name] = whole[:, span].expand(count, *[-1] * (whole.ndim - 1))
+        return found
+
+    @cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        """The further arguments of all passes, each [1, N, ...]."""
+        names = dict.fromkeys(name for _, others in self._others for name in others)
+        return {name: self._joined(name) for name in names if not (name == "attention_mask" and self._sees_all())}
+
+    def _joined(self, name: str) -> Tensor:
+        parts = []
+        for shape, others in self._others:
+            part = others.get(name)
+            # a mask's second side are the keys; a position has no part of it
+            if name == "attention_mask" or not isinstance(part, Tensor) or part.shape[:2] != shape:
+                raise InputError(
+                    f"the model's decoder was given {name!r}, which cannot be given again for a part of the sequence:"
+                    " maps and checks that run the model again cannot be made for this model or these options; those"
+                    ' read from the cache can (heatmap methods "logprob" and "attention")'
+                )
+            parts.append(part)
+        return torch.cat(parts, 1)
+
+    def _sees_all(self) -> bool:
+        """Whether the masks that were given close nothing, as for one sequence without padding."""
+        masks = [others.get("attention_mask") for _, others in self._others]
+        return all(mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())) for mask in masks)
 
 
 @torch.inference_mode()
-def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads) -> Verification:
+def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads, method: str = DEFAULT) -> Verification:
     """See `Explanation.verify`."""
     if not 0 < top < 1:
         raise InputError(f"top is a share of the image's tokens between 0 and 1, got {top}")
@@ -100,13 +148,15 @@ def verify(ex: Explanation, token: int, top: float, controls: int, heads: Heads)
     if not len(patches):
         raise InputError("the prompt has no picture, so there are no patches to knock out")
     count = max(1, math.ceil(top * len(patches)))
-    order = patches[ex.position_scores(token, heads).sum(0)[patches].argsort(descending=True, stable=True)]
+    values = torch.cat([ex.token_values(token, method, heads, image) for image in range(len(ex.layout.images))])
+    order = patches[values.argsort(descending=True, stable=True)]
     generator = torch.Generator().manual_seed(_SEED)
     random = [patches[torch.randperm(len(patches), generator=generator)[:count]] for _ in range(controls)]
     variants = [patches[:0], order[:count], order[-count:], *random]
     logs = log_probs(ex, token, variants)
     change = [float(x) for x in logs[1:] - logs[0]]
-    return Verification(token, float(logs[0]), count, len(patches), change[0], change[1], tuple(change[2:]))
+    changes = change[0], change[1], tuple(change[2:])
+    return Verification(token, float(logs[0]), count, len(patches), *changes, method, heads)
 
 
 @torch.inference_mode()
@@ -149,16 +199,11 @@ def _run(ex: Explanation, variants: Sequence[Tensor], first: int, row: int) -> T
         len(text.layers),
         device=replay.embeds.device,
     )
-    span = slice(first, row + 1)
-    positions = replay.positions
-    if positions is not None:
-        positions = positions[..., span].expand(*positions.shape[:-2], count, -1)
     with recording(text, knockouts=plan, backend=replay.backend):
         hidden = text.decoder(
-            inputs_embeds=replay.embeds[:, span].expand(count, -1, -1),
-            attention_mask=None,
-            position_ids=positions,
+            inputs_embeds=replay.embeds[:, first : row + 1].expand(count, -1, -1),
             use_cache=True,
             **{CACHE: cache},
+            **replay.arguments(first, row + 1, count),
         ).last_hidden_state
         return text.logits(hidden[:, -1])

@@ -80,6 +80,7 @@ def test_data_flows_one_way():
         "session",
         "prefixes",
         "batch",
+        "map_names",
         "verify",
         "maps",
         "explain",

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import knocked
 import pytest
 import torch
@@ -12,7 +15,9 @@ from PIL import Image
 import mllm_fast as mf
 from mllm_fast import verify as verify_module
 from mllm_fast.cli_options import SAMPLE
+from mllm_fast.errors import InputError
 from mllm_fast.explain import Explanation
+from mllm_fast.picture import draw_token
 from mllm_fast.shares import TYPES
 from mllm_fast.verify import Verification
 
@@ -213,3 +218,91 @@ def test_no_share_where_nothing_was_read(vlm, picture):
     assert vlm.generate(picture, QUESTION, max_new_tokens=3).attention_share is None
     with pytest.raises(mf.InputError, match="attention_share follows one sequence, got num_beams=2"):
         vlm.generate(picture, QUESTION, attention_share=True, num_beams=2)
+
+
+def test_a_verdict_is_about_one_map(shapes, tmp_path):
+    """A map that points at the background does not hold where the default one does, and each is shown beside its own
+    map alone: on the picture, in the page, in the numbers."""
+    ex = shapes.explain(Image.open(SAMPLE).convert("RGB"), "What color is the star?", "blue")
+    (good,) = ex.verify()
+    (bad,) = ex.verify(method="rollout")
+    assert (good.verdict, good.method) == ("holds", "logprob")
+    assert bad.verdict != "holds"
+    assert "rollout" in str(bad)
+    assert ex.verified(0, "rollout") is bad
+    assert ex.verified(0) is ex.verified(0, "attention") is ex.verified(0, "random") is None
+    ex.save(tmp_path / "a.html", method="rollout")
+    page = (tmp_path / "a.html").read_text()
+    data = json.loads(re.search(r"const data = (\{.*\});", page)[1])
+    (token,) = data["tokens"]
+    assert token["checks"]["extra"]["verdict"] == bad.verdict
+    assert token["checks"]["all"] is token["checks"]["attention"] is None
+    assert all(head["check"] is None for head in token["heads"])
+    ex.save(tmp_path / "a.json", method="rollout")
+    assert json.loads((tmp_path / "a.json").read_text())["tokens"][0]["verification"]["map"] == "rollout"
+    drawn = {}
+    for method in ("rollout", "logprob"):
+        for state in ("checked", "not"):
+            ex.verification = [bad] if state == "checked" else []
+            drawn[method, state] = draw_token(ex, 0, method=method).tobytes()
+    assert drawn["rollout", "checked"] != drawn["rollout", "not"]
+    assert drawn["logprob", "checked"] == drawn["logprob", "not"]
+    # the patches that are knocked out are those of the map: of a head, and of a map that needs another pass
+    (layer, head, _), *_ = ex.top_heads(0, 1)
+    for heads, method in (([(layer, head)], "logprob"), (10, "relevancy")):
+        (found,) = ex.verify(heads=heads, method=method)
+        assert ex.verified(0, method, heads) is found
+        order = ex.layout.segments["image"][ex.token_values(0, method, heads).argsort(descending=True, stable=True)]
+        logs = verify_module.log_probs(ex, 0, [order[:0], order[: found.count]])
+        assert found.top == pytest.approx(float(logs[1] - logs[0]), abs=1e-4)  # float32, in another batch
+
+
+def test_decoder_arguments_are_replayed_or_refused(built, picture, monkeypatch):
+    """What a decoder gets beside embeddings and positions is given again, cut to the rows that run; what cannot be cut
+    is refused by name."""
+    vlm = mf.VLM(*built("llava"))
+    decoder = vlm.text.decoder
+    forward = type(decoder).forward
+
+    def passing(given):
+        """The model as it hands `given(rows)` to its decoder in every pass; the decoder adds a tensor of it."""
+
+        def told(self, *args, extra=None, **kwargs):
+            if extra is None:
+                extra = given(kwargs["inputs_embeds"])
+            added = extra if isinstance(extra, torch.Tensor) else extra[0]
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + added
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(decoder), "forward", told)
+
+        def hand_over(module, args, kwargs):
+            if kwargs.get("extra") is None:
+                kwargs["extra"] = given(kwargs["inputs_embeds"])
+            return args, kwargs
+
+        return decoder.register_forward_pre_hook(hand_over, with_kwargs=True)
+
+    def aligned(embeds):
+        noise = torch.randn(1, 512, embeds.shape[-1], generator=torch.Generator().manual_seed(3), dtype=embeds.dtype)
+        return noise[:, : embeds.shape[1]]
+
+    handle = passing(aligned)
+    try:
+        ex = vlm.explain(picture, QUESTION, ANSWER)
+        replayed = verify_module.log_probs(ex, 2, [torch.tensor([], dtype=torch.long)])
+        rows = ex._trace.final[2]
+        with torch.no_grad():
+            whole = torch.log_softmax(vlm.text.logits(vlm.text.norm(rows)).double(), -1)[ex.token_ids[2]]
+        assert float(replayed) == pytest.approx(float(whole), abs=1e-9)
+    finally:
+        handle.remove()
+    handle = passing(lambda embeds: [aligned(embeds)])
+    try:
+        ex = vlm.explain(picture, QUESTION, ANSWER)
+        assert ex.heatmap(0).isfinite().all()
+        for ask in (ex.verify, lambda: ex.heatmap(0, "exhaustive"), lambda: ex.heatmap(0, "relevancy")):
+            with pytest.raises(InputError, match="decoder was given 'extra'"):
+                ask()
+    finally:
+        handle.remove()

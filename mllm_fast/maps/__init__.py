@@ -12,7 +12,9 @@ from importlib import import_module
 
 from torch import Tensor
 
-METHODS = ("logprob", "attention", "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive")
+from ..map_names import DEFAULT
+
+METHODS = (DEFAULT, "attention", "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive")
 ALIGNMENT = "gradient-alignment"
 WITH_DETECTOR = (*METHODS, ALIGNMENT)  # for explanations by a joint model
 MEANINGS = {  # of a map's numbers

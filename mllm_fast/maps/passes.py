@@ -23,15 +23,14 @@ def hidden_states(ex: Explanation, stop: int, weighing: Weighing | None = None, 
     `input_embeddings`.
     """
     replay = ex.replay
-    text, positions = replay.text, replay.positions
+    text = replay.text
     embeds = input_embeddings(ex, stop) if embeds is None else embeds
     plan = plan_of(replay.rules, [ex.layout], len(text.layers), device=embeds.device)
     with recording(text, knockouts=plan, backend=replay.backend, weighing=weighing):
         found = text.decoder(
             inputs_embeds=embeds[None],
-            attention_mask=None,
-            position_ids=None if positions is None else positions[..., :stop],
             use_cache=False,
+            **replay.arguments(0, stop),
         )
     return found.last_hidden_state[0]
 

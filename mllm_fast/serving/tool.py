@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..explain import Explanation
 from ..kept_picture import draw_kept
 from ..knockout import Knockout
+from ..map_names import DEFAULT
 from ..maps import ALIGNMENT, MEANINGS
 from ..picture import overlay, token_map
 from ..render import encoded
@@ -33,6 +34,22 @@ ROUTES = {  # of attention that can be knocked out
 LIVE = ("logprob", "attention")  # maps that need no further pass
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Which map: of a token, by a method. `head`: of it alone; `layer`: of its heads; neither: of the best."""
+
+    token: int
+    head: tuple[int, int] | None = None
+    layer: int | None = None
+    method: str = DEFAULT
+
+    def heads(self, ex: Explanation) -> Any:
+        """The heads, as `Explanation.heatmap` takes them."""
+        if self.head is not None:
+            return [self.head]
+        return 10 if self.layer is None else [(self.layer, number) for number in range(ex.num_heads)]
+
+
 @dataclass
 class Answered:
     """An answer and its explanation. `guard`: scores are made by one thread at a time."""
@@ -42,6 +59,7 @@ class Answered:
     explanation: Explanation
     joint: bool
     guard: asyncio.Lock = field(default_factory=asyncio.Lock)
+    shown: Shown | None = None  # the map that the person looks at
 
 
 @dataclass(frozen=True)
@@ -132,19 +150,12 @@ class Tool:
         )
         return text or "(nothing)", facts, draw_kept(replace(ctx, images=(picture,)))
 
-    async def map(
-        self, answered: Answered, token: int, head: tuple[int, int] | None, layer: int | None, method: str
-    ) -> Drawn:
-        """A token's map. `head`: of it alone; `layer`: of its heads; neither: of the best."""
+    async def map(self, answered: Answered, shown: Shown) -> Drawn:
+        """A token's map."""
         ex = answered.explanation
-        heads: Any = 10
-        if head is not None:
-            heads = [head]
-        elif layer is not None:
-            heads = [(layer, number) for number in range(ex.num_heads)]
-
+        answered.shown = shown
         async with answered.guard:
-            return await self._scored(lambda: _drawn(ex, token, heads, method), method)
+            return await self._scored(lambda: _drawn(ex, shown.token, shown.heads(ex), shown.method), shown.method)
 
     async def heads(self, answered: Answered, token: int) -> list[tuple[int, int, float, str]]:
         """A token's ten best heads: layer, head, score, and the words that it writes."""
@@ -160,16 +171,19 @@ class Tool:
         async with answered.guard:
             return await self._scored(found, "logprob")
 
-    async def verified(self, answered: Answered, token: int) -> str:
-        """Whether the word hangs on what its map shows (see `Explanation.verify`)."""
+    async def verified(self, answered: Answered, shown: Shown) -> str | None:
+        """Whether the word hangs on what this map shows (see `Explanation.verify`); None if another map was chosen
+        meanwhile."""
         ex = answered.explanation
+        answered.shown = shown
 
         def check() -> Iterator[str]:
-            (found,) = ex.verify(tokens=[token])
-            yield f"{found.verdict}: {found}"
+            (found,) = ex.verify(tokens=[shown.token], heads=shown.heads(ex), method=shown.method)
+            yield f"{found.verdict}: \u201c{ex.tokens[shown.token].strip()}\u201d, {found}"
 
         async with answered.guard:
-            return await self.service.last(check)
+            words = await self.service.last(check)
+        return words if answered.shown == shown else None
 
     async def report(self, answered: Answered, kind: str, method: str) -> bytes:
         """The explanation as a file."""
