@@ -100,6 +100,11 @@ class TextModel:
         """The final norm and the unembedding, views of the weights."""
         norm: Any = self.norm
         layer = isinstance(norm, nn.LayerNorm)
+        if not layer and not (hasattr(norm, "variance_epsilon") and hasattr(norm, "weight")):
+            raise InputError(
+                f"the final norm is a {type(norm).__name__}: scores know LayerNorm, and RMSNorm with a weight and a"
+                " variance_epsilon; see CONTRIBUTING.md, 'Add an architecture'"
+            )
         return Unembedding(
             weight=weight_of(self.head),
             gain=weight_of(norm),

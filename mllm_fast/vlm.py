@@ -26,6 +26,7 @@ from .knockout import Knockout, Plan, as_rules, plan_of
 from .layout import TokenLayout
 from .loading import load_pretrained, parse_device, parse_dtype
 from .offload import check_one_device, device_of, one_gpu
+from .part_checks import check_parts
 from .prompts import Images, Prompts, one_answer
 from .shares import AttentionShares
 from .stream import Stream, one_sequence
@@ -72,6 +73,7 @@ class VLM:
         self.processor = processor
         self.backend = backend
         self.text = text_model(model, self.adapter)
+        check_parts(self.text)
         self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
         self.operators = OperatorCache(operator_bytes)
 
