@@ -6,6 +6,7 @@ that the keyboard reaches it; maps go from dark to light in even steps, so that 
 
 from __future__ import annotations
 
+import atexit
 import html
 import os
 import shutil
@@ -15,24 +16,28 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # and the browser keeps no pictures of who sat there before
 
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from PIL import Image
+from starlette.routing import Mount
 
 from ..cli_options import SAMPLE
+from ..map_names import DEFAULT
 from ..maps import ALIGNMENT
 from ..picture import colors
 from .errors import service_error
 from .keys import Keys
 from .logs import Log
-from .tool import ROUTES, Answered, Drawn, Tool
+from .tool import ROUTES, Answered, Drawn, Shown, Tool
+from .ui_sessions import UISessionMiddleware
 
 _BEST = "best"
 _EVERY = -1  # of the slider of layers: the best heads of all
-_HOURS = 3600
+_HOUR = 3600  # seconds
 _METHODS = {
     "logprob": "increase of the log-probability",
     "attention": "mean attention",
@@ -58,19 +63,24 @@ see its map. Light is high. Knock attention out, or keep a few patches only, and
 # once the file is there: the browser takes it as if its button had been pressed
 _CLICK = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 200)"
 
-Shown = tuple[Any, ...]
+Outputs = tuple[Any, ...]
 
 
 def mount(app: FastAPI, tool: Tool, keys: Keys, log: Log, path: str = "/ui") -> FastAPI:
-    """The tool on the server, at `path`. Where the server has keys, one of them is the password."""
+    """The tool on the server, at `path`. Where the server has keys, one of them is the password. What a browser uploads
+    and is shown lies in a folder of this process alone, and is given to that browser alone; see `ui_sessions`."""
+    cache = tempfile.mkdtemp(prefix="mllm-fast-ui-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = cache  # read where components are made: Gradio's own is shared by its programs
     login: Callable[[str, str], bool] | None = None
     if keys:
         login = lambda _, password: keys.scope(password) is not None  # noqa: E731
     for place in ("/", path):
         app.add_api_route(place, lambda: RedirectResponse(f"{path}/"), include_in_schema=False)
-    return gr.mount_gradio_app(
+    blocks = build(tool, log)
+    gr.mount_gradio_app(
         app,
-        build(tool, log),
+        blocks,
         path=path,
         auth=login,
         auth_message="Any name; the password is an API key." if login else None,
@@ -80,14 +90,18 @@ def mount(app: FastAPI, tool: Tool, keys: Keys, log: Log, path: str = "/ui") -> 
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
     )
+    blocks.has_launched = True  # else Gradio checks no path that it is given: mounting leaves it unset
+    mounted = next(route for route in app.routes if isinstance(route, Mount) and route.path == path)
+    mounted.app = UISessionMiddleware(mounted.app, _HOUR)
+    return app
 
 
 def build(tool: Tool, log: Log) -> gr.Blocks:
     """The page."""
     page = Page(tool, log)
     last = tool.num_layers - 1
-    with gr.Blocks(title="mllm-fast", analytics_enabled=False, delete_cache=(_HOURS, _HOURS)) as blocks:
-        answered = gr.State(None, time_to_live=_HOURS)
+    with gr.Blocks(title="mllm-fast", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as blocks:
+        answered = gr.State(None, time_to_live=_HOUR)
         gr.Markdown(_ABOUT)
         with gr.Row():
             with gr.Column(min_width=300):
@@ -139,7 +153,7 @@ def build(tool: Tool, log: Log) -> gr.Blocks:
                 )
                 meaning = gr.HTML(elem_id="meaning")
                 methods = [(words, name) for name, words in _METHODS.items()]
-                method = gr.Dropdown(methods, value="logprob", label="Map", visible=False, elem_id="method")
+                method = gr.Dropdown(methods, value=DEFAULT, label="Map", visible=False, elem_id="method")
                 layer = gr.Slider(
                     _EVERY,
                     last,
@@ -169,7 +183,7 @@ def build(tool: Tool, log: Log) -> gr.Blocks:
                     elem_id="kept",
                 )
         chosen = [answered, tokens, layer, heads, method]
-        seen = [shown, meaning]
+        seen = [shown, meaning, verdict]  # a verdict is about the map that was shown
         results = [
             answered,
             answer,
@@ -184,7 +198,6 @@ def build(tool: Tool, log: Log) -> gr.Blocks:
             check,
             report,
             numbers,
-            verdict,
         ]
         given = [picture, question, routes, first, to, keep, joint]
         going: dict[str, Any] = {"concurrency_limit": 16, "trigger_mode": "once"}
@@ -195,7 +208,7 @@ def build(tool: Tool, log: Log) -> gr.Blocks:
         heads.input(page.head, chosen, [layer, *seen], **_live())
         layer.release(page.layer, chosen, [heads, *seen], **_live())
         method.input(page.method, chosen, seen, **_live())
-        check.click(page.check, [answered, tokens], verdict, **going)
+        check.click(page.check, chosen, verdict, **going)
         for button, make in ((report, page.report), (numbers, page.numbers)):
             made = button.click(make, [answered, method], file, **going)
             made.success(None, None, None, js=_CLICK)
@@ -215,7 +228,7 @@ class Page:
 
     async def ask(
         self, picture: Any, question: str, routes: list[str], first: int, to: int, keep: float, joint: bool
-    ) -> AsyncIterator[Shown]:
+    ) -> AsyncIterator[Outputs]:
         """Answer, in all ways that were asked for; each as it comes."""
         if picture is None:
             raise _error("Give a picture first: upload one, paste one, or take the sample.")
@@ -223,7 +236,7 @@ class Page:
             raise _error("Ask something about the picture.")
         tool, hide = self._tool, gr.update(visible=False)
         found: Answered | None = None
-        nothing: Shown = (None, "", hide, hide, hide, hide, hide, hide, None, "", hide, hide, hide, hide, "")
+        nothing: Outputs = (None, "", hide, hide, hide, hide, hide, hide, None, "", "", hide, hide, hide, hide)
         yield nothing
         skip = gr.skip()
         try:
@@ -235,7 +248,7 @@ class Page:
             assert found is not None
             token = len(found.explanation.tokens) - 1
             heads = await self._heads(found, token)
-            drawn, meaning = await self._map(found, token, _EVERY, _BEST, "logprob")
+            seen = await self._map(found, token, _EVERY, _BEST, DEFAULT)
             methods = [(words, name) for name, words in (_WITH_BOXES if joint else _METHODS).items()]
             yield (
                 found,
@@ -244,12 +257,10 @@ class Page:
                 gr.update(choices=_numbered(found.explanation.tokens), value=token, visible=True),
                 heads,
                 gr.update(value=_EVERY, visible=True),
-                gr.update(choices=methods, value="logprob", visible=True),
-                drawn,
-                meaning,
+                gr.update(choices=methods, value=DEFAULT, visible=True),
+                *seen,
                 skip,
                 *[gr.update(visible=True)] * 3,
-                "",
             )
             if routes:
                 async for text in tool.impaired(picture, question, routes, int(first), int(to), joint):
@@ -257,11 +268,11 @@ class Page:
             if keep:
                 text, facts, patches = await tool.compressed(picture, question, keep)
                 shown = gr.update(value=text, info=facts, visible=True)
-                yield (*[skip] * 3, shown, *[skip] * 6, gr.update(value=patches, visible=True), *[skip] * 4)
+                yield (*[skip] * 3, shown, *[skip] * 7, gr.update(value=patches, visible=True), *[skip] * 3)
         except Exception as error:
             raise self._told(error) from None
 
-    async def token(self, answered: Answered | None, token: int, method: str) -> Shown:
+    async def token(self, answered: Answered | None, token: int, method: str) -> Outputs:
         """Another word: its map and its heads."""
         held = _held(answered)
         try:
@@ -270,24 +281,25 @@ class Page:
             raise self._told(error) from None
         return (heads, gr.update(value=_EVERY), *await self._map(held, token, _EVERY, _BEST, method))
 
-    async def head(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
+    async def head(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
         """One head's map."""
         return (gr.update(value=_EVERY), *await self._map(answered, token, _EVERY, head, method))
 
-    async def layer(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
+    async def layer(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
         """The map of a layer's heads."""
         return (gr.update(value=_BEST), *await self._map(answered, token, layer, _BEST, method))
 
-    async def method(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Shown:
+    async def method(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
         """The same, drawn in another way."""
         return await self._map(answered, token, layer, head, method)
 
-    async def check(self, answered: Answered | None, token: int) -> str:
-        """Does the word hang on what the map shows?"""
+    async def check(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Any:
+        """Does the word hang on what the map shows? Nothing is said once another map is shown."""
         try:
-            return f"**{await self._tool.verified(_held(answered), token)}**"
+            words = await self._tool.verified(_held(answered), _shown(token, layer, head, method))
         except Exception as error:
             raise self._told(error) from None
+        return gr.skip() if words is None else f"**{words}**"
 
     async def report(self, answered: Answered | None, method: str) -> str:
         """A page to keep."""
@@ -328,13 +340,18 @@ class Page:
 
     async def _map(
         self, answered: Answered | None, token: int, layer: int, head: str, method: str
-    ) -> tuple[Image.Image, str]:
-        one = None if head == _BEST else (int(head.partition(".")[0]), int(head.partition(".")[2]))
+    ) -> tuple[Image.Image, str, str]:
+        """The map, what its colours mean, and no verdict yet."""
         try:
-            drawn = await self._tool.map(_held(answered), token, one, None if layer == _EVERY else int(layer), method)
+            drawn = await self._tool.map(_held(answered), _shown(token, layer, head, method))
         except Exception as error:
             raise self._told(error) from None
-        return drawn.image, _legend(drawn)
+        return drawn.image, _legend(drawn), ""
+
+
+def _shown(token: int, layer: int, head: str, method: str) -> Shown:
+    one = None if head == _BEST else (int(head.partition(".")[0]), int(head.partition(".")[2]))
+    return Shown(token, one, None if layer == _EVERY else int(layer), method)
 
 
 def _legend(drawn: Drawn) -> str:

@@ -1,0 +1,227 @@
+"""Who may read what through the browser tool: a picture, a map and a stream of events belong to one browser.
+
+Gradio gives a file to anyone who names its path, follows URLs that a request names, and has many routes that this tool
+never calls. This middleware stands before the mounted application. It passes the routes that the page uses, and no
+others; it knows a browser by a cookie, and which files and event streams the application made for it; whatever names
+another file, a URL or another browser's stream is answered as if it did not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs
+
+from .guard import App, Message, Receive, Send
+
+COOKIE = "mllm_fast_ui"
+_GIVEN = re.compile(rb"(?:^|;)\s*" + COOKIE.encode() + rb"=([0-9a-f]{64})\s*(?:;|$)")
+_MOST_SESSIONS = 4096
+_FILE = "/gradio_api/file="
+_OPEN = re.compile(
+    r"/|/(config|user|theme\.css|favicon\.ico|robots\.txt|manifest\.json|login_check|login|logout)/?"
+    r"|/pwa_icon(/\d+)?|/(assets|static|svelte)/.*|/gradio_api/(user|login_check|app_id|token|info|startup-events)/?"
+)
+_STREAMS = re.compile(r"/gradio_api/(heartbeat/(?P<name>\w+)|(queue/data|upload_progress|queue/join|upload|cancel)/?)")
+_NAMES = ("session_hash", "upload_id")  # of streams, in a query or a body
+_UPLOADED, _EVENTS = "/gradio_api/upload", "/gradio_api/queue/data"
+
+
+@dataclass
+class _Session:
+    """What one browser may read: files by their path, streams by their name."""
+
+    files: set[str] = field(default_factory=set)
+    used: float = field(default_factory=time.monotonic)
+
+
+class UISessionMiddleware:
+    """ASGI middleware before the mounted Gradio application.
+
+    Args:
+        app: the application. seconds: how long what a browser made is remembered after its last request; not shorter
+            than Gradio keeps the files.
+    """
+
+    def __init__(self, app: App, seconds: float):
+        self._app, self._seconds = app, seconds
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._owners: dict[str, str] = {}  # of a stream's name: the session
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        self._forget()
+        identity, is_new = _identity(scope)
+        if is_new:
+            send = _with_cookie(send, identity, scope.get("scheme") == "https")
+        if _OPEN.fullmatch(path):
+            await self._app(scope, receive, send)
+        elif path.startswith(_FILE):
+            await self._file(path.removeprefix(_FILE), identity, scope, receive, send)
+        elif found := _STREAMS.fullmatch(path):
+            await self._stream(path.rstrip("/"), found["name"], identity, scope, receive, send)
+        else:
+            await _not_found(send)
+
+    async def _file(self, path: str, identity: str, scope: Any, receive: Receive, send: Send) -> None:
+        session = self._sessions.get(identity)
+        if session is None or path not in session.files or scope["method"] not in ("GET", "HEAD"):
+            await _not_found(send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _stream(
+        self, path: str, name: str | None, identity: str, scope: Any, receive: Receive, send: Send
+    ) -> None:
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        names = [one for key in _NAMES for one in query.get(key, [])] + ([name] if name else [])
+        if path in ("/gradio_api/queue/join", "/gradio_api/cancel"):
+            body = await _json(receive)
+            if not isinstance(body, dict) or not all(isinstance(body.get(key, ""), str) for key in _NAMES):
+                await _not_found(send)
+                return
+            names += [body[key] for key in _NAMES if key in body]
+            session = self._sessions.get(identity)
+            if any(one not in (session.files if session else ()) for one in _named_files(body)):
+                await _not_found(send, "this file was not uploaded here, or was forgotten: upload the picture again")
+                return
+            # what was checked is what is read
+            scope, receive = _replaced(scope, receive, json.dumps(body).encode())
+        if not self._owns(identity, names):
+            await _not_found(send)
+            return
+        if path in (_UPLOADED, _EVENTS):
+            scope = scope | {"headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
+            send = self._noting(send, identity, path)
+        await self._app(scope, receive, send)
+
+    def _owns(self, identity: str, names: list[str]) -> bool:
+        """Whether these streams are this browser's; those that are nobody's become its own."""
+        if any(self._owners.get(name, identity) != identity for name in names):
+            return False
+        self._session(identity)
+        self._owners |= dict.fromkeys(names, identity)
+        return True
+
+    def _noting(self, send: Send, identity: str, path: str) -> Send:
+        """Notes the files that an answer names: of an upload its paths, of events the paths in their data."""
+        rest = b""
+
+        async def noting(message: Message) -> None:
+            nonlocal rest
+            if message["type"] == "http.response.body":
+                rest += message.get("body", b"")
+                if path == _EVENTS:
+                    *lines, rest = rest.split(b"\n")
+                    found = [
+                        one for line in lines if line.startswith(b"data:") for one in _named_files(_parsed(line[5:]))
+                    ]
+                else:
+                    whole = None if message.get("more_body") else _parsed(rest)
+                    found = [one for one in whole if isinstance(one, str)] if isinstance(whole, list) else []
+                if found:
+                    self._session(identity).files.update(found)
+            await send(message)
+
+        return noting
+
+    def _session(self, identity: str) -> _Session:
+        session = self._sessions.setdefault(identity, _Session())
+        session.used = time.monotonic()
+        self._sessions.move_to_end(identity)
+        return session
+
+    def _forget(self) -> None:
+        """The sessions that were not used for long, and the oldest of too many."""
+        before = time.monotonic() - self._seconds
+        gone = set()
+        while self._sessions:
+            identity, session = next(iter(self._sessions.items()))
+            if session.used >= before and len(self._sessions) <= _MOST_SESSIONS:
+                break
+            del self._sessions[identity]
+            gone.add(identity)
+        if gone:
+            self._owners = {name: owner for name, owner in self._owners.items() if owner not in gone}
+
+
+def _identity(scope: Any) -> tuple[str, bool]:
+    """The browser's cookie, and whether it is new."""
+    for name, value in scope["headers"]:
+        if name == b"cookie" and (found := _GIVEN.search(value)):
+            return found[1].decode(), False
+    return secrets.token_hex(32), True
+
+
+def _with_cookie(send: Send, identity: str, secure: bool) -> Send:
+    text = f"{COOKIE}={identity}; Path=/; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), (b"set-cookie", text.encode())]
+        await send(message)
+
+    return sending
+
+
+def _named_files(content: Any) -> Iterator[str]:
+    """Every path in some JSON, of a file object of Gradio's or of whatever else has that key."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "path" and isinstance(value, str):
+                yield value
+            else:
+                yield from _named_files(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _named_files(value)
+
+
+async def _json(receive: Receive) -> Any:
+    """A request's body, parsed; None if it is no JSON."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return _parsed(b"".join(parts))
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _replaced(scope: Any, receive: Receive, body: bytes) -> tuple[Any, Receive]:
+    """The request with another body."""
+    headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
+    sent = False
+
+    async def receiving() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return scope | {"headers": [*headers, (b"content-length", str(len(body)).encode())]}, receiving
+
+
+async def _not_found(send: Send, words: str = "there is nothing here") -> None:
+    body = json.dumps({"detail": words}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,243 @@
+"""What the browser tool gives out: nothing but what a browser uploaded itself and what was made for it. The requests
+are those that Gradio's page makes, sent by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from pathlib import Path
+
+import httpx
+import pytest
+import served
+from served import KEY, OTHER
+
+from mllm_fast.cli_options import SAMPLE
+
+pytest.importorskip("gradio")
+SECRET = "the secret that no answer may hold"
+PREFIX = "/ui/gradio_api"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("files")
+    (made / "secret.txt").write_text(SECRET)
+    (made / ".env").write_text(SECRET)
+    (made / "keys").write_text(f"{KEY}\n{OTHER}\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    made = served.Server("--ui", cwd=folder)
+    yield made
+    made.stop()
+
+
+class Browser:
+    """A browser's part of the protocol: its cookies, its session, and what it heard."""
+
+    def __init__(self, server: served.Server):
+        self.http = httpx.Client(base_url=server.url, timeout=60, follow_redirects=True)
+        self.session = uuid.uuid4().hex
+        assert self.http.get("/ui/").status_code == 200
+
+    def functions(self) -> list[dict]:
+        config = self.http.get("/ui/config").json()
+        kinds = {one["id"]: one["type"] for one in config["components"]}
+        return [one | {"kinds": [kinds[i] for i in one["inputs"]]} for one in config["dependencies"]]
+
+    def upload(self, path: Path = SAMPLE) -> str:
+        (found,) = self.http.post(f"{PREFIX}/upload", files={"files": (path.name, path.read_bytes())}).json()
+        return found
+
+    def join(self, function: int, data: list) -> httpx.Response:
+        body = {"data": data, "fn_index": function, "session_hash": self.session}
+        return self.http.post(f"{PREFIX}/queue/join", json=body)
+
+    def events(self, session: str | None = None) -> str:
+        reply = self.http.get(f"{PREFIX}/queue/data", params={"session_hash": session or self.session})
+        return reply.text if reply.status_code == 200 else ""
+
+    def ask(self, picture: str) -> str:
+        """The events of a question about an uploaded picture."""
+        function = next(one for one in self.functions() if one["kinds"][:2] == ["image", "textbox"])
+        told = self.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+        assert told.status_code == 200, told.text
+        return self.events()
+
+    def read(self, path: str) -> httpx.Response:
+        return self.http.get(f"{PREFIX}/file={path}")
+
+
+def file(path: str) -> dict:
+    return {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+
+
+def paths_in(events: str) -> list[str]:
+    found = []
+
+    def walk(content):
+        if isinstance(content, dict):
+            found.extend(value for key, value in content.items() if key == "path" and isinstance(value, str))
+            content = list(content.values())
+        for one in content if isinstance(content, list) else ():
+            walk(one)
+
+    for line in events.splitlines():
+        if line.startswith("data:"):
+            walk(json.loads(line[5:]))
+    return found
+
+
+@pytest.fixture
+def opened():
+    """Opens browsers of a server, and closes them."""
+    made: list[Browser] = []
+
+    def one(server: served.Server) -> Browser:
+        made.append(Browser(server))
+        return made[-1]
+
+    yield one
+    for browser in made:
+        browser.http.close()
+
+
+@pytest.fixture
+def browser(opened, server):
+    return opened(server)
+
+
+def test_a_browser_reads_what_it_uploaded_and_what_was_made_for_it(browser):
+    picture = browser.upload()
+    assert browser.read(picture).content == SAMPLE.read_bytes()
+    made = [one for one in paths_in(browser.ask(picture)) if one != picture]
+    assert made, "there are maps"
+    assert all(browser.read(one).status_code == 200 for one in made)
+
+
+def test_no_component_takes_a_file_that_was_not_uploaded(browser, folder):
+    """Each input of each function is given a file of the machine, in all forms that name one."""
+    forms = [
+        str(folder / "secret.txt"), "secret.txt", "./secret.txt", f"{folder}/../{folder.name}/secret.txt",
+        f"file://{folder}/secret.txt", str(folder / ".env"), "/proc/self/environ", "/proc/self/cwd/secret.txt",
+        f"{browser.http.base_url}healthz",
+    ]  # fmt: skip
+    heard = []
+    for function in browser.functions():
+        for at in range(len(function["inputs"])):
+            for form in forms:
+                given = [file(form), [file(form)], {"image": file(form)}, {"path": form}]
+                for one in given[: 4 if form == forms[0] else 1]:
+                    data = [None] * len(function["inputs"])
+                    data[at] = one
+                    reply = browser.join(function["id"], data)
+                    heard.append(reply.text)
+                    if reply.status_code == 200:
+                        heard.append(browser.events())
+    told = "\n".join(heard)
+    copies = [browser.read(path) for path in paths_in(told)]
+    copies += [browser.read(word.strip("'\"")) for word in told.split() if "gradio" in word and "/" in word]
+    copies += [browser.read(form) for form in forms]
+    assert SECRET not in told
+    assert not any(SECRET in one.text or "PATH=" in one.text or one.status_code == 200 for one in copies)
+
+
+def test_what_the_tool_lets_through_gradio_checks(shapes, folder, monkeypatch):
+    """The second wall: the mounted application alone refuses a file that was not uploaded."""
+    from starlette.routing import Mount
+
+    from mllm_fast.serving.keys import Keys
+    from mllm_fast.serving.logs import Log
+    from mllm_fast.serving.server import application
+    from mllm_fast.serving.settings import Settings
+    from mllm_fast.serving.tool import Tool
+    from mllm_fast.serving.ui import mount
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # put back what mounting sets
+    log, keys = Log(None), Keys()
+    app, service = application(shapes, Settings(), keys, "shapes", log)
+    mount(app, Tool(service), keys, log)
+    inner = next(route for route in app.routes if isinstance(route, Mount)).app._app
+    secret = str(folder / "secret.txt")
+
+    async def tried() -> tuple[str, int]:
+        body = {"data": [file(secret), "What?", [], 0, 5, 0, False], "session_hash": "a"}
+        transport = httpx.ASGITransport(app=inner)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http,
+        ):
+            config = (await http.get("/config")).json()
+            kinds = {one["id"]: one["type"] for one in config["components"]}
+            asking = next(d["id"] for d in config["dependencies"] if [kinds[i] for i in d["inputs"]][:1] == ["image"])
+            joined = await http.post("/gradio_api/queue/join", json=body | {"fn_index": asking})
+            assert joined.status_code == 200
+            events = await http.get("/gradio_api/queue/data", params={"session_hash": "a"})
+            return events.text, (await http.get(f"/gradio_api/file={secret}")).status_code
+
+    told, status = asyncio.run(tried())
+    assert "was not uploaded by a user" in told
+    assert status == 403
+
+
+def test_another_browser_reads_nothing_of_it(opened, server, browser):
+    picture = browser.upload()
+    seen = [picture, *paths_in(browser.ask(picture))]
+    stranger = opened(server)
+    assert {stranger.read(path).status_code for path in seen} == {404}
+    function = next(one for one in stranger.functions() if one["kinds"][:1] == ["image"])
+    assert stranger.join(function["id"], [file(picture), "What?", [], 0, 5, 0, False]).status_code == 404
+    # nor its events, nor as its session
+    browser.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+    assert stranger.events(browser.session) == ""
+    stranger.session = browser.session
+    assert stranger.join(function["id"], [None, "What?", [], 0, 5, 0, False]).status_code == 404
+    assert stranger.http.get(f"{PREFIX}/heartbeat/{browser.session}").status_code == 404
+    assert "blue" in browser.events()
+    # who uploads the same picture may read it
+    assert stranger.read(stranger.upload()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/file=http://127.0.0.1/"),
+        ("GET", "/file=https://example.org/"),
+        ("GET", "/file//etc/passwd"),
+        ("GET", "/proxy=https://example.org/"),
+        ("GET", "/stream/a/b/0/playlist-file"),
+        ("POST", "/component_server"),
+        ("POST", "/process_recording"),
+        ("POST", "/run/ask"),
+        ("POST", "/api/ask"),
+        ("POST", "/call/ask"),
+        ("POST", "/vibe-edit"),
+        ("POST", "/vibe-code"),
+        ("GET", "/vibe-code"),
+        ("GET", "/deep_link?session_hash=a"),
+        ("GET", "/queue/status"),
+        ("GET", "/../monitoring"),
+        ("GET", "/runs"),
+    ],
+)
+def test_what_the_page_does_not_need_is_closed(browser, method, path):
+    reply = browser.http.request(method, PREFIX + path, json={} if method == "POST" else None)
+    assert reply.status_code == 404, reply.text
+
+
+def test_the_doors_have_keys(opened, folder):
+    """With keys, a browser that has not logged in uploads and reads nothing."""
+    server = served.Server("--ui", "--api-keys", folder / "keys", cwd=folder)
+    try:
+        users = [opened(server) for _ in range(3)]
+        for one, key in zip(users, (KEY, OTHER), strict=False):
+            assert one.http.post("/ui/login", data={"username": "a", "password": key}).status_code == 200
+        picture = users[0].upload()
+        assert [one.read(picture).status_code for one in users] == [200, 404, 404]
+        assert users[2].http.post(f"{PREFIX}/upload", files={"files": ("a", b"a")}).status_code == 401
+    finally:
+        server.stop()
