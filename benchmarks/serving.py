@@ -55,8 +55,14 @@ class Server:
     def __init__(self, *options: str):
         command = [sys.executable, "-m", "mllm_fast.cli", "serve", "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        line = self.process.stderr.readline()  # type: ignore[union-attr]
-        self.port = json.loads(line)["port"]
+        told: list[str] = []
+        for line in self.process.stderr:  # type: ignore[union-attr]
+            told.append(line)
+            if '"listening"' in line:
+                break
+        else:
+            sys.exit(f"the server did not start ({' '.join(command)}):\n{''.join(told)}")
+        self.port = json.loads(told[-1])["port"]
         self._drain = subprocess.Popen(["cat"], stdin=self.process.stderr, stdout=subprocess.DEVNULL)
 
     def resident(self) -> int:

@@ -6,9 +6,36 @@ Importing this package loads neither torch nor a model and patches nothing; name
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+
+def _use_installed() -> None:
+    """In a checkout, whose kernels/ lies beside the package: what is installed is what runs, from any folder.
+
+    Started from a checkout's root, Python finds the package there first. An editable install finds the kernels beside
+    it; of any other install its own modules are used, compiled ones included.
+    """
+    import importlib.util
+    import sys
+
+    if importlib.util.find_spec(f"{__name__}.kernels") is not None:
+        return
+    for entry in sys.path:
+        folder = os.path.join(os.path.abspath(entry), __name__)
+        if os.path.isfile(os.path.join(folder, "kernels", "__init__.py")):
+            __path__[:] = [folder]
+            return
+    raise ImportError(
+        f"this mllm_fast is a checkout ({__path__[0]}) and is not installed: its kernels are found once it is. Run"
+        " `pip install .` in its root, or `pip install -e .` to work on it"
+    )
+
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    _use_installed()
 
 _HOME = {
     "VLM": ".vlm",
@@ -36,15 +63,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    try:
-        value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.kernels":
-            raise
-        raise ImportError(
-            "this mllm_fast is a checkout, whose kernels/ lies beside it: run Python from another folder, or install"
-            " the checkout with `pip install -e .`"
-        ) from error
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
     globals()[name] = value
     return value
 
