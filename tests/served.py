@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 from PIL import Image
+from waiting import HANG
 
 KEY = "sk-first-0123456789abcdef"
 OTHER = "sk-second-0123456789abcdef"
@@ -41,15 +42,15 @@ class Server:
         self._reader.start()
 
     def client(self, key: str = KEY, **options) -> openai.OpenAI:
-        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=60, **{"max_retries": 0, **options})
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=HANG, **{"max_retries": 0, **options})
         self._clients.append(made)
         return made
 
     def http(self, key: str = KEY) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=HANG)
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=HANG).text.splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
     def terminate(self) -> None:
@@ -60,8 +61,8 @@ class Server:
             client.close()
         if self.process.poll() is None:
             self.terminate()
-        code = self.process.wait(60)
-        self._reader.join(10)
+        code = self.process.wait(HANG)
+        self._reader.join(HANG)
         self.process.stderr.close()  # type: ignore[union-attr]
         return code
 

@@ -8,6 +8,7 @@ from operator import attrgetter
 import pytest
 import torch
 from PIL import Image
+from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.compress import kept_count, read
@@ -133,7 +134,7 @@ def test_two_threads_may_ask_at_once(vlm, ctx):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG)
     assert said == dict.fromkeys(range(4), expected)
 
 

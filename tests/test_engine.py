@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.errors import InputError
@@ -30,7 +31,7 @@ class Asked:
         stop = vlm.prompts.end_ids()
         self.wanted = Generation(self.events.put, stop, **{"max_tokens": 6, **options})
 
-    def result(self, timeout: float = 30) -> tuple[list[int], object]:
+    def result(self, timeout: float = HANG) -> tuple[list[int], object]:
         ids = []
         while not isinstance(event := self.events.get(timeout=timeout), (Finished, Failed)):
             if isinstance(event, Said):
@@ -45,7 +46,7 @@ def engine(vlm):
     made = Engine(vlm, max_batch=3, max_queue=8)
     made.start()
     yield made
-    made.stop(30)
+    made.stop(HANG)
 
 
 def recipe(vlm: mf.VLM, picture, score: str = "generated") -> Recipe:
@@ -91,13 +92,13 @@ def test_who_waits_for_a_context_pays_once(shapes):
     engine.start()
     began = []
     for one in asked:
-        first = one.events.get(timeout=30)
+        first = one.events.get(timeout=HANG)
         assert isinstance(first, Began)
         began.append(first.cached > 0)
         one.result()
     assert kept == ["one"]
     assert sorted(began) == [False, True, True, True, True]
-    assert engine.stop(10)
+    assert engine.stop(HANG)
 
 
 def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monkeypatch):
@@ -154,7 +155,7 @@ def test_late_cancelled_and_too_many(vlm, picture):
     engine.start()
     gate = threading.Event()
     held: queue.Queue = queue.Queue()
-    engine.submit(Work(lambda: iter([gate.wait(30)]), held.put))
+    engine.submit(Work(lambda: iter([gate.wait(HANG)]), held.put))
     while engine.waiting:
         time.sleep(0.001)
     engine.submit(late.wanted)
@@ -163,9 +164,9 @@ def test_late_cancelled_and_too_many(vlm, picture):
         engine.submit(about(vlm, picture, "more").wanted)
     gate.set()
     assert isinstance(late.result()[1].error, TimeoutError)
-    assert held.get(timeout=10) is True
-    assert isinstance(held.get(timeout=10), Finished)
-    assert engine.stop(10)
+    assert held.get(timeout=HANG) is True
+    assert isinstance(held.get(timeout=HANG), Finished)
+    assert engine.stop(HANG)
     assert dropped.events.empty()
     with pytest.raises(StoppingError):
         engine.submit(about(vlm, picture, "after").wanted)
@@ -175,10 +176,12 @@ def test_work_is_done_a_piece_at_a_time(vlm, engine, picture):
     """A long work does not hold an answer up, and what fails in it is told."""
     pieces: queue.Queue = queue.Queue()
     order = []
+    answered = threading.Event()
 
     def long():
         for i in range(50):
-            time.sleep(0.01)
+            if i == 30:
+                answered.wait(HANG)
             order.append(i)
             yield i
         raise InputError("enough")
@@ -186,9 +189,10 @@ def test_work_is_done_a_piece_at_a_time(vlm, engine, picture):
     engine.submit(Work(long, pieces.put))
     asked = about(vlm, picture, "one")
     engine.submit(asked.wanted)
-    asked.result()
-    assert len(order) < 50
-    found = [pieces.get(timeout=30) for _ in range(51)]
+    asked.result()  # the work is not done yet: it waits for the answer
+    assert len(order) <= 30
+    answered.set()
+    found = [pieces.get(timeout=HANG) for _ in range(51)]
     assert found[:50] == list(range(50))
     assert str(found[50].error) == "enough"
 
@@ -209,7 +213,7 @@ def test_processors_of_the_models_own_settings_are_honoured(built):
         engine.start()
         engine.submit(asked.wanted)
         assert asked.result()[0] == expected != plain
-        assert engine.stop(10)
+        assert engine.stop(HANG)
     finally:
         model.generation_config.repetition_penalty = before
 

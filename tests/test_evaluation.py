@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
+from waiting import HANG
 
 from mllm_fast import cli
 from mllm_fast.cli_eval import NAMES, evaluate
@@ -280,7 +281,7 @@ def test_without_matplotlib_nothing_is_begun(tmp_path, monkeypatch):
 def eval_command(*arguments: str, folder) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mllm_fast.cli", "eval", *arguments]
     environment = os.environ | {"COLUMNS": "100"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANG, env=environment)
 
 
 def test_the_command(tmp_path):

@@ -10,6 +10,7 @@ import sys
 
 import pyarrow.parquet
 import pytest
+from waiting import HANG
 
 from mllm_fast.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
@@ -109,7 +110,7 @@ def test_a_ray_job_gives_the_same_rows(tmp_path):
     samples = Samples([*samples.list, missing], samples.origin)
     alone = run(AttentionShare(max_new_tokens=6), samples, MODEL, tmp_path / "one")
     script = _RAY.format(folder=str(tmp_path / "ray"), gone=str(tmp_path / "gone.png"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == alone
     assert "error" in alone["gone"][0]

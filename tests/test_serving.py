@@ -18,6 +18,7 @@ import pytest
 import served
 from PIL import Image
 from served import KEY, OTHER, asked, data_url
+from waiting import HANG, until
 
 import mllm_fast as mf
 from mllm_fast.cli_options import SAMPLE
@@ -270,8 +271,8 @@ def test_the_pages_own_examples_run(server, sample, tmp_path):
 
 
 def test_health_metrics_and_the_api_page(server, url):
-    assert httpx.get(f"{server.url}/healthz").text == "ok\n"
-    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    assert httpx.get(f"{server.url}/healthz", timeout=HANG).text == "ok\n"
+    assert httpx.get(f"{server.url}/readyz", timeout=HANG).status_code == 200
     before = server.metric("mllm_fast_answer_tokens_total")
     reply = chat(server.client(), asked(COLOR, url))
     assert server.metric("mllm_fast_answer_tokens_total") == before + reply.usage.completion_tokens
@@ -279,18 +280,16 @@ def test_health_metrics_and_the_api_page(server, url):
     assert server.metric("mllm_fast_context_bytes") > 0
     assert (
         'mllm_fast_request_seconds_bucket{le="0.5",route="/v1/chat/completions",status="200"}'
-        in httpx.get(f"{server.url}/metrics").text
+        in httpx.get(f"{server.url}/metrics", timeout=HANG).text
     )
-    assert "/v1/chat/completions" in httpx.get(f"{server.url}/openapi.json").json()["paths"]
-    assert httpx.get(f"{server.url}/docs").status_code == 200
+    assert "/v1/chat/completions" in httpx.get(f"{server.url}/openapi.json", timeout=HANG).json()["paths"]
+    assert httpx.get(f"{server.url}/docs", timeout=HANG).status_code == 200
 
 
 def test_the_log_tells_nobodys_secrets(server, url):
     chat(server.client(), asked("What color is the secret star?", url))
-    httpx.get(f"{server.url}/v1/contexts/my-secret-name", params={"q": "secret"})
-    deadline = time.monotonic() + 10
-    while not any('"prompt_tokens"' in line for line in server.raw) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    httpx.get(f"{server.url}/v1/contexts/my-secret-name", params={"q": "secret"}, timeout=HANG)
+    until(lambda: any('"prompt_tokens"' in line for line in server.raw))
     text = "".join(server.raw)
     for secret in (KEY, OTHER, "secret", url[30:60], "star"):
         assert secret not in text
@@ -299,7 +298,16 @@ def test_the_log_tells_nobodys_secrets(server, url):
 
 
 def long_answer(server, url, **options):
-    return chat(server.client(), asked(DESCRIBE, url), model="endless", max_tokens=800, **options)
+    return chat(server.client(), asked(DESCRIBE, url), **{"model": "endless", "max_tokens": 800, **options})
+
+
+def refuses(server: served.Server) -> bool:
+    """Whether it takes no connection any more."""
+    try:
+        httpx.get(f"{server.url}/healthz", timeout=HANG)
+    except httpx.TransportError:
+        return True
+    return False
 
 
 def test_who_hangs_up_frees_the_place(endless, url):
@@ -308,26 +316,23 @@ def test_who_hangs_up_frees_the_place(endless, url):
         with httpx.Client(base_url=endless.url) as http:
             body = {"messages": asked(DESCRIBE, url), "max_tokens": 800, "stream": stream}
             if stream:
-                with http.stream("POST", "/v1/chat/completions", json=body, timeout=60) as response:
+                with http.stream("POST", "/v1/chat/completions", json=body, timeout=HANG) as response:
                     next(response.iter_raw())
             else:
                 with pytest.raises(httpx.ReadTimeout):
-                    http.post("/v1/chat/completions", json=body, timeout=0.5)
-        while endless.metric("mllm_fast_batch_rows"):
-            time.sleep(0.05)
+                    http.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(HANG, read=0.5))
+        until(lambda: not endless.metric("mllm_fast_batch_rows"))
         assert endless.metric("mllm_fast_decoded_tokens_total") - before < 800  # it did not go on to the end
 
 
 def test_who_reads_slowly_holds_nobody_up(endless, url):
     with httpx.Client(base_url=endless.url) as http:
         body = {"messages": asked(DESCRIBE, url), "max_tokens": 800, "stream": True}
-        with http.stream("POST", "/v1/chat/completions", json=body, timeout=60):  # nothing is read
+        with http.stream("POST", "/v1/chat/completions", json=body, timeout=HANG):  # nothing is read
             first = chat(endless.client(), asked(COLOR, url), model="endless", max_tokens=5)
             assert first.usage.completion_tokens == 5
-            deadline = time.monotonic() + 30  # and its own answer is finished while nobody reads
-            while endless.metric("mllm_fast_batch_rows") and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert endless.metric("mllm_fast_batch_rows") == 0
+            # and its own answer is finished while nobody reads
+            until(lambda: not endless.metric("mllm_fast_batch_rows"))
 
 
 def test_a_full_queue_is_told(endless, url):
@@ -358,17 +363,21 @@ def test_stops_gracefully(tmp_path, url):
     """What runs is finished, what comes is refused, and the context is found by the next server."""
     options = ("--model", served.endless(tmp_path / "model"), "--served-name", "endless", "--store", tmp_path / "store")
     first = served.Server(*options, cwd=tmp_path)
+    began = time.monotonic()
+    long_answer(first, url, max_tokens=100)
+    pace = (time.monotonic() - began) / 100  # seconds a token, as busy as this machine is
+    count = int(min(800, max(50, 5 / pace)))  # far less than what is finished within the server's 30 s
+    before = first.metric("mllm_fast_decoded_tokens_total")
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(long_answer(first, url)))
+    thread = threading.Thread(target=lambda: answers.append(long_answer(first, url, max_tokens=count)))
     thread.start()
-    while not first.metric("mllm_fast_answer_tokens_total") and not first.metric("mllm_fast_contexts"):
-        time.sleep(0.02)
+    until(lambda: first.metric("mllm_fast_decoded_tokens_total") > before)
     first.terminate()
-    time.sleep(0.2)
+    until(lambda: refuses(first))
     with pytest.raises(openai.APIConnectionError):
         long_answer(first, url)
     thread.join()
-    assert answers[0].usage.completion_tokens == 800
+    assert answers[0].usage.completion_tokens == count
     assert first.stop() == 0
     second = served.Server(*options, cwd=tmp_path)
     try:

@@ -15,6 +15,7 @@ import served
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 from served import KEY, asked, data_url
+from waiting import HANG
 
 from mllm_fast.cli_options import SAMPLE
 
@@ -187,7 +188,7 @@ def test_ids_that_are_none(http, identity):
 
 
 def raw(server, head: str) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=HANG)
     connection.sendall(
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n{head}\r\n".encode()
     )
@@ -214,7 +215,7 @@ def test_a_body_of_a_gigabyte(server):
 
 def test_requests_that_are_no_http(server, http):
     for content in (b"\x16\x03\x01\x02\x00", b"GET / HTTP/9.9\r\n\r\n", b"A" * 100_000, b"GET /" + b"a" * 200_000):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=HANG) as connection:
             connection.sendall(content)
     assert http.get("/healthz").status_code == 200
 
@@ -241,7 +242,7 @@ def test_the_openapi_document_finds_no_500(server):
         @settings(max_examples=30, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
         @given(case=result.ok().as_strategy())
         def each(case):
-            reply = case.call(headers={"Authorization": f"Bearer {KEY}"})
+            reply = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=HANG)
             if reply.status_code >= 500 or (reply.status_code >= 400 and not reply.json()["error"]["message"]):
                 found.append(f"{case.method} {case.path} {reply.status_code}")
 
@@ -251,5 +252,5 @@ def test_the_openapi_document_finds_no_500(server):
 
 def test_without_a_key(server):
     for path in ("/v1/models", "/v1/contexts"):
-        assert httpx.get(server.url + path).status_code == 401
-        assert httpx.get(server.url + path, headers={"Authorization": "Basic abc"}).status_code == 401
+        assert httpx.get(server.url + path, timeout=HANG).status_code == 401
+        assert httpx.get(server.url + path, headers={"Authorization": "Basic abc"}, timeout=HANG).status_code == 401

@@ -11,6 +11,7 @@ import pytest
 import served
 from PIL import Image
 from served import KEY
+from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.cli_options import SAMPLE
@@ -37,7 +38,8 @@ def browser():
     ARTEFACTS.mkdir(exist_ok=True)
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        made = driver.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=1000 * HANG)
+        playwright.expect.set_options(timeout=1000 * HANG)
         yield made
         made.close()
 
@@ -46,6 +48,7 @@ def browser():
 def page(browser, server):
     """A page with the sample picture uploaded and a question asked. Nothing but the server is called."""
     context = browser.new_context(viewport={"width": 1280, "height": 1400})
+    context.set_default_timeout(1000 * HANG)
     made = context.new_page()
     strangers: list[str] = []
     made.on(
@@ -145,6 +148,25 @@ def test_check_and_downloads(page):
     assert b"<!" in Path(download.value.path()).read_bytes()[:20]
 
 
+def test_a_verdict_goes_with_its_map(page):
+    """Another map or word has no verdict until it is checked, and then its own."""
+    ask(page, "Describe the image.")
+    page.locator("#check").click()
+    verdict = page.locator("#verdict")
+    playwright.expect(verdict).to_contain_text("log-probability map of the 10 best heads")
+    before = shown_map(page)
+    page.locator("#method input").click()
+    page.get_by_role("option", name="attention rollout").click()
+    before = wait_for_another(page, before)
+    playwright.expect(verdict).to_have_text("")
+    page.locator("#check").click()
+    playwright.expect(verdict).to_contain_text("map 'rollout'")
+    page.screenshot(path=ARTEFACTS / "ui-verdict.png", full_page=True)
+    page.locator("#tokens label").nth(1).click()
+    wait_for_another(page, before)
+    playwright.expect(verdict).to_have_text("")
+
+
 def test_the_keyboard_reaches_everything(page):
     """Ask with Enter, and take another word with the space bar; Tab leads to everything that can be chosen."""
     page.locator("#question textarea").fill("Describe the image.")
@@ -164,6 +186,7 @@ def test_the_keyboard_reaches_everything(page):
 
 def test_a_telephones_width(browser, server):
     context = browser.new_context(viewport={"width": 360, "height": 800}, is_mobile=True, has_touch=True)
+    context.set_default_timeout(1000 * HANG)
     page = context.new_page()
     page.goto(f"{server.url}/ui")
     page.locator("#sample").tap()
@@ -190,6 +213,7 @@ def test_keys_are_asked_for(browser, tmp_path):
     server = served.Server("--ui", "--api-keys", tmp_path / "keys", cwd=tmp_path)
     try:
         page = browser.new_page()
+        page.set_default_timeout(1000 * HANG)
         page.goto(server.url)
         page.get_by_label("username").fill("me")
         page.get_by_label("password").fill("wrong")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import HANG
 
 from mllm_fast.loading import model_folder
 from mllm_fast.shapes.batches import IGNORE, BatchMaker, Mix, patch_targets
@@ -227,7 +228,7 @@ def test_training_script_runs(tmp_path):
     command += ["--batch", "2", "--no-compile"]
     for folder, start in (("m", []), ("n", ["--start", tmp_path / "m"])):
         command[4] = tmp_path / folder
-        subprocess.run([*command, *start], check=True, capture_output=True, timeout=300, cwd=tmp_path)
+        subprocess.run([*command, *start], check=True, capture_output=True, timeout=HANG, cwd=tmp_path)
     import mllm_fast as mf
 
     vlm = mf.VLM.from_pretrained(tmp_path / "n", device="cpu")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast import folders
@@ -135,7 +136,7 @@ def test_threads_wait_for_each_other(llava, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANG)
     assert len(calls) == 1
     assert len(found) == 6
     assert store._busy == {}
@@ -154,9 +155,9 @@ def test_processes_compute_each_context_once(llava, tmp_path):
     workers = [FORK.Process(target=fill, args=(str(tmp_path), llava, many[i:] + many[:i], misses)) for i in range(3)]
     for worker in workers:
         worker.start()
-    assert sum(misses.get(timeout=60) for _ in workers) == 6
+    assert sum(misses.get(timeout=HANG) for _ in workers) == 6
     for worker in workers:
-        worker.join(30)
+        worker.join(HANG)
         assert worker.exitcode == 0
 
 
@@ -171,7 +172,7 @@ def test_a_killed_writer_is_cleared_away(llava, tmp_path, monkeypatch):
 
     worker = FORK.Process(target=die)
     worker.start()
-    worker.join(60)
+    worker.join(HANG)
     assert worker.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.glob(f"??/{TEMPORARY}*"))) == 1
     store = ContextStore(str(tmp_path))
