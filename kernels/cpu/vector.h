@@ -4,6 +4,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));  // whose sums and shifts may overflow
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
@@ -59,6 +60,6 @@ static inline vec exp2(vec x) {  // 2e-9 relative
   p = p * r + 0.24022646248340607f;
   p = p * r + 0.6931471824645996f;
   p = p * r + 1.0f;
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  return (vec)((uvec)p + ((uvec)shifted << 23));
 }
 #endif
