@@ -8,23 +8,10 @@ which addresses are multiples of 16. A caller whose key holds all of these keeps
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
-import torch
-import triton
-
 Plan = TypeVar("Plan")
-RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])  # of Triton: what spills differs
 _MOST = 4096  # plans held; decoding makes a new one every token
-
-
-@cache
-def chip(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; a small A100 for Triton's interpreter."""
-    if device.type != "cuda":
-        return (8, 0), 4
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Launch:

@@ -17,7 +17,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_launch import RELEASE, Launch, chip, remembered
+from ..triton_launch import Launch, remembered
+from ..triton_target import RELEASE, chip
 from .triton_attend import attend, combine
 from .triton_mass import mass as mass_of_keys
 

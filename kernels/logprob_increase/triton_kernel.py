@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_launch import RELEASE, chip
+from ..triton_target import RELEASE, chip
 from . import triton_moments, triton_tiles
 from .base import Base
 from .operators import Operators, Together, held_together

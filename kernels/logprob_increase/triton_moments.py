@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import RELEASE
+from ..triton_target import RELEASE
 from .triton_rounding import INTERPRETED, round_to
 from .triton_tiles import dot
 

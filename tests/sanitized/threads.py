@@ -39,7 +39,9 @@ def steps(array: np.ndarray) -> tuple[int, ...]:
 
 
 def attention(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
-    query, key, value, segments, table, start = (given[name] for name in "query key value segments table start".split())
+    query, key, value, segments, table, start = (
+        given[name] for name in ["query", "key", "value", "segments", "table", "start"]
+    )
     (batch, heads, rows, width), (kv_heads, keys) = query.shape, key.shape[1:3]
     out = np.full((batch, rows, heads, width), 0, query.dtype)
     total = np.zeros((batch, heads, rows), np.float32)
@@ -171,7 +173,9 @@ def main() -> None:
             count = 0
             for given in cases():
                 for got, alone in zip(*(run(module, isa, n, given) for n in (THREADS, 1)), strict=True):
-                    np.testing.assert_allclose(widened(got), widened(alone), rtol=1e-2, atol=1e-3, err_msg=f"{name} {isa}")
+                    np.testing.assert_allclose(
+                        widened(got), widened(alone), rtol=1e-2, atol=1e-3, err_msg=f"{name} {isa}"
+                    )
                 count += 1
             print(f"{name:16} {isa:12} {count} cases on {THREADS} threads as on one", flush=True)
 
