@@ -74,9 +74,7 @@ def moments_kernel(way: str, dtype: torch.dtype, depth: int, flags: str, capabil
     signature = SCORES | LISTED | {"writes": TYPES[dtype]}
     if way == "expand":
         constants["BLOCK_R"] = triton_moments.BLOCK_R
-        sizes = triton_moments.WARPS, 3
-        registers = triton_moments.REGISTERS
-        return compile_kernel(triton_moments.expand, signature, constants, capability, *sizes, most_registers=registers)
+        return compile_kernel(triton_moments.expand, signature, constants, capability, triton_moments.WARPS, 3)
     tile = triton_moments.config(divmod(capability, 10))
     constants["BLOCK_V"] = tile.block_v
     sizes = tile.warps, tile.stages

@@ -45,11 +45,6 @@ def config(
     """Tile sizes for every GPU from sm_80 on, the fastest of these on an H200, such that no register spills; `own`, the
     norm's own scale, and `cap` have vectors of words that take registers. tests/test_triton_scores_aot.py holds them to
     it."""
-    tile = _tile(dtype, depth, way, capability, own, cap)
-    return tile._replace(block_v=min(tile.block_v, 32), registers=255) if RELEASE < (3, 6) else tile
-
-
-def _tile(dtype: torch.dtype, depth: int, way: str, capability: tuple[int, int], own: bool, cap: bool) -> Config:
     plain = not (own or cap)
     if way == "direct":
         # a thread of sm_100 has a row of the tile, and so all of its words' vectors
@@ -162,7 +157,7 @@ class _Problem:
         triton_moments.expand[(groups,)](
             rounded, factor, addresses, source, self.tokens, first, second, picked, sums, order, counts,
             groups, rows, vocab, splits, len(sums), torch.finfo(rounded.dtype).eps / 2,
-            BLOCK_R=triton_moments.BLOCK_R, num_warps=triton_moments.WARPS, maxnreg=triton_moments.REGISTERS, **sizes,
+            BLOCK_R=triton_moments.BLOCK_R, num_warps=triton_moments.WARPS, **sizes,
         )  # fmt: skip
         return order, counts
 

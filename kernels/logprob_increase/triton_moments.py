@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_target import RELEASE
 from .triton_rounding import INTERPRETED, round_to
 from .triton_tiles import dot
 
@@ -31,7 +30,6 @@ _LN2, _LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634
 _MOST_DEPTH = 128  # of a head: the moments stay in registers
 LEAST_WORK = 1 << 27  # exponentials; of fewer the time is that of the launches, and these are two more
 BLOCK_R, WARPS = 32, 4  # of `expand`; with more Triton 3.6 cannot compile it for sm_100
-REGISTERS = 255 if RELEASE < (3, 6) else None  # of `expand`
 
 
 class Config(NamedTuple):

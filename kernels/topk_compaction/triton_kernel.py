@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_I, BLOCK_J = 128, 64  # candidates ranked by a program, and compared with at a time
+BLOCK_I, BLOCK_J = 128, 32  # candidates ranked by a program, and compared with at a time
 BLOCK_N = 1024  # positions whose kept flags are summed at a time
 BLOCK_M = 32  # rows copied by a program
 WARPS = 4
