@@ -70,7 +70,7 @@ CASES = [
     Case(1, 1, 1, 65, 39, 16, BRAIN, "shared", described=True, splits=True, mass=False, lse=False),
     # the tiles that the launch chooses
     Case(1, 2, 1, 257, 257, 80, HALF, small=False, described=True, mass=False),
-    Case(1, 2, 1, 129, 129, 256, BRAIN, "none", small=False, described=True, mass=False, splits=True),
+    Case(1, 2, 1, 129, 49, 256, BRAIN, "none", small=False, described=True, mass=False, splits=True),
     Case(1, 2, 1, 257, 257, 80, HALF, small=False),
     Case(1, 2, 1, 257, 257, 64, BRAIN, small=False, mass="some"),
     Case(1, 2, 1, 129, 129, 128, FLOAT, small=False, mass="some"),
