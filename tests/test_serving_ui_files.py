@@ -262,3 +262,40 @@ def test_the_doors_have_keys(opened, folder):
         assert users[2].http.post(f"{PREFIX}/upload", files={"files": ("a", b"a")}).status_code == 401
     finally:
         server.stop()
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    """Of a browser that names ever new streams the last ones are kept, of ever new browsers the last ones."""
+    import asyncio
+
+    from mllm_fast.serving import ui_sessions
+
+    monkeypatch.setattr(ui_sessions, "_MOST_SESSIONS", 3)
+    monkeypatch.setattr(ui_sessions, "_MOST_STREAMS", 5)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = ui_sessions.UISessionMiddleware(app, 3600)
+
+    def get(cookie: int, name: str) -> int:
+        heard = []
+
+        async def send(message):
+            heard.append(message)
+
+        scope = {
+            "type": "http", "path": f"/gradio_api/heartbeat/{name}", "query_string": b"", "method": "GET",
+            "headers": [(b"cookie", f"a=b; {ui_sessions.COOKIE}={cookie:064x}; c=d".encode())],
+        }  # fmt: skip
+        asyncio.run(guard(scope, None, send))
+        return heard[0]["status"]
+
+    assert [get(1, f"s{i}") for i in range(9)] == [200] * 9
+    assert get(2, "s8") == 404
+    assert get(2, "s0") == 200  # forgotten, and taken by another
+    assert get(1, "s0") == 404
+    for cookie in range(3, 9):
+        assert get(cookie, f"c{cookie}") == 200
+    assert len(guard._sessions) <= 4
+    assert set(guard._owners) == {name for session in guard._sessions.values() for name in session.streams}

@@ -23,6 +23,7 @@ from .guard import App, Message, Receive, Send
 COOKIE = "mllm_fast_ui"
 _GIVEN = re.compile(rb"(?:^|;)\s*" + COOKIE.encode() + rb"=([0-9a-f]{64})\s*(?:;|$)")
 _MOST_SESSIONS = 4096
+_MOST_STREAMS = 256  # of a session: those that were used last
 _FILE = "/gradio_api/file="
 _OPEN = re.compile(
     r"/|/(config|user|theme\.css|favicon\.ico|robots\.txt|manifest\.json|login_check|login|logout)/?"
@@ -38,6 +39,7 @@ class _Session:
     """What one browser may read: files by their path, streams by their name."""
 
     files: set[str] = field(default_factory=set)
+    streams: OrderedDict[str, None] = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)
 
 
@@ -108,8 +110,13 @@ class UISessionMiddleware:
         """Whether these streams are this browser's; those that are nobody's become its own."""
         if any(self._owners.get(name, identity) != identity for name in names):
             return False
-        self._session(identity)
-        self._owners |= dict.fromkeys(names, identity)
+        streams = self._session(identity).streams
+        for name in names:
+            self._owners[name] = identity
+            streams[name] = None
+            streams.move_to_end(name)
+        while len(streams) > _MOST_STREAMS:
+            del self._owners[streams.popitem(last=False)[0]]
         return True
 
     def _noting(self, send: Send, identity: str, path: str) -> Send:
@@ -143,15 +150,13 @@ class UISessionMiddleware:
     def _forget(self) -> None:
         """The sessions that were not used for long, and the oldest of too many."""
         before = time.monotonic() - self._seconds
-        gone = set()
         while self._sessions:
             identity, session = next(iter(self._sessions.items()))
             if session.used >= before and len(self._sessions) <= _MOST_SESSIONS:
                 break
             del self._sessions[identity]
-            gone.add(identity)
-        if gone:
-            self._owners = {name: owner for name, owner in self._owners.items() if owner not in gone}
+            for name in session.streams:
+                del self._owners[name]
 
 
 def _identity(scope: Any) -> tuple[str, bool]:
