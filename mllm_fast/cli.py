@@ -257,7 +257,7 @@ def _index_or_word(token: str) -> int | str:
 
 
 def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
-    from .map_names import map_name
+    from .map_names import DEFAULT, map_name
     from .verify import fall
 
     OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
@@ -265,7 +265,8 @@ def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None
     table = Table(title="what made the model say each word", title_justify="left", title_style="bold")
     table.add_column("token")
     table.add_column("best heads: layer.head, increase of log p")
-    table.add_column(f"best patch, pixels ({map_name(method)})", justify="right")
+    of_map = "" if method == DEFAULT else f" of {map_name(method)}"
+    table.add_column(f"best patch{of_map}, pixels", justify="right")
     if ex.verification:
         table.add_column("check: log p falls without these patches")
     for i in range(len(ex.tokens)) if chosen is None else [chosen]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -53,6 +54,18 @@ def test_verify_is_shown_everywhere(run, tmp_path):
     assert token["verification"]["verdict"] == "holds"
     assert token["verification"]["change"]["highest"] < min(token["verification"]["change"]["random"])
     assert "the map holds" in page.read_text()
+
+
+def test_the_table_follows_the_method(run):
+    """Its best patch and its check are those of the map that was asked for, and it says so."""
+    _, plain, _ = run("explain")
+    code, out, err = run("explain", "--method", "rollout", "--verify")
+    assert code == 0, err
+    assert "best patch, pixels" in plain
+    assert "'rollout'" in out
+    assert "holds" not in out
+    (default,), (other,) = (re.findall(r"x \d+-\d+, y \d+-\d+", text) for text in (plain, out))
+    assert default != other
 
 
 @pytest.mark.parametrize(
