@@ -71,7 +71,7 @@ _DESCRIBED = {
         256: Config(64, 32, 8, 3, registers=255),
     },
 }
-if RELEASE < (3, 9):  # whose assembler has fewer registers to give: these tiles spill there
+if RELEASE < (3, 9):  # compiled by these, the tiles above spill 8 to 32 bytes
     _TILES["mass"][4][256] = Config(16, 16, 8, 2, "ieee")
     _DESCRIBED[9][256] = Config(64, 32, 4, 3, chunk=16) if RELEASE == (3, 8) else Config(128, 16, 8, 3, chunk=16)
 
