@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from waiting import HANG
 
 from mllm_fast import cli
-from mllm_fast.cli_eval import NAMES, evaluate
+from mllm_fast.cli.evaluate import NAMES, evaluate
 from mllm_fast.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.evaluation import mean_and_error

@@ -55,59 +55,5 @@ def test_op_is_a_function_however_it_was_imported():
     assert out.startswith("<function")
 
 
-def test_data_flows_one_way():
-    """Nothing to the left imports from the right."""
-    order = [
-        "kernels",
-        "errors",
-        "caches",
-        "offload",
-        "files",
-        "images",
-        "layout",
-        "adapters",
-        "box_weights",
-        "answers",
-        "prompts",
-        "knockout",
-        "shares",
-    ]
-    order += [
-        "masks",
-        "linears",
-        "attention",
-        "trace",
-        "session",
-        "prefixes",
-        "batch",
-        "map_names",
-        "verify",
-        "maps",
-        "explain",
-        "stream",
-        "prefill",
-        "context",
-    ]
-    order += [
-        "compress",
-        "fingerprint",
-        "context_file",
-        "folders",
-        "store",
-        "lettering",
-        "box_picture",
-        "picture",
-        "kept_picture",
-        "render",
-    ]
-    for i, name in enumerate(order[1:], 1):
-        package = sorted((ROOT / "mllm_fast" / name).glob("*.py"))  # or one file
-        for path in package or [ROOT / "mllm_fast" / f"{name}.py"]:
-            level = 2 if package else 1
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.ImportFrom) and node.level == level:
-                    assert node.module.split(".")[0] in order[:i], f"{path.name} imports {node.module}"
-
-
 def test_versions_agree():
     assert f'version = "{mllm_fast.__version__}"' in (ROOT / "pyproject.toml").read_text()

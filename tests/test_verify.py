@@ -14,7 +14,7 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast import verify as verify_module
-from mllm_fast.cli_options import SAMPLE
+from mllm_fast.cli.options import SAMPLE
 from mllm_fast.errors import InputError
 from mllm_fast.explain import Explanation
 from mllm_fast.picture import draw_token

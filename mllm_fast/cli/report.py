@@ -13,19 +13,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table as Printed
 
-from .cli_options import OUT
-from .errors import InputError
+from ..errors import InputError
+from .options import OUT
 
 if TYPE_CHECKING:
-    from .evaluation.report import Report, Table
-    from .evaluation.run import Progress
-    from .evaluation.samples import Samples
+    from ..evaluation.report import Report, Table
+    from ..evaluation.run import Progress
+    from ..evaluation.samples import Samples
 
 
 def publish(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
     """Save the reports, and one page of several, and print them."""
-    from .evaluation.report import plain, save, to_html
-    from .files import write_whole
+    from ..evaluation.report import plain, save, to_html
+    from ..files import write_whole
 
     for report, settings in reports:
         (out / report.name).mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def _printed(table: Table) -> Printed:
 
 def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
     """`count` generated scenes, or the pictures of a folder (all if it is None) with what is known of them."""
-    from .evaluation.masks import coco, mask_folder
-    from .evaluation.samples import pictures, scenes
+    from ..evaluation.masks import coco, mask_folder
+    from ..evaluation.samples import pictures, scenes
 
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint, parse_keep
-from .errors import InputError
+from ..errors import InputError
+from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint, parse_keep
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
 
@@ -58,11 +58,11 @@ def serve(
         raise InputError("--joint is for the tool in the browser: give --ui too")
     if not 0 <= port < 65536:
         raise InputError(f"--port is 0 to 65535, got {port}")
-    from .serving.keys import Keys
-    from .serving.logs import Log
-    from .serving.server import application
-    from .serving.server import serve as listen
-    from .serving.settings import MIB, Settings
+    from ..serving.keys import Keys
+    from ..serving.logs import Log
+    from ..serving.server import application
+    from ..serving.server import serve as listen
+    from ..serving.settings import MIB, Settings
 
     settings = Settings(
         keep=None if keep == "off" else parse_keep(keep),
@@ -87,8 +87,8 @@ def serve(
     log = Log(None) if quiet else Log()
     app, service = application(vlm, settings, keys, served_name or model, log)
     if ui:
-        from .serving.tool import Tool
-        from .serving.ui import mount
+        from ..serving.tool import Tool
+        from ..serving.ui import mount
 
         app = mount(app, Tool(service, both), keys, log)
     listen(app, log, host, port)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from .cli_options import OUT, Device, Dtype, Json, Model, progress
-from .cli_report import bar, publish, samples_of
-from .errors import InputError
+from ..errors import InputError
+from .options import OUT, Device, Dtype, Json, Model, progress
+from .report import bar, publish, samples_of
 
 if TYPE_CHECKING:
-    from .evaluation.samples import Samples
-    from .joint.evaluation import JointEvaluation
-    from .joint.pictures import Pictures
+    from ..evaluation.samples import Samples
+    from ..joint.evaluation import JointEvaluation
+    from ..joint.pictures import Pictures
 
 joint = typer.Typer(
     no_args_is_help=True, help="One vision embedding for a detector and a language model (arXiv 2405.14612)."
@@ -73,12 +73,12 @@ def train(
     with progress("loading the libraries"):
         from tqdm import tqdm
 
-        from .joint.alignment import AlignmentConfig
-        from .joint.detector import Detector
-        from .joint.model import detector_name
-        from .joint.train import CURVE, TrainConfig
-        from .joint.train import train as run
-        from .vlm import VLM
+        from ..joint.alignment import AlignmentConfig
+        from ..joint.detector import Detector
+        from ..joint.model import detector_name
+        from ..joint.train import CURVE, TrainConfig
+        from ..joint.train import train as run
+        from ..vlm import VLM
     config = TrainConfig(epochs, batch, accumulate, rate, precision, every=every, seed=seed)
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
     with progress("loading the models"):
@@ -136,9 +136,9 @@ def finetune(
     with progress("loading the libraries"):
         from tqdm import tqdm
 
-        from .joint.finetune import FinetuneConfig
-        from .joint.finetune import finetune as run
-        from .joint.model import JointModel, joint_folder, read_settings
+        from ..joint.finetune import FinetuneConfig
+        from ..joint.finetune import finetune as run
+        from ..joint.model import JointModel, joint_folder, read_settings
     prompts = tuple(prompt or ("Describe the image.",))
     config = FinetuneConfig(prompts, rank, epochs, batch, rate, precision, seed=seed)
     pictures = _pictures(images, _TUNED if images is None and count is None else count, seed)
@@ -190,10 +190,10 @@ def evaluate(
 ) -> None:
     """What is lost through one vision embedding: answers, embeddings, boxes, and a judge's score of descriptions."""
     with progress("loading the libraries"):
-        from .evaluation.endpoint import Endpoint
-        from .joint.caption_score import CaptionJudge
-        from .joint.quality import JointQuality
-        from .shapes.scenes import COLORS, SHAPES
+        from ..evaluation.endpoint import Endpoint
+        from ..joint.caption_score import CaptionJudge
+        from ..joint.quality import JointQuality
+        from ..shapes.scenes import COLORS, SHAPES
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
     if images is None:
         classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
@@ -219,7 +219,7 @@ def pointing(
 ) -> None:
     """Does gradient alignment's heaviest pixel lie on the object that was asked about? On generated scenes."""
     with progress("loading the libraries"):
-        from .joint.pointing import Pointing
+        from ..joint.pointing import Pointing
     run_evaluation(
         Pointing(name),
         samples_of(None, None, SCENES if count is None else count, seed),
@@ -247,8 +247,8 @@ def simulatability(
 ) -> None:
     """Given the maps of two words, which is which? For gradient alignment, log-probability maps and mean attention."""
     with progress("loading the libraries"):
-        from .evaluation.judge import NounJudge, read_vocabulary
-        from .joint.simulatability import Simulatability
+        from ..evaluation.judge import NounJudge, read_vocabulary
+        from ..joint.simulatability import Simulatability
     if images is not None and masks is None:
         raise InputError("simulatability needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
@@ -289,7 +289,7 @@ def bias(
 ) -> None:
     """Does the text change when one thing is made to look like another? Beside random and neutral changes."""
     with progress("loading the libraries"):
-        from .joint.bias import Asked, Bias, Swap, swap_scenes, swapped_colors, two_folders
+        from ..joint.bias import Asked, Bias, Swap, swap_scenes, swapped_colors, two_folders
     if bool(neutral_lower) != bool(neutral_higher):
         raise InputError("--neutral-lower and --neutral-raise belong together: queries that lose and that gain")
     if not neutral_lower and images:
@@ -312,8 +312,8 @@ def bias(
 
 
 def _pictures(images: Path | None, count: int | None, seed: int) -> Pictures:
-    from .joint.pictures import Folder as Pictured
-    from .joint.pictures import Scenes
+    from ..joint.pictures import Folder as Pictured
+    from ..joint.pictures import Scenes
 
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")
@@ -330,10 +330,10 @@ def run_evaluation(
     as_json: bool,
 ) -> None:
     """Run an evaluation with the language model of its joint model, and publish its report."""
-    from .evaluation.report import check_charts
-    from .evaluation.rows import SETTINGS
-    from .evaluation.run import ModelChoice, run
-    from .joint.model import joint_folder, part_names
+    from ..evaluation.report import check_charts
+    from ..evaluation.rows import SETTINGS
+    from ..evaluation.run import ModelChoice, run
+    from ..joint.model import joint_folder, part_names
 
     check_charts()
     choice = ModelChoice(part_names(joint_folder(evaluation.name_of_joint))[1], device, dtype)
@@ -349,8 +349,8 @@ def _chart(curve: list[dict[str, Any]], path: Path) -> bool:
     """Draw a training's validation curve; False where matplotlib is not there."""
     from importlib.util import find_spec
 
-    from .evaluation.report import COLORS, Chart
-    from .files import write_whole
+    from ..evaluation.report import COLORS, Chart
+    from ..files import write_whole
 
     if find_spec("matplotlib") is None:
         return False

@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .joint.model import JointModel
-    from .vlm import VLM
+    from ..joint.model import JointModel
+    from ..vlm import VLM
 
-SAMPLE = Path(__file__).parent / "shapes" / "sample.png"
+SAMPLE = Path(__file__).parent.parent / "shapes" / "sample.png"
 _SAMPLE_QUESTION = "What color is the star?"
 _QUESTION = "Describe the image."
 OUT = Console()
@@ -55,7 +55,7 @@ def inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path],
 def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
     """The model, with what is being loaded shown on stderr."""
     with progress("loading the libraries"):
-        from .vlm import VLM
+        from ..vlm import VLM
     with progress(f"loading {model}"):
         return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
 
@@ -63,7 +63,7 @@ def load(model: str, device: str | None, dtype: str | None, max_pixels: int, bac
 def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> JointModel:
     """A joint model, with what is being loaded shown on stderr."""
     with progress("loading the libraries"):
-        from .joint.model import JointModel
+        from ..joint.model import JointModel
     with progress(f"loading {name}"):
         return JointModel.from_pretrained(name, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
 

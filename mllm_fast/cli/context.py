@@ -13,7 +13,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_options import (
+from ..errors import InputError, check_choice
+from ..images import MAX_PIXELS
+from .options import (
     ERR,
     OUT,
     Backend,
@@ -29,11 +31,9 @@ from .cli_options import (
     parse_keep,
     progress,
 )
-from .errors import InputError, check_choice
-from .images import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from .context import Context
+    from ..context import Context
 
 File = Annotated[Path, typer.Argument(metavar="CONTEXT", help="A file that compress wrote.")]
 
@@ -61,8 +61,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Read a picture once and write what is worth keeping of it to a file, for ask."""
-    from .context_file import ENDINGS, STORAGES
-    from .files import check_target
+    from ..context_file import ENDINGS, STORAGES
+    from ..files import check_target
 
     check_target(out, ENDINGS)
     share = parse_keep(keep)
@@ -156,9 +156,9 @@ def kept(
     as_json: Json = False,
 ) -> None:
     """Show which image tokens a context keeps, layer by layer."""
-    from .files import check_target
-    from .kept_picture import ENDINGS, save_kept
-    from .knockout import spans
+    from ..files import check_target
+    from ..kept_picture import ENDINGS, save_kept
+    from ..knockout import spans
 
     if out is not None:
         check_target(out, ENDINGS)
@@ -204,7 +204,7 @@ def _context(
     if not path.exists():
         raise InputError(f"{path}: there is no such file; mllm-fast compress makes one")
     vlm = load(model, device, dtype, max_pixels, backend)
-    from .context import Context
+    from ..context import Context
 
     return Context.load(path, vlm, images or [])
 

@@ -16,8 +16,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_context, cli_detect, cli_eval, cli_joint, cli_serve
-from .cli_options import (
+from ..errors import InputError
+from ..images import MAX_PIXELS
+from . import context, detect, evaluate, joint, serve
+from .options import (
     OUT,
     Backend,
     Block,
@@ -35,12 +37,10 @@ from .cli_options import (
     load_joint,
     progress,
 )
-from .errors import InputError
-from .images import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from .explain import Explanation
-    from .knockout import Knockout
+    from ..explain import Explanation
+    from ..knockout import Knockout
 
 
 app = typer.Typer(
@@ -49,13 +49,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which image patches and attention heads made a vision-language model speak.",
 )
-app.command()(cli_context.compress)
-app.command()(cli_context.ask)
-app.command()(cli_context.kept)
-app.command("eval")(cli_eval.evaluate)
-app.command()(cli_detect.detect)
-app.command()(cli_serve.serve)
-app.add_typer(cli_joint.joint, name="joint")
+app.command()(context.compress)
+app.command()(context.ask)
+app.command()(context.kept)
+app.command("eval")(evaluate.evaluate)
+app.command()(detect.detect)
+app.command()(serve.serve)
+app.add_typer(joint.joint, name="joint")
 
 
 @app.command()
@@ -89,10 +89,10 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture and show what made the model say each word."""
-    from .errors import check_choice
-    from .files import check_target
-    from .maps import ALIGNMENT, WITH_DETECTOR
-    from .render import ENDINGS, summary
+    from ..errors import check_choice
+    from ..files import check_target
+    from ..maps import ALIGNMENT, WITH_DETECTOR
+    from ..render import ENDINGS, summary
 
     check_choice("--method", method, WITH_DETECTOR)
     if joint is None and (method == ALIGNMENT or query is not None):
@@ -178,12 +178,12 @@ def knockout(
 
     Without --block the three configurations of arXiv 2411.17491 are compared.
     """
-    from . import chart
+    from . import knockout_report
 
     if out is not None:
-        chart.check_chart(out)
+        knockout_report.check_chart(out)
     pictures, prompt = inputs(images, question)
-    configurations = chart.configurations(_rules(block, layers), layers)
+    configurations = knockout_report.configurations(_rules(block, layers), layers)
     vlm = load(model, device, dtype, max_pixels, backend)
     rows = []
     for label, rules in configurations:
@@ -191,12 +191,12 @@ def knockout(
             said = vlm.generate(pictures, prompt, knockout=rules, attention_share=True, max_new_tokens=max_new_tokens)
         rows.append((label, said))
     if out is not None:
-        chart.save(rows, prompt, out)
+        knockout_report.save(rows, prompt, out)
     if as_json:
-        typer.echo(json.dumps(chart.summary(rows, prompt, out), ensure_ascii=False))
+        typer.echo(json.dumps(knockout_report.summary(rows, prompt, out), ensure_ascii=False))
         return
     OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
-    OUT.print(chart.table(rows), highlight=False)
+    OUT.print(knockout_report.table(rows), highlight=False)
     if out is not None:
         OUT.print(f"saved {escape(str(out))}", highlight=False)
 
@@ -208,9 +208,9 @@ def info(as_json: Json = False) -> None:
 
     import torch
 
-    from . import __version__
-    from .adapters import ADAPTERS
-    from .kernels import backend_report
+    from .. import __version__
+    from ..adapters import ADAPTERS
+    from ..kernels import backend_report
 
     versions = {"mllm-fast": __version__}
     for package in ("torch", "transformers", "triton"):
@@ -244,7 +244,7 @@ def info(as_json: Json = False) -> None:
 
 
 def _rules(block: list[str] | None, layers: str) -> list[Knockout]:
-    from .knockout import Knockout
+    from ..knockout import Knockout
 
     return [Knockout.parse(text, layers) for text in block or []]
 
@@ -257,8 +257,8 @@ def _index_or_word(token: str) -> int | str:
 
 
 def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
-    from .map_names import DEFAULT, map_name
-    from .verify import fall
+    from ..map_names import DEFAULT, map_name
+    from ..verify import fall
 
     OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
     OUT.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)
@@ -314,7 +314,3 @@ def main() -> None:
         line = " ".join(str(error).split())
         typer.echo(f"mllm-fast: {line}", err=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

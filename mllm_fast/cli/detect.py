@@ -10,13 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary, run_evaluation
-from .cli_options import OUT, Device, Dtype, Json, progress
-from .cli_report import samples_of
-from .errors import InputError
+from ..errors import InputError
+from .joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary, run_evaluation
+from .options import OUT, Device, Dtype, Json, progress
+from .report import samples_of
 
 if TYPE_CHECKING:
-    from .joint.hallucination import Checked, Supported
+    from ..joint.hallucination import Checked, Supported
 
 _DEFAULT = "Describe the image."
 
@@ -61,16 +61,16 @@ def detect(
         return
     if images is not None or strength:
         raise InputError("--images and --strength belong to --report; for one picture give it alone")
-    from .cli_options import SAMPLE
+    from .options import SAMPLE
 
     if out is not None:
-        from .files import check_target
+        from ..files import check_target
 
         check_target(out, (".png",))
     with progress("loading the libraries"):
-        from .evaluation.judge import read_vocabulary, shapes_judge
-        from .joint.hallucination import check_classes, check_text
-        from .joint.model import JointModel
+        from ..evaluation.judge import read_vocabulary, shapes_judge
+        from ..joint.hallucination import check_classes, check_text
+        from ..joint.model import JointModel
     words = read_vocabulary(vocabulary) if vocabulary is not None else shapes_judge() if name == "shapes" else None
     wanted = classes or (list(words.nouns) if words is not None else [])
     if not wanted:
@@ -113,8 +113,8 @@ def _report(
     as_json: bool,
 ) -> None:
     with progress("loading the libraries"):
-        from .joint.hallucination import Hallucination
-        from .shapes.scenes import SHAPES
+        from ..joint.hallucination import Hallucination
+        from ..shapes.scenes import SHAPES
     if images is not None and masks is None:
         raise InputError("--report needs to know what is there: give --masks, COCO's .json or a folder of .png")
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
@@ -126,8 +126,8 @@ def _report(
 
 
 def _draw(picture: Any, checked: list[Checked], supported: list[Supported], out: Path) -> None:
-    from .box_picture import Labelled, draw_boxes
-    from .files import whole_file
+    from ..box_picture import Labelled, draw_boxes
+    from ..files import whole_file
 
     boxes = [
         Labelled(one.box, f"{one.name} {one.score:.2f}" + ("" if one.supported else " ?"), one.supported)

@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .answers import Answer
-from .errors import InputError
-from .files import check_target, write_whole
-from .knockout import Knockout
-from .shares import TYPES
+from ..answers import Answer
+from ..errors import InputError
+from ..files import check_target, write_whole
+from ..knockout import Knockout
+from ..shares import TYPES
 
 Rows = Sequence[tuple[str, Answer]]
 _ENDINGS = (".png", ".svg")
