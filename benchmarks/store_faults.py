@@ -25,7 +25,7 @@ from harness import machine, write_result
 
 import mllm_fast as mf
 from mllm_fast.context_file import read
-from mllm_fast.files import TEMPORARY
+from mllm_fast.core.files import TEMPORARY
 from mllm_fast.shapes.scenes import generate_scene
 from mllm_fast.store import ContextStore
 

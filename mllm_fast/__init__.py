@@ -43,19 +43,19 @@ _HOME = {
     "Context": ".context",
     "ContextStore": ".store",
     "Explanation": ".explain",
-    "Knockout": ".knockout",
-    "TokenLayout": ".layout",
-    "InputError": ".errors",
+    "Knockout": ".knockout.rule",
+    "TokenLayout": ".core.layout",
+    "InputError": ".core.errors",
 }
 __all__ = ["VLM", "Answer", "Context", "ContextStore", "Explanation", "InputError", "Knockout", "TokenLayout"]
 
 if TYPE_CHECKING:
     from .answers import Answer
     from .context import Context
-    from .errors import InputError
+    from .core.errors import InputError
+    from .core.layout import TokenLayout
     from .explain import Explanation
-    from .knockout import Knockout
-    from .layout import TokenLayout
+    from .knockout.rule import Knockout
     from .store import ContextStore
     from .vlm import VLM
 

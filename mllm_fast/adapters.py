@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InputError
+from .core.errors import InputError
+from .core.layout import Tile
 from .kernels import Unembedding, weight_state
-from .layout import Tile
 from .offload import weight_of
 
 _STACKED_BYTES = 1 << 25  # of the output projections of a model that keeps them together

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import Adapter
-from .layout import TokenLayout
+from .core.layout import TokenLayout
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .adapters import TextModel
-from .errors import InputError
-from .knockout import Plan
+from .core.errors import InputError
+from .knockout.attention_share import Watcher
+from .knockout.plan import Plan
 from .linears import few_row_linears
 from .masks import Closed, RowMask, attend, row_mask, seen_by, weigh
 from .offload import device_of
-from .shares import Watcher
 
 # arguments of a decoder that a replay makes itself, or that only say what it gives back
 _REPLAYED = (

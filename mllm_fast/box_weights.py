@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import Box
+from .core.layout import Box
 
 
 @dataclass(frozen=True)

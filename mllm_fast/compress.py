@@ -14,9 +14,9 @@ from torch import Tensor
 from .attention import recording
 from .caches import cache_of
 from .context import Context
-from .errors import InputError, check_choice
+from .core.errors import InputError, check_choice
+from .core.layout import TokenLayout
 from .kernels import topk_compaction
-from .layout import TokenLayout
 from .prefill import check_cache, check_full_attention, next_position
 from .prompts import one_answer
 

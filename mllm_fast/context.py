@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .answers import Answer, answer_of
 from .attention import Recording
-from .errors import InputError
+from .core.errors import InputError
+from .core.layout import TokenLayout
 from .explain import Explanation, check_norm, nothing_generated
-from .layout import TokenLayout
 from .offload import device_of
 from .prompts import one_answer
 from .session import Said, Session, passes

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .context import Context
-from .errors import InputError, check_choice, first_line
-from .files import check_target, whole_file
+from .core.errors import InputError, check_choice, first_line
+from .core.files import check_target, whole_file
+from .core.layout import ImageLayout, Tile, TokenLayout
 from .fingerprint import fingerprint
-from .layout import ImageLayout, Tile, TokenLayout
 from .offload import device_of
 
 if TYPE_CHECKING:

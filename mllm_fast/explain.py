@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .adapters import TextModel
-from .errors import InputError, check_choice
+from .core.errors import InputError, check_choice
+from .core.layout import ImageLayout, TokenLayout
 from .kernels import Base, OperatorCache, logprob_increase, weight_state, wide_type
-from .layout import ImageLayout, TokenLayout
 from .map_names import DEFAULT
 from .maps import WITH_DETECTOR, find
 from .trace import Trace

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import InputError
-from .files import TEMPORARY
+from .core.errors import InputError
+from .core.files import TEMPORARY
 
 _ENDING = ".safetensors"
 _LOCKS = 256

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .context import Context
-from .files import check_target, whole_file
-from .lettering import FAINT, INK, MARGIN, PAPER, Text, font
+from .core.files import check_target, whole_file
+from .drawing.text import FAINT, INK, MARGIN, PAPER, Text, font
 from .picture import upsample
 
 ENDINGS = (".png",)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import model_lock
-from .errors import InputError
+from .core.errors import InputError
 
 if TYPE_CHECKING:
     from .vlm import VLM

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, first_line
+from .core.assets import SHAPES_WEIGHTS
+from .core.errors import InputError, first_line
 
 EMBEDDED = "shapes"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -50,7 +51,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 def model_folder(name: str) -> str:
     """The embedded model's folder for its name, any other name unchanged ("./shapes" is a folder)."""
     if name == EMBEDDED:
-        return str(Path(__file__).parent / "shapes" / "weights")
+        return str(SHAPES_WEIGHTS)
     return name
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from .errors import InputError
+from .core.errors import InputError
 from .kernels import Attention, knockout_attention, wide_type
 from .kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from .kernels.knockout_attention.reference import open_pairs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .core.errors import InputError
 
 
 def weight_of(module: Any) -> Tensor:

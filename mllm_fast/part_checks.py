@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import TextModel
-from .errors import InputError
+from .core.errors import InputError
 from .offload import device_of, weight_of
 
 _ROWS = 4

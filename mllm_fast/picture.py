@@ -7,10 +7,10 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .box_picture import Labelled, put_boxes
+from .core.layout import Box, overlaps
+from .drawing.boxes import Labelled, put_boxes
+from .drawing.text import FAINT, INK, MARGIN, PAPER, Text, font, shorten
 from .explain import Explanation, Heads
-from .layout import Box, overlaps
-from .lettering import FAINT, INK, MARGIN, PAPER, Text, font, shorten
 from .maps import ALIGNMENT, MEANINGS
 
 # dark to light in even steps of lightness, so that it reads without colour vision and in print

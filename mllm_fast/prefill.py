@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .attention import Recording, recording
 from .caches import cache_of
-from .errors import InputError
-from .layout import TokenLayout
-from .shares import Watcher
+from .core.errors import InputError
+from .core.layout import TokenLayout
+from .knockout.attention_share import Watcher
 from .stream import own_state
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import InputError, check_choice
+from .core.errors import InputError, check_choice
 from .offload import weight_of
 
 if TYPE_CHECKING:

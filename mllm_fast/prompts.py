@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .answers import prompt_layout
-from .errors import InputError, first_line
-from .images import ImageSource, load_image
-from .layout import TokenLayout
+from .core.errors import InputError, first_line
+from .core.images import ImageSource, load_image
+from .core.layout import TokenLayout
 from .offload import device_of
 
 Images = ImageSource | Sequence[ImageSource]

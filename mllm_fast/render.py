@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from .box_weights import BoxWeights
-from .errors import InputError
+from .core.errors import InputError
+from .core.files import check_target, write_whole
 from .explain import Explanation, Heads
-from .files import check_target, write_whole
 from .map_names import DEFAULT
 from .maps import ALIGNMENT, MEANINGS
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .compress import PARTS, SCORES, kept_count
 from .context import Context
 from .context_file import STORAGES, VERSION, load, pack, parse, save, unpack
-from .errors import InputError, check_choice
+from .core.errors import InputError, check_choice
 from .fingerprint import fingerprint
 from .folders import Folder, open_folder
 

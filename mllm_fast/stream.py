@@ -14,11 +14,12 @@ from torch import Tensor
 from .answers import Answer, answer_of
 from .attention import Recording, model_lock, recording
 from .caches import CACHE
-from .errors import InputError
+from .core.errors import InputError
+from .core.layout import TokenLayout
 from .explain import Explanation, Heads
-from .knockout import Knockout, Plan, as_rules
-from .layout import TokenLayout
-from .shares import AttentionShares
+from .knockout.attention_share import AttentionShares
+from .knockout.plan import Plan
+from .knockout.rule import Knockout, as_rules
 from .trace import Trace, make_trace
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import Recording
-from .errors import InputError
+from .core.errors import InputError
 from .kernels import weighted_values, wide_type
 
 

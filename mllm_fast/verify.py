@@ -16,8 +16,9 @@ from transformers import DynamicCache
 from .adapters import TextModel
 from .attention import Recording, recording
 from .caches import CACHE
-from .errors import InputError
-from .knockout import EachItsOwn, Knockout, Plan
+from .core.errors import InputError
+from .knockout.plan import EachItsOwn, Plan
+from .knockout.rule import Knockout
 from .map_names import DEFAULT, map_name
 
 if TYPE_CHECKING:

@@ -17,18 +17,19 @@ from .attention import Recording, model_lock, recording
 from .caches import cache_of
 from .compress import PARTS, SCORES, kept_count, read
 from .context import Context
-from .errors import InputError, check_choice
+from .core.errors import InputError, check_choice
+from .core.images import MAX_PIXELS
+from .core.layout import TokenLayout
 from .explain import Explanation, check_norm, nothing_generated
-from .images import MAX_PIXELS
 from .kernels import OperatorCache
 from .kernels.dispatch import choose
-from .knockout import Knockout, Plan, as_rules, plan_of
-from .layout import TokenLayout
+from .knockout.attention_share import AttentionShares
+from .knockout.plan import Plan, plan_of
+from .knockout.rule import Knockout, as_rules
 from .loading import load_pretrained, parse_device, parse_dtype
 from .offload import check_one_device, device_of, one_gpu
 from .part_checks import check_parts
 from .prompts import Images, Prompts, one_answer
-from .shares import AttentionShares
 from .stream import Stream, one_sequence
 from .trace import make_trace
 from .verify import Replay

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mllm_fast as mf
-from mllm_fast.layout import TokenLayout
+from mllm_fast.core.layout import TokenLayout
 
 ROOM = 64  # tokens after the longest prompt
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mllm_fast.attention import recording
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.masks import RowMask, attend, row_mask
 
 QUESTION = "what color is the circle ?"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_fast.cli.options import SAMPLE
+from mllm_fast.core.assets import SAMPLE
 
 QUESTION = "What color is the star?"
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from mllm_fast.shares import TYPES
+from mllm_fast.knockout.attention_share import TYPES
 
 
 def test_the_three_configurations(run, tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 pytest.importorskip("openai")
 
 from mllm_fast import VLM
-from mllm_fast.errors import EndsRunError, InputError
+from mllm_fast.core.errors import EndsRunError, InputError
 from mllm_fast.evaluation.agreement import Labelled, agreement, agreement_report, read_labels
 from mllm_fast.evaluation.benchmarks import scene_pairs
 from mllm_fast.evaluation.endpoint import Endpoint, Unanswered, cost

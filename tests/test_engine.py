@@ -13,7 +13,7 @@ from PIL import Image
 from waiting import HANG
 
 import mllm_fast as mf
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.serving.engine import Engine
 from mllm_fast.serving.jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
 from mllm_fast.serving.making import Recipe

@@ -20,7 +20,8 @@ from waiting import HANG
 
 from mllm_fast import cli
 from mllm_fast.cli.evaluate import NAMES, evaluate
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
+from mllm_fast.core.layout import ImageLayout, Tile
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.evaluation import mean_and_error
 from mllm_fast.evaluation.judge import NounJudge, read_vocabulary, scores, shapes_judge
@@ -30,7 +31,6 @@ from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import Thing, pictures, scenes
 from mllm_fast.evaluation.words import cells, widened, words_at_objects
-from mllm_fast.layout import ImageLayout, Tile
 from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
 

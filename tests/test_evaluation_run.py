@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from waiting import HANG
 
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.rows import Rows, write_parquet
 from mllm_fast.evaluation.run import ModelChoice, run

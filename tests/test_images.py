@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mllm_fast import InputError
-from mllm_fast.images import load_image
+from mllm_fast.core.images import load_image
 
 ORANGE = (255, 128, 0)
 

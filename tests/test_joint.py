@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
+from mllm_fast.core.layout import Tile
 from mllm_fast.joint import Alignment, AlignmentConfig, Detector, JointModel
 from mllm_fast.joint.features import given_features, own_features
 from mllm_fast.joint.grids import note, resample, same
 from mllm_fast.joint.model import SETTINGS, read_settings, word_of, write_settings
 from mllm_fast.joint.pair import weights_name
-from mllm_fast.layout import Tile
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"
 

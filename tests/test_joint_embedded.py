@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_fast.cli.options import SAMPLE
+from mllm_fast.core.assets import SAMPLE
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import Samples, scenes
 from mllm_fast.joint import JointModel

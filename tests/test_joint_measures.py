@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import mllm_fast as mf
-from mllm_fast.degrade import KINDS, degrade
-from mllm_fast.errors import InputError
+from mllm_fast.core.corruptions import KINDS, degrade
+from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.judge import NounJudge, shapes_judge
 from mllm_fast.joint.bias import (
     NONE,

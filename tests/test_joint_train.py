@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.errors import EndsRunError, InputError
+from mllm_fast.core.errors import EndsRunError, InputError
 from mllm_fast.joint import Alignment, AlignmentConfig, JointModel
 from mllm_fast.joint import train as training
 from mllm_fast.joint.finetune import LORA, FinetuneConfig, finetune

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.localisation import Localisation
 from mllm_fast.evaluation.masks import Polygons, Runs, coco, mask_folder
 from mllm_fast.evaluation.run import ModelChoice, run

@@ -10,7 +10,7 @@ from torch import nn
 
 import mllm_fast as mf
 from mllm_fast.adapters import Adapter
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 
 pytestmark = [  # peft's own
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import BUILD, FAMILIES
 
 import mllm_fast as mf
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 
 PICTURE = Image.effect_noise((48, 40), 60).convert("RGB")
 

@@ -16,8 +16,8 @@ from transformers.masking_utils import (
 
 import mllm_fast as mf
 from mllm_fast.attention import recording
-from mllm_fast.errors import InputError
-from mllm_fast.knockout import plan_of
+from mllm_fast.core.errors import InputError
+from mllm_fast.knockout.plan import plan_of
 from mllm_fast.masks import RowMask, attend, row_mask, seen_by, weigh
 
 KEYS = 23

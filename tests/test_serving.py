@@ -21,7 +21,7 @@ from served import KEY, OTHER, asked, data_url
 from waiting import HANG, until
 
 import mllm_fast as mf
-from mllm_fast.cli.options import SAMPLE
+from mllm_fast.core.assets import SAMPLE
 from mllm_fast.shapes.scenes import generate_scene
 
 COLOR = "What color is the star?"

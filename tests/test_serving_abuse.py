@@ -17,7 +17,7 @@ from PIL import Image
 from served import KEY, asked, data_url
 from waiting import HANG
 
-from mllm_fast.cli.options import SAMPLE
+from mllm_fast.core.assets import SAMPLE
 
 COLOR = "What color is the star?"
 

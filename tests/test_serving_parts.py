@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.serving import pictures
 from mllm_fast.serving.app import create_app
 from mllm_fast.serving.connections import Connections

@@ -19,7 +19,7 @@ import pytest
 from served import asked, data_url
 from waiting import HANG, until
 
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.shapes.scenes import generate_scene
 
 QUESTIONS = ["Describe the image.", "How many objects are there?", "is there a red circle?", "is there a blue star?"]

@@ -14,7 +14,7 @@ from served import KEY
 from waiting import HANG
 
 import mllm_fast as mf
-from mllm_fast.cli.options import SAMPLE
+from mllm_fast.core.assets import SAMPLE
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -17,7 +17,7 @@ import served
 from served import KEY, OTHER
 from waiting import HANG
 
-from mllm_fast.cli.options import SAMPLE
+from mllm_fast.core.assets import SAMPLE
 
 if find_spec("gradio") is None:  # importing it here would import its warnings too
     pytest.skip("there is no gradio here: pip install gradio", allow_module_level=True)

@@ -18,7 +18,7 @@ from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast import folders
-from mllm_fast.files import TEMPORARY
+from mllm_fast.core.files import TEMPORARY
 from mllm_fast.store import ContextStore
 
 ASKED = {"keep": 0.3, "prompt": "describe this", "score": "query"}

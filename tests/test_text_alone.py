@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import mllm_fast as mf
-from mllm_fast.errors import EndsRunError
+from mllm_fast.core.errors import EndsRunError
 from mllm_fast.evaluation.text_alone import load_text_model
 
 QUESTION = "what color is the circle ?"

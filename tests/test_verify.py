@@ -14,11 +14,11 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast import verify as verify_module
-from mllm_fast.cli.options import SAMPLE
-from mllm_fast.errors import InputError
+from mllm_fast.core.assets import SAMPLE
+from mllm_fast.core.errors import InputError
 from mllm_fast.explain import Explanation
+from mllm_fast.knockout.attention_share import TYPES
 from mllm_fast.picture import draw_token
-from mllm_fast.shares import TYPES
 from mllm_fast.verify import Verification
 
 QUESTION = "what color is the circle ?"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from mllm_fast.errors import InputError
+from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.benchmarks import mme, pope, scene_pairs
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import YesNo

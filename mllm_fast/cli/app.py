@@ -16,8 +16,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import InputError
-from ..images import MAX_PIXELS
+from ..core.errors import InputError
+from ..core.images import MAX_PIXELS
 from . import context, detect, evaluate, joint, serve
 from .options import (
     OUT,
@@ -40,7 +40,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..explain import Explanation
-    from ..knockout import Knockout
+    from ..knockout.rule import Knockout
 
 
 app = typer.Typer(
@@ -89,8 +89,8 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture and show what made the model say each word."""
-    from ..errors import check_choice
-    from ..files import check_target
+    from ..core.errors import check_choice
+    from ..core.files import check_target
     from ..maps import ALIGNMENT, WITH_DETECTOR
     from ..render import ENDINGS, summary
 
@@ -178,15 +178,16 @@ def knockout(
 
     Without --block the three configurations of arXiv 2411.17491 are compared.
     """
+    from ..knockout.rule import configurations
     from . import knockout_report
 
     if out is not None:
         knockout_report.check_chart(out)
     pictures, prompt = inputs(images, question)
-    configurations = knockout_report.configurations(_rules(block, layers), layers)
+    compared = configurations(_rules(block, layers), layers)
     vlm = load(model, device, dtype, max_pixels, backend)
     rows = []
-    for label, rules in configurations:
+    for label, rules in compared:
         with progress(f"generating, {label}"):
             said = vlm.generate(pictures, prompt, knockout=rules, attention_share=True, max_new_tokens=max_new_tokens)
         rows.append((label, said))
@@ -244,7 +245,7 @@ def info(as_json: Json = False) -> None:
 
 
 def _rules(block: list[str] | None, layers: str) -> list[Knockout]:
-    from ..knockout import Knockout
+    from ..knockout.rule import Knockout
 
     return [Knockout.parse(text, layers) for text in block or []]
 

@@ -13,8 +13,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import InputError, check_choice
-from ..images import MAX_PIXELS
+from ..core.errors import InputError, check_choice
+from ..core.images import MAX_PIXELS
 from .options import (
     ERR,
     OUT,
@@ -62,7 +62,7 @@ def compress(
 ) -> None:
     """Read a picture once and write what is worth keeping of it to a file, for ask."""
     from ..context_file import ENDINGS, STORAGES
-    from ..files import check_target
+    from ..core.files import check_target
 
     check_target(out, ENDINGS)
     share = parse_keep(keep)
@@ -156,9 +156,9 @@ def kept(
     as_json: Json = False,
 ) -> None:
     """Show which image tokens a context keeps, layer by layer."""
-    from ..files import check_target
+    from ..core.files import check_target
     from ..kept_picture import ENDINGS, save_kept
-    from ..knockout import spans
+    from ..knockout.rule import spans
 
     if out is not None:
         check_target(out, ENDINGS)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary, run_evaluation
 from .options import OUT, Device, Dtype, Json, progress
 from .report import samples_of
@@ -61,10 +61,10 @@ def detect(
         return
     if images is not None or strength:
         raise InputError("--images and --strength belong to --report; for one picture give it alone")
-    from .options import SAMPLE
+    from ..core.assets import SAMPLE
 
     if out is not None:
-        from ..files import check_target
+        from ..core.files import check_target
 
         check_target(out, (".png",))
     with progress("loading the libraries"):
@@ -126,8 +126,8 @@ def _report(
 
 
 def _draw(picture: Any, checked: list[Checked], supported: list[Supported], out: Path) -> None:
-    from ..box_picture import Labelled, draw_boxes
-    from ..files import whole_file
+    from ..core.files import whole_file
+    from ..drawing.boxes import Labelled, draw_boxes
 
     boxes = [
         Labelled(one.box, f"{one.name} {one.score:.2f}" + ("" if one.supported else " ?"), one.supported)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .options import Backend, Device, Dtype, Json, Model, parse_keep, progress
 from .report import bar, publish, samples_of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .options import OUT, Device, Dtype, Json, Model, progress
 from .report import bar, publish, samples_of
 
@@ -349,8 +349,8 @@ def _chart(curve: list[dict[str, Any]], path: Path) -> bool:
     """Draw a training's validation curve; False where matplotlib is not there."""
     from importlib.util import find_spec
 
+    from ..core.files import write_whole
     from ..evaluation.report import COLORS, Chart
-    from ..files import write_whole
 
     if find_spec("matplotlib") is None:
         return False

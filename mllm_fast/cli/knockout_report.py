@@ -12,10 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ..answers import Answer
-from ..errors import InputError
-from ..files import check_target, write_whole
-from ..knockout import Knockout
-from ..shares import TYPES
+from ..core.errors import InputError
+from ..core.files import check_target, write_whole
+from ..knockout.attention_share import TYPES
 
 Rows = Sequence[tuple[str, Answer]]
 _ENDINGS = (".png", ".svg")
@@ -23,16 +22,6 @@ _ENDINGS = (".png", ".svg")
 _COLORS = {"system": "#999999", "image": "#D55E00", "query": "#0072B2", "generated": "#009E73"}
 _STYLES = {"system": ":", "image": "-", "query": "--", "generated": "-."}
 _BARS = "▁▂▃▄▅▆▇█"
-
-
-def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, list[Knockout]]]:
-    """What is compared with the model as it is: the given rules together, or the three configurations of
-    arXiv 2411.17491."""
-    if rules:
-        return [("nothing", []), (" and ".join(str(rule).removesuffix("@all") for rule in rules), list(rules))]
-    targets = ("generated", "query", "query+generated")
-    three = [Knockout("image", target, layers) for target in targets]
-    return [("nothing", []), *((str(rule).removesuffix("@all"), [rule]) for rule in three)]
 
 
 def check_chart(path: Path) -> None:

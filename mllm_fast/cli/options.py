@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import InputError
+from ..core.assets import SAMPLE
+from ..core.errors import InputError
 
 if TYPE_CHECKING:
     from ..joint.model import JointModel
     from ..vlm import VLM
 
-SAMPLE = Path(__file__).parent.parent / "shapes" / "sample.png"
 _SAMPLE_QUESTION = "What color is the star?"
 _QUESTION = "Describe the image."
 OUT = Console()

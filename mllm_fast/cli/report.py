@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as Printed
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .options import OUT
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def publish(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
     """Save the reports, and one page of several, and print them."""
+    from ..core.files import write_whole
     from ..evaluation.report import plain, save, to_html
-    from ..files import write_whole
 
     for report, settings in reports:
         (out / report.name).mkdir(parents=True, exist_ok=True)

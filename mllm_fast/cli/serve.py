@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint, parse_keep
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .endpoint import cost
 from .judge import Judge, Unjudged
 from .report import Report, Table

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..shares import TYPES
+from ..knockout.attention_share import TYPES
 from .evaluation import Evaluation
 from .report import COLORS, Chart, Report, Table
 from .rows import Row

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..core.errors import InputError
+from ..core.images import ENDINGS
 from ..shapes.questions import Question, ask
 from ..shapes.scenes import Scene
-from .samples import ENDINGS, Sample, Samples, YesNo, scenes
+from .samples import Sample, Samples, YesNo, scenes
 
 _PICTURES, _QUESTIONS = "images", "questions_answers_YN"
 _ANSWER = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..answers import token_texts
-from ..errors import InputError
+from ..core.errors import InputError
 from ..maps.passes import layer_inputs
 from ..projection import word_values
 from .evaluation import Evaluation, mean_and_error

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..errors import InputError, check_choice
-from ..knockout import Knockout
+from ..core.errors import InputError, check_choice
+from ..knockout.rule import Knockout
 from .agreement import labels_csv
 from .endpoint import cost
 from .evaluation import Evaluation, mean_and_error

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-from ..errors import InputError
-from .samples import ENDINGS, Sample, Samples, Thing
+from ..core.errors import InputError
+from ..core.images import ENDINGS
+from .samples import Sample, Samples, Thing
 
 
 @dataclass(frozen=True)

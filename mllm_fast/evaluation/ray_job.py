@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EndsRunError
+from ..core.errors import EndsRunError
 from .evaluation import Evaluation
 from .rows import Row
 from .samples import Sample

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import write_whole
+from ..core.errors import InputError
+from ..core.files import write_whole
 
 # of Okabe and Ito's palette, which people who see few colours can tell apart
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

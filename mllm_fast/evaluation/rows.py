@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import whole_file, write_whole
+from ..core.errors import InputError
+from ..core.files import whole_file, write_whole
 
 try:
     import fcntl

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import EndsRunError, InputError
+from ..core.errors import EndsRunError, InputError
 from ..fingerprint import fingerprint
 from ..loading import parse_device
 from .evaluation import Evaluation, is_failed, is_open

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..core.errors import InputError
+from ..core.images import image_files
 from ..shapes.scenes import Scene, generate_scene
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Area(Protocol):
@@ -93,10 +92,6 @@ def pictures(folder: Path, count: int | None = None) -> Samples:
     Raises:
         InputError: no folder, or no picture in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: is no folder of pictures")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    if not found:
-        raise InputError(f"{folder}: holds no picture ({', '.join(ENDINGS)})")
+    found = image_files(folder)
     listed = [Sample(path.relative_to(folder).as_posix(), path) for path in found[:count]]
     return Samples(listed, {"folder": str(folder)})

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter
-from ..errors import EndsRunError, InputError
+from ..core.errors import EndsRunError, InputError
 from ..loading import failures, quiet
 from ..offload import device_of
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..layout import ImageLayout
+from ..core.errors import InputError
+from ..core.layout import ImageLayout
 from .evaluation import Evaluation
 from .judge import NounJudge, shapes_judge
 from .samples import Sample, Thing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from ..compress import kept_count, read
-from ..errors import InputError
+from ..core.errors import InputError
 from .endpoint import Unanswered, cost
 from .evaluation import Evaluation, mean_and_error
 from .report import COLORS, Chart, Report, Table, cell

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from ..errors import InputError, check_choice
-from ..files import write_whole
+from ..core.errors import InputError, check_choice
+from ..core.files import write_whole
 
 KINDS = ("mlp", "projector", "transformer")
 _FORMAT = 1

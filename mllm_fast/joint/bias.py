@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, check_choice
+from ..core.errors import InputError, check_choice
 from ..evaluation.evaluation import mean_and_error
 from ..evaluation.report import COLORS, Chart, Report, Table, cell
 from ..evaluation.rows import Row

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
-from ..images import MAX_PIXELS, ImageSource, load_image
-from ..layout import Box, Tile
+from ..core.errors import InputError
+from ..core.images import MAX_PIXELS, ImageSource, load_image
+from ..core.layout import Box, Tile
 from ..loading import failures, parse_device, parse_dtype, quiet
 
 ARCHITECTURES = ("owlvit", "owlv2")

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EndsRunError, InputError, check_choice
-from ..files import write_whole
+from ..core.errors import EndsRunError, InputError, check_choice
+from ..core.files import write_whole
 from ..offload import device_of
 from .features import given_features
 from .model import WEIGHTS, write_settings

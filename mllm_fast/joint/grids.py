@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
-from ..layout import Tile
+from ..core.errors import InputError
+from ..core.layout import Tile
 
 
 def same(left: Tile, right: Tile) -> bool:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..degrade import KINDS, degrade
-from ..errors import InputError, check_choice
+from ..core.corruptions import KINDS, degrade
+from ..core.errors import InputError, check_choice
+from ..core.images import load_image
 from ..evaluation.report import COLORS, Chart, Report, Table
 from ..evaluation.rows import Row
 from ..evaluation.samples import Sample
-from ..images import load_image
 from ..likelihood import yes_probabilities
 from .detector import Detection
 from .evaluation import JointEvaluation, number_of, percent

@@ -17,10 +17,11 @@ from torch import Tensor
 from ..answers import Answer
 from ..box_weights import BoxWeights
 from ..context import Context
-from ..errors import InputError
+from ..core.assets import SHAPES_JOINT
+from ..core.errors import InputError
+from ..core.images import ImageSource
+from ..core.layout import Tile
 from ..explain import Explanation
-from ..images import ImageSource
-from ..layout import Tile
 from ..loading import EMBEDDED
 from ..maps.passes import differentiable, hidden_states
 from ..offload import device_of
@@ -34,7 +35,6 @@ from .pair import weights_name
 from .saliency import align
 
 SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
-_FOLDER = Path(__file__).parent.parent / "shapes" / "joint"
 _FORMAT = 1
 
 
@@ -242,7 +242,7 @@ class JointModel:
 
 def joint_folder(name: str | os.PathLike[str]) -> Path:
     """Where a joint model lies; "shapes" is the embedded one."""
-    return _FOLDER if str(name) == EMBEDDED else Path(name)
+    return SHAPES_JOINT if str(name) == EMBEDDED else Path(name)
 
 
 def part_names(folder: Path) -> tuple[str, str]:
@@ -255,7 +255,7 @@ def part_names(folder: Path) -> tuple[str, str]:
 
 def detector_name(name: str) -> str:
     """A detector's folder or hub id; "shapes" is the embedded one."""
-    return str(_FOLDER / "detector") if name == EMBEDDED else name
+    return str(SHAPES_JOINT / "detector") if name == EMBEDDED else name
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def write_settings(folder: Path, detector: str, model: str, lora: str | None = None) -> None:
     """Name the parts of the joint model in a folder, beside its alignment."""
-    from ..files import write_whole
+    from ..core.files import write_whole
 
     parts = {"format": _FORMAT, "detector": detector, "model": model} | ({} if lora is None else {"lora": lora})
     write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())

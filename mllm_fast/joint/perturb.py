@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..errors import InputError, check_choice
+from ..core.errors import InputError, check_choice
 from .detector import Detector, Vision
 
 WAYS = ("step", "pgd")

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluation.samples import pictures as listed
-from ..images import load_image
+from ..core.images import image_files, load_image
 from ..shapes.scenes import generate_scene
 from .features import own_features
 from .grids import resample, single_tile
@@ -39,7 +38,7 @@ class Folder:
     """
 
     def __init__(self, folder: Path, count: int | None = None):
-        self._paths: list[Any] = [sample.source for sample in listed(folder, count).list]
+        self._paths = image_files(folder)[:count]
         self.origin: dict[str, Any] = {"folder": str(folder), "count": len(self._paths)}
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..evaluation.report import Report, Table
 from ..evaluation.rows import Row
 from ..evaluation.samples import Sample

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..evaluation.endpoint import Unanswered, cost
 from ..evaluation.evaluation import mean_and_error
 from ..evaluation.report import COLORS, Chart, Report, Table, cell

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..box_weights import BoxWeights
-from ..errors import InputError
+from ..core.errors import InputError
 from .last_layer import cosines, has_known_form, row_by_row, structured
 
 if TYPE_CHECKING:

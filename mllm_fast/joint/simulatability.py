@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..evaluation.judge import NounJudge, shapes_judge
 from ..evaluation.report import COLORS, Chart, Report, Table
 from ..evaluation.rows import Row

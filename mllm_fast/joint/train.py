@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..errors import EndsRunError, InputError, check_choice
-from ..files import write_whole
+from ..core.errors import EndsRunError, InputError, check_choice
+from ..core.files import write_whole
 from .alignment import Alignment, AlignmentConfig
 from .model import WEIGHTS, write_settings
 from .pair import weights_name

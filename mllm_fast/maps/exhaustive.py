@@ -10,8 +10,8 @@ from torch import Tensor
 from ..verify import log_probs
 
 if TYPE_CHECKING:
+    from ..core.layout import ImageLayout
     from ..explain import Explanation, Heads
-    from ..layout import ImageLayout
 
 
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import overlaps
+from ..core.layout import overlaps
 
 if TYPE_CHECKING:
     from ..box_weights import BoxWeights
+    from ..core.layout import ImageLayout
     from ..explain import Explanation, Heads
-    from ..layout import ImageLayout
 
 _SIDE = 1024  # pixels of the longer side, at most, that the boxes are painted on
 

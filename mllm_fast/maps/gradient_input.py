@@ -12,8 +12,8 @@ from ..kernels import wide_type
 from .passes import differentiable, hidden_states
 
 if TYPE_CHECKING:
+    from ..core.layout import ImageLayout
     from ..explain import Explanation, Heads
-    from ..layout import ImageLayout
 
 
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..core.layout import ImageLayout
     from ..explain import Explanation, Heads
-    from ..layout import ImageLayout
 
 
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Weighing, model_lock, recording
-from ..knockout import plan_of
+from ..knockout.plan import plan_of
 
 if TYPE_CHECKING:
     from ..explain import Explanation

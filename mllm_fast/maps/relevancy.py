@@ -15,8 +15,8 @@ from torch import Tensor
 from .passes import differentiable, hidden_states
 
 if TYPE_CHECKING:
+    from ..core.layout import ImageLayout
     from ..explain import Explanation, Heads
-    from ..layout import ImageLayout
 
 
 def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:

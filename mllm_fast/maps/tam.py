@@ -12,8 +12,8 @@ from torch import Tensor
 from .passes import hidden_states
 
 if TYPE_CHECKING:
+    from ..core.layout import ImageLayout
     from ..explain import Explanation, Heads
-    from ..layout import ImageLayout
 
 _SIDE = 3  # of the filter's window
 

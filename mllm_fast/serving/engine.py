@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..errors import InputError
+from ..core.errors import InputError
 from ..prefill import prefill
 from .jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
 from .making import Making

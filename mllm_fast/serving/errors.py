@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, first_line
+from ..core.errors import InputError, first_line
 from .jobs import BusyError, StoppingError
 
 _FRAMES = 8  # of a traceback that are logged

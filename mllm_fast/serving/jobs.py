@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..batch import Row
-from ..layout import TokenLayout
+from ..core.layout import TokenLayout
 from .sampling import Chooser, Sampling
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import InputError
+from ..core.errors import InputError
 
 VARIABLE = "MLLM_FAST_API_KEYS"
 _SHORTEST = 16

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..batch import Row
 from ..compress import AttendedTokens, Reading
-from ..errors import InputError
-from ..layout import TokenLayout
+from ..core.errors import InputError
+from ..core.layout import TokenLayout
 from ..prefill import Prefill, check_full_attention, prefill
 from .sampling import Chooser, Choosers, Sampling
 

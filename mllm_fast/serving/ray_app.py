@@ -24,8 +24,8 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from ..errors import InputError
-from ..images import load_image
+from ..core.errors import InputError
+from ..core.images import load_image
 from ..store import pictures_digest
 from .app import create_app
 from .conversation import conversation

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..compress import kept_count
-from ..images import load_image
-from ..knockout import Knockout
+from ..core.images import load_image
+from ..knockout.rule import Knockout
 from ..store import ContextStore
 from .conversation import Conversation, conversation
 from .engine import Engine

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from ..compress import SCORES, kept_count
-from ..errors import InputError, check_choice
+from ..core.errors import InputError, check_choice
 
 MIB = 1 << 20
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..box_picture import put_boxes
-from ..errors import InputError
+from ..core.errors import InputError
+from ..drawing.boxes import put_boxes
 from ..explain import Explanation
 from ..kept_picture import draw_kept
-from ..knockout import Knockout
+from ..knockout.rule import Knockout
 from ..map_names import DEFAULT
 from ..maps import ALIGNMENT, MEANINGS
 from ..picture import overlay, token_map

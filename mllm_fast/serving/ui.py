@@ -25,7 +25,7 @@ from fastapi.responses import RedirectResponse
 from PIL import Image
 from starlette.routing import Mount
 
-from ..cli.options import SAMPLE
+from ..core.assets import SAMPLE
 from ..map_names import DEFAULT
 from ..maps import ALIGNMENT
 from ..picture import colors

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..degrade import KINDS, degrade
+from ..core.corruptions import KINDS, degrade
 from .batches import normalize, patch_targets
 from .build import GRID, PATCH
 from .detector import build_model, build_processor

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .layout import TokenLayout
+from ..core.layout import TokenLayout
 
 TYPES = ("system", "image", "query", "generated")
 

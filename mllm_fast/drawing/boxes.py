@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from .layout import Box
-from .lettering import PAPER, font
+from ..core.layout import Box
+from .text import PAPER, font
 
 _GOOD, _BAD = (0, 114, 178), (213, 94, 0)  # of Okabe and Ito's palette
 

@@ -18,6 +18,7 @@ MAX_PIXELS = 100_000_000  # about 300 MB once decoded; a limit that one can rais
 _pillow_limit = Lock()  # guards Pillow's global
 
 ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray | bytes
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of files that strangers send, what Pillow reads safely
 
 
@@ -106,3 +107,17 @@ def _too_large(name: str, got: str, max_pixels: int) -> str:
         f"{name}: {got} pixels, the limit is {max_pixels:,} in all; make the picture smaller, or raise the limit"
         " with max_pixels= (--max-pixels)"
     )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The pictures of a folder and of the folders in it, by name.
+
+    Raises:
+        InputError: no folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder of pictures")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not found:
+        raise InputError(f"{folder}: holds no picture ({', '.join(ENDINGS)})")
+    return found

@@ -1,0 +1,10 @@
+"""Files that the package carries: the embedded models and the sample picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_SHAPES = Path(__file__).parent.parent / "shapes"
+SAMPLE = _SHAPES / "sample.png"
+SHAPES_WEIGHTS = _SHAPES / "weights"
+SHAPES_JOINT = _SHAPES / "joint"

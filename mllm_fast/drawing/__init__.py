@@ -1,0 +1,1 @@
+"""Pixels: heatmaps over images, boxes, lettering. Nothing here knows an explanation or a model."""

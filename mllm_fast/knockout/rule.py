@@ -1,0 +1,139 @@
+"""Attention knockout (arXiv 2411.17491): which tokens may not attend to which, in which layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import index
+
+from ..core.errors import InputError
+
+Tokens = str | Iterable[int]
+Layers = str | Iterable[int]
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Rows of `target` may not attend to keys of `source`, in `layers`.
+
+    Args:
+        source, target: a segment ("system", "image", "image:1", "query", "generated"), several joined by "+"
+            ("query+generated"), or positions of the sequence, generated ones included.
+        layers: numbers of layers, or "all", "from 20", "until 20" (20 itself excluded), "except 20-40", "0-7,12".
+    """
+
+    source: Tokens
+    target: Tokens
+    layers: Layers = "all"
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                try:
+                    object.__setattr__(self, name, tuple(index(i) for i in value))  # a range or a generator, kept
+                except (TypeError, ValueError):
+                    raise InputError(f"{name} of a knockout is a text or whole numbers, got {value!r}") from None
+
+    @classmethod
+    def parse(cls, text: str, layers: str = "all") -> Knockout:
+        """From "image->query", "5,9-12->generated" or "image->query@from 20"."""
+        rule, at, own_layers = text.partition("@")
+        source, arrow, target = rule.partition("->")
+        if not arrow or not source.strip() or not target.strip():
+            raise InputError(
+                f'a knockout is "source->target" or "source->target@layers", in quotes, got {text!r};'
+                ' for example "image->query@from 4"'
+            )
+        return cls(_names_or_numbers(source), _names_or_numbers(target), own_layers.strip() if at else layers)
+
+    def __str__(self) -> str:
+        layers = self.layers if isinstance(self.layers, str) else spans(self.layers)  # type: ignore[arg-type]
+        return f"{_spelled(self.source)}->{_spelled(self.target)}@{layers}"
+
+
+def _names_or_numbers(text: str) -> Tokens:
+    text = text.strip()
+    return tuple(_numbers(text)) if re.fullmatch(r"[\d\s,-]+", text) else text
+
+
+def _spelled(tokens: Tokens) -> str:
+    return tokens if isinstance(tokens, str) else spans(tokens)  # type: ignore[arg-type]
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """0,1,2,5 as "0-2,5"."""
+    found: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in found)
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of "0-7,12"."""
+    found: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not span or (span[2] and int(span[2]) < int(span[1])):
+            raise InputError(f"numbers are given as 3 or 0-7 or 0-7,12, got {text.strip()!r}")
+        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return found
+
+
+def parse_layers(layers: Layers, num_layers: int) -> frozenset[int]:
+    """The layers that a rule names, of a model that has `num_layers`.
+
+    Raises:
+        InputError: a layer the model does not have, or a text that is not understood.
+    """
+    every = range(num_layers)
+    if not isinstance(layers, str):
+        chosen = frozenset(layers)
+    else:
+        word, _, rest = layers.strip().partition(" ")
+        if layers.strip() == "all":
+            return frozenset(every)
+        if word in ("from", "until", "except"):
+            named = _numbers(rest)
+            if word != "except" and len(named) != 1:
+                raise InputError(f"layers {word!r} takes one number, got {layers!r}")
+            _check_layers(named, num_layers, layers)
+            if word == "except":
+                return frozenset(every) - frozenset(named)
+            return frozenset(every[named[0] :] if word == "from" else every[: named[0]])
+        if not re.fullmatch(r"[\d\s,-]+", layers):
+            raise InputError(
+                f'layers are numbers, "all", "from 20", "until 20", "except 20-40" or "0-7,12", got {layers!r}'
+            )
+        chosen = frozenset(_numbers(layers))
+    _check_layers(chosen, num_layers, layers)
+    return chosen
+
+
+def _check_layers(named: Iterable[int], num_layers: int, given: Layers) -> None:
+    wrong = sorted(n for n in named if not 0 <= n < num_layers)
+    if wrong:
+        raise InputError(f"layers {given!r}: the model has layers 0 to {num_layers - 1}, not {wrong[0]}")
+
+
+def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout, ...]:
+    """One, several or no knockouts as a tuple."""
+    rules = () if knockouts is None else (knockouts,) if isinstance(knockouts, Knockout) else tuple(knockouts)
+    for rule in rules:
+        if not isinstance(rule, Knockout):
+            raise InputError(f"a knockout is Knockout(source, target, layers), got {rule!r}")
+    return rules
+
+
+def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, list[Knockout]]]:
+    """What is compared with the model as it is: the given rules together, or the three configurations of
+    arXiv 2411.17491."""
+    if rules:
+        return [("nothing", []), (" and ".join(str(rule).removesuffix("@all") for rule in rules), list(rules))]
+    targets = ("generated", "query", "query+generated")
+    three = [Knockout("image", target, layers) for target in targets]
+    return [("nothing", []), *((str(rule).removesuffix("@all"), [rule]) for rule in three)]
