@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 import mllm_fast as mf
-from mllm_fast.caches import CACHE, cache_of
+from mllm_fast.runtime.kv_cache import CACHE, cache_of
 from mllm_fast.shapes.scenes import generate_scene
 
 QUESTIONS, LENGTH, NEW = 32, 12, 8
@@ -183,7 +183,7 @@ def questions(p: Problem, rounds: int) -> dict:
 
 def session_bytes(p: Problem, ctx: mf.Context) -> int:
     """Most bytes of the questions' own keys and values while `ask_many` runs."""
-    from mllm_fast import context as module
+    from mllm_fast.context import context as module
 
     seen: list = []
     made = module.Session

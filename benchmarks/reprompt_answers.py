@@ -24,8 +24,8 @@ import torch
 from harness import machine, write_result
 
 import mllm_fast as mf
-from mllm_fast.compress import read
-from mllm_fast.session import Session
+from mllm_fast.context.compress import read
+from mllm_fast.runtime.shared_prefix import Session
 from mllm_fast.shapes.questions import TASKS, ask
 from mllm_fast.shapes.scenes import generate_scene
 

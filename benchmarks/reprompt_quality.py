@@ -21,7 +21,7 @@ import torch
 from harness import machine, write_result
 
 import mllm_fast as mf
-from mllm_fast.compress import SCORES, read
+from mllm_fast.context.compress import SCORES, read
 from mllm_fast.shapes.questions import Question, ask
 from mllm_fast.shapes.scenes import Scene, generate_scene
 

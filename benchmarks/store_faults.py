@@ -24,10 +24,10 @@ import torch
 from harness import machine, write_result
 
 import mllm_fast as mf
-from mllm_fast.context_file import read
+from mllm_fast.context.file_format import read
+from mllm_fast.context.store import ContextStore
 from mllm_fast.core.files import TEMPORARY
 from mllm_fast.shapes.scenes import generate_scene
-from mllm_fast.store import ContextStore
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"keep": 0.2, "score": "query"}

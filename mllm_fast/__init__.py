@@ -39,10 +39,10 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 
 _HOME = {
     "VLM": ".vlm",
-    "Answer": ".answers",
-    "Context": ".context",
-    "ContextStore": ".store",
-    "Explanation": ".explain",
+    "Answer": ".runtime.answer",
+    "Context": ".context.context",
+    "ContextStore": ".context.store",
+    "Explanation": ".explain.explanation",
     "Knockout": ".knockout.rule",
     "TokenLayout": ".core.layout",
     "InputError": ".core.errors",
@@ -50,13 +50,13 @@ _HOME = {
 __all__ = ["VLM", "Answer", "Context", "ContextStore", "Explanation", "InputError", "Knockout", "TokenLayout"]
 
 if TYPE_CHECKING:
-    from .answers import Answer
-    from .context import Context
+    from .context.context import Context
+    from .context.store import ContextStore
     from .core.errors import InputError
     from .core.layout import TokenLayout
-    from .explain import Explanation
+    from .explain.explanation import Explanation
     from .knockout.rule import Knockout
-    from .store import ContextStore
+    from .runtime.answer import Answer
     from .vlm import VLM
 
 

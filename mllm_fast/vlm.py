@@ -11,28 +11,28 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, find_adapter, text_model
-from .answers import Answer, answer_of
-from .attention import Recording, model_lock, recording
-from .caches import cache_of
-from .compress import PARTS, SCORES, kept_count, read
-from .context import Context
+from .context.compress import PARTS, SCORES, kept_count, read
+from .context.context import Context
 from .core.errors import InputError, check_choice
 from .core.images import MAX_PIXELS
 from .core.layout import TokenLayout
-from .explain import Explanation, check_norm, nothing_generated
+from .explain.explanation import Explanation, check_norm, nothing_generated
+from .explain.stream import Stream, one_sequence
+from .explain.verify import Replay
 from .kernels import OperatorCache
 from .kernels.dispatch import choose
 from .knockout.attention_share import AttentionShares
 from .knockout.plan import Plan, plan_of
 from .knockout.rule import Knockout, as_rules
-from .loading import load_pretrained, parse_device, parse_dtype
-from .offload import check_one_device, device_of, one_gpu
-from .part_checks import check_parts
-from .prompts import Images, Prompts, one_answer
-from .stream import Stream, one_sequence
-from .trace import make_trace
-from .verify import Replay
+from .models.adapter import Adapter, find_adapter, text_model
+from .models.loading import load_pretrained, parse_device, parse_dtype
+from .models.offload import check_one_device, device_of, one_gpu
+from .models.part_checks import check_parts
+from .models.processing import Images, Prompts, one_answer
+from .runtime.answer import Answer, answer_of
+from .runtime.hooks import Recording, model_lock, recording
+from .runtime.kv_cache import cache_of
+from .runtime.trace import make_trace
 
 _OPERATOR_BYTES = 1 << 30  # budget of the cached operators, unless the caller gives another
 

@@ -8,9 +8,9 @@ import tiny
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from mllm_fast.attention import recording
 from mllm_fast.core.errors import InputError
-from mllm_fast.masks import RowMask, attend, row_mask
+from mllm_fast.runtime.attention import RowMask, attend, row_mask
+from mllm_fast.runtime.hooks import recording
 
 QUESTION = "what color is the circle ?"
 

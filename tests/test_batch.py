@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.batch import Batch
-from mllm_fast.compress import read
-from mllm_fast.prefill import prefill
-from mllm_fast.prefixes import Prefixes
-from mllm_fast.session import Session
+from mllm_fast.context.compress import read
+from mllm_fast.runtime.batch import Batch
+from mllm_fast.runtime.prefill import prefill
+from mllm_fast.runtime.prefix_pool import Prefixes
+from mllm_fast.runtime.shared_prefix import Session
 
 PROMPT = "describe this picture"
 RED = Image.new("RGB", (24, 64), "red")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_fast.loading import model_folder
+from mllm_fast.models.loading import model_folder
 
 WEIGHTS = Path(model_folder("shapes"))
 

@@ -12,11 +12,11 @@ from knocked import dropped
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.attention import recording
-from mllm_fast.caches import cache_of
-from mllm_fast.compress import AttendedTokens, read
-from mllm_fast.session import Session
-from mllm_fast.trace import make_trace
+from mllm_fast.context.compress import AttendedTokens, read
+from mllm_fast.runtime.hooks import recording
+from mllm_fast.runtime.kv_cache import cache_of
+from mllm_fast.runtime.shared_prefix import Session
+from mllm_fast.runtime.trace import make_trace
 
 PROMPT = "describe this picture"
 QUESTIONS = ["what color is the circle ?", "two", "is the circle red , green ?"]

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mllm_fast as mf
-from mllm_fast import context_file
-from mllm_fast.session import Session
+from mllm_fast.context import file_format as context_file
+from mllm_fast.runtime.shared_prefix import Session
 
 PROMPT = "describe this picture"
 QUESTION = "what color is the circle ?"

@@ -11,8 +11,8 @@ from PIL import Image
 from waiting import HANG
 
 import mllm_fast as mf
-from mllm_fast.compress import kept_count, read
-from mllm_fast.kept_picture import draw_kept
+from mllm_fast.context.compress import kept_count, read
+from mllm_fast.context.figure import draw_kept
 
 PROMPT = "describe this picture"
 QUESTIONS = ["what color is the circle ?", "is the circle red ?", "two"]
@@ -139,7 +139,7 @@ def test_two_threads_may_ask_at_once(vlm, ctx):
 
 
 def test_a_thousand_questions_take_the_memory_of_a_few(built, picture, monkeypatch):
-    from mllm_fast import context
+    from mllm_fast.context import context
 
     vlm = mf.VLM(*built("llava"))
     ctx = vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.attention import recording
-from mllm_fast.caches import cache_of
-from mllm_fast.trace import make_trace
+from mllm_fast.runtime.hooks import recording
+from mllm_fast.runtime.kv_cache import cache_of
+from mllm_fast.runtime.trace import make_trace
 
 QUESTION = "what color is the circle ?"
 ANSWER = "red green , blue"
@@ -327,7 +327,7 @@ def test_quantised_weights_are_refused():
 def test_projections_are_those_of_the_weight_there_is(built, together, monkeypatch):
     """Kept views, or copies, of one that was replaced, moved or trained are not used."""
     vlm = mf.VLM(*built("llava"))
-    monkeypatch.setattr("mllm_fast.adapters._STACKED_BYTES", together << 25)
+    monkeypatch.setattr("mllm_fast.models.adapter._STACKED_BYTES", together << 25)
 
     def everywhere():
         found = list(vlm.text.projections(kept.device, kept.dtype))
@@ -355,7 +355,7 @@ def test_projections_are_those_of_the_weight_there_is(built, together, monkeypat
 
 def test_the_logits_of_a_word_are_made_once(shapes, picture, monkeypatch):
     """Heads, and positions of any of them, write to the same residual vectors: one product with the unembedding."""
-    from mllm_fast import explain
+    from mllm_fast.explain import explanation as explain
 
     ex = shapes.explain(picture, "what color is the star?")
     made = []

@@ -18,7 +18,7 @@ from mllm_fast.evaluation import fidelity
 from mllm_fast.evaluation.fidelity import SHARES, Fidelity, area, curves, rank_correlation
 from mllm_fast.evaluation.memory import peak_tensor_bytes
 from mllm_fast.evaluation.samples import scenes
-from mllm_fast.maps import METHODS
+from mllm_fast.explain.registry import METHODS
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), min_size=2, max_size=30))

@@ -21,7 +21,7 @@ from mllm_fast.evaluation.judge import NounJudge
 from mllm_fast.evaluation.report import plain, to_markdown
 from mllm_fast.evaluation.samples import Sample, Thing, scenes
 from mllm_fast.evaluation.words import cells, widened
-from mllm_fast.maps.passes import layer_inputs
+from mllm_fast.explain.passes import layer_inputs
 from mllm_fast.shapes.scenes import COLORS
 
 

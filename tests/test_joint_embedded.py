@@ -12,6 +12,7 @@ from PIL import Image
 from mllm_fast.core.assets import SAMPLE
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import Samples, scenes
+from mllm_fast.explain.export import summary
 from mllm_fast.joint import JointModel
 from mllm_fast.joint.bias import Bias, Swap, swap_scenes
 from mllm_fast.joint.hallucination import Hallucination
@@ -19,7 +20,6 @@ from mllm_fast.joint.model import WEIGHTS, joint_folder
 from mllm_fast.joint.pointing import Pointing, pointed
 from mllm_fast.joint.quality import JointQuality
 from mllm_fast.joint.simulatability import Simulatability
-from mllm_fast.render import summary
 from mllm_fast.shapes.evaluate import weights_digest
 from mllm_fast.shapes.scenes import COLORS, SHAPES
 

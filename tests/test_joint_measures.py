@@ -38,7 +38,7 @@ from mllm_fast.joint.precision import Found, judge_boxes
 from mllm_fast.joint.quality import box_of
 from mllm_fast.joint.roc import auroc, best_threshold, split_threshold
 from mllm_fast.joint.simulatability import fit, told_apart
-from mllm_fast.likelihood import answer_probabilities, expectation, yes_probabilities
+from mllm_fast.runtime.likelihood import answer_probabilities, expectation, yes_probabilities
 
 scored = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40)
 

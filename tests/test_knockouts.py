@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import mllm_fast as mf
-from mllm_fast.attention import recording
 from mllm_fast.knockout.plan import plan_of
 from mllm_fast.knockout.rule import parse_layers
+from mllm_fast.runtime.hooks import recording
 from mllm_fast.shapes.questions import TASKS, ask
 from mllm_fast.shapes.scenes import generate_scene
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 import mllm_fast as mf
-import mllm_fast.linears
-from mllm_fast.linears import few_row_linears
+import mllm_fast.runtime.linear
+from mllm_fast.runtime.linear import few_row_linears
 
 needs_extension = pytest.mark.skipif(cpu_extension()[0] is None, reason="the C++ extension is not built")
 
@@ -43,7 +43,7 @@ def served(monkeypatch):
         seen.append(tuple(weight.shape))
         return nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr(mllm_fast.linears, "few_row_linear", spy)
+    monkeypatch.setattr(mllm_fast.runtime.linear, "few_row_linear", spy)
     return seen
 
 
@@ -117,7 +117,7 @@ def test_other_backends_leave_the_layers_as_they_are(served, backend):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_whole_model_answers_the_same(family, monkeypatch):
     """Every linear layer of a real text part on the C++ kernel, however small: the same words, maps to rounding."""
-    monkeypatch.setattr(mllm_fast.linears, "worth_reading", lambda weight: True)
+    monkeypatch.setattr(mllm_fast.runtime.linear, "worth_reading", lambda weight: True)
     monkeypatch.setattr(sys.modules["mllm_fast.kernels.few_row_linear"], "worth_reading", lambda weight: True)
     shapes = []
     linear = cpu_kernel.linear

@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mllm_fast as mf
-from mllm_fast.adapters import ADAPTERS
-from mllm_fast.answers import token_texts
-from mllm_fast.loading import image_side, parse_device, parse_dtype
+from mllm_fast.models.adapter import ADAPTERS
+from mllm_fast.models.loading import image_side, parse_device, parse_dtype
+from mllm_fast.runtime.answer import token_texts
 
 QUESTION = "what color is the circle ?"
 

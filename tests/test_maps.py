@@ -14,9 +14,9 @@ import torch
 from knocked import Rule
 
 import mllm_fast as mf
-from mllm_fast.maps import METHODS
-from mllm_fast.maps.passes import layer_inputs
-from mllm_fast.maps.tam import less, rank_gaussian
+from mllm_fast.explain.methods.tam import less, rank_gaussian
+from mllm_fast.explain.passes import layer_inputs
+from mllm_fast.explain.registry import METHODS
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"
 RULES = {

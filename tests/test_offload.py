@@ -9,8 +9,8 @@ import mllm_fast as mf
 from mllm_fast.evaluation.attention_share import AttentionShare
 from mllm_fast.evaluation.run import ModelChoice, rows_of
 from mllm_fast.evaluation.samples import scenes
-from mllm_fast.fingerprint import fingerprint
-from mllm_fast.maps import METHODS
+from mllm_fast.explain.registry import METHODS
+from mllm_fast.models.fingerprint import fingerprint
 
 QUESTION = "Describe the image."
 
@@ -87,6 +87,6 @@ def test_several_gpus_are_refused(whole):
 def test_auto(sample, whole, monkeypatch):
     vlm = ModelChoice(device="auto").load()
     assert vlm.generate(sample.image, QUESTION).text == whole.generate(sample.image, QUESTION).text
-    monkeypatch.setattr("mllm_fast.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("mllm_fast.models.loading.find_spec", lambda name: None)
     with pytest.raises(mf.InputError, match=r"pip install 'mllm-fast\[offload\]'"):
         mf.VLM.from_pretrained("shapes", device="auto")

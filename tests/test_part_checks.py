@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import mllm_fast as mf
-from mllm_fast.adapters import Adapter
 from mllm_fast.core.errors import InputError
+from mllm_fast.models.adapter import Adapter
 
 pytestmark = [  # peft's own
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

@@ -15,10 +15,10 @@ from transformers.masking_utils import (
 )
 
 import mllm_fast as mf
-from mllm_fast.attention import recording
 from mllm_fast.core.errors import InputError
 from mllm_fast.knockout.plan import plan_of
-from mllm_fast.masks import RowMask, attend, row_mask, seen_by, weigh
+from mllm_fast.runtime.attention import RowMask, attend, row_mask, seen_by, weigh
+from mllm_fast.runtime.hooks import recording
 
 KEYS = 23
 IMAGE = torch.tensor([0] * 5 + [1] * 9 + [0] * 9)  # tokens that see each other both ways, as Gemma's and PaliGemma's do

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mllm_fast.box_weights import BoxWeights
 from mllm_fast.core.errors import InputError
+from mllm_fast.explain.box_weights import BoxWeights
 from mllm_fast.joint import last_layer
 from mllm_fast.joint.saliency import FALLBACK, align
 

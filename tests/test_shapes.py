@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import HANG
 
-from mllm_fast.loading import model_folder
+from mllm_fast.models.loading import model_folder
 from mllm_fast.shapes.batches import IGNORE, BatchMaker, Mix, patch_targets
 from mllm_fast.shapes.build import build_processor, build_tokenizer
 from mllm_fast.shapes.evaluate import TABLE, Asker, single_turn, weights_digest

@@ -17,9 +17,9 @@ from PIL import Image
 from waiting import HANG
 
 import mllm_fast as mf
-from mllm_fast import folders
+from mllm_fast.context import folders
+from mllm_fast.context.store import ContextStore
 from mllm_fast.core.files import TEMPORARY
-from mllm_fast.store import ContextStore
 
 ASKED = {"keep": 0.3, "prompt": "describe this", "score": "query"}
 FORK = multiprocessing.get_context("fork")

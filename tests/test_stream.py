@@ -13,7 +13,7 @@ from knocked import Rule
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.caches import CACHE, cache_of
+from mllm_fast.runtime.kv_cache import CACHE, cache_of
 
 QUESTION = "what color is the circle ?"
 WORDS = 6

@@ -13,13 +13,13 @@ from knocked import Rule
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast import verify as verify_module
 from mllm_fast.core.assets import SAMPLE
 from mllm_fast.core.errors import InputError
-from mllm_fast.explain import Explanation
+from mllm_fast.explain import verify as verify_module
+from mllm_fast.explain.explanation import Explanation
+from mllm_fast.explain.figure import draw_token
+from mllm_fast.explain.verify import Verification
 from mllm_fast.knockout.attention_share import TYPES
-from mllm_fast.picture import draw_token
-from mllm_fast.verify import Verification
 
 QUESTION = "what color is the circle ?"
 ANSWER = "red green , blue"

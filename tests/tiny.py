@@ -34,7 +34,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mllm_fast.loading import image_side
+from mllm_fast.models.loading import image_side
 
 FAMILIES = ("llava", "internvl", "qwen2_5_vl")
 _WORDS = (  # noqa: SIM905

@@ -39,7 +39,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explain.explanation import Explanation
     from ..knockout.rule import Knockout
 
 
@@ -91,8 +91,8 @@ def explain(
     """Answer a question about a picture and show what made the model say each word."""
     from ..core.errors import check_choice
     from ..core.files import check_target
-    from ..maps import ALIGNMENT, WITH_DETECTOR
-    from ..render import ENDINGS, summary
+    from ..explain.export import ENDINGS, summary
+    from ..explain.registry import ALIGNMENT, WITH_DETECTOR
 
     check_choice("--method", method, WITH_DETECTOR)
     if joint is None and (method == ALIGNMENT or query is not None):
@@ -210,8 +210,8 @@ def info(as_json: Json = False) -> None:
     import torch
 
     from .. import __version__
-    from ..adapters import ADAPTERS
     from ..kernels import backend_report
+    from ..models.adapter import ADAPTERS
 
     versions = {"mllm-fast": __version__}
     for package in ("torch", "transformers", "triton"):
@@ -258,8 +258,8 @@ def _index_or_word(token: str) -> int | str:
 
 
 def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
-    from ..map_names import DEFAULT, map_name
-    from ..verify import fall
+    from ..explain.names import DEFAULT, map_name
+    from ..explain.verify import fall
 
     OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
     OUT.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)

@@ -33,7 +33,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
 
 File = Annotated[Path, typer.Argument(metavar="CONTEXT", help="A file that compress wrote.")]
 
@@ -61,7 +61,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Read a picture once and write what is worth keeping of it to a file, for ask."""
-    from ..context_file import ENDINGS, STORAGES
+    from ..context.file_format import ENDINGS, STORAGES
     from ..core.files import check_target
 
     check_target(out, ENDINGS)
@@ -156,8 +156,8 @@ def kept(
     as_json: Json = False,
 ) -> None:
     """Show which image tokens a context keeps, layer by layer."""
+    from ..context.figure import ENDINGS, save_kept
     from ..core.files import check_target
-    from ..kept_picture import ENDINGS, save_kept
     from ..knockout.rule import spans
 
     if out is not None:
@@ -204,7 +204,7 @@ def _context(
     if not path.exists():
         raise InputError(f"{path}: there is no such file; mllm-fast compress makes one")
     vlm = load(model, device, dtype, max_pixels, backend)
-    from ..context import Context
+    from ..context.context import Context
 
     return Context.load(path, vlm, images or [])
 

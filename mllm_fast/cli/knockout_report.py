@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..answers import Answer
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
 from ..knockout.attention_share import TYPES
+from ..runtime.answer import Answer
 
 Rows = Sequence[tuple[str, Answer]]
 _ENDINGS = (".png", ".svg")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ..maps import METHODS
-from ..verify import log_probs
+from ..explain.registry import METHODS
+from ..explain.verify import log_probs
 from .evaluation import mean_and_error
 from .memory import peak_tensor_bytes
 from .report import COLORS, Chart, Report, Table, cell
@@ -22,7 +22,7 @@ from .samples import Sample
 from .words import WordEvaluation
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explain.explanation import Explanation
     from ..vlm import VLM
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)

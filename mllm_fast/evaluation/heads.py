@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..answers import token_texts
 from ..core.errors import InputError
-from ..maps.passes import layer_inputs
-from ..projection import word_values
+from ..explain.logit_lens import word_values
+from ..explain.passes import layer_inputs
+from ..runtime.answer import token_texts
 from .evaluation import Evaluation, mean_and_error
 from .heads_report import report_of
 from .judge import NounJudge, shapes_judge
@@ -24,7 +24,7 @@ from .text_alone import load_text_model
 from .words import cells, widened
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explain.explanation import Explanation
     from ..vlm import VLM
 
 TOP = 10  # heads, and image tokens, that are looked at

@@ -15,7 +15,7 @@ from .samples import Sample
 from .words import Word, WordEvaluation
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explain.explanation import Explanation
     from ..vlm import VLM
 
 BANDS = ("first third", "middle third", "last third", "all layers")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.errors import EndsRunError, InputError
-from ..fingerprint import fingerprint
-from ..loading import parse_device
+from ..models.fingerprint import fingerprint
+from ..models.loading import parse_device
 from .evaluation import Evaluation, is_failed, is_open
 from .rows import Row, Rows
 from .samples import Sample, Samples

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import Adapter
 from ..core.errors import EndsRunError, InputError
-from ..loading import failures, quiet
-from ..offload import device_of
+from ..models.adapter import Adapter
+from ..models.loading import failures, quiet
+from ..models.offload import device_of
 
 if TYPE_CHECKING:
     from ..vlm import VLM

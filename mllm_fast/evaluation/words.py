@@ -15,7 +15,7 @@ from .judge import NounJudge, shapes_judge
 from .samples import Sample, Thing
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explain.explanation import Explanation
     from ..vlm import VLM
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from ..compress import kept_count, read
+from ..context.compress import kept_count, read
 from ..core.errors import InputError
 from .endpoint import Unanswered, cost
 from .evaluation import Evaluation, mean_and_error

@@ -19,7 +19,7 @@ from ..evaluation.evaluation import mean_and_error
 from ..evaluation.report import COLORS, Chart, Report, Table, cell
 from ..evaluation.rows import Row
 from ..evaluation.samples import Sample, Samples, Thing, pictures
-from ..likelihood import ONE_TO_TEN, expectation, yes_probabilities
+from ..runtime.likelihood import ONE_TO_TEN, expectation, yes_probabilities
 from ..shapes.scenes import COLORS as SHAPE_COLORS
 from ..shapes.scenes import generate_scene
 from .evaluation import JointEvaluation, interval, number_of, percent

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS, ImageSource, load_image
 from ..core.layout import Box, Tile
-from ..loading import failures, parse_device, parse_dtype, quiet
+from ..models.loading import failures, parse_device, parse_dtype, quiet
 
 ARCHITECTURES = ("owlvit", "owlv2")
 OVERLAP = 0.5  # of two boxes of one query, beyond which the better one alone is kept

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..attention import model_lock
 from ..core.errors import InputError
+from ..runtime.hooks import model_lock
 
 if TYPE_CHECKING:
     from ..vlm import VLM

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.errors import EndsRunError, InputError, check_choice
 from ..core.files import write_whole
-from ..offload import device_of
+from ..models.offload import device_of
 from .features import given_features
 from .model import WEIGHTS, write_settings
 from .pair import weights_name
@@ -117,7 +117,7 @@ def merged(vlm: VLM, folder: Path, base: str | None) -> VLM:
         InputError: peft is not there, or the adapters belong to another model.
     """
     peft = _peft()
-    from ..loading import failures
+    from ..models.loading import failures
     from ..vlm import VLM as Made  # noqa: N811
 
     if base is not None and base != weights_name(vlm.model):

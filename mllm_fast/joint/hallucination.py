@@ -14,7 +14,7 @@ from ..core.images import load_image
 from ..evaluation.report import COLORS, Chart, Report, Table
 from ..evaluation.rows import Row
 from ..evaluation.samples import Sample
-from ..likelihood import yes_probabilities
+from ..runtime.likelihood import yes_probabilities
 from .detector import Detection
 from .evaluation import JointEvaluation, number_of, percent
 from .roc import auroc, split_threshold

@@ -14,18 +14,18 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..answers import Answer
-from ..box_weights import BoxWeights
-from ..context import Context
+from ..context.context import Context
 from ..core.assets import SHAPES_JOINT
 from ..core.errors import InputError
 from ..core.images import ImageSource
 from ..core.layout import Tile
-from ..explain import Explanation
-from ..loading import EMBEDDED
-from ..maps.passes import differentiable, hidden_states
-from ..offload import device_of
-from ..stream import Stream
+from ..explain.box_weights import BoxWeights
+from ..explain.explanation import Explanation
+from ..explain.passes import differentiable, hidden_states
+from ..explain.stream import Stream
+from ..models.loading import EMBEDDED
+from ..models.offload import device_of
+from ..runtime.answer import Answer
 from ..vlm import VLM
 from .alignment import Alignment
 from .detector import OVERLAP, Boxes, Detection, Detector, Vision

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..offload import stored_tensor
+from ..models.offload import stored_tensor
 
 _SAMPLES = 256  # values of a tensor that are looked at, evenly spaced
 

@@ -14,7 +14,7 @@ from ..shapes.questions import ask
 from .evaluation import JointEvaluation, number_of, percent
 
 if TYPE_CHECKING:
-    from ..box_weights import BoxWeights
+    from ..explain.box_weights import BoxWeights
     from ..vlm import VLM
 
 _TASKS = ("color", "shape")

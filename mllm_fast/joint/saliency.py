@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..box_weights import BoxWeights
 from ..core.errors import InputError
+from ..explain.box_weights import BoxWeights
 from .last_layer import cosines, has_known_form, row_by_row, structured
 
 if TYPE_CHECKING:

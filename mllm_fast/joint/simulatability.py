@@ -13,12 +13,12 @@ from ..evaluation.report import COLORS, Chart, Report, Table
 from ..evaluation.rows import Row
 from ..evaluation.samples import Sample
 from ..evaluation.words import words_at_objects
-from ..maps.gradient_alignment import token_means
+from ..explain.methods.gradient_alignment import token_means
 from .evaluation import JointEvaluation, interval, percent
 
 if TYPE_CHECKING:
     from ..evaluation.words import Word
-    from ..explain import Explanation
+    from ..explain.explanation import Explanation
     from ..vlm import VLM
 
 METHODS = {

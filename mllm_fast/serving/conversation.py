@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..prompts import Turn
+from ..models.processing import Turn
 from .errors import ServiceError
 from .schema import Message, TextPart
 

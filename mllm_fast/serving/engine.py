@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..batch import Batch
 from ..core.errors import InputError
-from ..prefill import prefill
+from ..runtime.batch import Batch
+from ..runtime.prefill import prefill
 from .jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
 from .making import Making
 from .sampling import Choosers
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
     from ..vlm import VLM
 
 _TOP = 20  # log-probabilities that can be asked for

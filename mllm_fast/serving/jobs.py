@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..batch import Row
 from ..core.layout import TokenLayout
+from ..runtime.batch import Row
 from .sampling import Chooser, Sampling
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
     from .making import Recipe
 
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..batch import Row
-from ..compress import AttendedTokens, Reading
+from ..context.compress import AttendedTokens, Reading
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
-from ..prefill import Prefill, check_full_attention, prefill
+from ..runtime.batch import Row
+from ..runtime.prefill import Prefill, check_full_attention, prefill
 from .sampling import Chooser, Choosers, Sampling
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
     from ..vlm import VLM
     from .jobs import Generation
 

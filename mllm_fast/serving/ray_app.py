@@ -24,9 +24,9 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from ..context.store import pictures_digest
 from ..core.errors import InputError
 from ..core.images import load_image
-from ..store import pictures_digest
 from .app import create_app
 from .conversation import conversation
 from .errors import ServiceError, service_error

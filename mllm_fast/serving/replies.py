@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..store import scope_digest
+from ..context.store import scope_digest
 from .errors import ServiceError
 from .schema import ContextInfo, Usage
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
 
 CONTEXT_ID = re.compile(r"ctx-([0-9a-f]{64})")
 

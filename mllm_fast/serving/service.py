@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..compress import kept_count
+from ..context.compress import kept_count
+from ..context.store import ContextStore
 from ..core.images import load_image
 from ..knockout.rule import Knockout
-from ..store import ContextStore
 from .conversation import Conversation, conversation
 from .engine import Engine
 from .errors import ServiceError, service_error
@@ -29,7 +29,7 @@ from .settings import Settings
 from .words import Words
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
     from ..vlm import VLM
 
 _MEMO = 4096  # pictures whose contexts' names are remembered
@@ -163,8 +163,8 @@ class Service:
 
     async def explain(self, request: ExplanationRequest, scope: str = "") -> bytes:
         """The file of an explanation, in the format that was asked for."""
-        from ..maps import METHODS
-        from ..render import encoded
+        from ..explain.export import encoded
+        from ..explain.registry import METHODS
 
         settings = self.settings
         self._check_model(request.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..compress import SCORES, kept_count
+from ..context.compress import SCORES, kept_count
 from ..core.errors import InputError, check_choice
 
 MIB = 1 << 20

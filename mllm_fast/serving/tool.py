@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..context.figure import draw_kept
 from ..core.errors import InputError
 from ..drawing.boxes import put_boxes
-from ..explain import Explanation
-from ..kept_picture import draw_kept
+from ..explain.explanation import Explanation
+from ..explain.export import encoded
+from ..explain.figure import overlay, token_map
+from ..explain.names import DEFAULT
+from ..explain.registry import ALIGNMENT, MEANINGS
 from ..knockout.rule import Knockout
-from ..map_names import DEFAULT
-from ..maps import ALIGNMENT, MEANINGS
-from ..picture import overlay, token_map
-from ..render import encoded
 from .service import Service
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context.context import Context
     from ..joint.model import JointModel
 
 SIDE = 560  # of a drawn map, pixels

@@ -26,9 +26,9 @@ from PIL import Image
 from starlette.routing import Mount
 
 from ..core.assets import SAMPLE
-from ..map_names import DEFAULT
-from ..maps import ALIGNMENT
-from ..picture import colors
+from ..explain.figure import colors
+from ..explain.names import DEFAULT
+from ..explain.registry import ALIGNMENT
 from .errors import service_error
 from .keys import Keys
 from .logs import Log

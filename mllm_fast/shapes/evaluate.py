@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..loading import load_pretrained, model_folder
+from ..models.loading import load_pretrained, model_folder
 from .questions import TASKS, Question, ask
 from .scenes import Scene, generate_scene
 from .second_renderer import draw_scene

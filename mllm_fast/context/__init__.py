@@ -1,0 +1,1 @@
+"""An image read once: its attended tokens compressed, kept, stored and asked again."""

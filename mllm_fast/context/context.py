@@ -1,0 +1,364 @@
+"""Context: what is kept of a picture, to be asked again and again (image re-prompting, arXiv 2411.17491)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..core.layout import TokenLayout
+from ..explain.explanation import Explanation, check_norm, nothing_generated
+from ..explain.stream import Stream, own_state
+from ..models.offload import device_of
+from ..models.processing import one_answer
+from ..runtime.answer import Answer, answer_of
+from ..runtime.hooks import Recording
+from ..runtime.shared_prefix import Said, Session, passes
+from ..runtime.trace import Trace
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Image tokens that a layer of a context keeps: `positions` in the uncompressed prefix (int64 [K], ascending), the
+    picture each is of (`images`, int64 [K]), and the pixel box of each in it (`boxes`, float64 [K, 4], left, top,
+    right, bottom)."""
+
+    positions: Tensor
+    images: Tensor
+    boxes: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Keys and values of a picture's prefix, of each layer those of the text and of the kept image tokens.
+
+    Nothing changes a context: questions keep what is theirs beside it, and several threads may ask at once (the model
+    serves one at a time). Tokens keep their original positions, and a question stands where it would have stood after
+    the whole prefix.
+
+    Attributes:
+        keys, values: [L, Hkv, M, D]. positions: of the kept tokens in the uncompressed prefix, int64 [L, M], ascending.
+        layout, input_ids: of the uncompressed prefix (system, image and query tokens). position: of the next token, for
+            the rotary embedding. prompt: of the first turn. description: what the model said to it, if that was the
+            score. settings: keep, score and parts, and how many image tokens are kept. images: the pictures, where
+            they are at hand. peak_nbytes: most bytes of keys and values held while it was made, 0 if from a file.
+    """
+
+    vlm: VLM
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    layout: TokenLayout
+    input_ids: Tensor
+    position: int
+    prompt: str
+    description: str
+    settings: dict[str, Any]
+    images: tuple[Any, ...] = ()
+    peak_nbytes: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Context({self.num_tokens} of {self.prefix_length} tokens, {self.nbytes / 2**20:.2f} of"
+            f" {self.full_nbytes / 2**20:.2f} MiB, {self.settings})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens kept in each layer, text included."""
+        return self.keys.shape[2]
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the uncompressed system + image + query sequence."""
+        return self.layout.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values and positions."""
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of the uncompressed prefix's keys and values."""
+        return (self.keys.nbytes + self.values.nbytes) // self.num_tokens * self.prefix_length
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The pictures to draw upon: `images`, or grey ones of their sizes."""
+        return list(self.images) or [Image.new("RGB", image.size, (128, 128, 128)) for image in self.layout.images]
+
+    def kept(self, layer: int) -> Kept:
+        """The image tokens that a layer keeps."""
+        count = len(self.positions)
+        if not -count <= layer < count:
+            raise InputError(f"layers are 0 to {count - 1}, got {layer}")
+        positions = self.positions[layer]
+        chosen, owner, boxes = [], [], []
+        for i, image in enumerate(self.layout.images):
+            here = torch.isin(image.positions, positions)
+            chosen.append(image.positions[here])
+            owner.append(torch.full((int(here.sum()),), i))
+            boxes.append(image.token_boxes()[here.numpy()])
+        return Kept(torch.cat(chosen), torch.cat(owner), np.concatenate(boxes))
+
+    def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
+        """Answer a question; options as in transformers' `generate`, for one sequence and one beam."""
+        return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
+
+    def ask_many(
+        self, questions: Sequence[str], *, max_new_tokens: int = 32, batch_size: int = _BATCH, **options: Any
+    ) -> list[Answer]:
+        """Answer questions, `batch_size` at a time in one pass over one copy of the prefix: each as if asked alone (but
+        that questions sampled together draw from one stream of random numbers).
+
+        Raises:
+            InputError: no question, an empty one, or one too long for the model's window.
+        """
+        if isinstance(questions, str):
+            raise InputError("ask_many takes a list of questions; for a single one call ask")
+        if not questions:
+            raise InputError("no question was given; give a list of them")
+        if batch_size < 1:
+            raise InputError(f"batch_size is at least 1, got {batch_size}")
+        ids = [self._question_ids(question, max_new_tokens) for question in questions]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of one length waste no room
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            answers |= dict(zip(part, self._answers([ids[i] for i in part], max_new_tokens, options), strict=True))
+        return [answers[i] for i in range(len(ids))]
+
+    def chat(self) -> Chat:
+        """A conversation over this context: each question sees the earlier ones and their answers."""
+        return Chat(self)
+
+    def stream(
+        self, question: str, *, explain: bool = False, norm: str = "frozen", max_new_tokens: int = 32, **options: Any
+    ) -> Stream:
+        """Answer token by token; see `VLM.stream`."""
+        vlm = self.vlm
+        check_norm(norm)
+        one_answer("stream", options)
+        ids = self._question_ids(question, max_new_tokens)
+        session = self._session(1)
+        sequence = torch.cat([self.input_ids, torch.tensor(ids)])
+        stream = Stream(
+            vlm=vlm,
+            layout=self._asked(len(sequence)),
+            prompt=question,
+            images=self.pictures,
+            explain=explain,
+            norm=norm,
+            stop_ids=vlm.prompts.stop_ids(options),
+            source=_Asked(self, session),
+        )
+
+        def start() -> Iterator[Any]:
+            for said in self._generate(session, [ids], [sequence], max_new_tokens, options):
+                if said is None:
+                    yield None
+                    continue
+                token = int(said[0][0])
+                log_prob = said[1][0, token] - said[1][0].logsumexp(-1)
+                yield token, float(log_prob), session, said[2][0], not bool(said[3][0])
+
+        stream.begin(start)
+        return stream
+
+    def explain(
+        self,
+        question: str,
+        answer: str | Sequence[int] | None = None,
+        *,
+        norm: str = "frozen",
+        max_new_tokens: int = 32,
+        **options: Any,
+    ) -> Explanation:
+        """Explain an answer, generated or given, against what is kept: the patches that were dropped have no score.
+        See `VLM.explain`; such an explanation cannot be verified."""
+        vlm = self.vlm
+        check_norm(norm)
+        ids = self._question_ids(question, max_new_tokens)
+        session = self._session(1)
+        sequence = torch.cat([self.input_ids, torch.tensor(ids)])
+        layout = self._asked(len(sequence))
+        if answer is None:
+            with self._running(), session.recording(1) as record:
+                for said in self._generate(session, [ids], [sequence], max_new_tokens, options):
+                    sequence = sequence if said is None else said[2][0]
+        else:
+            nothing_generated(options)
+            given = vlm.prompts.answer_ids(answer)
+            sequence = torch.cat([sequence, given.cpu()])
+            self._check_window(len(ids) + len(given))
+            with self._running(), session.recording(len(given)) as record:
+                session.read([[*ids, *given[:-1].tolist()]])
+        said_text = answer_of(sequence, layout, vlm.processor.tokenizer, vlm.prompts.stop_ids(options))
+        if not said_text.token_ids:
+            raise InputError("the answer is empty: there is no token to explain; ask another question")
+        count = len(said_text.token_ids)
+        return Explanation(
+            vlm_text=vlm.text,
+            operators=vlm.operators,
+            trace=self.trace(session, record, count, len(said_text.input_ids) - 1),
+            answer=said_text,
+            decode=vlm.processor.tokenizer.decode,
+            prompt=question,
+            images=self.pictures,
+            norm=norm,
+            backend=vlm.backend,
+        )
+
+    def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
+        """Write the context to a .safetensors file, which appears whole or not at all.
+
+        storage: "full", the model's type; "int8", a quarter (of float32) with a small error: keys by channel, values by
+            token.
+
+        Returns the relative errors (root mean square) of keys and values that int8 made, else nothing.
+        """
+        from .file_format import save
+
+        return save(self, path, storage)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+        """Read a context that was saved. `images`: the pictures (or their files), if they are to be drawn upon.
+
+        Raises:
+            InputError: no such file, not a context, a newer format, a damaged file, another model or type.
+        """
+        from .file_format import load
+
+        return load(path, vlm, images)
+
+    def trace(self, session: Session, record: Recording, num_tokens: int, length: int) -> Trace:
+        """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""
+        own = torch.arange(self.prefix_length, length).expand(len(self.positions), -1)
+        return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
+
+    def _answers(self, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[Answer]:
+        session = self._session(len(ids), max_new_tokens - 1)
+        prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
+        longest = max(map(len, prompts))
+        sequences, ends = torch.empty(0), [0] * len(ids)
+        with self._running(), session.recording():
+            for said in self._generate(session, ids, prompts, max_new_tokens, options):
+                if said is not None:
+                    sequences = said[2]
+                    length = sequences.shape[1]
+                    ends = [end or (0 if more else length) for end, more in zip(ends, said[3].tolist(), strict=True)]
+        stop = self.vlm.prompts.stop_ids(options)
+        return [
+            answer_of(one[longest - len(prompt) : end], self._asked(len(prompt)), self.vlm.processor.tokenizer, stop)
+            for one, prompt, end in zip(sequences.cpu(), prompts, ends, strict=True)
+        ]
+
+    def _generate(
+        self,
+        session: Session,
+        ids: list[list[int]],
+        prompts: list[Tensor],
+        max_new_tokens: int,
+        options: dict[str, Any],
+    ) -> Iterator[Said | None]:
+        """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
+        one_answer("a context's answer", options)
+        rows = [prompt.flip(0) for prompt in prompts]
+        # a token that every sequence holds: processors that look which tokens there are see no other
+        padding = int(self.input_ids[0])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).flip(1)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+        device = device_of(self.vlm.model)
+        inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": passes(session, ids)}
+        return self.vlm.run(inputs, max_new_tokens, settings)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """The model at hand, and left as it was."""
+        return own_state(self.vlm, [])
+
+    def _session(self, count: int, expected: int = 32) -> Session:
+        return Session(self.vlm.text, self.keys, self.values, self.position, count, self.vlm.backend, expected)
+
+    def _asked(self, length: int) -> TokenLayout:
+        """The layout of the prefix and a question."""
+        return TokenLayout(length, length, self.layout.images)
+
+    def _question_ids(self, question: str, max_new_tokens: int) -> list[int]:
+        ids = self.vlm.prompts.turn_ids(self.prompt, len(self.layout.images), question)
+        self._check_window(len(ids) + max_new_tokens)
+        return ids
+
+    def _check_window(self, more: int) -> None:
+        self.vlm.prompts.check_window(
+            self.position + more, "the context's prefix, the question and the longest answer take"
+        )
+
+
+class _Asked:
+    """What a stream over a context needs to attach and to explain."""
+
+    def __init__(self, context: Context, session: Session):
+        self._context = context
+        self._session: Session | None = session
+
+    def recording(self, rows: int) -> AbstractContextManager[Recording]:
+        assert self._session is not None  # a closed stream computes nothing
+        return self._session.recording(rows)
+
+    def trace(self, record: Recording, cache: Any, length: int) -> Trace:
+        return self._context.trace(cache, record, 1, length)
+
+    def close(self) -> None:
+        self._session = None  # steps that are still to be explained hold it
+
+
+class Chat:
+    """A conversation over a context, for one thread. `turns`: the answers so far."""
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.turns: list[Answer] = []
+        self._session = context._session(1)
+        self._sequence = context.input_ids
+        self._unread: list[int] = []  # the last token said, which no pass has read yet
+
+    def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
+        """Answer a question that may refer to the earlier ones; options as in `Context.ask`."""
+        context, vlm = self.context, self.context.vlm
+        ids = context._question_ids(question, max_new_tokens)
+        context._check_window(self._session.length + len(self._unread) + len(ids) + max_new_tokens)
+        sequence = torch.cat([self._sequence, torch.tensor([*self._unread, *ids])])
+        layout = context._asked(len(sequence))
+        before = self._session.mark()
+        try:
+            with context._running(), self._session.recording():
+                for said in context._generate(
+                    self._session, [[*self._unread, *ids]], [sequence], max_new_tokens, options
+                ):
+                    sequence = sequence if said is None else said[2][0].cpu()
+            stop = vlm.prompts.stop_ids(options)
+            answer = answer_of(sequence, layout, vlm.processor.tokenizer, stop)
+        except BaseException:
+            self._session.back(before)  # as if it had not been asked
+            raise
+        # the last token was not read; a stop token is left to the template, which ends the turn in its own way
+        self._sequence, last = sequence[:-1], int(sequence[-1])
+        self._unread = [] if last in stop else [last]
+        self.turns.append(answer)
+        return answer

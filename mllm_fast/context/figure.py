@@ -1,0 +1,90 @@
+"""A picture of what a context keeps: one small picture a layer, with the dropped tokens in the dark."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..core.files import check_target, whole_file
+from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, font
+from ..explain.figure import upsample
+from .context import Context
+
+ENDINGS = (".png",)
+_SIDE = 200
+
+
+def save_kept(ctx: Context, path: str | os.PathLike[str]) -> None:
+    """Write `draw_kept` as a .png, which appears whole or not at all."""
+    target = Path(path)
+    check_target(target, ENDINGS)
+    drawn = draw_kept(ctx)
+    with whole_file(target) as name:
+        drawn.save(name, "PNG")
+
+
+def draw_kept(ctx: Context) -> Image.Image:
+    """Every layer's kept image tokens as lit patches of the pictures, and below, how often each patch was kept."""
+    layers = len(ctx.positions)
+    entries = [(f"layer {i}", _lit(ctx, [i])) for i in range(layers)]
+    entries.append((f"all {layers} layers together", _lit(ctx, range(layers))))
+    across = min(len(entries), max(3, math.ceil(math.sqrt(1.6 * len(entries)))))
+    rows = math.ceil(len(entries) / across)
+    width = across * (_SIDE + MARGIN) + MARGIN
+    tall = max(cell.height for _, cell in entries) + 36
+    text = Text(width - 2 * MARGIN)
+    count = len(ctx.layout.positions("image"))
+    kept = ctx.settings["kept"]
+    head = text.wrap(
+        f"Kept: {kept} of {count} image tokens a layer, score \u201c{ctx.settings['score']}\u201d", 18, INK
+    )
+    head += text.wrap(f"Prompt: {ctx.prompt}", 14, FAINT)
+    foot = text.wrap(
+        "Lit: patches whose token the layer keeps. Together: the more layers keep it, the brighter.", 14, FAINT
+    )
+    above = sum(line.height for line in head) + 2 * MARGIN
+    sheet = Image.new("RGB", (width, above + rows * tall + sum(line.height for line in foot) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    text.put(draw, head, MARGIN)
+    for n, (label, cell) in enumerate(entries):
+        x, y = MARGIN + n % across * (_SIDE + MARGIN), above + n // across * tall
+        sheet.paste(cell, (x, y))
+        draw.text((x, y + cell.height + 4), label, font=font(16), fill=INK)
+    text.put(draw, foot, above + rows * tall)
+    return sheet
+
+
+def _lit(ctx: Context, layers) -> Image.Image:
+    """The pictures one below the other, as bright as the share of these layers that keep each patch."""
+    cells = []
+    for i, (picture, where) in enumerate(zip(ctx.pictures, ctx.layout.images, strict=True)):
+        scale = _SIDE / max(picture.size)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+        base = np.asarray(picture.resize(size, smooth), dtype=np.float64)
+        share = np.zeros(where.grid)
+        for layer in layers:
+            share += _cells(ctx, layer, i)
+        box = [edge * size[n % 2] / where.size[n % 2] for n, edge in enumerate(where.box)]
+        light, _ = upsample(share / len(layers), (box[0], box[1], box[2], box[3]), size)
+        shade = 0.18 + 0.82 * light[..., None]
+        cells.append(Image.fromarray(np.rint(base * shade).astype(np.uint8)))
+    whole = Image.new("RGB", (_SIDE, sum(cell.height + 4 for cell in cells) - 4), PAPER)
+    y = 0
+    for cell in cells:
+        whole.paste(cell, (0, y))
+        y += cell.height + 4
+    return whole
+
+
+def _cells(ctx: Context, layer: int, image: int) -> np.ndarray:
+    """1 in the cells of the grid whose token a layer keeps; a thumbnail's token lights the cells it covers."""
+    import torch
+
+    where = ctx.layout.images[image]
+    kept = torch.isin(where.positions, ctx.positions[layer])
+    return (where.to_grid(kept.double()) > 0).double().numpy()

@@ -1,0 +1,250 @@
+"""The file format of a context: safetensors, with everything a reader needs to refuse what does not fit.
+
+Tensors: keys, values [L, Hkv, M, D] in the model's type, or int8 with `keys_scale` [L, Hkv, 1, D] and `values_scale`
+[L, Hkv, M, 1] in float32; positions int32 [L, M]; input_ids int32 [N]. The metadata's entry "mllm_fast.context" is one
+JSON object (`_describe`), "mllm_fast.checksum" the checksum of that and of all tensors: it finds damage, it is no
+signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.errors import InputError, check_choice, first_line
+from ..core.files import check_target, whole_file
+from ..core.layout import ImageLayout, Tile, TokenLayout
+from ..models.fingerprint import fingerprint
+from ..models.offload import device_of
+from .context import Context
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+VERSION = 1
+STORAGES = ("full", "int8")
+ENDINGS = (".safetensors",)
+_ROW = 8 * 512  # bytes that are summed together, as 64-bit words
+_PART = 256 * _ROW  # bytes that are summed while they are in the cache
+
+
+def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
+    """See `Context.save`."""
+    target = Path(path)
+    check_target(target, ENDINGS)
+    check_choice("storage", storage, STORAGES)
+    tensors, metadata, errors = pack(ctx, storage)
+    with whole_file(target) as name:
+        save_file(tensors, name, metadata)
+    return errors
+
+
+def load(path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+    """See `Context.load`."""
+    description, tensors = read(path)
+    _check_model(path, description, vlm)
+    try:
+        context = unpack(description, tensors, vlm)
+        _check_shapes(context)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(f"{path}: its parts do not fit together ({first_line(error)}); make it again") from None
+    if not images:
+        return context
+    pictures = vlm.prompts.load(images)
+    sizes = [image.size for image in context.layout.images]
+    if [picture.size for picture in pictures] != sizes:
+        raise InputError(f"{path} was made of other pictures: their sizes are {sizes}")
+    return replace(context, images=tuple(pictures))
+
+
+def pack(ctx: Context, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
+    """A context as the tensors and the metadata of a file; and, of int8, the relative errors (root mean square) of keys
+    and values."""
+    tensors = {"positions": ctx.positions.int(), "input_ids": ctx.input_ids.int()}
+    errors: dict[str, float] = {}
+    for name, tensor, over in (("keys", ctx.keys, 2), ("values", ctx.values, 3)):
+        if storage == "full":
+            tensors[name] = tensor.contiguous().cpu()
+            continue
+        whole, scale = _to_int8(tensor, over)
+        errors[name] = _relative_error(whole.float() * scale, tensor.float())
+        tensors[name], tensors[f"{name}_scale"] = whole.cpu(), scale.cpu()
+    text = json.dumps(_describe(ctx, storage, errors), sort_keys=True)
+    metadata = {"format": "pt", "mllm_fast.context": text, "mllm_fast.checksum": checksum(text, tensors)}
+    return tensors, metadata, errors
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file, checked against its checksum.
+
+    Raises:
+        InputError: no such file, no context file, one of a newer format, one cut off or changed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return parse(path, metadata, tensors)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: no context file, or one that was cut off ({first_line(error)})") from None
+
+
+def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and copies of the tensors (which may lie in a mapped file) of a file's content; see `read`."""
+    text = metadata.get("mllm_fast.context")
+    if text is None:
+        raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
+    copies: dict[str, Tensor] = {}
+    if metadata.get("mllm_fast.checksum") != checksum(text, tensors, copies):
+        raise InputError(f"{path}: the file was damaged or edited (its checksum does not fit); make it again")
+    try:
+        description = json.loads(text)
+        version = int(description["version"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{path}: its description cannot be read; make it again") from None
+    if version > VERSION:
+        raise InputError(f"{path}: format {version}, this mllm-fast reads up to {VERSION}; update mllm-fast")
+    return description, copies
+
+
+def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM) -> Context:
+    """The context of a file that was read."""
+    device, dtype = device_of(vlm.model), vlm.model.dtype
+    if description["storage"] == "int8":
+        keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
+    else:
+        keys, values = tensors["keys"], tensors["values"]
+    input_ids = tensors["input_ids"].long()
+    layouts = tuple(
+        ImageLayout(
+            torch.tensor(image["positions"]),
+            tuple(image["size"]),
+            tuple(Tile(tile["rows"], tile["cols"], tuple(tile["box"])) for tile in image["tiles"]),
+            tuple(image["canvas"]),
+        )
+        for image in description["images"]
+    )
+    return Context(
+        vlm=vlm,
+        keys=keys.to(device),
+        values=values.to(device),
+        positions=tensors["positions"].long(),
+        layout=TokenLayout(len(input_ids), len(input_ids), layouts),
+        input_ids=input_ids,
+        position=description["position"],
+        prompt=description["prompt"],
+        description=description["description"],
+        settings=description["settings"],
+    )
+
+
+def checksum(text: str, tensors: dict[str, Tensor], copies: dict[str, Tensor] | None = None) -> str:
+    """SHA-256 of the text, of the tensors' names, types and shapes, and of the sums of their bytes, read as 64-bit
+    words in rows of 512, by row and, 256 rows at a time, by column: as fast as memory, and no change of one place
+    leaves it as it was. `copies`: takes a copy of each tensor, made on the way; the sums are those of the copies."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if copies is not None:
+            copies[name] = torch.empty_like(tensor)
+        raw = tensor.reshape(-1).view(torch.uint8)
+        for begin in range(0, len(raw), _PART):
+            part = raw[begin : begin + _PART]
+            if copies is not None:
+                part = copies[name].reshape(-1).view(torch.uint8)[begin : begin + _PART].copy_(part)
+            even = len(part) // _ROW * _ROW
+            words = part[:even].view(torch.int64).reshape(-1, _ROW // 8)
+            for sums in (words.sum(0), words.sum(1), part[even:]):
+                digest.update(sums.numpy().data)
+    return digest.hexdigest()
+
+
+def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str, Any]:
+    config = ctx.vlm.model.config
+    images = [
+        {
+            "positions": image.positions.tolist(),
+            "size": image.size,
+            "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
+            "canvas": image.canvas,
+        }
+        for image in ctx.layout.images
+    ]
+    return {
+        "version": VERSION,
+        "model": {
+            "type": config.model_type,
+            "id": getattr(config, "_name_or_path", "") or "",
+            "revision": getattr(config, "_commit_hash", None),
+            "fingerprint": fingerprint(ctx.vlm.model),
+        },
+        "dtype": str(ctx.keys.dtype).removeprefix("torch."),
+        "storage": storage,
+        "storage_error": errors,
+        "images": images,
+        "position": ctx.position,
+        "prompt": ctx.prompt,
+        "description": ctx.description,
+        "settings": ctx.settings,
+    }
+
+
+def _check_model(path: Any, description: dict[str, Any], vlm: VLM) -> None:
+    made, config = description.get("model"), vlm.model.config
+    if not isinstance(made, dict) or made.get("fingerprint") != fingerprint(vlm.model):
+        here = getattr(config, "_name_or_path", "") or config.model_type
+        made = made if isinstance(made, dict) else {}
+        dtype = str(vlm.model.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{path}: made with another model, {made.get('id') or made.get('type')} in {description.get('dtype')}"
+            f" (fingerprint {str(made.get('fingerprint'))[:12]}), or another version of transformers; not with {here}"
+            f" in {dtype} ({fingerprint(vlm.model)[:12]}): load that one, or make the context again"
+        )
+
+
+def _check_shapes(ctx: Context) -> None:
+    """Raise ValueError if a context's parts do not fit each other and the model."""
+    text, length = ctx.vlm.text, len(ctx.input_ids)
+    kv_heads = getattr(text.config, "num_key_value_heads", None) or text.num_heads
+    shape = (len(text.layers), kv_heads, ctx.positions.shape[-1], text.head_dim)
+    for name, tensor in (("keys", ctx.keys), ("values", ctx.values)):
+        if tuple(tensor.shape) != shape or tensor.dtype != ctx.vlm.model.dtype:
+            raise ValueError(f"{name} is {ctx.vlm.model.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    steps = ctx.positions.diff(dim=1)
+    if ctx.positions.shape[:-1] != shape[:1] or not shape[2] or bool((steps < 1).any()):
+        raise ValueError("positions ascend in each layer")
+    if int(ctx.positions.min()) < 0 or int(ctx.positions.max()) >= length:
+        raise ValueError(f"positions are 0 to {length - 1}")
+    if int(ctx.input_ids.min()) < 0 or int(ctx.input_ids.max()) >= text.head.out_features:
+        raise ValueError("input_ids lie outside the vocabulary")
+    for image in ctx.layout.images:
+        count = sum(tile.rows * tile.cols for tile in image.tiles)
+        if count != len(image.positions) or not 0 <= int(image.positions.min()) <= int(image.positions.max()) < length:
+            raise ValueError("an image's tiles and positions disagree")
+    if not isinstance(ctx.position, int) or not isinstance(ctx.prompt, str) or not isinstance(ctx.settings, dict):
+        raise TypeError("position, prompt and settings are a number, a text and an object")
+
+
+def _to_int8(tensor: Tensor, over: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers and their scale: one a channel of the keys (over tokens), one a token of the values (over
+    channels), as these two spread (KIVI, arXiv 2402.02750)."""
+    wide = tensor.float()
+    scale = wide.abs().amax(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale).round().to(torch.int8), scale
+
+
+def _relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,258 @@
+"""Folders of files that several processes fill and read: on this machine, or behind any URL that fsspec knows."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..core.errors import InputError
+from ..core.files import TEMPORARY
+
+_ENDING = ".safetensors"
+_LOCKS = 256
+_OURS = re.compile(r"[0-9a-f]{64}\.safetensors")  # nothing else in a folder is counted or removed
+_FORGOTTEN = 24 * 3600  # seconds after which an unfinished file of a remote folder is nobody's
+
+
+class Folder(Protocol):
+    """Files by key (hexadecimal digits), least recently used out first."""
+
+    def locked(self, key: str) -> Any:
+        """A context manager: who holds it is alone with the key, as far as the folder can tell."""
+
+    def reading(self, key: str) -> Any:
+        """A context manager that gives the path of the key's file, to be read inside, or None."""
+
+    def write(self, key: str, make: Callable[[Path], object]) -> None:
+        """Store what `make` writes to a path; not if it is larger than the budget."""
+
+    def drop(self, key: str) -> None:
+        """Remove a file."""
+
+    def keys(self) -> list[str]:
+        """Of all files."""
+
+
+def open_folder(url: str, budget: int) -> Folder:
+    """The folder of a path or a URL, made if it is not there.
+
+    Raises:
+        InputError: it cannot be made, or not be written to; or fsspec does not know the URL.
+    """
+    if "://" not in url or url.startswith("file://"):
+        return LocalFolder(Path(url.removeprefix("file://")), budget)
+    return RemoteFolder(url, budget)
+
+
+class LocalFolder:
+    """A folder on this machine. Files appear by renaming. Locks are the kernel's (flock): a process that is killed
+    leaves none behind, only an unfinished file, which the next one to tidy up removes."""
+
+    def __init__(self, path: Path, budget: int):
+        self.path = path = path.absolute()
+        self.budget = budget
+        self._latest = 0  # the last time stamp given, so that a clock that is set back does not turn the order round
+        try:
+            (path / "locks").mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise InputError(f"{path}: no folder that can be written to ({error.strerror}); choose another") from None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """See `Folder`; keys share 256 locks."""
+        with self._flock(f"{int(key[:8], 16) % _LOCKS:02x}"):
+            yield
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[Path | None]:
+        """See `Folder`. A file that is removed meanwhile can still be read to its end."""
+        path = self._file(key)
+        try:
+            self._stamp(path)
+        except FileNotFoundError:
+            yield None
+            return
+        except OSError:
+            pass  # a file of somebody else's can be read all the same
+        yield path
+
+    def write(self, key: str, make: Callable[[Path], object]) -> None:
+        """See `Folder`; only who holds the key's lock may call this."""
+        path = self._file(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
+        if path.stat().st_size > self.budget:
+            self.drop(key)
+            return
+        self._stamp(path)
+        self._tidy(keep=path)
+
+    def drop(self, key: str) -> None:
+        """See `Folder`."""
+        with suppress(OSError):
+            self._file(key).unlink()
+
+    def keys(self) -> list[str]:
+        """See `Folder`."""
+        return [path.stem for _, _, path in self.files()]
+
+    def files(self) -> list[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of each file, least recently used first."""
+        found = []
+        for path in self.path.glob(f"[0-9a-f][0-9a-f]/*{_ENDING}"):
+            if not _OURS.fullmatch(path.name):
+                continue
+            with suppress(FileNotFoundError):  # removed meanwhile
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        return sorted(found)
+
+    def _tidy(self, keep: Path) -> None:
+        """Keep the budget, and remove what killed processes left."""
+        with self._flock("tidy"):
+            files = self.files()
+            self._latest = max([self._latest, *(stamp for stamp, _, _ in files)])
+            total = sum(size for _, size, _ in files)
+            for _, size, path in files:
+                if total <= self.budget:
+                    break
+                if path != keep:
+                    with suppress(OSError):
+                        path.unlink()
+                        total -= size
+        for path in self.path.glob(f"[0-9a-f][0-9a-f]/{TEMPORARY}*"):
+            # its writer holds the key's lock as long as it lives
+            with self._flock(f"{int(path.parent.name, 16):02x}", wait=False) as free:
+                if free:
+                    with suppress(OSError):
+                        path.unlink()
+
+    def _stamp(self, path: Path) -> None:
+        self._latest = max(time.time_ns(), self._latest + 1)
+        os.utime(path, ns=(self._latest, self._latest))
+
+    def _file(self, key: str) -> Path:
+        return self.path / f"{int(key[:8], 16) % _LOCKS:02x}" / f"{key}{_ENDING}"
+
+    @contextmanager
+    def _flock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock; without `wait` give False where another holds it."""
+        import fcntl
+
+        path = self.path / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have emptied the folder
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # whoever may read it may lock it
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a child was forked meanwhile
+            os.close(handle)
+
+
+class RemoteFolder:
+    """A folder behind an fsspec URL. There are no locks: two processes may make the same file at once, and both write
+    the same; a file is put beside its place and moved there. The budget is kept by time of writing."""
+
+    def __init__(self, url: str, budget: int):
+        import fsspec
+
+        self.budget = budget
+        self.url = url
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._fs.makedirs(self._root, exist_ok=True)
+        except (ValueError, ImportError, OSError) as error:
+            raise InputError(f"{url}: no store can be opened there: {error}") from None
+
+    def __str__(self) -> str:
+        return self.url
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """See `Folder`."""
+        yield
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[Path | None]:
+        """See `Folder`: a copy on this machine."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{key}{_ENDING}"
+            try:
+                self._fs.get_file(self._file(key), str(path))
+            except (FileNotFoundError, KeyError):
+                yield None
+                return
+            yield path
+
+    def write(self, key: str, make: Callable[[Path], object]) -> None:
+        """See `Folder`."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{key}{_ENDING}"
+            make(path)
+            if path.stat().st_size > self.budget:
+                return
+            unfinished = f"{self._root}/{TEMPORARY}{uuid.uuid4().hex}"
+            try:
+                self._fs.put_file(str(path), unfinished)
+                self._fs.mv(unfinished, self._file(key))
+            except BaseException:
+                with suppress(Exception):  # whatever file systems raise
+                    self._fs.rm_file(unfinished)
+                raise
+        self._tidy(keep=key)
+
+    def _tidy(self, keep: str) -> None:
+        """Keep the budget, and remove what killed processes left."""
+        self._fs.invalidate_cache()
+        found = [(one["name"].rpartition("/")[2], one) for one in self._fs.ls(self._root, detail=True)]
+        files = sorted((one for name, one in found if _OURS.fullmatch(name)), key=_written)
+        total = sum(one["size"] or 0 for one in files)
+        for one in files:
+            if total <= self.budget:
+                break
+            if keep not in one["name"]:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(one["name"])
+                    total -= one["size"] or 0
+        for name, one in found:
+            if name.startswith(TEMPORARY) and time.time() - self._fs.modified(one["name"]).timestamp() > _FORGOTTEN:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(one["name"])
+
+    def drop(self, key: str) -> None:
+        """See `Folder`."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._file(key))
+
+    def keys(self) -> list[str]:
+        """See `Folder`."""
+        self._fs.invalidate_cache()
+        names = [one.rpartition("/")[2] for one in self._fs.ls(self._root, detail=False)]
+        return [name.removesuffix(_ENDING) for name in names if _OURS.fullmatch(name)]
+
+    def _file(self, key: str) -> str:
+        return f"{self._root}/{key}{_ENDING}"
+
+
+def _written(info: dict[str, Any]) -> str:
+    """When a file was written, as file systems tell it."""
+    return next(
+        (str(info[name]) for name in ("LastModified", "last_modified", "mtime", "created") if info.get(name)), ""
+    )

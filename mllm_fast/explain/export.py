@@ -1,0 +1,229 @@
+"""Save an explanation: .png, .html, .json, .safetensors. A file appears whole or not at all."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save as save_tensors
+
+from ..core.errors import InputError
+from ..core.files import check_target, write_whole
+from .box_weights import BoxWeights
+from .explanation import Explanation, Heads
+from .names import DEFAULT
+from .registry import ALIGNMENT, MEANINGS
+
+_HEADS = 10
+_ALWAYS = ("logprob", "attention")  # maps that a page and numbers have anyway
+_PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
+
+
+def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
+    """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
+    target = Path(path)
+    check_target(target, ENDINGS)
+    write_whole(target, encoded(ex, target.suffix.lower().removeprefix("."), token, method))
+
+
+def encoded(ex: Explanation, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
+    """The file that `save` writes; `kind`: "png", "html", "json" or "safetensors"."""
+    if not ex.images and kind in ("png", "html"):
+        raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
+    return _FORMATS[f".{kind}"](ex, token, method)
+
+
+def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:
+    """Everything of `ex` that is not a picture, ready for JSON. `numbers=False` leaves out the scores of
+    all heads and positions and keeps the ten best heads of each token."""
+    segments = {name: positions.tolist() for name, positions in ex.layout.segments.items()}
+    result: dict[str, Any] = {
+        "question": ex.prompt,
+        "answer": ex.text,
+        "norm": ex.norm,
+        "tokens": [_token_summary(ex, i, numbers) for i in range(len(ex.tokens))],
+        "images": [
+            {"size": list(i.size), "grid": list(i.grid), "box": list(i.box), "tokens": len(i.positions)}
+            for i in ex.layout.images
+        ],
+    }
+    if numbers:
+        result["input_ids"] = ex.input_ids.tolist()
+        result["segments"] = segments
+        result["token_boxes"] = [i.token_boxes().tolist() for i in ex.layout.images]
+        result["head_scores"] = ex.head_scores.tolist()
+    return result
+
+
+def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]:
+    heads = ex.top_heads(token, _HEADS)
+    result: dict[str, Any] = {
+        "text": ex.tokens[token],
+        "id": ex.token_ids[token],
+        "top_heads": [{"layer": layer, "head": head, "score": score} for layer, head, score in heads],
+    }
+    check = next((one for one in ex.verification if one.token == token), None)
+    if check is not None:
+        result["verification"] = {
+            "map": check.method,
+            "heads": check.heads,
+            "verdict": check.verdict,
+            "knocked_out": check.count,
+            "of": check.of,
+            "log_prob": check.log_prob,
+            "change": {"highest": check.top, "lowest": check.lowest, "random": list(check.random)},
+        }
+    if numbers:
+        scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
+        for entry, row in zip(result["top_heads"], scores, strict=True):
+            entry["position_scores"] = row.tolist()
+        result["heatmaps"] = [ex.heatmap(token, image=i).tolist() for i in range(len(ex.images))]
+        result["attention_maps"] = [ex.heatmap(token, "attention", image=i).tolist() for i in range(len(ex.images))]
+    return result
+
+
+def _png(ex: Explanation, token: int | None, method: str) -> bytes:
+    from .figure import draw_sheet, draw_token
+
+    if token is None and len(ex.tokens) > 1:
+        return _encode(draw_sheet(ex, method=method))
+    return _encode(draw_token(ex, token or 0, method=method))
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _json(ex: Explanation, token: int | None, method: str) -> bytes:
+    result = summary(ex)
+    if method not in _ALWAYS:
+        result["method"] = method
+        for i, entry in enumerate(result["tokens"]):
+            entry["maps"] = [ex.heatmap(i, method, image=k).tolist() for k in range(len(ex.images))]
+            if method == ALIGNMENT:
+                entry["boxes"] = [_boxes(ex.box_weights(i, image=k)) for k in range(len(ex.images))]
+    return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _boxes(found: BoxWeights, k: int = _HEADS) -> dict[str, Any]:
+    """The k boxes of largest weight."""
+    best = [{"weight": weight, "score": score, "box": list(box)} for weight, score, box in found.best(k)]
+    return {"query": found.query, "boxes": best, "note": found.note}
+
+
+def _safetensors(ex: Explanation, token: int | None, method: str) -> bytes:
+    count = len(ex.tokens)
+    heads = [[(layer, head) for layer, head, _ in ex.top_heads(i, _HEADS)] for i in range(count)]
+    tensors = {
+        "input_ids": ex.input_ids,
+        "token_ids": torch.tensor(ex.token_ids),
+        "head_scores": ex.head_scores,
+        "top_heads": torch.tensor(heads),
+        "position_scores": torch.stack([ex.position_scores(i, heads[i]) for i in range(count)]),
+        "attention": torch.stack([ex.attention(i) for i in range(count)]),
+    }
+    for i, layout in enumerate(ex.layout.images):
+        tensors[f"image_{i}.positions"] = layout.positions
+        tensors[f"image_{i}.token_boxes"] = torch.from_numpy(layout.token_boxes())
+        tensors[f"image_{i}.heatmaps"] = torch.stack([ex.heatmap(t, image=i) for t in range(count)])
+        if method not in _ALWAYS:
+            tensors[f"image_{i}.{method}"] = torch.stack([ex.heatmap(t, method, image=i) for t in range(count)])
+        if method == ALIGNMENT:
+            found = [ex.box_weights(t, image=i) for t in range(count)]
+            tensors[f"image_{i}.boxes"] = found[0].boxes
+            tensors[f"image_{i}.box_weights"] = torch.stack([one.weights for one in found])
+            tensors[f"image_{i}.box_scores"] = torch.stack([one.scores for one in found])
+    about = {"question": ex.prompt, "answer": ex.text, "norm": ex.norm, "tokens": json.dumps(ex.tokens)}
+    return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
+
+
+def _html(ex: Explanation, token: int | None, method: str) -> bytes:
+    data = {
+        "question": ex.prompt,
+        "norm": ex.norm,
+        "start": token or 0,
+        "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
+        "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
+        "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": MEANINGS[method]},
+    }
+    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    # inside a script element only "<" could end it
+    encoded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    title = html.escape(f"{ex.prompt} \u2192 {ex.text}")
+    filled = {"__TITLE__": title, "__DATA__": encoded}
+    return re.sub("__TITLE__|__DATA__", lambda place: filled[place.group()], page).encode()
+
+
+def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, ...]) -> dict[str, Any]:
+    small = picture.copy()
+    small.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
+    return {
+        "source": "data:image/png;base64," + base64.b64encode(_encode(small)).decode(),
+        "size": list(size),
+        "box": list(box),
+    }
+
+
+def _page_token(ex: Explanation, token: int, method: str) -> dict[str, Any]:
+    heads = ex.top_heads(token, _HEADS)
+    scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
+    layouts = ex.layout.images
+    return {
+        "text": ex.tokens[token].strip(),
+        "checks": {
+            "all": _check(ex, token, heads=_HEADS),
+            "attention": _check(ex, token, "attention"),
+            "extra": None if method in _ALWAYS else _check(ex, token, method),
+        },
+        "maps": [_rounded(i.to_grid(scores.sum(0)[i.positions])) for i in layouts],
+        "attention": [_rounded(ex.heatmap(token, "attention", image=i)) for i in range(len(layouts))],
+        "extra": _page_extra(ex, token, method),
+        "heads": [
+            {
+                "layer": layer,
+                "head": head,
+                "score": round(score, 4),
+                "check": _check(ex, token, heads=[(layer, head)]),
+                "maps": [_rounded(i.to_grid(row[i.positions])) for i in layouts],
+            }
+            for (layer, head, score), row in zip(heads, scores, strict=True)
+        ],
+    }
+
+
+def _check(ex: Explanation, token: int, method: str = DEFAULT, heads: Heads = _HEADS) -> dict[str, str] | None:
+    """The verdict of one map, if it was checked."""
+    check = ex.verified(token, method, heads)
+    return None if check is None else {"verdict": check.verdict, "text": str(check)}
+
+
+def _page_extra(ex: Explanation, token: int, method: str) -> dict[str, Any] | None:
+    """The maps of a method that a page does not have anyway, and the boxes behind them."""
+    if method in _ALWAYS:
+        return None
+    images = range(len(ex.layout.images))
+    found: dict[str, Any] = {"maps": [_rounded(ex.heatmap(token, method, image=i)) for i in images], "boxes": []}
+    if method == ALIGNMENT:
+        weights = [ex.box_weights(token, image=i) for i in images]
+        found["query"] = weights[0].query
+        found["boxes"] = [[[round(w, 3), *(round(x, 1) for x in box)] for w, _, box in one.best(5)] for one in weights]
+    return found
+
+
+def _rounded(grid: torch.Tensor) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in row] for row in grid.tolist()]
+
+
+_FORMATS = {".png": _png, ".html": _html, ".json": _json, ".safetensors": _safetensors}
+ENDINGS = tuple(_FORMATS)

@@ -1,0 +1,1 @@
+"""The heatmap methods that come with the package, one file each."""

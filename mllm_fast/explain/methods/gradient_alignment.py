@@ -1,0 +1,39 @@
+"""Gradient alignment (arXiv 2405.14612): the weights of a detector's boxes, of an explanation by a joint model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.layout import overlaps
+
+if TYPE_CHECKING:
+    from ...core.layout import ImageLayout
+    from ..box_weights import BoxWeights
+    from ..explanation import Explanation, Heads
+
+_SIDE = 1024  # pixels of the longer side, at most, that the boxes are painted on
+
+
+def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+    """The mean over each token's pixels of the largest weight among the boxes that cover one, 0 to 1, float32 [n]."""
+    number = next(i for i, one in enumerate(ex.layout.images) if one is image)
+    return token_means(ex.box_weights(token, image=number), image)
+
+
+def token_means(found: BoxWeights, image: ImageLayout) -> Tensor:
+    """The mean saliency of each image token's pixels, float32 [n]."""
+    scale = min(1.0, _SIDE / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    pixels = found.pixels((width, height)).numpy()
+    values = []
+    for tile in image.tiles:
+        left, top, right, bottom = tile.box
+        down = overlaps(np.linspace(top, bottom, tile.rows + 1), np.linspace(0, image.size[1], height + 1))
+        across = overlaps(np.linspace(left, right, tile.cols + 1), np.linspace(0, image.size[0], width + 1))
+        area = down.sum(1)[:, None] * across.sum(1)[None]
+        values.append((down @ pixels @ across.T / np.maximum(area, 1e-9)).reshape(-1))
+    return torch.from_numpy(np.concatenate(values)).float()

@@ -1,0 +1,29 @@
+"""Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928): attention, half of it the residual connection, multiplied
+through the layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..passes import hidden_states
+
+if TYPE_CHECKING:
+    from ...core.layout import ImageLayout
+    from ..explanation import Explanation, Heads
+
+
+@torch.inference_mode()
+def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+    """Shares of 1, float32 [n]."""
+    row = ex._trace.rows[token]
+    layers: list[Tensor] = []
+    hidden_states(ex, row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))
+    # one row of the product of (A + I) / 2, from the last layer down
+    flow = torch.zeros(row + 1, dtype=layers[0].dtype, device=layers[0].device)
+    flow[row] = 1.0
+    for mean in reversed(layers):
+        flow = (flow + flow @ mean) / 2
+    return flow[image.positions.to(flow.device)]

@@ -1,0 +1,61 @@
+"""Token activation map (Li et al. 2025, arXiv 2506.23270): the token's logit at every image token, less what earlier
+words of the context explain of it, smoothed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..passes import hidden_states
+
+if TYPE_CHECKING:
+    from ...core.layout import ImageLayout
+    from ..explanation import Explanation, Heads
+
+_SIDE = 3  # of the filter's window
+
+
+@torch.inference_mode()
+def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+    """Activation, without a unit, float32 [n]."""
+    row, text = ex._trace.rows[token], ex.replay.text
+    hidden = hidden_states(ex, row + 1)
+    ids = ex.input_ids[: row + 1]
+    context = torch.cat([ex.layout.positions("query"), torch.arange(ex.layout.prompt_length, row + 1)])
+    context = context[ids[context] != ex.token_ids[token]]
+    positions = image.positions.to(hidden.device)
+    words = torch.cat([ids[context], torch.tensor([ex.token_ids[token]])]).to(hidden.device)
+    activation = F.relu(text.logits(hidden[positions])[:, words].float()).T  # [words, n]
+    relevance = F.relu(text.logits(hidden[context.to(hidden.device)])[:, ex.token_ids[token]].float())
+    own = less(activation[-1], activation[:-1], relevance)
+    start, parts = 0, []
+    for tile in image.tiles:
+        part = own[start : start + tile.rows * tile.cols].reshape(tile.rows, tile.cols)
+        parts.append(rank_gaussian(part).flatten())
+        start += tile.rows * tile.cols
+    return torch.cat(parts)
+
+
+def less(activation: Tensor, others: Tensor, relevance: Tensor) -> Tensor:
+    """What is left of an activation [n] without the mean of the others [words, n], weighted by relevance [words], in
+    the measure that fits it best (least squares); never below 0."""
+    mean = relevance @ others / relevance.sum().clamp_min(1e-8)
+    measure = activation @ mean / (mean @ mean).clamp_min(1e-30)
+    return F.relu(activation - measure * mean)
+
+
+def rank_gaussian(values: Tensor) -> Tensor:
+    """Each cell of [rows, cols] as a mean of its 3 x 3 window, sorted, under a Gaussian around the median's rank; its
+    width in ranks is the window's standard deviation over its mean."""
+    half = _SIDE // 2
+    mode = "reflect" if min(values.shape) > half else "replicate"
+    padded = F.pad(values[None, None], (half,) * 4, mode=mode)
+    windows = F.unfold(padded, _SIDE)[0].sort(0).values  # [9, cells]
+    mean = windows.mean(0)
+    width = (windows.std(0, correction=0) / mean.clamp_min(1e-30)).clamp_min(1e-6)
+    rank = torch.arange(len(windows), device=values.device)[:, None] - len(windows) // 2
+    weight = torch.exp(-(rank**2) / (2 * width**2))
+    return ((windows * weight).sum(0) / weight.sum(0)).reshape(values.shape)

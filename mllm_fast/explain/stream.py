@@ -1,0 +1,292 @@
+"""An answer token by token: each can be explained as it appears, and knockouts may change between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..core.layout import TokenLayout
+from ..knockout.attention_share import AttentionShares
+from ..knockout.plan import Plan
+from ..knockout.rule import Knockout, as_rules
+from ..runtime.answer import Answer, answer_of
+from ..runtime.hooks import Recording, model_lock, recording
+from ..runtime.kv_cache import CACHE
+from ..runtime.trace import Trace, make_trace
+from .explanation import Explanation, Heads
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
+
+Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
+
+
+class Source(Protocol):
+    """What a stream computes with, where that is not the whole model over its own cache."""
+
+    def recording(self, rows: int) -> AbstractContextManager[Recording]:
+        """The model attached for one pass."""
+
+    def trace(self, record: Recording, cache: Any, length: int) -> Trace:
+        """What explains one token, of a sequence of which `length` tokens were read."""
+
+    def close(self) -> None:
+        """Nothing more is computed."""
+
+
+class Step:
+    """One token, as it was generated.
+
+    Attributes:
+        token: its text; empty while a character of several tokens is unfinished. token_id: its id. index: its
+            place in the answer. text: the answer so far, without special tokens. log_prob: of the token, before any
+            sampling settings.
+    """
+
+    def __init__(self, stream: Stream, index: int, token_id: int, token: str, text: str, log_prob: float):
+        self.index = index
+        self.token_id = token_id
+        self.token = token
+        self.text = text
+        self.log_prob = log_prob
+        self._stream = stream
+        self._recorded: tuple[Recording, Any, Tensor] | None = None
+        self._explanation: Explanation | None = None
+
+    @property
+    def explanation(self) -> Explanation:
+        """The explanation of this token alone, its index there 0; made when first asked for."""
+        if self._explanation is None:
+            if self._recorded is None:
+                raise InputError("this step was not recorded; call stream(..., explain=True)")
+            record, cache, sequence = self._recorded
+            self._explanation = self._stream.explanation_of(self, record, cache, sequence)
+            self._recorded = None
+        return self._explanation
+
+    @property
+    def head_scores(self) -> Tensor:
+        """Log-probability increase of every head's write, float32 [layers, heads]."""
+        return self.explanation.head_scores[0]
+
+    def top_heads(self, k: int = 10) -> list[tuple[int, int, float]]:
+        """As `Explanation.top_heads`."""
+        return self.explanation.top_heads(0, k)
+
+    def position_scores(self, heads: Heads = 10) -> Tensor:
+        """As `Explanation.position_scores`."""
+        return self.explanation.position_scores(0, heads)
+
+    def attention(self) -> Tensor:
+        """As `Explanation.attention`."""
+        return self.explanation.attention(0)
+
+    def heatmap(self, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
+        """As `Explanation.heatmap`."""
+        return self.explanation.heatmap(0, method, heads, image)
+
+
+class Stream(Iterator[Step]):
+    """The steps of one answer; see `VLM.stream`. `knockout` may be set between steps; `answer` is what was said so
+    far. Use it as a context manager, or call `close`, to free the cache of a stream that is left early."""
+
+    def __init__(
+        self,
+        *,
+        vlm: VLM,
+        layout: TokenLayout,
+        prompt: str,
+        images: list[Any],
+        explain: bool,
+        norm: str,
+        stop_ids: set[int],
+        knockout: Knockout | Sequence[Knockout] | None = None,
+        shares: AttentionShares | None = None,
+        source: Source | None = None,
+    ):
+        self.layout = layout
+        self.prompt = prompt
+        self.images = images
+        self._vlm = vlm
+        self._explain = explain
+        self._norm = norm
+        self._shares = shares
+        self._source = source
+        self._stop_ids = stop_ids
+        self._passes: Iterator[Pass] | None = None
+        self._sequence: Tensor | None = None
+        self._record: Recording | None = None
+        self._state: list[Any] = []
+        self.first: AbstractContextManager[Any] = nullcontext()  # entered for the first pass, which reads the pictures
+        self._special = set(vlm.processor.tokenizer.all_special_ids)
+        self._decoded = self._text = ""
+        self._count = 0
+        self._rules: tuple[Knockout, ...] = ()
+        self._plan: Plan | None = None
+        self.knockout = knockout  # type: ignore[assignment]
+
+    @property
+    def knockout(self) -> tuple[Knockout, ...]:
+        """The rules of the next step; set one, several, or None. What is in the cache stays as it was made."""
+        return self._rules
+
+    @knockout.setter
+    def knockout(self, rules: Knockout | Sequence[Knockout] | None) -> None:
+        if as_rules(rules) and self._source is not None:
+            raise InputError("a context's answers take no knockouts; use VLM.stream")
+        plan = self._vlm.plan(rules, [self.layout])
+        self._rules, self._plan = as_rules(rules), plan
+
+    @property
+    def answer(self) -> Answer:
+        """What was said so far."""
+        sequence = torch.empty(0, dtype=torch.long) if self._sequence is None else self._sequence
+        said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._stop_ids)
+        if self._shares is None:
+            return said
+        return replace(said, attention_share=self._shares.of(0, len(said.token_ids)))
+
+    def begin(self, start: Callable[[], Iterator[Pass]]) -> None:
+        """Take what `start`, a call of `generate` with `one_sequence`, gives."""
+        with own_state(self._vlm, self._state):
+            self._passes = start()
+            next(self._passes)  # to the first pause: nothing is computed before a step is asked for
+
+    def __next__(self) -> Step:
+        if self._passes is None:
+            raise StopIteration
+        try:
+            token_id, log_prob, cache, sequence, done = self._compute()
+        except BaseException:
+            self.close()
+            raise
+        self._sequence = sequence
+        if done and token_id in self._stop_ids:  # a padding token may also be said, and generation goes on
+            self.close()
+            raise StopIteration
+        tokenizer = self._vlm.processor.tokenizer
+        ids = sequence[self.layout.prompt_length :].tolist()
+        now = tokenizer.decode(ids)
+        token = ""
+        if not now.endswith("\ufffd"):
+            token = now[len(self._decoded) :] if now.startswith(self._decoded) else tokenizer.decode([token_id])
+            self._decoded = now
+            plain = now if self._special.isdisjoint(ids) else tokenizer.decode(ids, skip_special_tokens=True)
+            self._text = plain.strip()
+        step = Step(self, self._count, token_id, token, self._text, log_prob)
+        if self._explain:
+            step._recorded = self._record, cache, sequence  # type: ignore[assignment]
+        self._count += 1
+        return step
+
+    def _compute(self) -> Pass:
+        """One pass, with the model attached for as long as it takes."""
+        vlm = self._vlm
+        rows = 1 if self._explain else 0
+        if self._source is not None:
+            with self._source.recording(rows) as self._record:
+                return self._advance()
+        if not (rows or self._plan or self._shares):
+            return self._advance()
+        with recording(vlm.text, rows, self._plan, self._shares, vlm.backend) as self._record:
+            return self._advance()
+
+    def _advance(self) -> Pass:
+        first, self.first = self.first, nullcontext()
+        with own_state(self._vlm, self._state), first:
+            return next(self._passes)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Free the cache; no more steps come."""
+        if self._passes is not None:
+            self._passes.close()  # type: ignore[attr-defined]
+            if self._source is not None:
+                self._source.close()
+        self._passes = None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def explanation_of(self, step: Step, record: Recording, cache: Any, sequence: Tensor) -> Explanation:
+        """The explanation of one step's token."""
+        length = self.layout.prompt_length + step.index
+        layout = TokenLayout(length + 1, self.layout.prompt_length, self.layout.images)
+        said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())
+        vlm = self._vlm
+        if self._source is None:
+            trace = make_trace(record, cache, 1, length)
+        else:
+            trace = self._source.trace(record, cache, length)
+        return Explanation(
+            vlm_text=vlm.text,
+            operators=vlm.operators,
+            trace=trace,
+            answer=said,
+            decode=vlm.processor.tokenizer.decode,
+            prompt=self.prompt,
+            images=self.images,
+            norm=self._norm,
+            backend=vlm.backend,
+        )
+
+
+def one_sequence(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Iterator[Any]:
+    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares everything as for its own:
+    yields once before it begins, then a `Pass` after each."""
+    yield None
+    done, first = False, True
+    while not done:
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            token = torch.multinomial(torch.softmax(scores, -1), 1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        log_prob = logits[0, token[0, 0]] - logits[0].logsumexp(-1)
+        input_ids, first = torch.cat([input_ids, token], -1), False
+        done = bool(stopping_criteria(input_ids, ()).all())
+        yield int(token), float(log_prob), model_kwargs[CACHE], input_ids[0], done
+
+
+@contextmanager
+def own_state(vlm: VLM, state: list[Any]) -> Iterator[None]:
+    """With the model at hand, and what it keeps of a sequence as `state` has it (empty: as it is): other calls may have
+    come between. `state` holds it afterwards, the model what it held before."""
+    model, names = vlm.model, vlm.adapter.state
+    with model_lock(vlm.text), torch.inference_mode():
+        outside = [attrgetter(name)(model) for name in names]
+        if state:
+            _set_state(model, names, state)
+        try:
+            yield
+        finally:
+            state[:] = [attrgetter(name)(model) for name in names]
+            _set_state(model, names, outside)
+
+
+def _set_state(model: Any, names: Sequence[str], values: Sequence[Any]) -> None:
+    for name, value in zip(names, values, strict=True):
+        owner, _, attribute = name.rpartition(".")
+        setattr(attrgetter(owner)(model) if owner else model, attribute, value)

@@ -1,0 +1,166 @@
+"""Load a model and its processor: the embedded one, a folder, or a hub id; each failure in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.assets import SHAPES_WEIGHTS
+from ..core.errors import InputError, first_line
+
+EMBEDDED = "shapes"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A torch dtype; by default float32 on the CPU and bfloat16 elsewhere."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype is one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """A torch device that is there; by default the first GPU, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device is 'cpu', 'cuda', 'cuda:N' or 'auto', got {device!r}") from None
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count()
+        if (parsed.index or 0) >= count:
+            raise InputError(f"device {device!r} is not there: torch sees {count} GPUs; use --device cpu")
+    elif parsed.type == "meta":
+        raise InputError("device 'meta' holds no values; use 'cpu' or 'cuda'")
+    return parsed
+
+
+def model_folder(name: str) -> str:
+    """The embedded model's folder for its name, any other name unchanged ("./shapes" is a folder)."""
+    if name == EMBEDDED:
+        return str(SHAPES_WEIGHTS)
+    return name
+
+
+def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    """(model, processor) through transformers' Auto classes.
+
+    Raises:
+        InputError: a folder with a file missing or damaged, a text-only model, an unknown architecture.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+
+    from .adapter import ADAPTERS
+
+    source = model_folder(name)
+    _check_folder(name, Path(source))
+    with failures(name), quiet():
+        settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise InputError(f"{name}: config.json does not describe a model; copy it again")
+    kind = settings["model_type"]
+    if kind not in ADAPTERS:
+        hint = "" if "vision_config" in settings else " and has no vision part"
+        raise InputError(
+            f"{name}: the architecture {kind!r} is not supported{hint}; supported are"
+            f" {', '.join(ADAPTERS)}; to add one, see CONTRIBUTING.md, 'Add an architecture'"
+        )
+    if "vision_config" not in settings:
+        raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
+    if "device_map" in options and find_spec("accelerate") is None:
+        raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
+    with failures(name), quiet():
+        config = AutoConfig.from_pretrained(source, **_hub_options(options))
+        processor = processor_class(config).from_pretrained(source, **_hub_options(options))
+        loader: Any = AutoModelForImageTextToText
+        model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{name}: the weights lack {len(missing)} tensors, {missing[0]} among them; copy them again")
+    if "device_map" not in options:
+        with failures(name):
+            model = model.to(device)
+    return model.eval(), processor
+
+
+def processor_class(config: Any) -> Any:
+    """The class that loads a model's processor, narrowed to its image side: transformers cannot build video processors
+    without torchvision, and with it asks for files that a model of pictures need not have."""
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    if type(config) not in PROCESSOR_MAPPING:
+        return AutoProcessor
+    found: Any = PROCESSOR_MAPPING[type(config)]
+    return image_side(found)
+
+
+def image_side(cls: type) -> type:
+    """A processor class without its video processor, under the same name; the class itself if it has none."""
+    names = [name for name in cls.get_attributes() if name != "video_processor"]  # type: ignore[attr-defined]
+    if len(names) == len(cls.get_attributes()):  # type: ignore[attr-defined]
+        return cls
+    return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: names)})
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in options}
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir():
+        if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"{name}: no such model folder; give a folder, a hub id or '{EMBEDDED}'")
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name}: the folder has no config.json; give a folder that save_pretrained wrote")
+    with failures(f"{name}: config.json"):  # some versions of transformers do not say which file
+        if not isinstance(json.loads((folder / "config.json").read_bytes()), dict):
+            raise InputError(f"{name}: config.json does not describe a model; copy it again")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{name}: the folder has no weights (*.safetensors); copy the model again")
+    if not any((folder / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
+        raise InputError(f"{name}: the folder has no processor_config.json; save the processor beside the model")
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{name}: the folder has no tokenizer (tokenizer.json); save the processor beside the model")
+
+
+@contextlib.contextmanager
+def failures(name: str) -> Iterator[None]:
+    """transformers' many exceptions for a model that cannot be loaded, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise InputError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and notes of the libraries while a model loads: stdout and stderr are the caller's."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,57 @@
+"""Weights that accelerate keeps on disk, or beside a GPU, and reads in layer by layer (`device_map`)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+
+
+def weight_of(module: Any) -> Tensor:
+    """A module's weight, read in if it is elsewhere; detached."""
+    if module.weight.device.type != "meta":
+        return module.weight.detach()
+    from accelerate.utils import align_module_device  # whoever put it elsewhere has it
+
+    with align_module_device(module):
+        return module.weight.detach()
+
+
+def stored_tensor(model: Any, name: str) -> Tensor:
+    """A parameter or buffer of a model that is elsewhere, read in."""
+    from accelerate.utils import align_module_device
+
+    prefix, _, own = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    with align_module_device(module):
+        return getattr(module, own).detach()
+
+
+def one_gpu() -> dict[int | str, int] | None:
+    """accelerate's `max_memory` for the first GPU, the CPU and the disk; None, its own choice, without a GPU."""
+    if not torch.cuda.is_available() or find_spec("accelerate") is None:
+        return None
+    from accelerate.utils import get_max_memory
+
+    return {place: size for place, size in get_max_memory().items() if place in (0, "cpu")}
+
+
+def check_one_device(model: Any) -> None:
+    """Raise InputError for a model whose layers compute on several devices: keys, masks and records lie on one."""
+    given = {place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
+    places = {torch.device(f"cuda:{place}" if isinstance(place, int) else place) for place in given}
+    if len({place for place in places if place.type != "cpu"}) > 1:
+        raise InputError(
+            f"the model is spread over {', '.join(sorted(map(str, places)))}; one GPU, the CPU and the disk are"
+            " supported: load it with device='auto', or a device_map of one GPU"
+        )
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module computes: its weights' device, or the one they are read to."""
+    device = module.device if hasattr(module, "device") else module.weight.device
+    return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)

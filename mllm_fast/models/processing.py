@@ -1,0 +1,213 @@
+"""From pictures and words to a model's inputs, and what ends its answers: the processor's side of a VLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError, first_line
+from ..core.images import ImageSource, load_image
+from ..core.layout import TokenLayout
+from ..runtime.answer import prompt_layout
+from .adapter import Adapter
+from .offload import device_of
+
+Images = ImageSource | Sequence[ImageSource]
+Turn = tuple[str, list[str | None]]  # a role, and its parts: a text each, None for the next picture
+_REPLY = "mllmfastreply"  # stands for an answer in a chat template, to find where it goes
+
+
+class Prompts:
+    """Makes the inputs of one model.
+
+    Args:
+        model, processor: as a `VLM` has them. adapter: of the model. config: of its text part.
+        max_pixels: largest picture that is read.
+    """
+
+    def __init__(self, model: Any, processor: Any, adapter: Adapter, config: Any, max_pixels: int):
+        self.model = model
+        self.processor = processor
+        self.adapter = adapter
+        self.max_pixels = max_pixels
+        self.window: int | None = getattr(config, "max_position_embeddings", None)
+
+    def load(self, image: Images | None) -> list[Any]:
+        """The pictures of one prompt; none for a prompt of text alone, where None is given."""
+        if image is None:
+            return []
+        many = image if isinstance(image, (list, tuple)) else [image]
+        if not many:
+            raise InputError("no picture was given; give one, a list of them, or None for text alone")
+        return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
+
+    def pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
+        """The pictures of each prompt."""
+        if isinstance(prompt, str):
+            return [self.load(image)]
+        if not prompt:
+            raise InputError("no prompt was given; give one, or a list of them")
+        if not isinstance(image, (list, tuple)) or len(image) != len(prompt):
+            got = len(image) if isinstance(image, (list, tuple)) else "one picture"
+            raise InputError(f"{len(prompt)} prompts need a list of as many pictures (or lists of pictures), got {got}")
+        return [self.load(one) for one in image]
+
+    def prepare(self, pictures: list[list[Any]], prompts: list[str]) -> tuple[Any, list[TokenLayout], list[int]]:
+        """The processor's inputs for a batch, and of each sequence the layout and the left padding."""
+        inputs = self.inputs(pictures, prompts)
+        mask = inputs["attention_mask"].bool()
+        padding = (~mask).sum(1).tolist()
+        layouts, first = [], 0
+        for ids, pad, images in zip(inputs["input_ids"], padding, pictures, strict=True):
+            sizes = [image.size for image in images]
+            layouts.append(prompt_layout(ids[pad:], self.adapter, self.processor, inputs, sizes, first))
+            first += len(images)
+        return inputs, layouts, padding
+
+    def text(self, num_images: int, prompt: str) -> str:
+        """A first turn with pictures, as the chat template spells it."""
+        return self._spelled([("user", [None] * num_images + [prompt])])
+
+    def inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
+        """The processor's inputs for a batch, on the model's device."""
+        for prompt in prompts:
+            if not prompt.strip():
+                raise InputError("the prompt is empty; ask a question about the picture")
+            self._check_text(prompt, "prompt")
+        if any(pictures) and not all(pictures):
+            raise InputError("a batch has pictures for all of its prompts or for none")
+        return self._inputs(
+            pictures, [[("user", [None] * len(i) + [p])] for i, p in zip(pictures, prompts, strict=True)]
+        )
+
+    def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
+        """The processor's inputs for one conversation, its pictures in the order of their places, and the layout."""
+        for _, parts in turns:
+            for part in parts:
+                self._check_text(part or "", "message")
+        inputs = self._inputs([pictures], [list(turns)])
+        sizes = [picture.size for picture in pictures]
+        return inputs, prompt_layout(inputs["input_ids"][0], self.adapter, self.processor, inputs, sizes)
+
+    def _inputs(self, pictures: list[list[Any]], conversations: list[list[Turn]]) -> Any:
+        if not getattr(self.processor, "chat_template", None):
+            raise InputError("the processor has no chat template; set processor.chat_template")
+        several = len(conversations) > 1
+        batch = {"padding": True, "padding_side": "left"} if several else {}
+        try:
+            texts = [self._spelled(turns) for turns in conversations]
+            given = (pictures, texts) if several else (pictures[0], texts[0])
+            inputs = self.processor(
+                images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
+            )
+        except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise
+            raise InputError(f"the processor cannot take this picture and prompt: {first_line(error)}") from error
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                dtype = self.model.dtype if value.is_floating_point() else None
+                inputs[name] = value.to(device=device_of(self.model), dtype=dtype)
+        self.check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
+        return inputs
+
+    def _spelled(self, turns: Sequence[Turn]) -> str:
+        """A conversation as the chat template spells it, up to the model's next words."""
+        messages = [
+            {
+                "role": role,
+                "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts],
+            }
+            for role, parts in turns
+        ]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def turn_ids(self, prompt: str, num_images: int, question: str) -> list[int]:
+        """`further_ids` of one question."""
+        return self.further_ids(prompt, num_images, [("user", [question])])
+
+    def further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
+        """The ids of further turns, of text alone, of a conversation that began with pictures and `prompt`: what the
+        chat template puts between the model's first reply and its next one, the end of the reply's turn included."""
+        for _, parts in turns:
+            question = "".join(part or "" for part in parts)
+            if not question.strip():
+                raise InputError("the question is empty; ask something about the picture")
+            self._check_text(question, "question")
+        first: Turn = ("user", [None] * num_images + [prompt])
+        try:
+            text = self._spelled([first, ("assistant", [_REPLY]), *turns])
+        except Exception as error:  # whatever a template raises
+            raise InputError(f"the chat template takes no further turn: {first_line(error)}") from error
+        before, reply, turn = text.partition(_REPLY)
+        if not reply or not turn.strip():
+            raise InputError("the chat template drops earlier replies, so no question can follow one")
+        tokenizer = self.processor.tokenizer
+        ids, lead = (tokenizer(one).input_ids for one in (before + turn, before))
+        if lead and lead[-1] == tokenizer.eos_token_id:
+            lead = lead[:-1]
+        if ids[: len(lead)] == lead:  # else the text is cut in another way there
+            return ids[len(lead) :]
+        return tokenizer(turn, add_special_tokens=False).input_ids
+
+    def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
+        """The ids of a given answer (its text, or ids), int64 [n], on the model's device."""
+        if isinstance(answer, str):
+            self._check_text(answer, "answer to be explained")
+            ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
+        else:
+            ids = [int(one) for one in answer]
+        if not ids:
+            raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
+        return torch.tensor(ids, device=device_of(self.model))
+
+    def stop_ids(self, options: dict[str, Any]) -> set[int]:
+        """Ids that end an answer and are no part of it."""
+        config = options.get("generation_config", self.model.generation_config)
+        stop = options.get("eos_token_id", getattr(config, "eos_token_id", None))
+        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
+        padding = self.processor.tokenizer.pad_token_id
+        return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
+
+    def end_ids(self) -> set[int]:
+        """Ids at which the model ends an answer; `stop_ids` has the padding too, after which it goes on."""
+        end = self.model.generation_config.eos_token_id
+        return {*(end if isinstance(end, (list, tuple)) else [end])} - {None}
+
+    def check_window(self, length: int, what: str) -> None:
+        """Raise InputError if a sequence of this length does not fit the model."""
+        if self.window and length > self.window:
+            raise InputError(
+                f"{what} {length} tokens, the model's window is {self.window}; shorten the text or make the picture"
+                " smaller"
+            )
+
+    def _check_text(self, text: str, what: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the {what} is not valid Unicode; give it as UTF-8") from None
+        for name in ("image_token", "video_token"):
+            placeholder = getattr(self.processor, name, None)
+            if placeholder and placeholder in text:
+                raise InputError(
+                    f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
+                )
+
+
+_RUNS_ELSEWHERE = ("guidance_scale", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "streamer")
+
+
+def one_answer(what: str, options: dict[str, Any]) -> None:
+    """Raise InputError for options that ask for several answers, and for those that read or run the sequence in a way
+    of their own."""
+    for name in ("num_beams", "num_return_sequences"):
+        if options.get(name, 1) != 1:
+            raise InputError(
+                f"{what} follows one sequence, got {name}={options[name]}: call generate first and pass its"
+                " text to explain as answer="
+            )
+    for name in _RUNS_ELSEWHERE:
+        if options.get(name) is not None:
+            raise InputError(f"{what} runs the model token by token and takes no {name}; use VLM.generate")

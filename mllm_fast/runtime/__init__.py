@@ -1,0 +1,1 @@
+"""Running a model: attention through the kernels, recording, decoding, likelihoods, batches."""

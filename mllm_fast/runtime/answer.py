@@ -1,0 +1,69 @@
+"""What a model said: the text, its tokens and their places in the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..core.layout import TokenLayout
+from ..models.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. `token_ids` are the answer's, without the end-of-sequence token; `tokens` their
+    texts; `input_ids` (int64 [N]) the whole sequence, answer included; `layout` its segments.
+
+    `attention_share`: where it was asked for, the share of the generated tokens' attention that goes to each type
+    of token, "system", "image", "query", "generated" -> float32 [layers, heads], a mean over the generated tokens
+    that the model read; None if it read none.
+    """
+
+    text: str
+    token_ids: list[int]
+    tokens: list[str]
+    layout: TokenLayout
+    input_ids: Tensor
+    attention_share: dict[str, Tensor] | None = None
+
+
+def answer_of(
+    sequence: Tensor,
+    prompt: TokenLayout,
+    tokenizer: Any,
+    stop_ids: set[int],
+) -> Answer:
+    """The answer that follows the prompt in `sequence` (int64 [N], no padding before it)."""
+    ids = sequence[prompt.prompt_length :].tolist()
+    while ids and ids[-1] in stop_ids:
+        ids.pop()
+    kept = sequence[: prompt.prompt_length + len(ids)].cpu()
+    layout = TokenLayout(len(kept), prompt.prompt_length, prompt.images)
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text, ids, token_texts(tokenizer, ids), layout, kept)
+
+
+def prompt_layout(
+    ids: Tensor, adapter: Adapter, processor: Any, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
+) -> TokenLayout:
+    """The layout of one prompt of a batch: its ids (no padding), its pictures' sizes (width, height), and which of
+    the batch's pictures is its first."""
+    tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
+    return TokenLayout.from_input_ids(ids.cpu(), processor.image_token_id, tilings, len(ids))
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token's own text, spaces included: what decoding it adds. Bytes of an unfinished character
+    belong to the token that finishes it."""
+    texts, before = [], ""
+    for i in range(len(ids)):
+        now = tokenizer.decode(ids[: i + 1])
+        if now.endswith("\ufffd") and i + 1 < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :] if now.startswith(before) else tokenizer.decode([ids[i]]))
+        before = now
+    return texts

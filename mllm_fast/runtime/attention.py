@@ -1,0 +1,217 @@
+"""Which key each row sees, as a rule, and exact attention under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from ..core.errors import InputError
+from ..kernels import Attention, knockout_attention, wide_type
+from ..kernels.knockout_attention import HEAD_SIZES, torch_kernel
+from ..kernels.knockout_attention.reference import open_pairs
+
+_ROW_BLOCK = 256  # query rows whose mask is materialised at a time
+Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
+
+
+@dataclass
+class RowMask:
+    """Which keys each row sees, kept as a rule: a [rows, keys] array is made for a block of rows at a time.
+
+    rule: transformers' mask function of (batch, head, row, key) indices. padding: bool [B, N], or None
+    where no key is padding. start: int32 [B], where the padding is all on the left. Row i of the call is row
+    `offset + i` of the sequence.
+    """
+
+    rule: Callable[..., Any]
+    padding: Tensor | None
+    rows: int
+    keys: int
+    offset: int
+    key_offset: int
+    device: torch.device
+    start: Tensor | None = None
+
+    @property
+    def causal(self) -> bool:
+        """True if the rows are the last ones of plain causal attention without padding."""
+        return self.rule is causal_mask_function and self.padding is None and self.offset + self.rows == self.keys
+
+    @property
+    def left_padded(self) -> bool:
+        """True if the rows are the last ones of causal attention, with padding on the left or none."""
+        padded = self.padding is None or self.start is not None
+        return self.rule is causal_mask_function and padded and self.offset + self.rows == self.keys
+
+    def contiguous(self) -> RowMask:
+        """What `generate` calls where it makes the mask itself, for a cache that can be compiled."""
+        raise InputError("a static cache is not supported here; leave cache_implementation at transformers' default")
+
+    @property
+    def ndim(self) -> int:
+        """The same in older releases of transformers."""
+        return self.contiguous().ndim
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` as bool [B or 1, 1, stop - start, N], True where a key is seen."""
+        row = torch.arange(start, stop, device=self.device)[:, None] + self.offset
+        key = torch.arange(self.keys, device=self.device)[None, :] + self.key_offset
+        batch = torch.arange(1 if self.padding is None else len(self.padding), device=self.device)
+        head = torch.zeros((), dtype=torch.long, device=self.device)
+        seen = self.rule(batch[:, None, None], head, row[None], key[None])
+        seen = seen.expand(len(batch), stop - start, self.keys)[:, None]
+        return seen if self.padding is None else seen & self.padding[:, None, None, :]
+
+
+def row_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> RowMask:
+    """The mask counterpart that transformers calls, once a forward pass."""
+    if use_vmap:
+        raise NotImplementedError("a mask rule that is not a function of indices alone is not supported here")
+    padding, start = None, None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
+        padding = F.pad(padding, (0, kv_length - padding.shape[1]))  # a static cache's unused end
+        if padding.all():
+            padding = None
+        elif not (padding[:, :-1] & ~padding[:, 1:]).any():
+            start = (~padding).sum(1, dtype=torch.int32)
+    where = torch.device(device)
+    return RowMask(mask_function, padding, q_length, kv_length, int(q_offset), int(kv_offset), where, start)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowMask | Tensor | None,
+    scale: float,
+    closed: Closed | None = None,
+    mass: bool | Tensor = False,
+    backend: str = "auto",
+) -> Attention:
+    """Exact attention, [B, H, R, D] x [B, Hkv, N, D] -> output [B, H, R, D] and, if asked for, the rows' mean
+    attention to each key [B, H, N] (of all rows, or of those in a bool [B, R]).
+
+    `mask` may also be a ready 4-D mask, as transformers lets a caller pass one. `closed`: knockouts on top of
+    it. Rows that see no key give zeros. Causal attention goes to the kernel; any other rule (a sliding window)
+    and ready masks to torch's SDPA, a block of rows at a time.
+
+    Raises:
+        InputError: a kernel was asked for by name where only SDPA serves.
+    """
+    fits = HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]
+    if isinstance(mask, RowMask) and mask.left_padded and fits:
+        segments, table = closed or (None, None)
+        return knockout_attention(
+            query, key, value, segments=segments, table=table, start=mask.start, scale=scale, mass=mass, backend=backend
+        )
+    if mask is None:  # without a rule there would be no causality either
+        raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
+    if backend in ("cpu", "triton"):
+        raise InputError(
+            f"backend={backend!r} serves causal attention with heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; this is"
+            f" {'a rule or mask of its own' if fits else f'a head of {query.shape[3]}'}: use backend='auto' or 'torch'"
+        )
+    rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.empty_like(query)
+    share = query.new_zeros(*query.shape[:2], keys, dtype=wide_type(query.dtype))
+    chosen = torch.ones(1, rows, device=query.device) if isinstance(mass, bool) else mass
+    weight = chosen.to(share.dtype) / chosen.to(share.dtype).sum(-1, keepdim=True).clamp_min(1)
+    for start in range(0, rows, _ROW_BLOCK):
+        stop = min(start + _ROW_BLOCK, rows)
+        seen, bias = seen_by(mask, start, stop, rows, keys, closed)
+        block = seen if bias is None else bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
+        part = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, attn_mask=block, scale=scale)
+        out[:, :, start:stop] = part.masked_fill(~seen.any(-1, keepdim=True), 0)
+        if mass is not False:
+            scores = query[:, :, start:stop].to(share.dtype) @ key.to(share.dtype).mT * scale
+            if bias is not None:
+                scores = scores + bias
+            alpha = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
+            share += (weight[:, None, None, start:stop] @ alpha)[:, :, 0]
+    return Attention(out, None, None if mass is False else share)
+
+
+def attend_split(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    scale: float,
+    *,
+    causal: bool,
+    mass: bool = False,
+    backend: str = "auto",
+) -> Attention:
+    """Attention over a part of the keys, with the log-sum-exp that joins it to the rest; see `knockout_attention`."""
+    if HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]:
+        return knockout_attention(
+            query, key, value, start=start, scale=scale, lse=True, mass=mass, causal=causal, backend=backend
+        )
+    if backend in ("cpu", "triton"):
+        raise InputError(
+            f"backend={backend!r} serves heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; these are of {query.shape[3]}:"
+            " use backend='auto' or 'torch'"
+        )
+    return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal))
+
+
+def weigh(
+    query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | None, scale: float, closed: Closed | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend` with its weights as an array: output [B, H, R, D] and alpha [B, H, R, N], through which gradients
+    flow."""
+    if mask is None:
+        raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
+    rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    seen, bias = seen_by(mask, 0, rows, rows, keys, closed)
+    wide = wide_type(query.dtype)
+    scores = query.to(wide) @ key.to(wide).mT * scale
+    scores = scores if bias is None else scores + bias
+    # the lowest number in place of -inf: a row that sees nothing would have no gradient but NaN
+    alpha = torch.softmax(scores.masked_fill(~seen, torch.finfo(wide).min), -1).masked_fill(~seen, 0)
+    return alpha.to(value.dtype) @ value, alpha
+
+
+def seen_by(
+    mask: RowMask | Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows `start` to `stop` of `rows` as bool [B or 1, 1 or H, stop - start, keys], and what a ready float mask
+    adds to their scores. Causality is the mask's own affair: a ready mask, or another rule, may let a row see later
+    keys, and knockouts close only what they name."""
+    bias = None
+    if isinstance(mask, RowMask):
+        seen = mask.block(start, stop)
+    else:
+        seen = mask[:, :, start:stop, :keys]
+        if seen.dtype != torch.bool:
+            bias, seen = seen, seen > torch.finfo(seen.dtype).min / 2
+    if closed is not None:
+        segments, table = closed
+        first = start + first_row(mask, rows, keys)
+        seen = seen & open_pairs(segments[:, first : first + stop - start], segments, table)[:, None]
+    return seen, bias
+
+
+def first_row(mask: RowMask | Tensor, rows: int, keys: int) -> int:
+    """Where among the keys the first row's own is; under a ready mask the rows are the last ones."""
+    return mask.offset - mask.key_offset if isinstance(mask, RowMask) else keys - rows

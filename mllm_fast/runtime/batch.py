@@ -1,0 +1,316 @@
+"""Sequences decoded together that come and go between passes, each behind a prefix of its own or a shared one.
+
+The unread tokens of all sequences lie one after another in a sequence of one, without padding. Each attends to its
+prefix (`prefixes`) and to its own earlier tokens, kept here; the two are joined by their log-sum-exps. So a sequence is
+computed as if it were alone, whatever runs beside it (continuous batching, Yu et al. 2022, "Orca").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels import Attention, join, wide_type
+from ..models.adapter import TextModel
+from .attention import attend_split
+from .hooks import Recording, recording
+from .prefix_pool import Prefix, Prefixes, Stack
+
+_ROOM = 32  # own positions made ahead of what is there
+_IDLE_BYTES = 1 << 28  # of own positions that are kept while there is no row
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence in progress.
+
+    unread: tokens that the next pass reads; at least one. position: of the first of them, for the rotary embedding.
+    length: own tokens read so far. mass: where the row's attention to its prefix is summed, float32 [L, M], a mean over
+    heads; None where nobody asks.
+    """
+
+    prefix: Prefix
+    position: int
+    unread: list[int]
+    mass: Tensor | None = None
+    length: int = 0
+    slot: int = field(default=-1, repr=False)
+
+
+@dataclass(eq=False)
+class _Part:
+    """The tokens of a pass that read one stack: `token` int64 [n] which, `place` int64 [n] where each lies in
+    [S, width]; `start` of the stack's slots. `watched`: rows whose mass is summed, one to a slot."""
+
+    stack: Stack
+    token: Tensor
+    place: Tensor
+    width: int
+    start: Tensor
+    watched: list[Row]
+
+
+class Batch:
+    """Rows in progress. One thread alone may use it.
+
+    Args:
+        text: the model. backend: of the kernels.
+    """
+
+    def __init__(self, text: TextModel, backend: str = "auto"):
+        self.rows: list[Row] = []
+        self._text = text
+        self._backend = backend
+        self._prefixes = Prefixes()
+        self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [S, Hkv, room, D], newest first
+        self._room = 0
+        self._parts: list[_Part] = []
+        self._last = self._slot = self._place = torch.empty(0, dtype=torch.long)
+        self._starts = torch.empty(0, dtype=torch.int32)
+        self._first: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
+        self._single = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values: of the prefixes, and of the rows' own tokens."""
+        return self._prefixes.nbytes + sum(tensor.nbytes for pair in self._own for tensor in pair)
+
+    @torch.inference_mode()
+    def join(
+        self,
+        keys: Sequence[Tensor] | Tensor,
+        values: Sequence[Tensor] | Tensor,
+        position: int,
+        ids: Sequence[int],
+        name: Hashable | None = None,
+        watch: bool = False,
+    ) -> Row:
+        """Add a row: it reads `ids`, from `position` on, in the next pass.
+
+        Args:
+            keys, values: of the prefix, [L][Hkv, M, D]; copied. name: of one that several rows share: the same name
+                means the same prefix. watch: sum the attention mass; of a prefix without a name.
+        """
+        if not ids:
+            raise ValueError("a row reads at least one token")
+        if watch and (name is not None or len(ids) > 1):
+            raise ValueError("mass is summed of a prefix that is not shared, for a row that reads one token at a time")
+        prefix = self._prefixes.take(list(keys), list(values), name, watch)
+        mass = torch.zeros(len(keys), prefix.length, device=keys[0].device) if watch else None
+        row = Row(prefix, position, list(ids), mass, slot=len(self.rows))
+        self.rows.append(row)
+        return row
+
+    @torch.inference_mode()
+    def leave(self, row: Row) -> None:
+        """Remove a row; the last one takes its slot."""
+        last = self.rows.pop()
+        if last is not row:
+            count = last.length
+            for pair in self._own:
+                for held in pair:
+                    if count and last.slot < len(held):
+                        held[row.slot, :, self._room - count :] = held[last.slot, :, self._room - count :]
+            last.slot = row.slot
+            self.rows[row.slot] = last
+        row.slot = -1
+        self._prefixes.give_back(row.prefix)
+        if not self.rows and sum(held.nbytes for pair in self._own for held in pair) > _IDLE_BYTES:
+            self._own, self._room = [], 0
+
+    def forget(self, name: Hashable) -> None:
+        """Free the slot of a shared prefix that will not be asked for again."""
+        self._prefixes.forget(name)
+
+    def prefix(self, row: Row) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of a row's prefix, [L][Hkv, M, D], views."""
+        stack, slot = row.prefix.stack, row.prefix.slot
+        first = stack.room - row.prefix.length
+        return tuple(k[slot, :, first:] for k in stack.keys), tuple(v[slot, :, first:] for v in stack.values)
+
+    def recording(self) -> AbstractContextManager[Recording]:
+        """The model attached; `read` works inside."""
+        return recording(self._text, backend=self._backend, attending=self._attend)
+
+    @torch.inference_mode()
+    def read(self) -> Tensor:
+        """One pass over the unread tokens of all rows: the logits after the last of each, [B, V], in the order of
+        `rows`. They are read then; give each row its next ones."""
+        lengths = [len(row.unread) for row in self.rows]
+        device = self._device
+        self._plan(lengths)
+        tokens = [token for row in self.rows for token in row.unread]
+        positions = [row.position + i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)]
+        hidden = self._text.decoder(
+            input_ids=torch.tensor([tokens], device=device),
+            # a ready mask keeps transformers from making one; `_attend` knows what each token sees
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+        ).last_hidden_state
+        for row, count in zip(self.rows, lengths, strict=True):
+            row.position += count
+            row.length += count
+            row.unread = []
+        return self._text.logits(hidden[0, self._last])
+
+    @property
+    def _device(self) -> torch.device:
+        return self.rows[0].prefix.stack.keys[0].device
+
+    def _plan(self, lengths: list[int]) -> None:
+        """Where the pass's T tokens lie, once for all layers."""
+        device = self._device
+        ends, total = [], 0
+        for count in lengths:
+            total += count
+            ends.append(total - 1)
+        longest = max(row.length + count for row, count in zip(self.rows, lengths, strict=True))
+        if longest > self._room:
+            self._grow(longest + max(_ROOM, self._room // 2))
+        # own keys lie newest first, so that every row's are the last ones of its slot
+        slots = [row.slot for row, count in zip(self.rows, lengths, strict=True) for _ in range(count)]
+        places = [
+            self._room - 1 - row.length - i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)
+        ]
+        # a row that reads several tokens attends to them by `_first`
+        several = [i for i, count in enumerate(lengths) if count > 1]
+        starts = [
+            self._room - row.length - 1 if count == 1 else self._room
+            for row, count in zip(self.rows, lengths, strict=True)
+        ]
+        self._last = torch.tensor(ends, device=device)
+        self._slot, self._place = torch.tensor(slots, device=device), torch.tensor(places, device=device)
+        self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
+        self._first = None
+        self._single = len(several) < len(lengths)
+        if several:
+            if any(self.rows[i].length for i in several):
+                raise ValueError("a row reads one token at a time after its first ones")
+            width = max(lengths[i] for i in several)
+            token = [ends[i] - lengths[i] + 1 + k for i in several for k in range(lengths[i])]
+            place = [r * width + width - lengths[i] + k for r, i in enumerate(several) for k in range(lengths[i])]
+            gaps = [width - lengths[i] for i in several]
+            start = torch.tensor(gaps, dtype=torch.int32, device=device) if any(gaps) else None
+            self._first = (
+                torch.tensor(token, device=device),
+                torch.tensor(place, device=device),
+                start,
+                len(several),
+                width,
+            )
+        self._parts = self._by_stack(lengths, ends)
+
+    def _by_stack(self, lengths: list[int], ends: list[int]) -> list[_Part]:
+        device = self._device
+        stacks: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            stacks.setdefault(id(row.prefix.stack), []).append(i)
+        parts = []
+        for members in stacks.values():
+            stack = self.rows[members[0]].prefix.stack
+            token: list[int] = []
+            where: list[tuple[int, int]] = []
+            taken = [0] * len(stack.held)
+            for i in members:
+                slot = self.rows[i].prefix.slot
+                first = ends[i] - lengths[i] + 1
+                token += range(first, first + lengths[i])
+                where += [(slot, taken[slot] + k) for k in range(lengths[i])]
+                taken[slot] += lengths[i]
+            width = max(taken)
+            parts.append(
+                _Part(
+                    stack=stack,
+                    token=torch.tensor(token, device=device),
+                    place=torch.tensor([slot * width + at for slot, at in where], device=device),
+                    width=width,
+                    start=stack.starts([slot for slot, count in enumerate(taken) if count], device),
+                    watched=[self.rows[i] for i in members if self.rows[i].mass is not None],
+                )
+            )
+        return parts
+
+    def _grow(self, room: int) -> None:
+        for layer, pair in enumerate(self._own):
+            grown = []
+            for held in pair:
+                wide = held.new_zeros(held.shape[0], held.shape[1], room, held.shape[3])
+                wide[:, :, room - self._room :] = held
+                grown.append(wide)
+            self._own[layer] = grown[0], grown[1]
+        self._room = room
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of the pass's T tokens, query [1, H, T, D] and own key, value [1, Hkv, T, D] -> [1, H, T, D]."""
+        own_key, own_value = self._keep(layer, key[0], value[0])
+        rows = query[0].transpose(0, 1)  # [T, H, D]
+        count = len(self.rows)
+        output, total = (
+            torch.empty_like(rows),
+            rows.new_empty(rows.shape[:2], dtype=wide_type(rows.dtype)),
+        )
+        if self._single:
+            # all slots in one call; of the rows that read several tokens nothing is seen
+            alone = rows[self._last][:, :, None]
+            found = self._call(alone, own_key[:count], own_value[:count], self._starts, scale, False)
+            output[self._last], total[self._last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
+        if self._first is not None:
+            token, place, start, several, width = self._first
+            padded = [
+                _padded(part, token, place, several, width)
+                for part in (rows, *(x[0].transpose(0, 1) for x in (key, value)))
+            ]
+            found = self._call(padded[0], padded[1], padded[2], start, scale, True)
+            output[token] = found.output.transpose(1, 2).flatten(0, 1)[place]
+            total[token] = found.lse.transpose(1, 2).flatten(0, 1)[place]  # type: ignore[union-attr]
+        behind, weight = torch.empty_like(output), torch.empty_like(total)
+        for part in self._parts:
+            stack = part.stack
+            padded_rows = _padded(rows, part.token, part.place, len(stack.held), part.width)
+            # a single row after all keys sees what the last of them sees, which is the form that gives the mass
+            watched = bool(part.watched)
+            found = self._call(padded_rows, stack.keys[layer], stack.values[layer], part.start, scale, watched, watched)
+            behind[part.token] = found.output.transpose(1, 2).flatten(0, 1)[part.place]
+            lse = found.lse.transpose(1, 2).flatten(0, 1)[part.place]  # type: ignore[union-attr]
+            weight[part.token] = lse
+            for row in part.watched:
+                self._watch(layer, row, found, total[self._last[row.slot]])
+        mine = Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None)
+        return join(mine, Attention(behind.transpose(0, 1)[None], weight.transpose(0, 1)[None], None))
+
+    def _watch(self, layer: int, row: Row, found: Attention, own: Tensor) -> None:
+        """Add a row's attention to its prefix: the call's is of the prefix alone, the rest went to own tokens."""
+        slot = row.prefix.slot
+        share = torch.sigmoid(found.lse[slot, :, 0] - own)  # type: ignore[index]
+        mass = found.mass[slot, :, -row.prefix.length :]  # type: ignore[index]
+        row.mass[layer] += (mass * share[:, None]).mean(0)  # type: ignore[index]
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the pass's keys and values [Hkv, T, D] beside the earlier ones; all of them, [S, Hkv, room, D]."""
+        count = len(self.rows)
+        if layer == len(self._own):
+            empty = key.new_zeros(max(4, count), key.shape[0], self._room, key.shape[2])
+            self._own.append((empty, torch.zeros_like(empty)))
+        elif len(self._own[layer][0]) < count:
+            more = max(count, 2 * len(self._own[layer][0]))
+            grown = [torch.cat([held, held.new_zeros(more - len(held), *held.shape[1:])]) for held in self._own[layer]]
+            self._own[layer] = grown[0], grown[1]
+        held = self._own[layer]
+        for tensor, rows in zip(held, (key, value), strict=True):
+            tensor[self._slot, :, self._place] = rows.transpose(0, 1)
+        return held
+
+    def _call(self, query, key, value, start, scale: float, causal: bool, mass: bool = False) -> Attention:
+        return attend_split(query, key, value, start, scale, causal=causal, mass=mass, backend=self._backend)
+
+
+def _padded(tokens: Tensor, which: Tensor, place: Tensor, count: int, width: int) -> Tensor:
+    """Tokens [T, H, D] laid out as [count, H, width, D], zeros between."""
+    wide = tokens.new_zeros(count * width, *tokens.shape[1:])
+    wide[place] = tokens[which]
+    return wide.unflatten(0, (count, width)).transpose(1, 2)

@@ -1,0 +1,223 @@
+"""The one seam with transformers' attention.
+
+Inside `with recording(...)` the text part of a model runs on `masks.attend`, registered with transformers'
+AttentionInterface and AttentionMaskInterface. There knockouts take effect, the attention shares are summed, and a
+Recording takes what an explanation needs: of each explained row its query, its residual input to every layer and its
+input to the final norm. Keys and values stay where they are, in the KV cache. On leaving, by exception too, everything
+is as it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..core.errors import InputError
+from ..knockout.attention_share import Watcher
+from ..knockout.plan import Plan
+from ..models.adapter import TextModel
+from ..models.offload import device_of
+from .attention import Closed, RowMask, attend, row_mask, seen_by, weigh
+from .linear import few_row_linears
+
+# arguments of a decoder that a replay makes itself, or that only say what it gives back
+_REPLAYED = (
+    "input_ids", "inputs_embeds", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
+    "return_dict", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+_REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
+Attending = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
+Weighing = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
+_names = itertools.count()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def model_lock(text: TextModel) -> threading.RLock:
+    """The lock of a model: its attention is patched for one thread at a time, and what another thread ran
+    meanwhile would be recorded as this one's. Every VLM of the same model shares it."""
+    with _locks_guard:
+        return _locks.setdefault(text.norm, threading.RLock())
+
+
+@dataclass
+class Recording:
+    """Rows recorded of each forward pass: the last `rows` of it, [B, rows, ...] a pass.
+
+    residual, query, output: one list a layer; query [B, rows, H, D], rotated; output as query, what each head read.
+    final: inputs of the final norm. seen: for each pass the keys that the rows see, bool [B or 1, rows, N], or None for
+    plain causal attention. last: the position of each pass's last row, None where the caller's own mask does not tell.
+    embeds, positions: what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows. others: the
+    further arguments of each pass that were given, by name; see `verify.Replay`.
+    """
+
+    rows: int
+    num_layers: int
+    device: torch.device
+    residual: list[list[Tensor]] = field(init=False)
+    query: list[list[Tensor]] = field(init=False)
+    output: list[list[Tensor]] = field(init=False)
+    final: list[Tensor] = field(default_factory=list)
+    seen: list[list[Tensor | None]] = field(init=False)
+    scale: list[float] = field(init=False)
+    last: list[int | None] = field(default_factory=list)
+    embeds: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor | None] = field(default_factory=list)
+    others: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.residual = [[] for _ in range(self.num_layers)]
+        self.query = [[] for _ in range(self.num_layers)]
+        self.output = [[] for _ in range(self.num_layers)]
+        self.seen = [[] for _ in range(self.num_layers)]
+        self.scale = [0.0] * self.num_layers
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """The recorded rows of [B, R, ...]; copied if there are others, so that the rest of the pass can be freed."""
+        rows = hidden if hidden.shape[1] == self.rows else hidden[:, -self.rows :].clone()
+        return (rows.detach() if rows.requires_grad else rows).to(self.device)
+
+    def on_attention(
+        self, layer: int, query: Tensor, keys: int, mask: RowMask | Tensor | None, scale: float, closed: Closed | None
+    ) -> None:
+        self.scale[layer] = scale
+        self.query[layer].append(self.take(query.transpose(1, 2)))
+        if layer == 0:
+            self.last.append(mask.offset + mask.rows - 1 if isinstance(mask, RowMask) else None)
+        seen = None
+        if mask is not None and not (isinstance(mask, RowMask) and mask.causal and closed is None):
+            rows = query.shape[2]
+            visible, bias = seen_by(mask, max(0, rows - self.rows), rows, rows, keys, closed)
+            if visible.shape[1] > 1 or (bias is not None and torch.where(visible, bias, 0).any()):
+                raise InputError(
+                    "the attention mask differs from head to head, or adds to the scores of keys that are seen: an"
+                    " explanation knows masks that close keys alone, for all heads; pass such a mask to generate only"
+                )
+            seen = visible[:, 0]
+        self.seen[layer].append(seen)
+
+
+@contextmanager
+def recording(
+    text: TextModel,
+    rows: int = 0,
+    knockouts: Plan | None = None,
+    shares: Watcher | None = None,
+    backend: str = "auto",
+    attending: Attending | None = None,
+    weighing: Weighing | None = None,
+) -> Iterator[Recording]:
+    """Run the text part on `masks.attend` and record the last `rows` rows of every forward pass inside.
+
+    `attending` takes its place: for who keeps keys and values, and the rule of who sees whom, elsewhere. `weighing` is
+    given every layer's weights, by `masks.weigh`, through which gradients flow where they are on.
+
+    Only the text part is touched: vision towers use the same interface of transformers. The name under
+    which the functions are registered is new each time, so that several models do not meet; other threads
+    wait for this model (`model_lock`). These blocks cannot be nested for one model.
+    """
+    with model_lock(text):
+        if str(text.config._attn_implementation).startswith("mllm_fast_"):
+            raise RuntimeError("this model is being recorded already; leave that block first")
+        with (
+            few_row_linears(text, backend),
+            _attached(text, rows, knockouts, shares, backend, attending, weighing) as record,
+        ):
+            yield record
+
+
+@contextmanager
+def _attached(
+    text: TextModel,
+    rows: int,
+    knockouts: Plan | None,
+    shares: Watcher | None,
+    backend: str,
+    attending: Attending | None,
+    weighing: Weighing | None,
+) -> Iterator[Recording]:
+    record = Recording(rows, len(text.layers), device_of(text.outputs[-1]))
+    name = f"mllm_fast_{next(_names)}"
+    before = text.config._attn_implementation
+
+    def forward(module: nn.Module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        for refused in _REFUSED:
+            if kwargs.get(refused) is not None:
+                raise NotImplementedError(f"attention with {refused!r} is not supported by mllm-fast")
+        if dropout:
+            raise NotImplementedError("attention dropout is for training; call model.eval() first")
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if attending is not None:
+            if rows:
+                record.on_attention(layer, query, key.shape[2], None, scale, None)
+            output = attending(layer, query, key, value, scale).transpose(1, 2)
+            if rows:
+                record.output[layer].append(record.take(output))
+            return output.contiguous(), None
+        table = None if knockouts is None else knockouts.tables[layer]
+        closed = None
+        if knockouts is not None and table is not None:
+            # of the positions that the keys have: a sliding window's begin later
+            before = attention_mask.key_offset if isinstance(attention_mask, RowMask) else 0
+            closed = knockouts.segments(len(query), before + key.shape[2])[:, before:], table
+        if weighing is not None:
+            output, alpha = weigh(query, key, value, attention_mask, scale, closed)
+            weighing(layer, alpha)
+            return output.transpose(1, 2).contiguous(), None
+        if rows:
+            record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)
+        mass = False if shares is None else shares.wants(key.shape[2] - query.shape[2], query.shape[2])
+        if isinstance(mass, Tensor):
+            mass = mass.to(query.device)
+        found = attend(query, key, value, attention_mask, scale, closed, mass, backend)
+        if rows:
+            record.output[layer].append(record.take(found.output.transpose(1, 2)))
+        if shares is not None and found.mass is not None:
+            shares.add(layer, found.mass)
+        return found.output.transpose(1, 2).contiguous(), None
+
+    def before_layer(layer: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            record.residual[layer].append(record.take(args[0] if args else kwargs["hidden_states"]))
+
+        return hook
+
+    def before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:  # a model without eyes
+            embeds = text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])  # type: ignore[operator]
+        record.embeds.append(embeds)
+        record.positions.append(kwargs.get("position_ids"))
+        others = {name: given for name, given in kwargs.items() if name not in _REPLAYED}
+        record.others.append(
+            {name: given for name, given in others.items() if given is not None and given is not False}
+        )
+
+    handles = []
+    try:
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, row_mask)
+        if rows:
+            handles.append(text.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True))
+            for i, layer in enumerate(text.layers):
+                handles.append(layer.register_forward_pre_hook(before_layer(i), with_kwargs=True))
+            take = lambda _, args: record.final.append(record.take(args[0]))  # noqa: E731
+            handles.append(text.norm.register_forward_pre_hook(take))
+        text.config._attn_implementation = name
+        yield record
+    finally:
+        text.config._attn_implementation = before
+        for handle in handles:
+            handle.remove()
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)

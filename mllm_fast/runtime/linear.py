@@ -1,0 +1,58 @@
+"""The one seam with transformers' linear layers.
+
+Inside `with few_row_linears(text)` the large ones of a model's text part, its head among them, compute on
+`few_row_linear`: a decoder's step reads every weight, and torch reads them at half of memory's speed. On leaving, by
+exception too, everything is as it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import few_row_linear, worth_reading
+from ..models.adapter import TextModel
+
+_found: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Linear]]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def few_row_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
+    """`backend` as of the attention: "torch" and "triton" leave the layers as they are. For one thread at a time, as
+    `attention.model_lock` sees to."""
+    changed = []
+    if backend in ("auto", "cpu"):
+        for layer in _large(text):
+            if "forward" not in vars(layer):  # whoever put one there goes on
+                vars(layer)["forward"] = partial(_forward, layer)
+                changed.append(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            vars(layer).pop("forward", None)
+
+
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    if (
+        torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()  # a compiled model has its own linear layers
+        or type(layer.weight) is not nn.Parameter  # a quantised weight, say
+    ):
+        return F.linear(input, layer.weight, layer.bias)
+    return few_row_linear(input, layer.weight, layer.bias)
+
+
+def _large(text: TextModel) -> list[nn.Linear]:
+    """Looked for once a model: of a small one, the walk takes as long as a layer."""
+    known = _found.get(text.decoder)
+    if known is None:
+        layers = [one for one in (*text.decoder.modules(), text.head) if type(one) is nn.Linear]
+        known = _found[text.decoder] = [weakref.ref(one) for one in layers if worth_reading(one.weight)]
+    return [layer for ref in known if (layer := ref()) is not None]

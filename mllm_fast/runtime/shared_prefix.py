@@ -1,0 +1,208 @@
+"""Questions over one prefix: a forward pass for many of them, over a single copy of what they share.
+
+The tokens of all questions lie one after another in a sequence of one, without padding. Each attends to the prefix,
+whose keys and values are read where they are, and to its own question's keys, kept here; the two are joined by their
+log-sum-exps. So a question is computed as if it were asked alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import Attention, join
+from ..models.adapter import TextModel
+from .attention import attend_split
+from .hooks import Recording, recording
+from .trace import Trace, trace_of
+
+_ROOM = 32  # positions made ahead of what is there, at most
+
+
+class Session:
+    """B questions in progress, over the keys and values of a prefix.
+
+    Args:
+        text: the model. backend: of the kernels.
+        keys, values: of the prefix, [L, Hkv, M, D] (or a sequence of L); only read.
+        position: of the first token after the prefix, for the rotary embedding; more than M where tokens were
+            dropped.
+        count: B. expected: tokens that are likely to be read after the first ones, which get room at once.
+    """
+
+    def __init__(
+        self,
+        text: TextModel,
+        keys: Sequence[Tensor] | Tensor,
+        values: Sequence[Tensor] | Tensor,
+        position: int,
+        count: int,
+        backend: str = "auto",
+        expected: int = _ROOM,
+    ):
+        self.text = text
+        self.backend = backend
+        self.keys, self.values = keys, values
+        self.length = 0  # own positions of the longest question; shorter ones begin later
+        self._next = torch.full((count,), position)
+        self._start: Tensor | None = None
+        self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [B, room, Hkv, D]
+        self._rows = torch.empty(0, dtype=torch.long)  # of the pass at hand: where its tokens lie in [B, longest]
+        self._longest = 0
+        self._room = min(expected, _ROOM)
+
+    def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
+        """The model attached to this session; `read` works inside, and records the last `rows` rows."""
+        return recording(self.text, rows, backend=self.backend, attending=self.attend)
+
+    def read(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Add tokens to every question, as many to each after the first time; the logits after the last of each,
+        [B, V]."""
+        lengths = torch.tensor([len(one) for one in ids])
+        self._longest = int(lengths.max())
+        gap = self._longest - lengths
+        if self.length == 0:
+            self._start = gap.int().to(self._device) if bool(gap.any()) else None
+        elif bool(gap.any()):
+            raise ValueError(f"after the first tokens each question takes as many, got {lengths.tolist()}")
+        self.length += self._longest
+        within = torch.cat([torch.arange(n) for n in lengths])
+        question = torch.arange(len(ids)).repeat_interleave(lengths)
+        self._rows = (question * self._longest + gap[question] + within).to(self._device)
+        positions = (self._next[question] + within).to(self._device)
+        self._next = self._next + lengths
+        tokens = torch.tensor([[token for one in ids for token in one]], device=self._device)
+        hidden = self.text.decoder(
+            input_ids=tokens,
+            # a ready mask keeps transformers from making one; `attend` knows what each row sees
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._device),
+            position_ids=positions[None],
+            use_cache=False,
+        ).last_hidden_state
+        return self.text.logits(hidden[0, lengths.cumsum(0).to(self._device) - 1])
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of the pass's T tokens, query [1, H, T, D] and own key, value [1, Hkv, T, D] -> [1, H, T, D]."""
+        count, longest = len(self._next), self._longest
+        own_key, own_value = (self._add(layer, i, one[0].transpose(0, 1)) for i, one in enumerate((key, value)))
+        rows = query[0].transpose(0, 1)  # [T, H, D]
+        padded = rows
+        if self._start is not None and longest > 1:
+            padded = rows.new_zeros(count * longest, *rows.shape[1:])
+            padded[self._rows] = rows
+        padded = padded.reshape(count, longest, *rows.shape[1:]).transpose(1, 2)
+        own = attend_split(padded, own_key, own_value, self._start, scale, causal=True, backend=self.backend)
+        keys, values = self.keys[layer][None], self.values[layer][None]
+        shared = attend_split(query, keys, values, None, scale, causal=False, backend=self.backend)
+        output, total = own.output.transpose(1, 2).flatten(0, 1), own.lse.transpose(1, 2).flatten(0, 1)  # type: ignore[union-attr]
+        if self._start is not None and longest > 1:
+            output, total = output[self._rows], total[self._rows]
+        mine = Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None)
+        return join(mine, shared)
+
+    def mark(self) -> tuple[int, Tensor]:
+        """Where the questions are, for `back`."""
+        return self.length, self._next
+
+    def back(self, mark: tuple[int, Tensor]) -> None:
+        """Forget what was read since a mark."""
+        self.length, self._next = mark
+
+    def keep(self, questions: Tensor) -> None:
+        """Go on with some of the questions alone, int64 [B']; only while none is read."""
+        self._next = self._next[questions]
+        chosen = questions.to(self._device)
+        self._start = None if self._start is None else self._start[chosen]
+        self._own = [(k[chosen], v[chosen]) for k, v in self._own]
+
+    def trace(self, record: Recording, num_tokens: int, length: int, positions: Tensor) -> Trace:
+        """What explains `num_tokens` tokens of a session of one question, of which `length` own positions count:
+        `positions` [L, M + length] are those of the keys in the whole sequence."""
+        keys, values = (
+            [
+                torch.cat([given, own[i][0, :length].transpose(0, 1)], 1)
+                for given, own in zip(shared, self._own, strict=True)
+            ]
+            for i, shared in enumerate((self.keys, self.values))
+        )
+        rows = range(keys[0].shape[1] - num_tokens, keys[0].shape[1])
+        return trace_of(record, keys, values, rows, positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the questions' own keys and values."""
+        return sum(tensor.nbytes for pair in self._own for tensor in pair)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.keys[0].device
+
+    def _add(self, layer: int, which: int, rows: Tensor) -> Tensor:
+        """Put the pass's keys (or values) [T, Hkv, D] beside the earlier ones: all of them, [B, Hkv, length, D]."""
+        count = len(self._next)
+        if layer == len(self._own):
+            empty = rows.new_zeros(count, self.length + self._room, *rows.shape[1:])
+            self._own.append((empty, torch.zeros_like(empty)))
+        elif self._own[layer][which].shape[1] < self.length:
+            more = rows.new_zeros(count, self.length + _ROOM, *rows.shape[1:])
+            grown = [torch.cat([old, more], 1) for old in self._own[layer]]
+            self._own[layer] = grown[0], grown[1]
+        held = self._own[layer][which]
+        before = self.length - self._longest
+        if self._longest == 1:
+            held[:, before] = rows
+        else:
+            question, slot = self._rows // self._longest, self._rows % self._longest
+            held[question, before + slot] = rows
+        return held[:, : self.length].transpose(1, 2)
+
+
+# tokens [B], logits [B, V], sequences [B, N], unfinished [B] on the CPU
+Said = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iterator[Said | None]]:
+    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares logits processors and stopping
+    criteria as for its own: yields once before it begins, then what was said in each pass."""
+
+    def loop(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+    ) -> Iterator[Said | None]:
+        yield None
+        feed: Sequence[Sequence[int]] = ids
+        unfinished = torch.ones(len(ids), dtype=torch.bool)
+        active = torch.arange(len(ids))  # the questions that the session still reads
+        padding = getattr(generation_config, "_pad_token_tensor", None)
+        filler = input_ids.new_zeros(()) if padding is None else padding.to(input_ids.device)
+        logits: Tensor | None = None
+        while True:
+            read = session.read(feed).to(dtype=torch.float32, device=input_ids.device)
+            if logits is None or len(active) == len(ids):
+                logits = read
+            else:
+                logits = logits.index_copy(0, active.to(logits.device), read)
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
+            else:
+                tokens = scores.argmax(-1)
+            if not unfinished.all():
+                tokens = torch.where(unfinished.to(tokens.device), tokens, filler)
+            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+            going_on = ~stopping_criteria(input_ids, ())
+            said, more = torch.stack([tokens, going_on.long()]).cpu()  # the one copy a pass
+            unfinished = unfinished & more.bool()
+            yield tokens, logits, input_ids, unfinished
+            if not unfinished.any():
+                return
+            going = unfinished[active]
+            if 2 * int(going.sum()) <= len(active):  # half of the rows have nothing more to say
+                session.keep(going.nonzero()[:, 0])
+                active = active[going]
+            feed = said[active][:, None].tolist()
+
+    return loop
