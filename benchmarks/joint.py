@@ -13,15 +13,15 @@ from pathlib import Path
 
 from harness import machine, write_result
 
+from mllm_fast.evaluation.joint.bias import Bias, Swap, swap_scenes
+from mllm_fast.evaluation.joint.hallucination import Hallucination
+from mllm_fast.evaluation.joint.pointing import Pointing
+from mllm_fast.evaluation.joint.quality import JointQuality
+from mllm_fast.evaluation.joint.simulatability import Simulatability
 from mllm_fast.evaluation.report import plain, save
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import scenes
-from mllm_fast.joint.bias import Bias, Swap, swap_scenes
-from mllm_fast.joint.hallucination import Hallucination
 from mllm_fast.joint.model import WEIGHTS, joint_folder
-from mllm_fast.joint.pointing import Pointing
-from mllm_fast.joint.quality import JointQuality
-from mllm_fast.joint.simulatability import Simulatability
 from mllm_fast.shapes.evaluate import SEED, weights_digest
 from mllm_fast.shapes.scenes import COLORS, SHAPES
 

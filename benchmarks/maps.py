@@ -9,10 +9,10 @@ from pathlib import Path
 
 from harness import machine, write_result
 
-from mllm_fast.evaluation.fidelity import Fidelity
 from mllm_fast.evaluation.report import save
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import scenes
+from mllm_fast.evaluation.studies.fidelity import Fidelity
 
 
 def main() -> None:

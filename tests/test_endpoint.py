@@ -21,17 +21,17 @@ pytest.importorskip("openai")
 
 from mllm_fast import VLM
 from mllm_fast.core.errors import EndsRunError, InputError
-from mllm_fast.evaluation.agreement import Labelled, agreement, agreement_report, read_labels
-from mllm_fast.evaluation.benchmarks import scene_pairs
-from mllm_fast.evaluation.endpoint import Endpoint, Unanswered, cost
-from mllm_fast.evaluation.judge import Comparison, Unjudged, shapes_judge
-from mllm_fast.evaluation.judge_endpoint import _EXAMPLES, EndpointJudge, parse
-from mllm_fast.evaluation.knockout_sweep import KnockoutSweep
-from mllm_fast.evaluation.reader_endpoint import EndpointReader
+from mllm_fast.evaluation.datasets import scene_pairs
+from mllm_fast.evaluation.joint.caption_score import CaptionJudge
+from mllm_fast.evaluation.judges.agreement import Labelled, agreement, agreement_report, read_labels
+from mllm_fast.evaluation.judges.endpoint import Endpoint, Unanswered, cost
+from mllm_fast.evaluation.judges.judge import Comparison, Unjudged, shapes_judge
+from mllm_fast.evaluation.judges.judge_endpoint import _EXAMPLES, EndpointJudge, parse
+from mllm_fast.evaluation.judges.reader_endpoint import EndpointReader
 from mllm_fast.evaluation.run import ModelChoice, rows_of, run
 from mllm_fast.evaluation.samples import scenes
-from mllm_fast.evaluation.yes_no import Mme
-from mllm_fast.joint.caption_score import CaptionJudge
+from mllm_fast.evaluation.studies.knockout_sweep import KnockoutSweep
+from mllm_fast.evaluation.studies.yes_no import Mme
 
 KEY = "sk-secret-0123456789"
 GOOD = json.dumps({"a": ["dog", "ball"], "b": ["puppy"], "pairs": [[0, 0]]})
@@ -149,7 +149,7 @@ def test_failures_are_tried_again_and_then_unjudged(server, judge, failures, why
 
 def test_a_wait_that_is_asked_for_is_kept(server, monkeypatch):
     waits = []
-    monkeypatch.setattr("mllm_fast.evaluation.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("mllm_fast.evaluation.judges.endpoint.time.sleep", waits.append)
     server.replies = [(429, {"retry-after": "7"}), (503, {}), (500, {}), (429, {"retry-after": "9999"}), GOOD]
     make(server, attempts=5, pause=1.0).compare("a", "b")
     assert waits == [7, 2, 4, 60]

@@ -14,9 +14,9 @@ from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.core.errors import InputError
+from mllm_fast.serving.context_builder import Recipe
 from mllm_fast.serving.engine import Engine
-from mllm_fast.serving.jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
-from mllm_fast.serving.making import Recipe
+from mllm_fast.serving.requests import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
 from mllm_fast.serving.sampling import Choosers, Sampling
 
 PROMPT = "describe this picture"

@@ -22,15 +22,15 @@ from mllm_fast import cli
 from mllm_fast.cli.evaluate import NAMES, evaluate
 from mllm_fast.core.errors import InputError
 from mllm_fast.core.layout import ImageLayout, Tile
-from mllm_fast.evaluation.attention_share import AttentionShare
-from mllm_fast.evaluation.evaluation import mean_and_error
-from mllm_fast.evaluation.judge import NounJudge, read_vocabulary, scores, shapes_judge
-from mllm_fast.evaluation.knockout_sweep import KnockoutSweep, configurations
-from mllm_fast.evaluation.localisation import Localisation
+from mllm_fast.evaluation.base import mean_and_error
+from mllm_fast.evaluation.judges.judge import NounJudge, read_vocabulary, scores, shapes_judge
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.run import ModelChoice, run
 from mllm_fast.evaluation.samples import Thing, pictures, scenes
-from mllm_fast.evaluation.words import cells, widened, words_at_objects
+from mllm_fast.evaluation.studies.attention_share import AttentionShare
+from mllm_fast.evaluation.studies.knockout_sweep import KnockoutSweep, configurations
+from mllm_fast.evaluation.studies.localisation import Localisation
+from mllm_fast.evaluation.studies.word_alignment import cells, widened, words_at_objects
 from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
 

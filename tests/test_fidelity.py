@@ -14,10 +14,10 @@ from scipy import stats
 from sklearn import metrics
 
 import mllm_fast as mf
-from mllm_fast.evaluation import fidelity
-from mllm_fast.evaluation.fidelity import SHARES, Fidelity, area, curves, rank_correlation
 from mllm_fast.evaluation.memory import peak_tensor_bytes
 from mllm_fast.evaluation.samples import scenes
+from mllm_fast.evaluation.studies import fidelity
+from mllm_fast.evaluation.studies.fidelity import SHARES, Fidelity, area, curves, rank_correlation
 from mllm_fast.explain.registry import METHODS
 
 

@@ -14,13 +14,13 @@ import torch
 from sklearn import metrics
 
 import mllm_fast as mf
-from mllm_fast.evaluation import heads
-from mllm_fast.evaluation.heads import Heads, readable
-from mllm_fast.evaluation.heads_report import importance, overlap, top
-from mllm_fast.evaluation.judge import NounJudge
+from mllm_fast.evaluation.judges.judge import NounJudge
 from mllm_fast.evaluation.report import plain, to_markdown
 from mllm_fast.evaluation.samples import Sample, Thing, scenes
-from mllm_fast.evaluation.words import cells, widened
+from mllm_fast.evaluation.studies import heads
+from mllm_fast.evaluation.studies.heads import Heads, readable
+from mllm_fast.evaluation.studies.heads_report import importance, overlap, top
+from mllm_fast.evaluation.studies.word_alignment import cells, widened
 from mllm_fast.explain.passes import layer_inputs
 from mllm_fast.shapes.scenes import COLORS
 

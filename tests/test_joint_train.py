@@ -17,9 +17,9 @@ from mllm_fast.joint import Alignment, AlignmentConfig, JointModel
 from mllm_fast.joint import train as training
 from mllm_fast.joint.finetune import LORA, FinetuneConfig, finetune
 from mllm_fast.joint.model import SETTINGS, WEIGHTS, read_settings
-from mllm_fast.joint.pair import weights_name
-from mllm_fast.joint.pictures import Folder, Scenes, embeddings
 from mllm_fast.joint.train import CHECKPOINT, CURVE, TrainConfig, schedule, train
+from mllm_fast.joint.training_data import Folder, Scenes, embeddings
+from mllm_fast.joint.weights_id import weights_name
 
 CONFIG = TrainConfig(epochs=4, batch=4, accumulate=2, rate=1e-2, held_out=0.1, every=2)
 

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_fast.core.errors import InputError
-from mllm_fast.serving import pictures
+from mllm_fast.serving import image_fetch as pictures
 from mllm_fast.serving.app import create_app
+from mllm_fast.serving.auth import Keys
 from mllm_fast.serving.connections import Connections
-from mllm_fast.serving.conversation import conversation
+from mllm_fast.serving.detokenizer import Words
 from mllm_fast.serving.errors import ServiceError, service_error
-from mllm_fast.serving.guard import Guard
-from mllm_fast.serving.keys import Keys
 from mllm_fast.serving.logs import Log
+from mllm_fast.serving.messages import conversation
 from mllm_fast.serving.metrics import Metrics
-from mllm_fast.serving.replies import Piece
+from mllm_fast.serving.middleware import Guard
+from mllm_fast.serving.responses import Piece
 from mllm_fast.serving.schema import Message
 from mllm_fast.serving.settings import Settings
-from mllm_fast.serving.words import Words
 
 PROMPT = "describe this picture"
 QUESTION = "what color is the circle ?"

@@ -205,7 +205,7 @@ def test_an_answer_goes_on_where_another_replica_left_it(sent):
     from ray.exceptions import RayActorError
 
     from mllm_fast.serving.ray_app import Remote
-    from mllm_fast.serving.replies import Piece
+    from mllm_fast.serving.responses import Piece
     from mllm_fast.serving.schema import ChatRequest
     from mllm_fast.serving.settings import Settings
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import mllm_fast as mf
 from mllm_fast.core.errors import EndsRunError
-from mllm_fast.evaluation.text_alone import load_text_model
+from mllm_fast.evaluation.studies.text_only_model import load_text_model
 
 QUESTION = "what color is the circle ?"
 

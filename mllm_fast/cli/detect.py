@@ -16,7 +16,7 @@ from .options import OUT, Device, Dtype, Json, progress
 from .report import samples_of
 
 if TYPE_CHECKING:
-    from ..joint.hallucination import Checked, Supported
+    from ..evaluation.joint.hallucination import Checked, Supported
 
 _DEFAULT = "Describe the image."
 
@@ -68,8 +68,8 @@ def detect(
 
         check_target(out, (".png",))
     with progress("loading the libraries"):
-        from ..evaluation.judge import read_vocabulary, shapes_judge
-        from ..joint.hallucination import check_classes, check_text
+        from ..evaluation.joint.hallucination import check_classes, check_text
+        from ..evaluation.judges.judge import read_vocabulary, shapes_judge
         from ..joint.model import JointModel
     words = read_vocabulary(vocabulary) if vocabulary is not None else shapes_judge() if name == "shapes" else None
     wanted = classes or (list(words.nouns) if words is not None else [])
@@ -113,7 +113,7 @@ def _report(
     as_json: bool,
 ) -> None:
     with progress("loading the libraries"):
-        from ..joint.hallucination import Hallucination
+        from ..evaluation.joint.hallucination import Hallucination
         from ..shapes.scenes import SHAPES
     if images is not None and masks is None:
         raise InputError("--report needs to know what is there: give --masks, COCO's .json or a folder of .png")

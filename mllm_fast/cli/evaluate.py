@@ -14,8 +14,8 @@ from .options import Backend, Device, Dtype, Json, Model, parse_keep, progress
 from .report import bar, publish, samples_of
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluation import Evaluation
-    from ..evaluation.judge import Judge
+    from ..evaluation.base import Evaluation
+    from ..evaluation.judges.judge import Judge
     from ..evaluation.report import Report
     from ..evaluation.samples import Samples
 
@@ -91,20 +91,20 @@ def evaluate(
     _check(name, images, masks, data, count, labels)
     chosen = NAMES if name == "all" else (name,)
     with progress("loading the libraries"):
-        from ..evaluation.agreement import agreement_report, read_labels
-        from ..evaluation.attention_share import AttentionShare
-        from ..evaluation.endpoint import Endpoint
-        from ..evaluation.fidelity import Fidelity
-        from ..evaluation.heads import Heads
-        from ..evaluation.judge import NounJudge, read_vocabulary, shapes_judge
-        from ..evaluation.judge_endpoint import EndpointJudge
-        from ..evaluation.knockout_sweep import KnockoutSweep
-        from ..evaluation.localisation import Localisation
-        from ..evaluation.reader_endpoint import EndpointReader
+        from ..evaluation.judges.agreement import agreement_report, read_labels
+        from ..evaluation.judges.endpoint import Endpoint
+        from ..evaluation.judges.judge import NounJudge, read_vocabulary, shapes_judge
+        from ..evaluation.judges.judge_endpoint import EndpointJudge
+        from ..evaluation.judges.reader_endpoint import EndpointReader
         from ..evaluation.report import check_charts
         from ..evaluation.rows import SETTINGS, write_parquet
         from ..evaluation.run import ModelChoice, run
-        from ..evaluation.yes_no import REDUNDANCY_SHARES, Mme, Pope, Redundancy
+        from ..evaluation.studies.attention_share import AttentionShare
+        from ..evaluation.studies.fidelity import Fidelity
+        from ..evaluation.studies.heads import Heads
+        from ..evaluation.studies.knockout_sweep import KnockoutSweep
+        from ..evaluation.studies.localisation import Localisation
+        from ..evaluation.studies.yes_no import REDUNDANCY_SHARES, Mme, Pope, Redundancy
     check_charts()
     if ray:  # actors may live in another folder
         images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))
@@ -180,7 +180,7 @@ def _samples(
     name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
 ) -> Samples:
     """The pictures that an evaluation runs on."""
-    from ..evaluation.benchmarks import mme, pope, scene_pairs
+    from ..evaluation.datasets import mme, pope, scene_pairs
 
     if data is not None:
         return pope(data, images, count) if name == "pope" else mme(data, count)

@@ -16,9 +16,9 @@ from .options import OUT, Device, Dtype, Json, Model, progress
 from .report import bar, publish, samples_of
 
 if TYPE_CHECKING:
+    from ..evaluation.joint.base import JointEvaluation
     from ..evaluation.samples import Samples
-    from ..joint.evaluation import JointEvaluation
-    from ..joint.pictures import Pictures
+    from ..joint.training_data import Pictures
 
 joint = typer.Typer(
     no_args_is_help=True, help="One vision embedding for a detector and a language model (arXiv 2405.14612)."
@@ -190,9 +190,9 @@ def evaluate(
 ) -> None:
     """What is lost through one vision embedding: answers, embeddings, boxes, and a judge's score of descriptions."""
     with progress("loading the libraries"):
-        from ..evaluation.endpoint import Endpoint
-        from ..joint.caption_score import CaptionJudge
-        from ..joint.quality import JointQuality
+        from ..evaluation.joint.caption_score import CaptionJudge
+        from ..evaluation.joint.quality import JointQuality
+        from ..evaluation.judges.endpoint import Endpoint
         from ..shapes.scenes import COLORS, SHAPES
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
     if images is None:
@@ -219,7 +219,7 @@ def pointing(
 ) -> None:
     """Does gradient alignment's heaviest pixel lie on the object that was asked about? On generated scenes."""
     with progress("loading the libraries"):
-        from ..joint.pointing import Pointing
+        from ..evaluation.joint.pointing import Pointing
     run_evaluation(
         Pointing(name),
         samples_of(None, None, SCENES if count is None else count, seed),
@@ -247,8 +247,8 @@ def simulatability(
 ) -> None:
     """Given the maps of two words, which is which? For gradient alignment, log-probability maps and mean attention."""
     with progress("loading the libraries"):
-        from ..evaluation.judge import NounJudge, read_vocabulary
-        from ..joint.simulatability import Simulatability
+        from ..evaluation.joint.simulatability import Simulatability
+        from ..evaluation.judges.judge import NounJudge, read_vocabulary
     if images is not None and masks is None:
         raise InputError("simulatability needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
@@ -289,7 +289,7 @@ def bias(
 ) -> None:
     """Does the text change when one thing is made to look like another? Beside random and neutral changes."""
     with progress("loading the libraries"):
-        from ..joint.bias import Asked, Bias, Swap, swap_scenes, swapped_colors, two_folders
+        from ..evaluation.joint.bias import Asked, Bias, Swap, swap_scenes, swapped_colors, two_folders
     if bool(neutral_lower) != bool(neutral_higher):
         raise InputError("--neutral-lower and --neutral-raise belong together: queries that lose and that gain")
     if not neutral_lower and images:
@@ -312,8 +312,8 @@ def bias(
 
 
 def _pictures(images: Path | None, count: int | None, seed: int) -> Pictures:
-    from ..joint.pictures import Folder as Pictured
-    from ..joint.pictures import Scenes
+    from ..joint.training_data import Folder as Pictured
+    from ..joint.training_data import Scenes
 
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")

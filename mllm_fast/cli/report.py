@@ -80,8 +80,8 @@ def _printed(table: Table) -> Printed:
 
 def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
     """`count` generated scenes, or the pictures of a folder (all if it is None) with what is known of them."""
-    from ..evaluation.masks import coco, mask_folder
     from ..evaluation.samples import pictures, scenes
+    from ..evaluation.segmentation import coco, mask_folder
 
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")

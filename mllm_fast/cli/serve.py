@@ -58,7 +58,7 @@ def serve(
         raise InputError("--joint is for the tool in the browser: give --ui too")
     if not 0 <= port < 65536:
         raise InputError(f"--port is 0 to 65535, got {port}")
-    from ..serving.keys import Keys
+    from ..serving.auth import Keys
     from ..serving.logs import Log
     from ..serving.server import application
     from ..serving.server import serve as listen
@@ -87,8 +87,8 @@ def serve(
     log = Log(None) if quiet else Log()
     app, service = application(vlm, settings, keys, served_name or model, log)
     if ui:
-        from ..serving.tool import Tool
         from ..serving.ui import mount
+        from ..serving.ui_backend import Tool
 
         app = mount(app, Tool(service, both), keys, log)
     listen(app, log, host, port)

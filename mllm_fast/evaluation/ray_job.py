@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EndsRunError
-from .evaluation import Evaluation
+from .base import Evaluation
 from .rows import Row
 from .samples import Sample
 

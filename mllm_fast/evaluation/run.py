@@ -14,7 +14,7 @@ import torch
 from ..core.errors import EndsRunError, InputError
 from ..models.fingerprint import fingerprint
 from ..models.loading import parse_device
-from .evaluation import Evaluation, is_failed, is_open
+from .base import Evaluation, is_failed, is_open
 from .rows import Row, Rows
 from .samples import Sample, Samples
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from ..core.errors import EndsRunError, InputError, check_choice
 from ..core.files import write_whole
 from ..models.offload import device_of
-from .features import given_features
+from .image_features import given_features
 from .model import WEIGHTS, write_settings
-from .pair import weights_name
 from .train import PRECISIONS, Tell, schedule
+from .weights_id import weights_name
 
 if TYPE_CHECKING:
     from ..vlm import VLM
     from .model import JointModel
-    from .pictures import Pictures
+    from .training_data import Pictures
 
 LORA, LOSSES = "lora", "finetune.json"
 

@@ -29,10 +29,10 @@ from ..runtime.answer import Answer
 from ..vlm import VLM
 from .alignment import Alignment
 from .detector import OVERLAP, Boxes, Detection, Detector, Vision
-from .features import check_fixed_grid, given_features
 from .grids import note, resample, single_tile
-from .pair import weights_name
+from .image_features import check_fixed_grid, given_features
 from .saliency import align
+from .weights_id import weights_name
 
 SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
 _FORMAT = 1

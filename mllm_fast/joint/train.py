@@ -26,8 +26,8 @@ from ..core.errors import EndsRunError, InputError, check_choice
 from ..core.files import write_whole
 from .alignment import Alignment, AlignmentConfig
 from .model import WEIGHTS, write_settings
-from .pair import weights_name
-from .pictures import Pictures, embeddings
+from .training_data import Pictures, embeddings
+from .weights_id import weights_name
 
 if TYPE_CHECKING:
     from ..vlm import VLM

@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
+from .auth import Keys
 from .errors import ServiceError, service_error
-from .guard import Guard
-from .keys import Keys
 from .logs import Log
 from .metrics import CONTENT_TYPE, Metrics
-from .replies import Piece
+from .middleware import Guard
+from .responses import Piece
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, Usage
 from .settings import Settings
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..runtime.batch import Batch
 from ..runtime.prefill import prefill
-from .jobs import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
-from .making import Making
+from .context_builder import Making
+from .requests import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
 from .sampling import Choosers
 
 if TYPE_CHECKING:

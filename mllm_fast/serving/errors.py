@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, first_line
-from .jobs import BusyError, StoppingError
+from .requests import BusyError, StoppingError
 
 _FRAMES = 8  # of a traceback that are logged
 _KINDS = {

@@ -28,13 +28,13 @@ from ..context.store import pictures_digest
 from ..core.errors import InputError
 from ..core.images import load_image
 from .app import create_app
-from .conversation import conversation
+from .auth import Keys
 from .errors import ServiceError, service_error
-from .keys import Keys
+from .image_fetch import picture_bytes
 from .logs import Log
+from .messages import conversation
 from .metrics import Metrics
-from .pictures import picture_bytes
-from .replies import CONTEXT_ID, Piece
+from .responses import CONTEXT_ID, Piece
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, ImageURL, Message
 from .service import Service
 from .settings import Settings

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from .app import create_app
+from .auth import Keys
 from .connections import Connections
-from .keys import Keys
 from .logs import Log
 from .metrics import Metrics
 from .service import Service

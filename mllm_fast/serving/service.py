@@ -15,18 +15,18 @@ from ..context.compress import kept_count
 from ..context.store import ContextStore
 from ..core.images import load_image
 from ..knockout.rule import Knockout
-from .conversation import Conversation, conversation
+from .context_builder import Recipe
+from .detokenizer import Words
 from .engine import Engine
 from .errors import ServiceError, service_error
-from .jobs import Began, Failed, Finished, Generation, Said, Work
-from .mail import Mail
-from .making import Recipe
-from .pictures import picture_bytes
-from .replies import Piece, info_of, key_of, no_context
+from .event_queue import Mail
+from .image_fetch import picture_bytes
+from .messages import Conversation, conversation
+from .requests import Began, Failed, Finished, Generation, Said, Work
+from .responses import Piece, info_of, key_of, no_context
 from .sampling import Sampling
 from .schema import ChatRequest, ContextInfo, ContextRequest, Details, ExplanationRequest, Usage
 from .settings import Settings
-from .words import Words
 
 if TYPE_CHECKING:
     from ..context.context import Context

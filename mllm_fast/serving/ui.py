@@ -29,10 +29,10 @@ from ..core.assets import SAMPLE
 from ..explain.figure import colors
 from ..explain.names import DEFAULT
 from ..explain.registry import ALIGNMENT
+from .auth import Keys
 from .errors import service_error
-from .keys import Keys
 from .logs import Log
-from .tool import ROUTES, Answered, Drawn, Shown, Tool
+from .ui_backend import ROUTES, Answered, Drawn, Shown, Tool
 from .ui_sessions import UISessionMiddleware
 
 _BEST = "best"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
-from .guard import App, Message, Receive, Send
+from .middleware import App, Message, Receive, Send
 
 COOKIE = "mllm_fast_ui"
 _GIVEN = re.compile(rb"(?:^|;)\s*" + COOKIE.encode() + rb"=([0-9a-f]{64})\s*(?:;|$)")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 if TYPE_CHECKING:
-    from ..evaluation.endpoint import Endpoint
+    from ..judges.endpoint import Endpoint
 
 _SIDE = 512  # pixels of the longer side that the judge is shown, at most
 _INSTRUCTIONS = (

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ..explain.registry import METHODS
-from ..explain.verify import log_probs
-from .evaluation import mean_and_error
-from .memory import peak_tensor_bytes
-from .report import COLORS, Chart, Report, Table, cell
-from .rows import Row
-from .samples import Sample
-from .words import WordEvaluation
+from ...explain.registry import METHODS
+from ...explain.verify import log_probs
+from ..base import mean_and_error
+from ..memory import peak_tensor_bytes
+from ..report import COLORS, Chart, Report, Table, cell
+from ..rows import Row
+from ..samples import Sample
+from .word_alignment import WordEvaluation
 
 if TYPE_CHECKING:
-    from ..explain.explanation import Explanation
-    from ..vlm import VLM
+    from ...explain.explanation import Explanation
+    from ...vlm import VLM
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _YARDSTICK = "exhaustive"

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.errors import InputError
+from ...core.errors import InputError
+from ..report import Report, Table
 from .endpoint import cost
 from .judge import Judge, Unjudged
-from .report import Report, Table
 
 COLUMNS = ("reference", "said", "object", "label")
 LABELS = ("tp", "fp", "fn")

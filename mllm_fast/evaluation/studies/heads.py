@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
-from ..explain.logit_lens import word_values
-from ..explain.passes import layer_inputs
-from ..runtime.answer import token_texts
-from .evaluation import Evaluation, mean_and_error
+from ...core.errors import InputError
+from ...explain.logit_lens import word_values
+from ...explain.passes import layer_inputs
+from ...runtime.answer import token_texts
+from ..base import Evaluation, mean_and_error
+from ..judges.judge import NounJudge, shapes_judge
+from ..report import Report
+from ..rows import Row
+from ..samples import Sample
 from .heads_report import report_of
-from .judge import NounJudge, shapes_judge
-from .report import Report
-from .rows import Row
-from .samples import Sample
-from .text_alone import load_text_model
-from .words import cells, widened
+from .text_only_model import load_text_model
+from .word_alignment import cells, widened
 
 if TYPE_CHECKING:
-    from ..explain.explanation import Explanation
-    from ..vlm import VLM
+    from ...explain.explanation import Explanation
+    from ...vlm import VLM
 
 TOP = 10  # heads, and image tokens, that are looked at
 

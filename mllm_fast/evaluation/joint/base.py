@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.evaluation import Evaluation
-from .model import WEIGHTS, JointModel, joint_folder
+from ...joint.model import WEIGHTS, JointModel, joint_folder
+from ..base import Evaluation
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
+    from ...vlm import VLM
 
 
 class JointEvaluation(Evaluation):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import InputError
-from ..core.layout import ImageLayout
-from .evaluation import Evaluation
-from .judge import NounJudge, shapes_judge
-from .samples import Sample, Thing
+from ...core.errors import InputError
+from ...core.layout import ImageLayout
+from ..base import Evaluation
+from ..judges.judge import NounJudge, shapes_judge
+from ..samples import Sample, Thing
 
 if TYPE_CHECKING:
-    from ..explain.explanation import Explanation
-    from ..vlm import VLM
+    from ...explain.explanation import Explanation
+    from ...vlm import VLM
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from .evaluation import mean_and_error
-from .report import COLORS, Chart, Report, Table
-from .rows import Row
-from .samples import Sample
-from .words import Word, WordEvaluation
+from ..base import mean_and_error
+from ..report import COLORS, Chart, Report, Table
+from ..rows import Row
+from ..samples import Sample
+from .word_alignment import Word, WordEvaluation
 
 if TYPE_CHECKING:
-    from ..explain.explanation import Explanation
-    from ..vlm import VLM
+    from ...explain.explanation import Explanation
+    from ...vlm import VLM
 
 BANDS = ("first third", "middle third", "last third", "all layers")
 

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..core.errors import InputError
-from ..evaluation.judge import NounJudge, shapes_judge
-from ..evaluation.report import COLORS, Chart, Report, Table
-from ..evaluation.rows import Row
-from ..evaluation.samples import Sample
-from ..evaluation.words import words_at_objects
-from ..explain.methods.gradient_alignment import token_means
-from .evaluation import JointEvaluation, interval, percent
+from ...core.errors import InputError
+from ...explain.methods.gradient_alignment import token_means
+from ..judges.judge import NounJudge, shapes_judge
+from ..report import COLORS, Chart, Report, Table
+from ..rows import Row
+from ..samples import Sample
+from ..studies.word_alignment import words_at_objects
+from .base import JointEvaluation, interval, percent
 
 if TYPE_CHECKING:
-    from ..evaluation.words import Word
-    from ..explain.explanation import Explanation
-    from ..vlm import VLM
+    from ...explain.explanation import Explanation
+    from ...vlm import VLM
+    from ..studies.word_alignment import Word
 
 METHODS = {
     "gradient-alignment": "gradient alignment",

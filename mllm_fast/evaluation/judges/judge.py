@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..core.errors import InputError
-from ..shapes.scenes import COLORS, SHAPES
+from ...core.errors import InputError
+from ...shapes.scenes import COLORS, SHAPES
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _MOST = 100  # of one kind, from a number in digits: "2024 people" is a year

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core.errors import EndsRunError, first_line
-from ..core.files import write_whole
+from ...core.errors import EndsRunError, first_line
+from ...core.files import write_whole
 
 T = TypeVar("T")
 Messages = Sequence[dict[str, Any]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import EndsRunError, InputError
-from ..models.adapter import Adapter
-from ..models.loading import failures, quiet
-from ..models.offload import device_of
+from ...core.errors import EndsRunError, InputError
+from ...models.adapter import Adapter
+from ...models.loading import failures, quiet
+from ...models.offload import device_of
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
+    from ...vlm import VLM
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
@@ -46,7 +46,7 @@ def load_text_model(name: str, like: VLM) -> VLM:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..vlm import VLM
+    from ...vlm import VLM
 
     try:
         with failures(name), quiet():

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..knockout.attention_share import TYPES
-from .evaluation import Evaluation
-from .report import COLORS, Chart, Report, Table
-from .rows import Row
-from .samples import Sample
+from ...knockout.attention_share import TYPES
+from ..base import Evaluation
+from ..report import COLORS, Chart, Report, Table
+from ..rows import Row
+from ..samples import Sample
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
+    from ...vlm import VLM
 
 _MARKS = {"system": "s", "image": "o", "query": "^", "generated": "D"}
 _COLORS = {"system": "#777777", "image": COLORS[0], "query": COLORS[1], "generated": COLORS[2]}

@@ -12,7 +12,7 @@ from .sampling import Chooser, Sampling
 
 if TYPE_CHECKING:
     from ..context.context import Context
-    from .making import Recipe
+    from .context_builder import Recipe
 
 
 class BusyError(Exception):

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..core.errors import InputError, check_choice
-from ..evaluation.evaluation import mean_and_error
-from ..evaluation.report import COLORS, Chart, Report, Table, cell
-from ..evaluation.rows import Row
-from ..evaluation.samples import Sample, Samples, Thing, pictures
-from ..runtime.likelihood import ONE_TO_TEN, expectation, yes_probabilities
-from ..shapes.scenes import COLORS as SHAPE_COLORS
-from ..shapes.scenes import generate_scene
-from .evaluation import JointEvaluation, interval, number_of, percent
-from .perturb import STEPS, WAYS, at_random, toward
+from ...core.errors import InputError, check_choice
+from ...joint.perturb import STEPS, WAYS, at_random, toward
+from ...runtime.likelihood import ONE_TO_TEN, expectation, yes_probabilities
+from ...shapes.scenes import COLORS as SHAPE_COLORS
+from ...shapes.scenes import generate_scene
+from ..base import mean_and_error
+from ..report import COLORS, Chart, Report, Table, cell
+from ..rows import Row
+from ..samples import Sample, Samples, Thing, pictures
+from .base import JointEvaluation, interval, number_of, percent
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
-    from .model import JointModel, Seen
+    from ...joint.model import JointModel, Seen
+    from ...vlm import VLM
 
 NONE, RANDOM, NEUTRAL = "none", "random", "neutral"
 LABELS = {

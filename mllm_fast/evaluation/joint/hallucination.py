@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..core.corruptions import KINDS, degrade
-from ..core.errors import InputError, check_choice
-from ..core.images import load_image
-from ..evaluation.report import COLORS, Chart, Report, Table
-from ..evaluation.rows import Row
-from ..evaluation.samples import Sample
-from ..runtime.likelihood import yes_probabilities
-from .detector import Detection
-from .evaluation import JointEvaluation, number_of, percent
-from .roc import auroc, split_threshold
+from ...core.corruptions import KINDS, degrade
+from ...core.errors import InputError, check_choice
+from ...core.images import load_image
+from ...joint.detector import Detection
+from ...runtime.likelihood import yes_probabilities
+from ..report import COLORS, Chart, Report, Table
+from ..roc import auroc, split_threshold
+from ..rows import Row
+from ..samples import Sample
+from .base import JointEvaluation, number_of, percent
 
 if TYPE_CHECKING:
-    from ..evaluation.judge import NounJudge
-    from ..vlm import VLM
-    from .model import JointModel, Seen
+    from ...joint.model import JointModel, Seen
+    from ...vlm import VLM
+    from ..judges.judge import NounJudge
 
 QUESTION, QUERY = "is there a {}?", "a photo of a {}"
 ERRS = 0.1  # share of absent classes called present from which on pictures count as hard

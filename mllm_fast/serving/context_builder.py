@@ -18,7 +18,7 @@ from .sampling import Chooser, Choosers, Sampling
 if TYPE_CHECKING:
     from ..context.context import Context
     from ..vlm import VLM
-    from .jobs import Generation
+    from .requests import Generation
 
 
 @dataclass(frozen=True)

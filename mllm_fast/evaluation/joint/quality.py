@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
-from ..evaluation.endpoint import Unanswered, cost
-from ..evaluation.evaluation import mean_and_error
-from ..evaluation.report import COLORS, Chart, Report, Table, cell
-from ..evaluation.rows import Row
-from ..evaluation.samples import Sample, Thing
-from ..shapes.questions import ask, describe
-from .evaluation import JointEvaluation, number_of, percent, weights_digest
-from .features import own_features
-from .model import Seen
-from .precision import Found, judge_boxes
+from ...core.errors import InputError
+from ...joint.image_features import own_features
+from ...joint.model import Seen
+from ...joint.precision import Found, judge_boxes
+from ...shapes.questions import ask, describe
+from ..base import mean_and_error
+from ..judges.endpoint import Unanswered, cost
+from ..report import COLORS, Chart, Report, Table, cell
+from ..rows import Row
+from ..samples import Sample, Thing
+from .base import JointEvaluation, number_of, percent, weights_digest
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
+    from ...vlm import VLM
     from .caption_score import CaptionJudge
 
 OWN = "the language model alone"

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from ..context.compress import kept_count, read
-from ..core.errors import InputError
-from .endpoint import Unanswered, cost
-from .evaluation import Evaluation, mean_and_error
-from .report import COLORS, Chart, Report, Table, cell
-from .rows import Row
-from .samples import Sample, YesNo
+from ...context.compress import kept_count, read
+from ...core.errors import InputError
+from ..base import Evaluation, mean_and_error
+from ..judges.endpoint import Unanswered, cost
+from ..report import COLORS, Chart, Report, Table, cell
+from ..rows import Row
+from ..samples import Sample, YesNo
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
+    from ...vlm import VLM
 
 _SAID = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 REDUNDANCY_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

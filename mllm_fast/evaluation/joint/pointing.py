@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..core.errors import InputError
-from ..evaluation.report import Report, Table
-from ..evaluation.rows import Row
-from ..evaluation.samples import Sample
-from ..shapes.questions import ask
-from .evaluation import JointEvaluation, number_of, percent
+from ...core.errors import InputError
+from ...shapes.questions import ask
+from ..report import Report, Table
+from ..rows import Row
+from ..samples import Sample
+from .base import JointEvaluation, number_of, percent
 
 if TYPE_CHECKING:
-    from ..explain.box_weights import BoxWeights
-    from ..vlm import VLM
+    from ...explain.box_weights import BoxWeights
+    from ...vlm import VLM
 
 _TASKS = ("color", "shape")
 

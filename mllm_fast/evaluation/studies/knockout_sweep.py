@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..core.errors import InputError, check_choice
-from ..knockout.rule import Knockout
-from .agreement import labels_csv
-from .endpoint import cost
-from .evaluation import Evaluation, mean_and_error
-from .judge import Judge, Unjudged, scores, shapes_judge
-from .report import COLORS, Chart, Report, Table
-from .rows import Row
-from .samples import Sample
+from ...core.errors import InputError, check_choice
+from ...knockout.rule import Knockout
+from ..base import Evaluation, mean_and_error
+from ..judges.agreement import labels_csv
+from ..judges.endpoint import cost
+from ..judges.judge import Judge, Unjudged, scores, shapes_judge
+from ..report import COLORS, Chart, Report, Table
+from ..rows import Row
+from ..samples import Sample
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
+    from ...vlm import VLM
 
 TARGETS = ("generated", "query", "query+generated")
 REFERENCES = ("answer", "truth")

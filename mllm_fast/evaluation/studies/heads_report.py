@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .evaluation import mean_and_error
-from .report import COLORS, Chart, Report, Table, cell
-from .rows import Row
+from ..base import mean_and_error
+from ..report import COLORS, Chart, Report, Table, cell
+from ..rows import Row
 
 ASKED = ("visual", "textual")
 _MEASURES = {"reciprocal rank": "mean reciprocal rank", "logit minus": "logit minus"}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..core.images import image_files, load_image
 from ..shapes.scenes import generate_scene
-from .features import own_features
 from .grids import resample, single_tile
+from .image_features import own_features
 
 if TYPE_CHECKING:
     from ..vlm import VLM

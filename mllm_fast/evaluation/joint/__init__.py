@@ -1,0 +1,1 @@
+"""The evaluations of the joint model."""
