@@ -24,11 +24,13 @@ from .kernels.dispatch import choose
 from .knockout.attention_share import AttentionShares
 from .knockout.plan import Plan, plan_of
 from .knockout.rule import Knockout, as_rules
-from .models.adapter import Adapter, find_adapter, text_model
+from .models.adapter import Adapter
+from .models.architectures import find_adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
 from .models.offload import check_one_device, device_of, one_gpu
 from .models.part_checks import check_parts
 from .models.processing import Images, Prompts, one_answer
+from .models.text_model import text_model
 from .runtime.answer import Answer, answer_of
 from .runtime.hooks import Recording, model_lock, recording
 from .runtime.kv_cache import cache_of

@@ -361,6 +361,6 @@ def test_a_folder_without_a_joint_model(tmp_path):
 
 
 def test_families_with_a_fixed_grid():
-    from mllm_fast.models.adapter import ADAPTERS
+    from mllm_fast.models.architectures import ARCHITECTURES
 
-    assert {name for name, one in ADAPTERS.items() if one.features} == set(tiny.FAMILIES) - {"qwen2_5_vl"}
+    assert {name for name in ARCHITECTURES if ARCHITECTURES.get(name).fixed_grid} == set(tiny.FAMILIES) - {"qwen2_5_vl"}

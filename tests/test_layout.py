@@ -12,7 +12,7 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast.core.layout import ImageLayout, Tile, TokenLayout
-from mllm_fast.runtime.answer import prompt_layout
+from mllm_fast.models.processing import prompt_layout
 
 # sizes that each processor takes without resampling, so that a pixel reaches exactly one token
 SIZES = {"llava": [(32, 32), (64, 32), (33, 32)], "internvl": [(96, 64), (32, 32)], "qwen2_5_vl": [(64, 40), (24, 56)]}

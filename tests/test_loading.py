@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mllm_fast as mf
-from mllm_fast.models.adapter import ADAPTERS
+from mllm_fast.models.architectures import ARCHITECTURES
 from mllm_fast.models.loading import image_side, parse_device, parse_dtype
 from mllm_fast.runtime.answer import token_texts
 
@@ -129,4 +129,4 @@ def test_token_texts_keep_spaces_and_split_characters():
 
 
 def test_every_adapter_has_a_tiny_model():
-    assert set(tiny.BUILD) == set(ADAPTERS) == set(tiny.FAMILIES)
+    assert set(tiny.BUILD) == set(ARCHITECTURES) == set(tiny.FAMILIES)

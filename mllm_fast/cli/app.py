@@ -211,7 +211,7 @@ def info(as_json: Json = False) -> None:
 
     from .. import __version__
     from ..kernels import backend_report
-    from ..models.adapter import ADAPTERS
+    from ..models.architectures import ARCHITECTURES
 
     versions = {"mllm-fast": __version__}
     for package in ("torch", "transformers", "triton"):
@@ -225,7 +225,7 @@ def info(as_json: Json = False) -> None:
         "python": sys.version.split()[0],
         "gpus": gpus,
         "cpu_threads": torch.get_num_threads(),
-        "architectures": list(ADAPTERS),
+        "architectures": list(ARCHITECTURES),
         "operations": backend_report(),
     }
     if as_json:
@@ -238,7 +238,7 @@ def info(as_json: Json = False) -> None:
     table.add_row("python", facts["python"])
     table.add_row("GPUs", escape(", ".join(gpus) or "none: everything runs on the CPU"))
     table.add_row("CPU threads", str(facts["cpu_threads"]))
-    table.add_row("architectures", ", ".join(ADAPTERS))
+    table.add_row("architectures", ", ".join(ARCHITECTURES))
     for name, line in facts["operations"].items():
         table.add_row(name, escape(line))
     OUT.print(table, highlight=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import InputError, check_choice
 from ..core.layout import ImageLayout, TokenLayout
 from ..kernels import Base, OperatorCache, logprob_increase, weight_state, wide_type
-from ..models.adapter import TextModel
+from ..models.text_model import TextModel
 from ..runtime.trace import Trace
 from .names import DEFAULT
 from .registry import WITH_DETECTOR, find

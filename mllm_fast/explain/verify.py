@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ..core.errors import InputError
 from ..knockout.plan import EachItsOwn, Plan
 from ..knockout.rule import Knockout
-from ..models.adapter import TextModel
+from ..models.text_model import TextModel
 from ..runtime.hooks import Recording, recording
 from ..runtime.kv_cache import CACHE
 from .names import DEFAULT, map_name

@@ -21,14 +21,14 @@ def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
     """Let the model read `features` [images, tokens, d] wherever it would read its own image embeddings, in the order
     of the pictures; its vision tower does not run. Other threads wait; on leaving, by exception too, all is as it was.
     """
-    given = check_fixed_grid(vlm)
+    check_fixed_grid(vlm)
     model: Any = vlm.model.model
     left = features.to(vlm.model.dtype)
 
     def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         if len(pixel_values) != len(left):
             raise RuntimeError(f"{len(left)} pictures were seen, the model reads {len(pixel_values)}")
-        return BaseModelOutputWithPooling(pooler_output=given(left))
+        return BaseModelOutputWithPooling(pooler_output=vlm.adapter.image_features(left))
 
     with model_lock(vlm.text):
         if "get_image_features" in vars(model):
@@ -49,15 +49,10 @@ def own_features(vlm: VLM, inputs: Any) -> Tensor:
     return found if isinstance(found, Tensor) else torch.stack(list(found))
 
 
-def check_fixed_grid(vlm: VLM) -> Any:
-    """How the model takes image embeddings.
-
-    Raises:
-        InputError: the number of image tokens depends on the picture.
-    """
-    if vlm.adapter.features is None:
+def check_fixed_grid(vlm: VLM) -> None:
+    """Raise InputError if the number of image tokens depends on the image."""
+    if not vlm.adapter.fixed_grid:
         raise InputError(
             f"a joint model needs a language model that gives every picture the same grid of tokens; the grid of"
             f" {vlm.adapter.model_type} varies with the picture"
         )
-    return vlm.adapter.features

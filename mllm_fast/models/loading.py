@@ -15,6 +15,7 @@ import torch
 
 from ..core.assets import SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
+from .architectures import adapter_for
 
 EMBEDDED = "shapes"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -55,15 +56,15 @@ def model_folder(name: str) -> str:
     return name
 
 
-def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    """(model, processor) through transformers' Auto classes.
+def load_pretrained(
+    name: str, device: torch.device, dtype: torch.dtype, adapted: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """(model, processor) through transformers' Auto classes; `adapted`: the caller has an adapter for the model.
 
     Raises:
         InputError: a folder with a file missing or damaged, a text-only model, an unknown architecture.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
-
-    from .adapter import ADAPTERS
 
     source = model_folder(name)
     _check_folder(name, Path(source))
@@ -71,15 +72,11 @@ def load_pretrained(name: str, device: torch.device, dtype: torch.dtype, **optio
         settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise InputError(f"{name}: config.json does not describe a model; copy it again")
-    kind = settings["model_type"]
-    if kind not in ADAPTERS:
-        hint = "" if "vision_config" in settings else " and has no vision part"
-        raise InputError(
-            f"{name}: the architecture {kind!r} is not supported{hint}; supported are"
-            f" {', '.join(ADAPTERS)}; to add one, see CONTRIBUTING.md, 'Add an architecture'"
-        )
-    if "vision_config" not in settings:
-        raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
+    if not adapted:
+        with _named(name):
+            adapter_for(settings["model_type"], "vision_config" in settings)
+        if "vision_config" not in settings:
+            raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
     if "device_map" in options and find_spec("accelerate") is None:
         raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
     with failures(name), quiet():
@@ -136,6 +133,15 @@ def _check_folder(name: str, folder: Path) -> None:
         raise InputError(f"{name}: the folder has no processor_config.json; save the processor beside the model")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{name}: the folder has no tokenizer (tokenizer.json); save the processor beside the model")
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """An InputError inside is about the model of this name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from .adapter import TextModel
 from .offload import device_of, weight_of
+from .text_model import TextModel
 
 _ROWS = 4
 _WORDS = 8192  # of the unembedding, widened at a time

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..core.errors import InputError, first_line
 from ..core.images import ImageSource, load_image
 from ..core.layout import TokenLayout
-from ..runtime.answer import prompt_layout
 from .adapter import Adapter
 from .offload import device_of
 
@@ -211,3 +210,12 @@ def one_answer(what: str, options: dict[str, Any]) -> None:
     for name in _RUNS_ELSEWHERE:
         if options.get(name) is not None:
             raise InputError(f"{what} runs the model token by token and takes no {name}; use VLM.generate")
+
+
+def prompt_layout(
+    ids: Tensor, adapter: Adapter, processor: Any, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
+) -> TokenLayout:
+    """The layout of one prompt of a batch: its ids (no padding), its pictures' sizes (width, height), and which of
+    the batch's pictures is its first."""
+    tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
+    return TokenLayout.from_input_ids(ids.cpu(), adapter.image_token_id(processor), tilings, len(ids))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..core.layout import TokenLayout
-from ..models.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,6 @@ def answer_of(
     layout = TokenLayout(len(kept), prompt.prompt_length, prompt.images)
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return Answer(text, ids, token_texts(tokenizer, ids), layout, kept)
-
-
-def prompt_layout(
-    ids: Tensor, adapter: Adapter, processor: Any, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
-) -> TokenLayout:
-    """The layout of one prompt of a batch: its ids (no padding), its pictures' sizes (width, height), and which of
-    the batch's pictures is its first."""
-    tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
-    return TokenLayout.from_input_ids(ids.cpu(), processor.image_token_id, tilings, len(ids))
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:

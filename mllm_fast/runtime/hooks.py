@@ -24,8 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..core.errors import InputError
 from ..knockout.attention_share import Watcher
 from ..knockout.plan import Plan
-from ..models.adapter import TextModel
 from ..models.offload import device_of
+from ..models.text_model import TextModel
 from .attention import Closed, RowMask, attend, row_mask, seen_by, weigh
 from .linear import few_row_linears
 

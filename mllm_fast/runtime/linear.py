@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import few_row_linear, worth_reading
-from ..models.adapter import TextModel
+from ..models.text_model import TextModel
 
 _found: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Linear]]] = weakref.WeakKeyDictionary()
 

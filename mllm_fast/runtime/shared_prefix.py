@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Attention, join
-from ..models.adapter import TextModel
+from ..models.text_model import TextModel
 from .attention import attend_split
 from .hooks import Recording, recording
 from .trace import Trace, trace_of

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
 
+class TextOnly(Adapter):
+    """A causal language model: there are no image tokens."""
+
+    model_type = "text"
+    text_types = ARCHITECTURES
+    decoder = "model"
+
+
 class TextProcessor:
     """What a VLM needs of a processor: the chat template of another one, so that both models read the same words, and a
     tokenizer."""
@@ -59,5 +67,4 @@ def load_text_model(name: str, like: VLM) -> VLM:
         raise EndsRunError(f"{name}: a text model is one of {', '.join(ARCHITECTURES)}, got {kind!r}")
     model: Any = loaded
     model = model.to(device_of(like.model)).eval()
-    adapter = Adapter(kind, (kind,), lambda *_: ((), (1, 1)), decoder="model")
-    return VLM(model, TextProcessor(tokenizer, like.processor), adapter=adapter, backend=like.backend)
+    return VLM(model, TextProcessor(tokenizer, like.processor), adapter=TextOnly(), backend=like.backend)

@@ -1,0 +1,52 @@
+"""LLaVA 1.5: one tile an image, resized and cropped to a square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..core.errors import InputError
+from ..core.layout import Tile
+from .adapter import Adapter, Tiling
+from .architectures import architecture
+
+
+@architecture
+class Llava(Adapter):
+    """LLaVA with a LLaMA, Mistral or Qwen2 language model."""
+
+    model_type = "llava"
+    text_types = ("llama", "mistral", "qwen2")
+    fixed_grid = True
+
+    def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+        if getattr(processor.image_processor, "do_pad", False):
+            raise InputError("the processor pads pictures to squares (do_pad), which is not supported; set it to False")
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch = processor.patch_size
+        box = _cropped_box(processor.image_processor, size, (width, height))
+        return (Tile(height // patch, width // patch, box),), (1, 1)
+
+    def image_features(self, embeddings: torch.Tensor) -> Any:
+        """One tensor an image."""
+        return list(embeddings)
+
+
+def _cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of the original picture that is left after "resize the short edge, crop the centre"."""
+    width, height = size
+    edge = images.size.get("shortest_edge") if getattr(images, "do_resize", False) else None
+    if not getattr(images, "do_center_crop", False):
+        return 0.0, 0.0, float(width), float(height)
+    if edge is not None:
+        short, long = min(width, height), max(width, height)
+        resized = (edge, int(edge * long / short)) if width <= height else (int(edge * long / short), edge)
+    elif getattr(images, "do_resize", False):
+        resized = (images.size["width"], images.size["height"])
+    else:
+        resized = (width, height)
+    # as transformers' center_crop: the odd pixel falls to the right and below
+    left, top = (resized[0] - seen[0]) // 2, (resized[1] - seen[1]) // 2
+    x, y = width / resized[0], height / resized[1]
+    return left * x, top * y, (left + seen[0]) * x, (top + seen[1]) * y
