@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -11,74 +10,29 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .context.compress import PARTS, SCORES, kept_count, read
+from .context.compress import compress
 from .context.context import Context
-from .core.errors import InputError, check_choice
+from .core.errors import InputError
 from .core.images import MAX_PIXELS
-from .core.layout import TokenLayout
 from .explain.explanation import Explanation, check_norm, nothing_generated
-from .explain.stream import Stream, one_sequence
+from .explain.stream import Stream
 from .explain.verify import Replay
-from .kernels import OperatorCache
-from .kernels.dispatch import choose
 from .knockout.attention_share import AttentionShares
-from .knockout.plan import Plan, plan_of
-from .knockout.rule import Knockout, as_rules
+from .knockout.rule import as_rules
 from .models.adapter import Adapter
-from .models.architectures import find_adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
-from .models.offload import check_one_device, device_of, one_gpu
-from .models.part_checks import check_parts
-from .models.processing import Images, Prompts, one_answer
-from .models.text_model import text_model
+from .models.offload import one_gpu
+from .models.processing import Images, one_answer
 from .runtime.answer import Answer, answer_of
-from .runtime.hooks import Recording, model_lock, recording
+from .runtime.decoding import one_sequence
+from .runtime.hooks import recording
 from .runtime.kv_cache import cache_of
+from .runtime.model_runner import Knockouts, ModelRunner
 from .runtime.trace import make_trace
 
-_OPERATOR_BYTES = 1 << 30  # budget of the cached operators, unless the caller gives another
 
-Knockouts = Knockout | Sequence[Knockout] | None
-
-
-class VLM:
-    """A model loaded with transformers and its processor, ready to generate and to explain.
-
-    Args:
-        model: one of the supported classes (see `mllm_fast.adapters.ADAPTERS`).
-        processor: the model's processor, with a chat template.
-        max_pixels: largest picture that is read, in pixels.
-        operator_bytes: budget of the operator cache that makes repeated explanations fast.
-        backend: of the kernels, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
-        adapter: where the model keeps its parts, for an architecture that is not listed.
-
-    Raises:
-        InputError: the architecture is not supported, or the backend unknown or of no use on the model's device.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        *,
-        max_pixels: int = MAX_PIXELS,
-        operator_bytes: int = _OPERATOR_BYTES,
-        backend: str = "auto",
-        adapter: Adapter | None = None,
-    ):
-        self.adapter = find_adapter(model) if adapter is None else adapter
-        check_one_device(model)
-        try:  # a choice that cannot serve is refused here, not by the first call that needs it
-            choose(device_of(model), model.dtype, backend, op="knockout_attention")
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        self.model = model
-        self.processor = processor
-        self.backend = backend
-        self.text = text_model(model, self.adapter)
-        check_parts(self.text)
-        self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
-        self.operators = OperatorCache(operator_bytes)
+class VLM(ModelRunner):
+    """A vision-language model and its processor, ready to generate and to explain; built as `ModelRunner` is."""
 
     @classmethod
     def from_pretrained(
@@ -89,6 +43,7 @@ class VLM:
         dtype: str | torch.dtype | None = None,
         max_pixels: int = MAX_PIXELS,
         backend: str = "auto",
+        adapter: Adapter | type[Adapter] | None = None,
         **options: Any,
     ) -> VLM:
         """Load "shapes" (the embedded model), a folder, or a hub id.
@@ -100,8 +55,8 @@ class VLM:
         if device == "auto":
             device, options = None, {"device_map": "auto", "max_memory": one_gpu(), **options}
         where = parse_device(device)
-        model, processor = load_pretrained(str(name), where, parse_dtype(dtype, where), **options)
-        return cls(model, processor, max_pixels=max_pixels, backend=backend)
+        model, processor = load_pretrained(str(name), where, parse_dtype(dtype, where), adapter is not None, **options)
+        return cls(model, processor, max_pixels=max_pixels, backend=backend, adapter=adapter)
 
     @overload
     def generate(self, image: Images | None, prompt: str, **options: Any) -> Answer: ...
@@ -182,7 +137,7 @@ class VLM:
             nothing_generated(options)
             sequence = torch.cat([inputs["input_ids"][0], self.prompts.answer_ids(answer)])
             self.prompts.check_window(len(sequence), "the prompt and the answer take")
-            record, cache = self._forced(inputs, sequence, plan)
+            record, cache = self.run_forced(inputs, sequence, plan)
         said = answer_of(sequence, layout, self.processor.tokenizer, self.prompts.stop_ids(options))
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
@@ -266,55 +221,4 @@ class VLM:
             seed: of "random".
             max_new_tokens, options: of the answer to the prompt, as in `generate`.
         """
-        check_choice("score", score, SCORES)
-        check_choice("parts", parts, PARTS)
-        kept_count(keep, sys.maxsize)
-        reading = read(self, image, prompt, [score], max_new_tokens, **options)
-        return reading.context(keep, score, parts, seed)
-
-    def prepare(self, image: Images | None, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
-        """The processor's inputs for one sequence, on the model's device, and the pictures' sizes
-        (width, height)."""
-        pictures = self.prompts.load(image)
-        return self.prompts.inputs([pictures], [prompt]), [picture.size for picture in pictures]
-
-    def plan(
-        self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None
-    ) -> Plan | None:
-        """The plan of some knockouts for sequences of these layouts; None where there is no knockout."""
-        return plan_of(knockout, layouts, len(self.text.layers), padding, device_of(self.model), self.prompts.window)
-
-    def run(
-        self,
-        inputs: Any,
-        max_new_tokens: int,
-        options: dict[str, Any],
-        plan: Plan | None = None,
-        shares: AttentionShares | None = None,
-    ) -> Any:
-        """transformers' `generate`, greedy unless asked to sample; `plan` and `shares` as in `recording`."""
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is at least 1, got {max_new_tokens}")
-        settings = {"do_sample": False, **options}
-        if not settings["do_sample"]:
-            # a checkpoint's own sampling settings would only make transformers warn
-            settings = {"temperature": None, "top_p": None, "top_k": None} | settings
-        with model_lock(self.text), torch.inference_mode():
-            if plan is None and shares is None:
-                return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
-            with recording(self.text, 0, plan, shares, self.backend):
-                return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
-
-    def _forced(self, inputs: Any, sequence: Tensor, plan: Plan | None) -> tuple[Recording, Any]:
-        """One pass over prompt and answer; the last token's own row is not needed."""
-        count = len(sequence) - inputs["input_ids"].shape[1]
-        extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-        if "mm_token_type_ids" in extra:
-            kinds = extra["mm_token_type_ids"]
-            extra["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, count - 1))
-        ids = sequence[None, :-1]
-        with recording(self.text, count, plan, backend=self.backend) as record, torch.inference_mode():
-            output = self.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1, **extra
-            )
-        return record, cache_of(output)
+        return compress(self, image, keep, prompt, score, parts, seed, max_new_tokens, **options)

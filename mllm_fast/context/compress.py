@@ -4,9 +4,10 @@ image tokens that the answer, or the question, looked at most."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,9 @@ from ..kernels import topk_compaction
 from ..models.processing import one_answer
 from ..runtime.hooks import recording
 from ..runtime.kv_cache import cache_of
+from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import check_cache, check_full_attention, next_position
 from .context import Context
-
-if TYPE_CHECKING:
-    from ..vlm import VLM
 
 SCORES = ("generated", "query", "norm", "random")
 PARTS = ("query+image", "query", "image")
@@ -70,7 +69,7 @@ class Reading:
     empty where no score needs it. peak_nbytes: most bytes of keys and values held at once.
     """
 
-    vlm: VLM
+    vlm: ModelRunner
     layout: TokenLayout
     input_ids: Tensor
     keys: tuple[Tensor, ...]
@@ -139,8 +138,27 @@ class Reading:
         return self.masses[score]
 
 
+def compress(
+    runner: ModelRunner,
+    image: Any,
+    keep: float | int = 0.05,
+    prompt: str = "Describe the image.",
+    score: str = "generated",
+    parts: str = "query+image",
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> Context:
+    """See `VLM.compress`."""
+    check_choice("score", score, SCORES)
+    check_choice("parts", parts, PARTS)
+    kept_count(keep, sys.maxsize)
+    reading = read(runner, image, prompt, [score], max_new_tokens, **options)
+    return reading.context(keep, score, parts, seed)
+
+
 def read(
-    vlm: VLM, image: Any, prompt: str, scores: Sequence[str] = SCORES, max_new_tokens: int = 64, **options: Any
+    vlm: ModelRunner, image: Any, prompt: str, scores: Sequence[str] = SCORES, max_new_tokens: int = 64, **options: Any
 ) -> Reading:
     """Read a picture with a prompt, once for each score that the model must be watched for.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +16,15 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..explain.explanation import Explanation, check_norm, nothing_generated
-from ..explain.stream import Stream, own_state
+from ..explain.stream import Stream
 from ..models.offload import device_of
 from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
+from ..runtime.decoding import Said, own_state, passes
 from ..runtime.hooks import Recording
-from ..runtime.shared_prefix import Said, Session, passes
+from ..runtime.model_runner import ModelRunner
+from ..runtime.shared_prefix import Session
 from ..runtime.trace import Trace
-
-if TYPE_CHECKING:
-    from ..vlm import VLM
 
 _BATCH = 32
 
@@ -57,7 +56,7 @@ class Context:
             they are at hand. peak_nbytes: most bytes of keys and values held while it was made, 0 if from a file.
     """
 
-    vlm: VLM
+    vlm: ModelRunner
     keys: Tensor
     values: Tensor
     positions: Tensor
@@ -236,7 +235,7 @@ class Context:
         return save(self, path, storage)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+    def load(cls, path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Context:
         """Read a context that was saved. `images`: the pictures (or their files), if they are to be drawn upon.
 
         Raises:

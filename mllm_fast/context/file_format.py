@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +26,8 @@ from ..core.files import check_target, whole_file
 from ..core.layout import ImageLayout, Tile, TokenLayout
 from ..models.fingerprint import fingerprint
 from ..models.offload import device_of
+from ..runtime.model_runner import ModelRunner
 from .context import Context
-
-if TYPE_CHECKING:
-    from ..vlm import VLM
 
 VERSION = 1
 STORAGES = ("full", "int8")
@@ -49,7 +47,7 @@ def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> d
     return errors
 
 
-def load(path: str | os.PathLike[str], vlm: VLM, images: Sequence[Any] = ()) -> Context:
+def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Context:
     """See `Context.load`."""
     description, tensors = read(path)
     _check_model(path, description, vlm)
@@ -119,7 +117,7 @@ def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     return description, copies
 
 
-def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: VLM) -> Context:
+def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRunner) -> Context:
     """The context of a file that was read."""
     device, dtype = device_of(vlm.model), vlm.model.dtype
     if description["storage"] == "int8":
@@ -202,7 +200,7 @@ def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str,
     }
 
 
-def _check_model(path: Any, description: dict[str, Any], vlm: VLM) -> None:
+def _check_model(path: Any, description: dict[str, Any], vlm: ModelRunner) -> None:
     made, config = description.get("model"), vlm.model.config
     if not isinstance(made, dict) or made.get("fingerprint") != fingerprint(vlm.model):
         here = getattr(config, "_name_or_path", "") or config.model_type

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, check_choice
 from ..models.fingerprint import fingerprint
-from .compress import PARTS, SCORES, kept_count
+from .compress import PARTS, SCORES, compress, kept_count
 from .context import Context
 from .file_format import STORAGES, VERSION, load, pack, parse, save, unpack
 from .folders import Folder, open_folder
 
 if TYPE_CHECKING:
     from ..models.processing import Images
-    from ..vlm import VLM
+    from ..runtime.model_runner import ModelRunner
 
 _MEMORY_BYTES = 1 << 30
 _DISK_BYTES = 10 << 30
@@ -68,7 +68,7 @@ class ContextStore:
 
     def get(
         self,
-        vlm: VLM,
+        vlm: ModelRunner,
         image: Images,
         keep: float | int = 0.05,
         prompt: str = "Describe the image.",
@@ -89,7 +89,7 @@ class ContextStore:
             with self._alone(key):
                 found = self.find(key, vlm)
                 if found is None:
-                    made = vlm.compress(pictures, **settings)
+                    made = compress(vlm, pictures, **settings)
                     found = self.keep(key, made)
                     self._write(key, made)
         # what is held is held without the pictures, and for any VLM of the same model
@@ -104,7 +104,7 @@ class ContextStore:
                 self.hits += 1
             return found
 
-    def find(self, key: str, vlm: VLM) -> Context | None:
+    def find(self, key: str, vlm: ModelRunner) -> Context | None:
         """The context of a key, from memory or the folder; without its pictures."""
         return self.held(key) or self._on_disk(key, vlm)
 
@@ -149,7 +149,7 @@ class ContextStore:
         with self._guard:
             return len(self._held)
 
-    def key(self, vlm: VLM, pictures: list[Any], settings: dict[str, Any], scope: str = "") -> str:
+    def key(self, vlm: ModelRunner, pictures: list[Any], settings: dict[str, Any], scope: str = "") -> str:
         """The content's name, 64 hexadecimal digits: 24 of the pictures, 24 of everything, 16 of the `scope`. Who asks
         in another scope never finds it, and nobody else can tell that it is there."""
         # what decides how picture and prompt are read, without reading them: a context that is held costs no more
@@ -199,7 +199,7 @@ class ContextStore:
         tensors, metadata, _ = pack(bare, self.storage)
         return replace(unpack(*parse(self.storage, metadata, tensors), context.vlm), peak_nbytes=context.peak_nbytes)
 
-    def _on_disk(self, key: str, vlm: VLM) -> Context | None:
+    def _on_disk(self, key: str, vlm: ModelRunner) -> Context | None:
         if self._folder is None:
             return None
         found = None

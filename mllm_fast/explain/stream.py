@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +16,11 @@ from ..knockout.attention_share import AttentionShares
 from ..knockout.plan import Plan
 from ..knockout.rule import Knockout, as_rules
 from ..runtime.answer import Answer, answer_of
-from ..runtime.hooks import Recording, model_lock, recording
-from ..runtime.kv_cache import CACHE
+from ..runtime.decoding import Pass, own_state
+from ..runtime.hooks import Recording, recording
+from ..runtime.model_runner import ModelRunner
 from ..runtime.trace import Trace, make_trace
 from .explanation import Explanation, Heads
-
-if TYPE_CHECKING:
-    from ..vlm import VLM
-
-Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
 
 
 class Source(Protocol):
@@ -100,7 +95,7 @@ class Stream(Iterator[Step]):
     def __init__(
         self,
         *,
-        vlm: VLM,
+        vlm: ModelRunner,
         layout: TokenLayout,
         prompt: str,
         images: list[Any],
@@ -238,55 +233,3 @@ class Stream(Iterator[Step]):
             norm=self._norm,
             backend=vlm.backend,
         )
-
-
-def one_sequence(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    **model_kwargs: Any,
-) -> Iterator[Any]:
-    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares everything as for its own:
-    yields once before it begins, then a `Pass` after each."""
-    yield None
-    done, first = False, True
-    while not done:
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **model_kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            token = torch.multinomial(torch.softmax(scores, -1), 1)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        log_prob = logits[0, token[0, 0]] - logits[0].logsumexp(-1)
-        input_ids, first = torch.cat([input_ids, token], -1), False
-        done = bool(stopping_criteria(input_ids, ()).all())
-        yield int(token), float(log_prob), model_kwargs[CACHE], input_ids[0], done
-
-
-@contextmanager
-def own_state(vlm: VLM, state: list[Any]) -> Iterator[None]:
-    """With the model at hand, and what it keeps of a sequence as `state` has it (empty: as it is): other calls may have
-    come between. `state` holds it afterwards, the model what it held before."""
-    model, names = vlm.model, vlm.adapter.state
-    with model_lock(vlm.text), torch.inference_mode():
-        outside = [attrgetter(name)(model) for name in names]
-        if state:
-            _set_state(model, names, state)
-        try:
-            yield
-        finally:
-            state[:] = [attrgetter(name)(model) for name in names]
-            _set_state(model, names, outside)
-
-
-def _set_state(model: Any, names: Sequence[str], values: Sequence[Any]) -> None:
-    for name, value in zip(names, values, strict=True):
-        owner, _, attribute = name.rpartition(".")
-        setattr(attrgetter(owner)(model) if owner else model, attribute, value)

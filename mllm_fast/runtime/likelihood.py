@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError
 from .hooks import model_lock
-
-if TYPE_CHECKING:
-    from ..vlm import VLM
+from .model_runner import ModelRunner
 
 YES_NO = {"yes": ("yes", "Yes"), "no": ("no", "No")}
 ONE_TO_TEN = {str(number): float(number) for number in range(1, 11)}
 
 
-def yes_probabilities(vlm: VLM, pictures: Sequence[list[Any]], prompts: Sequence[str]) -> Tensor:
+def yes_probabilities(runner: ModelRunner, pictures: Sequence[list[Any]], prompts: Sequence[str]) -> Tensor:
     """P(yes) / (P(yes) + P(no)) by the first token of the answer to each prompt, float64 [prompts], in one batch.
 
     pictures: of each prompt, as PIL images.
@@ -26,10 +24,10 @@ def yes_probabilities(vlm: VLM, pictures: Sequence[list[Any]], prompts: Sequence
     Raises:
         InputError: yes and no begin with the same token in this model's vocabulary.
     """
-    inputs, _, _ = vlm.prompts.prepare([list(one) for one in pictures], list(prompts))
-    output = vlm.run(inputs, 1, {"output_logits": True, "return_dict_in_generate": True})
+    inputs, _, _ = runner.prompts.prepare([list(one) for one in pictures], list(prompts))
+    output = runner.run(inputs, 1, {"output_logits": True, "return_dict_in_generate": True})
     logits = output.logits[0].double()
-    ids = {name: {int(vlm.prompts.answer_ids(word)[0]) for word in words} for name, words in YES_NO.items()}
+    ids = {name: {int(runner.prompts.answer_ids(word)[0]) for word in words} for name, words in YES_NO.items()}
     neither = ids["yes"] & ids["no"]  # such as the unknown word
     if neither in (ids["yes"], ids["no"]):
         raise InputError("this model's vocabulary does not tell yes from no by their first token")
@@ -37,7 +35,7 @@ def yes_probabilities(vlm: VLM, pictures: Sequence[list[Any]], prompts: Sequence
     return torch.sigmoid(yes - no).cpu()
 
 
-def answer_probabilities(vlm: VLM, pictures: list[Any], prompt: str, answers: Sequence[str]) -> Tensor:
+def answer_probabilities(runner: ModelRunner, pictures: list[Any], prompt: str, answers: Sequence[str]) -> Tensor:
     """The probability that the answer begins with each of these texts, float64 [answers]; that of "1" does not count
     "10" where both are given.
 
@@ -46,17 +44,17 @@ def answer_probabilities(vlm: VLM, pictures: list[Any], prompt: str, answers: Se
     """
     if len(set(answers)) < 2:
         raise InputError(f"give at least two different answers, got {list(answers)}")
-    ids = [vlm.prompts.answer_ids(answer).tolist() for answer in answers]
+    ids = [runner.prompts.answer_ids(answer).tolist() for answer in answers]
     if len({tuple(one) for one in ids}) < len(ids):
         raise InputError("two of the answers are the same to this model's tokenizer; give others")
-    inputs, _, _ = vlm.prompts.prepare([pictures], [prompt])
+    inputs, _, _ = runner.prompts.prepare([pictures], [prompt])
     first: Tensor | None = None
     found = []
     for one in ids:
         if len(one) == 1 and first is not None:
             log_probs = first
         else:
-            log_probs = _log_probs(vlm, inputs, one)
+            log_probs = _log_probs(runner, inputs, one)
             first = log_probs[:1]
         steps = log_probs[torch.arange(len(one)), torch.tensor(one, device=log_probs.device)]
         found.append(steps.sum().exp().cpu())
@@ -67,26 +65,28 @@ def answer_probabilities(vlm: VLM, pictures: list[Any], prompt: str, answers: Se
     return torch.stack([(whole[i] - whole[later].sum()).clamp_min(0) for i, later in enumerate(direct)])
 
 
-def expectation(vlm: VLM, pictures: list[Any], prompt: str, values: Mapping[str, float] = ONE_TO_TEN) -> float:
+def expectation(
+    runner: ModelRunner, pictures: list[Any], prompt: str, values: Mapping[str, float] = ONE_TO_TEN
+) -> float:
     """The number that an answer stands for, as its expectation over the answers that are possible: what is asked for a
     score from 1 to 10 seldom moves by a whole digit."""
-    probabilities = answer_probabilities(vlm, pictures, prompt, list(values))
+    probabilities = answer_probabilities(runner, pictures, prompt, list(values))
     total = float(probabilities.sum())
     if not total > 0:
         raise InputError(f"the model gives none of {', '.join(values)} a chance; ask in another way")
     return float(probabilities @ torch.tensor(list(values.values()), dtype=torch.float64)) / total
 
 
-def _log_probs(vlm: VLM, inputs: Any, ids: list[int]) -> Tensor:
+def _log_probs(runner: ModelRunner, inputs: Any, ids: list[int]) -> Tensor:
     """log p of every token at each step of an answer, float64 [len(ids), V]."""
     sequence = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([ids[:-1]])], 1)
-    vlm.prompts.check_window(sequence.shape[1], "the prompt and the answer take")
+    runner.prompts.check_window(sequence.shape[1], "the prompt and the answer take")
     extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     if "mm_token_type_ids" in extra:
         kinds = extra["mm_token_type_ids"]
         extra["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, len(ids) - 1))
-    with model_lock(vlm.text), torch.inference_mode():
-        output = vlm.model(
+    with model_lock(runner.text), torch.inference_mode():
+        output = runner.model(
             input_ids=sequence,
             attention_mask=torch.ones_like(sequence),
             use_cache=False,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
-from ..explain.stream import own_state
 from ..knockout.attention_share import Watcher
+from .decoding import own_state
 from .hooks import Recording, recording
 from .kv_cache import cache_of
-
-if TYPE_CHECKING:
-    from ..vlm import VLM
+from .model_runner import ModelRunner
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,11 @@ class Prefill:
     logits: Tensor
 
 
-def prefill(vlm: VLM, inputs: Any, layout: TokenLayout, watcher: Watcher | None = None) -> Prefill:
+def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Watcher | None = None) -> Prefill:
     """One pass over a processor's inputs for one sequence; `watcher` as in `recording`."""
     state: list[Any] = []
-    with own_state(vlm, state), recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
-        output = vlm.model(**inputs, use_cache=True, logits_to_keep=1)
+    with own_state(runner, state), recording(runner.text, 1, shares=watcher, backend=runner.backend) as record:
+        output = runner.model(**inputs, use_cache=True, logits_to_keep=1)
     cache, length = cache_of(output), layout.length
     check_cache(cache, length)
     return Prefill(
@@ -72,11 +70,11 @@ def next_position(record: Recording, length: int) -> int:
     return int(given[..., -1].max()) + 1
 
 
-def check_full_attention(vlm: VLM) -> None:
+def check_full_attention(runner: ModelRunner) -> None:
     """Raise InputError where a layer does not see the whole sequence: there a dropped token would move the window."""
-    kinds = set(getattr(vlm.text.config, "layer_types", None) or ["full_attention"])
-    window = getattr(vlm.text.config, "sliding_window", None)
-    if kinds != {"full_attention"} or (window and getattr(vlm.text.config, "use_sliding_window", True)):
+    kinds = set(getattr(runner.text.config, "layer_types", None) or ["full_attention"])
+    window = getattr(runner.text.config, "sliding_window", None)
+    if kinds != {"full_attention"} or (window and getattr(runner.text.config, "use_sliding_window", True)):
         raise InputError(
             f"layers of type {', '.join(sorted(kinds))} with a sliding window of {window} cannot be compressed: a"
             " dropped token would move the window; use a model with full attention"

@@ -7,9 +7,8 @@ log-sum-exps. So a question is computed as if it were asked alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,50 +158,3 @@ class Session:
             question, slot = self._rows // self._longest, self._rows % self._longest
             held[question, before + slot] = rows
         return held[:, : self.length].transpose(1, 2)
-
-
-# tokens [B], logits [B, V], sequences [B, N], unfinished [B] on the CPU
-Said = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iterator[Said | None]]:
-    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares logits processors and stopping
-    criteria as for its own: yields once before it begins, then what was said in each pass."""
-
-    def loop(
-        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
-    ) -> Iterator[Said | None]:
-        yield None
-        feed: Sequence[Sequence[int]] = ids
-        unfinished = torch.ones(len(ids), dtype=torch.bool)
-        active = torch.arange(len(ids))  # the questions that the session still reads
-        padding = getattr(generation_config, "_pad_token_tensor", None)
-        filler = input_ids.new_zeros(()) if padding is None else padding.to(input_ids.device)
-        logits: Tensor | None = None
-        while True:
-            read = session.read(feed).to(dtype=torch.float32, device=input_ids.device)
-            if logits is None or len(active) == len(ids):
-                logits = read
-            else:
-                logits = logits.index_copy(0, active.to(logits.device), read)
-            scores = logits_processor(input_ids, logits)
-            if generation_config.do_sample:
-                tokens = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
-            else:
-                tokens = scores.argmax(-1)
-            if not unfinished.all():
-                tokens = torch.where(unfinished.to(tokens.device), tokens, filler)
-            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-            going_on = ~stopping_criteria(input_ids, ())
-            said, more = torch.stack([tokens, going_on.long()]).cpu()  # the one copy a pass
-            unfinished = unfinished & more.bool()
-            yield tokens, logits, input_ids, unfinished
-            if not unfinished.any():
-                return
-            going = unfinished[active]
-            if 2 * int(going.sum()) <= len(active):  # half of the rows have nothing more to say
-                session.keep(going.nonzero()[:, 0])
-                active = active[going]
-            feed = said[active][:, None].tolist()
-
-    return loop

@@ -1,0 +1,117 @@
+"""Decoding loops: transformers' `generate` prepares logits processors and stopping criteria, these loops run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hooks import model_lock
+from .kv_cache import CACHE
+from .model_runner import ModelRunner
+from .shared_prefix import Session
+
+Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
+
+
+def one_sequence(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Iterator[Any]:
+    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares everything as for its own:
+    yields once before it begins, then a `Pass` after each."""
+    yield None
+    done, first = False, True
+    while not done:
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            token = torch.multinomial(torch.softmax(scores, -1), 1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        log_prob = logits[0, token[0, 0]] - logits[0].logsumexp(-1)
+        input_ids, first = torch.cat([input_ids, token], -1), False
+        done = bool(stopping_criteria(input_ids, ()).all())
+        yield int(token), float(log_prob), model_kwargs[CACHE], input_ids[0], done
+
+
+@contextmanager
+def own_state(runner: ModelRunner, state: list[Any]) -> Iterator[None]:
+    """With the model at hand, and what it keeps of a sequence as `state` has it (empty: as it is): other calls may have
+    come between. `state` holds it afterwards, the model what it held before."""
+    model, names = runner.model, runner.adapter.state
+    with model_lock(runner.text), torch.inference_mode():
+        outside = [attrgetter(name)(model) for name in names]
+        if state:
+            _set_state(model, names, state)
+        try:
+            yield
+        finally:
+            state[:] = [attrgetter(name)(model) for name in names]
+            _set_state(model, names, outside)
+
+
+def _set_state(model: Any, names: Sequence[str], values: Sequence[Any]) -> None:
+    for name, value in zip(names, values, strict=True):
+        owner, _, attribute = name.rpartition(".")
+        setattr(attrgetter(owner)(model) if owner else model, attribute, value)
+
+
+# tokens [B], logits [B, V], sequences [B, N], unfinished [B] on the CPU
+Said = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iterator[Said | None]]:
+    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares logits processors and stopping
+    criteria as for its own: yields once before it begins, then what was said in each pass."""
+
+    def loop(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+    ) -> Iterator[Said | None]:
+        yield None
+        feed: Sequence[Sequence[int]] = ids
+        unfinished = torch.ones(len(ids), dtype=torch.bool)
+        active = torch.arange(len(ids))  # the questions that the session still reads
+        padding = getattr(generation_config, "_pad_token_tensor", None)
+        filler = input_ids.new_zeros(()) if padding is None else padding.to(input_ids.device)
+        logits: Tensor | None = None
+        while True:
+            read = session.read(feed).to(dtype=torch.float32, device=input_ids.device)
+            if logits is None or len(active) == len(ids):
+                logits = read
+            else:
+                logits = logits.index_copy(0, active.to(logits.device), read)
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
+            else:
+                tokens = scores.argmax(-1)
+            if not unfinished.all():
+                tokens = torch.where(unfinished.to(tokens.device), tokens, filler)
+            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+            going_on = ~stopping_criteria(input_ids, ())
+            said, more = torch.stack([tokens, going_on.long()]).cpu()  # the one copy a pass
+            unfinished = unfinished & more.bool()
+            yield tokens, logits, input_ids, unfinished
+            if not unfinished.any():
+                return
+            going = unfinished[active]
+            if 2 * int(going.sum()) <= len(active):  # half of the rows have nothing more to say
+                session.keep(going.nonzero()[:, 0])
+                active = active[going]
+            feed = said[active][:, None].tolist()
+
+    return loop
