@@ -98,7 +98,7 @@ def measure(vlm: mf.VLM, task: str, count: int, seed: int, norm: str) -> dict:
 
 
 def pooled(*parts: dict) -> dict:
-    """The figures over the scenes of several measurements, each scene answered right weighing the same."""
+    """The figures over the scenes of several measurements, each scene answered right on_weights the same."""
     weights = [part["right"] for part in parts]
     mean = lambda values: float(np.average(values, weights=weights))  # noqa: E731
     row: dict = {name: sum(part[name] for part in parts) for name in ("scenes", "right")}

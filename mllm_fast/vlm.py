@@ -14,9 +14,10 @@ from .context.compress import compress
 from .context.context import Context
 from .core.errors import InputError
 from .core.images import MAX_PIXELS
-from .explain.explanation import Explanation, check_norm, nothing_generated
+from .explain.explanation import Explanation, nothing_generated
+from .explain.replay import Replay
+from .explain.scores import check_norm
 from .explain.stream import Stream
-from .explain.verify import Replay
 from .knockout.attention_share import AttentionShares
 from .knockout.rule import as_rules
 from .models.adapter import Adapter
@@ -141,17 +142,14 @@ class VLM(ModelRunner):
         said = answer_of(sequence, layout, self.processor.tokenizer, self.prompts.stop_ids(options))
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
-        return Explanation(
-            vlm_text=self.text,
-            operators=self.operators,
-            trace=make_trace(record, cache, len(said.token_ids), layout.prompt_length),
-            answer=said,
-            decode=self.processor.tokenizer.decode,
+        return Explanation.of(
+            self,
+            make_trace(record, cache, len(said.token_ids), layout.prompt_length),
+            said,
             prompt=prompt,
             images=pictures,
             norm=norm,
-            backend=self.backend,
-            replay=Replay(self.text, record, as_rules(knockout), self.backend),
+            replay=Replay(self.text, record, said.layout, as_rules(knockout), self.backend),
         )
 
     def stream(

@@ -355,12 +355,12 @@ def test_projections_are_those_of_the_weight_there_is(built, together, monkeypat
 
 def test_the_logits_of_a_word_are_made_once(shapes, picture, monkeypatch):
     """Heads, and positions of any of them, write to the same residual vectors: one product with the unembedding."""
-    from mllm_fast.explain import explanation as explain
+    from mllm_fast.explain import write_scores
 
     ex = shapes.explain(picture, "what color is the star?")
     made = []
-    base = explain.Base
-    monkeypatch.setattr(explain, "Base", lambda *arguments: made.append(len(arguments[0])) or base(*arguments))
+    base = write_scores.Base
+    monkeypatch.setattr(write_scores, "Base", lambda *arguments: made.append(len(arguments[0])) or base(*arguments))
     first = ex.position_scores(0, 3)
     ex.position_scores(0, [(0, 0), (5, 3)])
     ex.heatmap(0)

@@ -18,7 +18,9 @@ from mllm_fast.evaluation.memory import peak_tensor_bytes
 from mllm_fast.evaluation.samples import scenes
 from mllm_fast.evaluation.studies import fidelity
 from mllm_fast.evaluation.studies.fidelity import SHARES, Fidelity, area, curves, rank_correlation
-from mllm_fast.explain.registry import METHODS
+from mllm_fast.explain.registry import methods_without_detector
+
+METHODS = methods_without_detector()
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), min_size=2, max_size=30))
@@ -105,7 +107,7 @@ def test_a_picture():
     without = vlm.explain(
         sample.image, "Describe the image.", ex.text, knockout=mf.Knockout("image", "query+generated")
     )
-    final = without._trace.final[token]
+    final = without.trace.final[token]
     with torch.no_grad():
         logits = vlm.text.logits(vlm.text.norm(final))
     expected = float(torch.softmax(logits, -1)[ex.token_ids[token]])

@@ -21,7 +21,6 @@ from mllm_fast.evaluation.studies import heads
 from mllm_fast.evaluation.studies.heads import Heads, readable
 from mllm_fast.evaluation.studies.heads_report import importance, overlap, top
 from mllm_fast.evaluation.studies.word_alignment import cells, widened
-from mllm_fast.explain.passes import layer_inputs
 from mllm_fast.shapes.scenes import COLORS
 
 
@@ -45,7 +44,7 @@ def test_layer_inputs(family, built, picture):
     with torch.no_grad(), tiny.eager(vlm.model):
         found = vlm.model(**given, output_hidden_states=True).hidden_states
     position = int(ex.layout.images[0].positions[3])
-    stages = layer_inputs(ex, position)
+    stages = ex.replay.layer_inputs(position)
     assert len(stages) == len(found) == ex.num_layers + 1
     for mine, theirs in zip(stages[:-1], found[:-1], strict=True):
         torch.testing.assert_close(mine, theirs[0, position], rtol=0, atol=1e-9)

@@ -85,7 +85,7 @@ def test_stream_and_context_read_it_too(joint, square):
     whole = joint.explain(seen, QUESTION, "red")
     length = context.prefix_length
     for layer, keys in enumerate(context.keys):
-        torch.testing.assert_close(keys, whole._trace.keys[layer][:, :length], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(keys, whole.trace.keys[layer][:, :length], rtol=1e-6, atol=1e-6)
     assert not torch.equal(context.keys, plain.keys)
 
 

@@ -15,8 +15,7 @@ from knocked import Rule
 
 import mllm_fast as mf
 from mllm_fast.explain.methods.tam import less, rank_gaussian
-from mllm_fast.explain.passes import layer_inputs
-from mllm_fast.explain.registry import METHODS
+from mllm_fast.explain.registry import methods_without_detector
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"
 RULES = {
@@ -69,7 +68,7 @@ def test_rollout(explained, dense, token):
     for alpha in dense.alphas:
         mean = alpha[0].detach().mean(0)[: row + 1, : row + 1]
         product = (mean + torch.eye(row + 1)) / 2 @ product
-    close(ex.token_values(token, "rollout"), of(ex, product[row]))
+    close(ex.attribution(token, "rollout"), of(ex, product[row]))
 
 
 @pytest.mark.parametrize("token", [0, 3])
@@ -81,7 +80,7 @@ def test_relevancy(explained, dense, token):
     relevance = torch.eye(dense.alphas[0].shape[-1], dtype=torch.float64)
     for alpha, gradient in zip(dense.alphas, gradients, strict=True):
         relevance = relevance + (alpha * gradient)[0].clamp(min=0).mean(0).detach() @ relevance
-    close(ex.token_values(token, "relevancy"), of(ex, relevance[row]))
+    close(ex.attribution(token, "relevancy"), of(ex, relevance[row]))
 
 
 @pytest.mark.parametrize("token", [0, 3])
@@ -90,7 +89,7 @@ def test_gradient_times_input(explained, dense, token):
     row = ex.layout.prompt_length - 1 + token
     log_prob = torch.log_softmax(dense.logits[row], -1)[ex.token_ids[token]]
     (gradient,) = torch.autograd.grad(log_prob, dense.embeds, retain_graph=True)
-    close(ex.token_values(token, "gradient-input"), of(ex, (gradient * dense.embeds)[0].sum(-1)))
+    close(ex.attribution(token, "gradient-input"), of(ex, (gradient * dense.embeds)[0].sum(-1)))
 
 
 @pytest.mark.parametrize("token", [0, 3])
@@ -114,7 +113,7 @@ def test_token_activation(explained, dense, token):
         part = left[start : start + tile.rows * tile.cols].reshape(tile.rows, tile.cols)
         parts.append(filtered(part.numpy()).flatten())
         start += tile.rows * tile.cols
-    found, expected = ex.token_values(token, "tam"), torch.tensor(np.concatenate(parts)).float()
+    found, expected = ex.attribution(token, "tam"), torch.tensor(np.concatenate(parts)).float()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
@@ -144,7 +143,7 @@ def test_token_activation_by_hand():
 def test_exhaustive(explained, picture):
     """Each patch knocked out by a call of its own."""
     vlm, rules, ex = explained
-    found = ex.token_values(2, "exhaustive")
+    found = ex.attribution(2, "exhaustive")
     logs = {}
     for i in (None, 0, 5, len(found) - 1):
         gone = [] if i is None else [(int(ex.layout.images[0].positions[i]),)]
@@ -159,8 +158,8 @@ def test_exhaustive(explained, picture):
 
 def test_random_is_the_same_again(explained):
     _, _, ex = explained
-    assert torch.equal(ex.token_values(1, "random"), ex.token_values(1, "random"))
-    assert not torch.equal(ex.token_values(1, "random"), ex.token_values(2, "random"))
+    assert torch.equal(ex.attribution(1, "random"), ex.attribution(1, "random"))
+    assert not torch.equal(ex.attribution(1, "random"), ex.attribution(2, "random"))
 
 
 def test_the_model_is_left_as_it_was(explained, monkeypatch):
@@ -169,7 +168,7 @@ def test_the_model_is_left_as_it_was(explained, monkeypatch):
     weights[0].requires_grad_(False)
     before = [weight.requires_grad for weight in weights], vlm.text.config._attn_implementation
     assert all(before[0][1:])
-    for method in METHODS:
+    for method in methods_without_detector():
         ex.heatmap(1, method)
     monkeypatch.setattr(vlm.text.layers[1].mlp, "forward", lambda hidden: 1 / 0)
     for method in ("relevancy", "gradient-input", "rollout"):
@@ -195,7 +194,7 @@ def test_nothing_is_left_behind(explained):
     gc.disable()
     try:
         for method in ("relevancy", "rollout", "gradient-input"):
-            ex.token_values(1, method)
+            ex.attribution(1, method)
         assert held() == before
     finally:
         gc.enable()
@@ -213,14 +212,14 @@ def test_other_threads_do_not_mix_in(built, picture):
     thread = threading.Thread(target=others)
     thread.start()
     try:
-        found = {tuple(layer_inputs(ex, 5).shape) for _ in range(20)}
+        found = {tuple(ex.replay.layer_inputs(5).shape) for _ in range(20)}
     finally:
         ended.set()
         thread.join()
-    assert found == {(ex.num_layers + 1, ex._trace.residual.shape[-1])}
+    assert found == {(ex.num_layers + 1, ex.trace.residual.shape[-1])}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods_without_detector())
 def test_half_precision(method, picture):
     vlm = mf.VLM.from_pretrained("shapes", dtype="bfloat16")
     ex = vlm.explain(picture, "describe this", max_new_tokens=3)

@@ -57,8 +57,8 @@ def test_a_layer_norm_takes_the_mean_off():
     model.model.language_model.norm = norm
     vlm = mf.VLM(model.double(), processor)
     ex = vlm.explain(PICTURE, "what color is the circle ?", "red")
-    write = vlm.text.projection(1, 0).detach() @ ex._trace.output[0, 1, 0]
-    scale = (ex._trace.final[0].var(correction=0) + norm.eps).rsqrt()
+    write = vlm.text.projection(1, 0).detach() @ ex.trace.output[0, 1, 0]
+    scale = (ex.trace.final[0].var(correction=0) + norm.eps).rsqrt()
     expected = vlm.text.head.weight.detach() @ (norm.weight.detach() * (write - write.mean()) * scale)
     found = ex.project(0, 1, 0, k=3)
     assert [value for _, value in found] == pytest.approx(expected.topk(3).values.tolist(), rel=1e-5)
@@ -67,7 +67,7 @@ def test_a_layer_norm_takes_the_mean_off():
 def test_the_embedding_space(explained):
     vlm, ex = explained
     table = vlm.text.decoder.get_input_embeddings().weight.detach()
-    expected = table @ ex._trace.residual[0, 1]
+    expected = table @ ex.trace.residual[0, 1]
     (word, value), *_ = ex.project(0, 1, space="embedding")
     assert value == pytest.approx(float(expected.max()), rel=1e-6)
     assert word == vlm.processor.tokenizer.decode([int(expected.argmax())])

@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 import mllm_fast as mf
 from mllm_fast.core.errors import InputError
 from mllm_fast.knockout.plan import plan_of
-from mllm_fast.runtime.attention import RowMask, attend, row_mask, seen_by, weigh
+from mllm_fast.runtime.attention import RowMask, attend, attend_dense, row_mask, seen_by
 from mllm_fast.runtime.hooks import recording
 
 KEYS = 23
@@ -82,7 +82,7 @@ def test_a_knockout_that_closes_nothing_is_the_identity(operands, kind, form, ro
         torch.testing.assert_close(closed.output, plain.output, rtol=0, atol=1e-12)
         if mass:
             torch.testing.assert_close(closed.mass, plain.mass, rtol=0, atol=1e-12)
-    for got, wanted in zip(*(weigh(query, key, value, mask, 0.25, c) for c in (nothing, None)), strict=True):
+    for got, wanted in zip(*(attend_dense(query, key, value, mask, 0.25, c) for c in (nothing, None)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 

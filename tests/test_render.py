@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import mllm_fast as mf
+from mllm_fast.drawing.heatmap import colors, upsample
 from mllm_fast.explain.export import write_whole
-from mllm_fast.explain.figure import colors, upsample
 
 ANSWER = "red <b> blue"
 
@@ -69,7 +69,7 @@ def test_png(ex, tmp_path):
 
 def test_png_shows_the_hottest_cell(built, tmp_path):
     """The overlay is hottest where the map is highest."""
-    from mllm_fast.explain.figure import overlay
+    from mllm_fast.drawing.heatmap import overlay
 
     grid = np.zeros((4, 4))
     grid[1, 2] = 1.0

@@ -18,7 +18,7 @@ from mllm_fast.core.errors import InputError
 from mllm_fast.explain import verify as verify_module
 from mllm_fast.explain.explanation import Explanation
 from mllm_fast.explain.figure import draw_token
-from mllm_fast.explain.verify import Verification
+from mllm_fast.explain.verification import Verification
 from mllm_fast.knockout.attention_share import TYPES
 
 QUESTION = "what color is the circle ?"
@@ -100,9 +100,9 @@ def test_variants_in_several_batches(vlm, picture, monkeypatch):
 def test_verifying_changes_nothing(vlm, picture):
     ex = vlm.explain(picture, QUESTION, ANSWER)
     scores, said = ex.position_scores(1, "all"), vlm.generate(picture, QUESTION, max_new_tokens=4)
-    keys = [k.clone() for k in ex._trace.keys]
+    keys = [k.clone() for k in ex.trace.keys]
     ex.verify()
-    assert all(torch.equal(a, b) for a, b in zip(keys, ex._trace.keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(keys, ex.trace.keys, strict=True))
     assert torch.equal(ex.position_scores(1, "all"), scores)
     assert vlm.generate(picture, QUESTION, max_new_tokens=4).token_ids == said.token_ids
 
@@ -252,7 +252,7 @@ def test_a_verdict_is_about_one_map(shapes, tmp_path):
     for heads, method in (([(layer, head)], "logprob"), (10, "relevancy")):
         (found,) = ex.verify(heads=heads, method=method)
         assert ex.verified(0, method, heads) is found
-        order = ex.layout.segments["image"][ex.token_values(0, method, heads).argsort(descending=True, stable=True)]
+        order = ex.layout.segments["image"][ex.attribution(0, method, heads).argsort(descending=True, stable=True)]
         logs = verify_module.log_probs(ex, 0, [order[:0], order[: found.count]])
         assert found.top == pytest.approx(float(logs[1] - logs[0]), abs=1e-4)  # float32, in another batch
 
@@ -291,7 +291,7 @@ def test_decoder_arguments_are_replayed_or_refused(built, picture, monkeypatch):
     try:
         ex = vlm.explain(picture, QUESTION, ANSWER)
         replayed = verify_module.log_probs(ex, 2, [torch.tensor([], dtype=torch.long)])
-        rows = ex._trace.final[2]
+        rows = ex.trace.final[2]
         with torch.no_grad():
             whole = torch.log_softmax(vlm.text.logits(vlm.text.norm(rows)).double(), -1)[ex.token_ids[2]]
         assert float(replayed) == pytest.approx(float(whole), abs=1e-9)

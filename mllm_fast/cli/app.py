@@ -92,9 +92,9 @@ def explain(
     from ..core.errors import check_choice
     from ..core.files import check_target
     from ..explain.export import ENDINGS, summary
-    from ..explain.registry import ALIGNMENT, WITH_DETECTOR
+    from ..explain.registry import ALIGNMENT, HEATMAP_METHODS
 
-    check_choice("--method", method, WITH_DETECTOR)
+    check_choice("--method", method, HEATMAP_METHODS.names())
     if joint is None and (method == ALIGNMENT or query is not None):
         if model != "shapes":
             raise InputError("gradient alignment needs a detector: give a joint model with --joint")
@@ -258,8 +258,8 @@ def _index_or_word(token: str) -> int | str:
 
 
 def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
-    from ..explain.names import DEFAULT, map_name
-    from ..explain.verify import fall
+    from ..explain.registry import DEFAULT, map_name
+    from ..explain.verification import fall
 
     OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
     OUT.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)

@@ -39,7 +39,7 @@ class AttendedTokens:
         self._counted = 0
 
     def wants(self, first_row: int, rows: int) -> bool | Tensor:
-        """Of `Watcher`."""
+        """Of `AttentionObserver`."""
         self._counted = 1
         if self._generated or first_row >= self._length:
             return self._generated and first_row >= self._length
@@ -48,7 +48,7 @@ class AttendedTokens:
         return chosen[None] if self._counted else False
 
     def add(self, layer: int, mass: Tensor) -> None:
-        """Of `Watcher`: the mass [1, H, N], a mean over the pass's counted rows."""
+        """Of `AttentionObserver`: the mass [1, H, N], a mean over the pass's counted rows."""
         here = self._sum[layer].to(mass.device)  # moved once: a copy to the CPU at each token would wait for the GPU
         self._sum[layer] = here + self._counted * mass[0, :, : self._length].float().mean(0)
         self._rows[layer] += self._counted

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
-from ..explain.explanation import Explanation, check_norm, nothing_generated
+from ..explain.explanation import Explanation, nothing_generated
+from ..explain.scores import check_norm
 from ..explain.stream import Stream
 from ..models.offload import device_of
 from ..models.processing import one_answer
@@ -210,17 +211,8 @@ class Context:
         if not said_text.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         count = len(said_text.token_ids)
-        return Explanation(
-            vlm_text=vlm.text,
-            operators=vlm.operators,
-            trace=self.trace(session, record, count, len(said_text.input_ids) - 1),
-            answer=said_text,
-            decode=vlm.processor.tokenizer.decode,
-            prompt=question,
-            images=self.pictures,
-            norm=norm,
-            backend=vlm.backend,
-        )
+        trace = self.trace(session, record, count, len(said_text.input_ids) - 1)
+        return Explanation.of(vlm, trace, said_text, prompt=question, images=self.pictures, norm=norm)
 
     def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
         """Write the context to a .safetensors file, which appears whole or not at all.

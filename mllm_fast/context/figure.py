@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..core.files import check_target, whole_file
+from ..drawing.heatmap import upsample
 from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, font
-from ..explain.figure import upsample
 from .context import Context
 
 ENDINGS = (".png",)

@@ -28,6 +28,7 @@ class Registry(Generic[T]):
 
     def __init__(self, what: str, group: str, modules: Mapping[str, str]):
         self.what, self.group = what, group
+        self._own = frozenset(modules)
         self._modules = dict(modules)
         self._found: dict[str, T] = {}
 
@@ -48,6 +49,10 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """All names: the package's own first, then those that were registered, then those of installed plugins."""
         return tuple(dict.fromkeys([*self._modules, *(one.name for one in _offered(self.group))]))
+
+    def added(self) -> tuple[str, ...]:
+        """The names that do not come with the package."""
+        return tuple(name for name in self.names() if name not in self._own)
 
     def get(self, name: str) -> T:
         """The thing of this name.

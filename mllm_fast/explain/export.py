@@ -19,30 +19,30 @@ from safetensors.torch import save as save_tensors
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
 from .box_weights import BoxWeights
-from .explanation import Explanation, Heads
-from .names import DEFAULT
-from .registry import ALIGNMENT, MEANINGS
+from .figure import draw_sheet, draw_token
+from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
+from .scores import Scores
 
 _HEADS = 10
 _ALWAYS = ("logprob", "attention")  # maps that a page and numbers have anyway
 _PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
 
 
-def save(ex: Explanation, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
+def save(ex: Scores, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
     """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
     target = Path(path)
     check_target(target, ENDINGS)
     write_whole(target, encoded(ex, target.suffix.lower().removeprefix("."), token, method))
 
 
-def encoded(ex: Explanation, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
+def encoded(ex: Scores, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
     """The file that `save` writes; `kind`: "png", "html", "json" or "safetensors"."""
     if not ex.images and kind in ("png", "html"):
         raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
     return _FORMATS[f".{kind}"](ex, token, method)
 
 
-def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:
+def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
     """Everything of `ex` that is not a picture, ready for JSON. `numbers=False` leaves out the scores of
     all heads and positions and keeps the ten best heads of each token."""
     segments = {name: positions.tolist() for name, positions in ex.layout.segments.items()}
@@ -64,7 +64,7 @@ def summary(ex: Explanation, numbers: bool = True) -> dict[str, Any]:
     return result
 
 
-def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]:
+def _token_summary(ex: Scores, token: int, numbers: bool) -> dict[str, Any]:
     heads = ex.top_heads(token, _HEADS)
     result: dict[str, Any] = {
         "text": ex.tokens[token],
@@ -91,9 +91,7 @@ def _token_summary(ex: Explanation, token: int, numbers: bool) -> dict[str, Any]
     return result
 
 
-def _png(ex: Explanation, token: int | None, method: str) -> bytes:
-    from .figure import draw_sheet, draw_token
-
+def _png(ex: Scores, token: int | None, method: str) -> bytes:
     if token is None and len(ex.tokens) > 1:
         return _encode(draw_sheet(ex, method=method))
     return _encode(draw_token(ex, token or 0, method=method))
@@ -105,7 +103,7 @@ def _encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _json(ex: Explanation, token: int | None, method: str) -> bytes:
+def _json(ex: Scores, token: int | None, method: str) -> bytes:
     result = summary(ex)
     if method not in _ALWAYS:
         result["method"] = method
@@ -122,7 +120,7 @@ def _boxes(found: BoxWeights, k: int = _HEADS) -> dict[str, Any]:
     return {"query": found.query, "boxes": best, "note": found.note}
 
 
-def _safetensors(ex: Explanation, token: int | None, method: str) -> bytes:
+def _safetensors(ex: Scores, token: int | None, method: str) -> bytes:
     count = len(ex.tokens)
     heads = [[(layer, head) for layer, head, _ in ex.top_heads(i, _HEADS)] for i in range(count)]
     tensors = {
@@ -148,14 +146,15 @@ def _safetensors(ex: Explanation, token: int | None, method: str) -> bytes:
     return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
 
 
-def _html(ex: Explanation, token: int | None, method: str) -> bytes:
+def _html(ex: Scores, token: int | None, method: str) -> bytes:
+    meaning = HEATMAP_METHODS.get(method).meaning
     data = {
         "question": ex.prompt,
         "norm": ex.norm,
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
-        "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": MEANINGS[method]},
+        "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": meaning},
     }
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # inside a script element only "<" could end it
@@ -175,7 +174,7 @@ def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, .
     }
 
 
-def _page_token(ex: Explanation, token: int, method: str) -> dict[str, Any]:
+def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
     heads = ex.top_heads(token, _HEADS)
     scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
     layouts = ex.layout.images
@@ -202,13 +201,13 @@ def _page_token(ex: Explanation, token: int, method: str) -> dict[str, Any]:
     }
 
 
-def _check(ex: Explanation, token: int, method: str = DEFAULT, heads: Heads = _HEADS) -> dict[str, str] | None:
+def _check(ex: Scores, token: int, method: str = DEFAULT, heads: Heads = _HEADS) -> dict[str, str] | None:
     """The verdict of one map, if it was checked."""
     check = ex.verified(token, method, heads)
     return None if check is None else {"verdict": check.verdict, "text": str(check)}
 
 
-def _page_extra(ex: Explanation, token: int, method: str) -> dict[str, Any] | None:
+def _page_extra(ex: Scores, token: int, method: str) -> dict[str, Any] | None:
     """The maps of a method that a page does not have anyway, and the boxes behind them."""
     if method in _ALWAYS:
         return None

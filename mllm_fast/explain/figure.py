@@ -1,4 +1,4 @@
-"""Drawings of an explanation: a heat map over the picture, a colour bar, the words it belongs to."""
+"""Drawings of an explanation: heatmaps over the image, a colour bar, the words they belong to."""
 
 from __future__ import annotations
 
@@ -7,56 +7,15 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..core.layout import Box, overlaps
+from ..core.layout import Box
 from ..drawing.boxes import Labelled, put_boxes
+from ..drawing.heatmap import color_bar, overlay
 from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, font, shorten
-from .explanation import Explanation, Heads
-from .registry import ALIGNMENT, MEANINGS
-
-# dark to light in even steps of lightness, so that it reads without colour vision and in print
-_STOPS = ((12, 8, 38), (72, 16, 104), (148, 38, 104), (216, 78, 66), (248, 150, 38), (252, 232, 140))
+from .registry import ALIGNMENT, HEATMAP_METHODS, Heads
+from .scores import Scores
 
 
-def colors(values: np.ndarray) -> np.ndarray:
-    """Colours of values in 0 .. 1: [...] -> float64 [..., 3] in 0 .. 255."""
-    at = np.linspace(0, 1, len(_STOPS))
-    channels = [np.interp(values, at, [stop[c] for stop in _STOPS]) for c in range(3)]
-    return np.stack(channels, -1)
-
-
-def upsample(grid: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Lay a grid of cells over `box` of a picture of `size` (width, height), true to area.
-
-    A pixel takes the mean of the cells it lies in, weighted by how much of it each covers. Returns the map
-    [H, W] and the share of each pixel inside the box [H, W]; outside the map is 0.
-    """
-    width, height = size
-    rows, cols = grid.shape
-    left, top, right, bottom = box
-    down = overlaps(np.arange(height + 1.0), np.linspace(top, bottom, rows + 1))
-    across = overlaps(np.arange(width + 1.0), np.linspace(left, right, cols + 1))
-    covered = down.sum(1)[:, None] * across.sum(1)[None, :]
-    total = down @ grid @ across.T
-    return np.divide(total, covered, out=np.zeros_like(total), where=covered > 0), covered
-
-
-def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: int, faded: bool = True) -> Image.Image:
-    """The picture, its longer side `side` pixels, with the grid's positive values over it; `top` is full heat."""
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    base = np.asarray(picture.resize(size, smooth), dtype=np.float64)
-    x, y = size[0] / picture.width, size[1] / picture.height
-    scaled_box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    heat, _ = upsample(np.clip(grid, 0, None), scaled_box, size)
-    heat = np.clip(heat / top, 0, 1) if top > 0 else np.zeros_like(heat)
-    if faded:  # so that the heat is what stands out
-        base = 0.8 * (0.5 * base + 0.5 * base.mean(-1, keepdims=True))
-    strength = 0.85 * np.sqrt(heat)[..., None]
-    return Image.fromarray(np.rint(base * (1 - strength) + colors(heat) * strength).astype(np.uint8))
-
-
-def draw_token(ex: Explanation, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
+def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
     """One token: each picture and its map side by side, the colour bar, the question, the answer; of gradient alignment
     the five boxes of largest weight as well."""
     maps = [token_map(ex, token, method, heads, i) for i in range(len(ex.images))]
@@ -102,12 +61,12 @@ def draw_token(ex: Explanation, token: int, heads: int = 10, method: str = "logp
         sheet.paste(heated, (2 * MARGIN + original.width, y))
         y += original.height + MARGIN
     right = 3 * MARGIN + 2 * pairs[0][0].width
-    _color_bar(sheet, draw, (right, head_height, right + 20, head_height + pairs[0][0].height), top)
+    color_bar(sheet, draw, (right, head_height, right + 20, head_height + pairs[0][0].height), top)
     text.put(draw, foot, head_height + body)
     return sheet
 
 
-def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Image.Image:
+def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Image:
     """All tokens: a map each, all on one scale, so that a word that no patch raised stays bare."""
     side = 200
     layouts = ex.layout.images
@@ -149,13 +108,13 @@ def draw_sheet(ex: Explanation, heads: int = 10, method: str = "logprob") -> Ima
         draw.text((x, y + cell.height + 4), shorten(label, font(18), side), font=font(18), fill=INK)
         draw.text((x, y + cell.height + 27), most, font=font(14), fill=FAINT)
     right = MARGIN + across * (side + MARGIN)
-    _color_bar(sheet, draw, (right, head_height, right + 20, head_height + entries[0][0].height), top)
+    color_bar(sheet, draw, (right, head_height, right + 20, head_height + entries[0][0].height), top)
     text.put(draw, foot, head_height + rows * tall)
     return sheet
 
 
 def token_map(
-    ex: Explanation, token: int, method: str, heads: Heads, image: int = 0
+    ex: Scores, token: int, method: str, heads: Heads, image: int = 0
 ) -> tuple[np.ndarray, Box, list[Labelled]]:
     """A token's map of one picture, the part of the picture it lies over, and boxes to draw."""
     if method != ALIGNMENT:
@@ -168,23 +127,12 @@ def token_map(
     return pixels.double().numpy(), (0.0, 0.0, float(width), float(height)), boxes
 
 
-def _note(ex: Explanation, method: str, heads: int) -> str:
+def _note(ex: Scores, method: str, heads: int) -> str:
     """What the colours mean."""
-    meaning = MEANINGS[method]
+    meaning = HEATMAP_METHODS.get(method).meaning
     if method == "logprob":
         meaning = meaning.replace("the best", f"the {min(heads, ex.num_layers * ex.num_heads)} best")
         meaning += f" ({ex.norm} norm)"
     if method == ALIGNMENT:
         meaning += ", of each word 0 to 1"
     return f"Colour: {meaning}."
-
-
-def _color_bar(sheet: Image.Image, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], top: float) -> None:
-    left, upper, right, lower = box
-    ramp = colors(np.linspace(1, 0, lower - upper))[:, None].repeat(right - left, 1)
-    sheet.paste(Image.fromarray(np.rint(ramp).astype(np.uint8)), (left, upper))
-    draw.rectangle((left, upper, right - 1, lower - 1), outline=FAINT)
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = lower - 1 - share * (lower - 1 - upper)
-        draw.line((right, y, right + 4, y), fill=FAINT)
-        draw.text((right + 8, y), f"{share * top:.2f}", font=font(14), fill=INK, anchor="lm")

@@ -3,48 +3,44 @@ section 4)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError, check_choice
 from ..models.offload import weight_of
-
-if TYPE_CHECKING:
-    from .explanation import Explanation
+from .scores import Scores
 
 SPACES = ("unembedding", "embedding")
 
 
 @torch.no_grad()
 def project(
-    ex: Explanation, token: int, layer: int, head: int | None, position: int | None, space: str, k: int
+    scores: Scores, token: int, layer: int, head: int | None, position: int | None, space: str, k: int
 ) -> list[tuple[str, float]]:
     """See `Explanation.project`."""
     check_choice("space", space, SPACES)
-    if not 0 <= layer <= ex.num_layers - (head is not None):
-        last = f"{ex.num_layers - 1}" if head is not None else f"{ex.num_layers} (behind the last)"
+    if not 0 <= layer <= scores.num_layers - (head is not None):
+        last = f"{scores.num_layers - 1}" if head is not None else f"{scores.num_layers} (behind the last)"
         raise InputError(f"layer is 0 to {last}, got {layer}")
-    if head is not None and not 0 <= head < ex.num_heads:
-        raise InputError(f"head is 0 to {ex.num_heads - 1}, got {head}")
+    if head is not None and not 0 <= head < scores.num_heads:
+        raise InputError(f"head is 0 to {scores.num_heads - 1}, got {head}")
     if position is not None and head is None:
         raise InputError("a position's write is a head's: give the head too")
     if k < 1:
         raise InputError(f"k is at least 1, got {k}")
-    vector = _write(ex, token, layer, head, position) if head is not None else _residual(ex, token, layer)
-    values = word_values(ex, token, vector, space, head is not None).float().cpu()
+    vector = _write(scores, token, layer, head, position) if head is not None else _residual(scores, token, layer)
+    values = word_values(scores, token, vector, space, head is not None).float().cpu()
     best = values.topk(min(k, len(values)))
-    return [(ex._decode([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [(scores.decode([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def _residual(ex: Explanation, token: int, layer: int) -> Tensor:
-    trace = ex._trace
-    return trace.final[token] if layer == ex.num_layers else trace.residual[token, layer]
+def _residual(scores: Scores, token: int, layer: int) -> Tensor:
+    trace = scores.trace
+    return trace.final[token] if layer == scores.num_layers else trace.residual[token, layer]
 
 
-def _write(ex: Explanation, token: int, layer: int, head: int, position: int | None) -> Tensor:
-    trace = ex._trace
+def _write(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
+    trace = scores.trace
     if position is None:
         value = trace.output[token, layer, head]
     else:
@@ -56,18 +52,18 @@ def _write(ex: Explanation, token: int, layer: int, head: int, position: int | N
         if not 0 <= column < len(values):
             raise InputError(f"position {position} is not among those that the token sees in layer {layer}")
         value = values[column]
-    return ex._text.projection(layer, head).to(value) @ value
+    return scores.text_model.projection(layer, head).to(value) @ value
 
 
 @torch.no_grad()
-def word_values(ex: Explanation, token: int, vector: Tensor, space: str, write: bool = False) -> Tensor:
+def word_values(scores: Scores, token: int, vector: Tensor, space: str, write: bool = False) -> Tensor:
     """What `project` ranks, of every word: [V] of a vector [d], float32, as precise as the model. `write`: it is no
     residual vector but added to one."""
-    text = ex._text
+    text = scores.text_model
     if space == "embedding":
         table = weight_of(text.decoder.get_input_embeddings())  # type: ignore[operator]
         return (table.to(vector.device) @ vector.to(table.dtype)).float()
     if not write:
         return torch.log_softmax(text.logits(text.norm(vector.to(text.head.weight.dtype))).float(), -1)  # type: ignore[arg-type]
-    unembedding, final = ex._unembedding, ex._trace.final[token].float()
+    unembedding, final = scores.unembedding, scores.trace.final[token].float()
     return unembedding.times((unembedding.centred(vector.float()) * unembedding.scale(final))[:, None])[:, 0]

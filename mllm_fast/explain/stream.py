@@ -20,7 +20,8 @@ from ..runtime.decoding import Pass, own_state
 from ..runtime.hooks import Recording, recording
 from ..runtime.model_runner import ModelRunner
 from ..runtime.trace import Trace, make_trace
-from .explanation import Explanation, Heads
+from .explanation import Explanation
+from .registry import Heads
 
 
 class Source(Protocol):
@@ -222,14 +223,4 @@ class Stream(Iterator[Step]):
             trace = make_trace(record, cache, 1, length)
         else:
             trace = self._source.trace(record, cache, length)
-        return Explanation(
-            vlm_text=vlm.text,
-            operators=vlm.operators,
-            trace=trace,
-            answer=said,
-            decode=vlm.processor.tokenizer.decode,
-            prompt=self.prompt,
-            images=self.images,
-            norm=self._norm,
-            backend=vlm.backend,
-        )
+        return Explanation.of(vlm, trace, said, prompt=self.prompt, images=self.images, norm=self._norm)

@@ -21,7 +21,6 @@ from ..core.images import ImageSource
 from ..core.layout import Tile
 from ..explain.box_weights import BoxWeights
 from ..explain.explanation import Explanation
-from ..explain.passes import differentiable, hidden_states
 from ..explain.stream import Stream
 from ..models.loading import EMBEDDED
 from ..models.offload import device_of
@@ -202,10 +201,10 @@ class JointModel:
 
     def direction(self, ex: Explanation, seen: Seen, token: int, image: int = 0) -> Tensor:
         """dy/dE, y being the logit of a token of an explanation of this model: [1 + n, d], 0 at the class token."""
-        row = ex._trace.rows[token]
+        row = ex.trace.rows[token]
         positions = ex.layout.images[image].positions
-        with differentiable(ex, row + 1) as embeds:
-            hidden = hidden_states(ex, row + 1, lambda layer, alpha: None, embeds)
+        with ex.replay.differentiable(row + 1) as embeds:
+            hidden = ex.replay.hidden_states(row + 1, lambda layer, alpha: None, embeds)
             logit = ex.replay.text.logits(hidden[-1])[ex.token_ids[token]]
             (gradient,) = torch.autograd.grad(logit, embeds)
             leaf = seen.vision.tokens.detach().clone().requires_grad_()

@@ -13,7 +13,7 @@ from ..core.layout import TokenLayout
 TYPES = ("system", "image", "query", "generated")
 
 
-class Watcher(Protocol):
+class AttentionObserver(Protocol):
     """What is told of the attention mass while the model runs."""
 
     def wants(self, first_row: int, rows: int) -> bool | Tensor:

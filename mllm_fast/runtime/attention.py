@@ -174,7 +174,7 @@ def attend_split(
     return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal))
 
 
-def weigh(
+def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | None, scale: float, closed: Closed | None = None
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its weights as an array: output [B, H, R, D] and alpha [B, H, R, N], through which gradients

@@ -134,7 +134,7 @@ class Batch:
 
     def recording(self) -> AbstractContextManager[Recording]:
         """The model attached; `read` works inside."""
-        return recording(self._text, backend=self._backend, attending=self._attend)
+        return recording(self._text, backend=self._backend, attention_fn=self._attend)
 
     @torch.inference_mode()
     def read(self) -> Tensor:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core.errors import InputError
-from ..knockout.attention_share import Watcher
+from ..knockout.attention_share import AttentionObserver
 from ..knockout.plan import Plan
 from ..models.offload import device_of
 from ..models.text_model import TextModel
-from .attention import Closed, RowMask, attend, row_mask, seen_by, weigh
+from .attention import Closed, RowMask, attend, attend_dense, row_mask, seen_by
 from .linear import few_row_linears
 
 # arguments of a decoder that a replay makes itself, or that only say what it gives back
@@ -35,8 +35,8 @@ _REPLAYED = (
     "return_dict", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
-Attending = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
-Weighing = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
+OnWeights = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
 _names = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -111,15 +111,20 @@ def recording(
     text: TextModel,
     rows: int = 0,
     knockouts: Plan | None = None,
-    shares: Watcher | None = None,
+    shares: AttentionObserver | None = None,
     backend: str = "auto",
-    attending: Attending | None = None,
-    weighing: Weighing | None = None,
+    attention_fn: AttentionFn | None = None,
+    on_weights: OnWeights | None = None,
 ) -> Iterator[Recording]:
     """Run the text part on `masks.attend` and record the last `rows` rows of every forward pass inside.
 
-    `attending` takes its place: for who keeps keys and values, and the rule of who sees whom, elsewhere. `weighing` is
-    given every layer's weights, by `masks.weigh`, through which gradients flow where they are on.
+    Args:
+        text: the text part of a model. rows: how many rows are recorded of each pass.
+        knockouts: who may not attend to whom. shares: told of the attention mass. backend: of the kernels.
+        attention_fn: called in place of `attend`, (layer, query, key, value, scale) -> output, for callers that keep
+            keys and values, and the rule of who sees whom, elsewhere.
+        on_weights: called with every layer's number and attention weights, through which gradients flow where they are
+            on.
 
     Only the text part is touched: vision towers use the same interface of transformers. The name under
     which the functions are registered is new each time, so that several models do not meet; other threads
@@ -130,7 +135,7 @@ def recording(
             raise RuntimeError("this model is being recorded already; leave that block first")
         with (
             few_row_linears(text, backend),
-            _attached(text, rows, knockouts, shares, backend, attending, weighing) as record,
+            _attached(text, rows, knockouts, shares, backend, attention_fn, on_weights) as record,
         ):
             yield record
 
@@ -140,10 +145,10 @@ def _attached(
     text: TextModel,
     rows: int,
     knockouts: Plan | None,
-    shares: Watcher | None,
+    shares: AttentionObserver | None,
     backend: str,
-    attending: Attending | None,
-    weighing: Weighing | None,
+    attention_fn: AttentionFn | None,
+    on_weights: OnWeights | None,
 ) -> Iterator[Recording]:
     record = Recording(rows, len(text.layers), device_of(text.outputs[-1]))
     name = f"mllm_fast_{next(_names)}"
@@ -157,10 +162,10 @@ def _attached(
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
         layer: int = module.layer_idx  # type: ignore[assignment]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if attending is not None:
+        if attention_fn is not None:
             if rows:
                 record.on_attention(layer, query, key.shape[2], None, scale, None)
-            output = attending(layer, query, key, value, scale).transpose(1, 2)
+            output = attention_fn(layer, query, key, value, scale).transpose(1, 2)
             if rows:
                 record.output[layer].append(record.take(output))
             return output.contiguous(), None
@@ -170,9 +175,9 @@ def _attached(
             # of the positions that the keys have: a sliding window's begin later
             before = attention_mask.key_offset if isinstance(attention_mask, RowMask) else 0
             closed = knockouts.segments(len(query), before + key.shape[2])[:, before:], table
-        if weighing is not None:
-            output, alpha = weigh(query, key, value, attention_mask, scale, closed)
-            weighing(layer, alpha)
+        if on_weights is not None:
+            output, alpha = attend_dense(query, key, value, attention_mask, scale, closed)
+            on_weights(layer, alpha)
             return output.transpose(1, 2).contiguous(), None
         if rows:
             record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
-from ..knockout.attention_share import Watcher
+from ..knockout.attention_share import AttentionObserver
 from .decoding import own_state
 from .hooks import Recording, recording
 from .kv_cache import cache_of
@@ -32,7 +32,7 @@ class Prefill:
     logits: Tensor
 
 
-def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Watcher | None = None) -> Prefill:
+def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None) -> Prefill:
     """One pass over a processor's inputs for one sequence; `watcher` as in `recording`."""
     state: list[Any] = []
     with own_state(runner, state), recording(runner.text, 1, shares=watcher, backend=runner.backend) as record:

@@ -56,7 +56,7 @@ class Session:
 
     def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
         """The model attached to this session; `read` works inside, and records the last `rows` rows."""
-        return recording(self.text, rows, backend=self.backend, attending=self.attend)
+        return recording(self.text, rows, backend=self.backend, attention_fn=self.attend)
 
     def read(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Add tokens to every question, as many to each after the first time; the logits after the last of each,

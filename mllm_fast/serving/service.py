@@ -164,12 +164,13 @@ class Service:
     async def explain(self, request: ExplanationRequest, scope: str = "") -> bytes:
         """The file of an explanation, in the format that was asked for."""
         from ..explain.export import encoded
-        from ..explain.registry import METHODS
+        from ..explain.registry import methods_without_detector
 
         settings = self.settings
         self._check_model(request.model)
-        if request.method not in METHODS:
-            raise ServiceError(400, f"method is one of {', '.join(METHODS)}", param="method")
+        methods = methods_without_detector()
+        if request.method not in methods:
+            raise ServiceError(400, f"method is one of {', '.join(methods)}", param="method")
         asked = conversation(request.messages, settings.max_pictures)
         if len(asked.turns) != 1:
             raise ServiceError(400, "one question is explained, without earlier turns", param="messages")

@@ -26,9 +26,8 @@ from PIL import Image
 from starlette.routing import Mount
 
 from ..core.assets import SAMPLE
-from ..explain.figure import colors
-from ..explain.names import DEFAULT
-from ..explain.registry import ALIGNMENT
+from ..drawing.heatmap import colors
+from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from .auth import Keys
 from .errors import service_error
 from .logs import Log
@@ -44,7 +43,7 @@ _METHODS = {
     "rollout": "attention rollout",
     "relevancy": "relevancy (gradient-weighted attention)",
 }
-_WITH_BOXES = _METHODS | {ALIGNMENT: "gradient alignment, with the detector's boxes"}
+_BOXES = {ALIGNMENT: "gradient alignment, with the detector's boxes"}
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #map img { width: 100%; image-rendering: auto; }
@@ -152,7 +151,7 @@ def build(tool: Tool, log: Log) -> gr.Blocks:
                     elem_id="map",
                 )
                 meaning = gr.HTML(elem_id="meaning")
-                methods = [(words, name) for name, words in _METHODS.items()]
+                methods = _methods()
                 method = gr.Dropdown(methods, value=DEFAULT, label="Map", visible=False, elem_id="method")
                 layer = gr.Slider(
                     _EVERY,
@@ -249,7 +248,7 @@ class Page:
             token = len(found.explanation.tokens) - 1
             heads = await self._heads(found, token)
             seen = await self._map(found, token, _EVERY, _BEST, DEFAULT)
-            methods = [(words, name) for name, words in (_WITH_BOXES if joint else _METHODS).items()]
+            methods = _methods(joint)
             yield (
                 found,
                 found.explanation.text,
@@ -378,3 +377,11 @@ def _held(answered: Answered | None) -> Answered:
 
 def _error(message: str) -> gr.Error:
     return gr.Error(message, duration=10, print_exception=False)
+
+
+def _methods(joint: bool = False) -> list[tuple[str, str]]:
+    """The heatmap methods to choose from, (words, name): some of the package's own, and all that were added."""
+    added = [HEATMAP_METHODS.get(name) for name in HEATMAP_METHODS.added()]
+    offered = _METHODS | (_BOXES if joint else {})
+    offered |= {one.name: f"{one.name} ({one.meaning})" for one in added if joint or not one.needs_detector}
+    return [(words, name) for name, words in offered.items()]

@@ -13,11 +13,11 @@ from PIL import Image
 from ..context.figure import draw_kept
 from ..core.errors import InputError
 from ..drawing.boxes import put_boxes
+from ..drawing.heatmap import overlay
 from ..explain.explanation import Explanation
 from ..explain.export import encoded
-from ..explain.figure import overlay, token_map
-from ..explain.names import DEFAULT
-from ..explain.registry import ALIGNMENT, MEANINGS
+from ..explain.figure import token_map
+from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from ..knockout.rule import Knockout
 from .service import Service
 
@@ -201,7 +201,7 @@ def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:
     grid, box, boxes = token_map(ex, token, method, heads)
     drawn = _over(ex.images[0], grid, box)
     put_boxes(drawn, boxes, SIDE / max(ex.images[0].size))
-    meaning = MEANINGS[method]
+    meaning = HEATMAP_METHODS.get(method).meaning
     if method == ALIGNMENT:
         meaning += f"; the detector looks for “{ex.box_weights(token).query}”"
     elif method == "logprob":

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from ...explain.registry import METHODS
+from ...explain.registry import HEATMAP_METHODS, methods_without_detector
 from ...explain.verify import log_probs
 from ..base import mean_and_error
 from ..memory import peak_tensor_bytes
@@ -44,16 +45,23 @@ class Fidelity(WordEvaluation):
     name: ClassVar[str] = "fidelity"
     title: ClassVar[str] = "Which map is right?"
 
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.methods = methods_without_detector()
+        added = [name for name in HEATMAP_METHODS.added() if name in self.methods]
+        if added:
+            self.settings = {**self.settings, "added_methods": added}
+
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         ex, words = self.explained(vlm, sample)
-        memory = _megabytes(ex, words[0].token) if words else {}
+        memory = _megabytes(ex, words[0].token, self.methods) if words else {}
         found: list[Row] = []
         for word in words:
             maps, seconds = {}, {}
-            for method in METHODS:
+            for method in self.methods:
                 ex.forget()
                 start = time.perf_counter()
-                maps[method] = ex.token_values(word.token, method)
+                maps[method] = ex.attribution(word.token, method)
                 seconds[method] = time.perf_counter() - start
             deletion, insertion = curves(ex, word.token, maps)
             for method, values in maps.items():
@@ -77,10 +85,10 @@ class Fidelity(WordEvaluation):
         every = [row for one in rows.values() for row in one]
         if not every:
             return self.nothing("No word named an object of its picture.")
-        by = {method: [row for row in every if row["method"] == method] for method in METHODS}
+        by = {method: [row for row in every if row["method"] == method] for method in self.methods}
         found = {method: _summary(of) for method, of in by.items()}
-        hit = {method: found[method]["hit"] for method in METHODS}
-        ours, mean, best = hit["logprob"], hit["attention"], min(METHODS, key=lambda m: found[m]["deletion"][0])
+        hit = {method: found[method]["hit"] for method in self.methods}
+        ours, mean, best = hit["logprob"], hit["attention"], min(self.methods, key=lambda m: found[m]["deletion"][0])
         says = [
             f"{len(by['logprob'])} words that name an object, of {len(rows)} pictures. The peak of the log-probability"
             f" map lies at the word's object in {ours[0]:.1%}, that of mean attention in {mean[0]:.1%}. With more and"
@@ -141,11 +149,11 @@ def curves(ex: Explanation, token: int, maps: dict[str, Tensor]) -> tuple[dict[s
     return deletion, insertion
 
 
-def _megabytes(ex: Explanation, token: int) -> dict[str, float]:
+def _megabytes(ex: Explanation, token: int, methods: Sequence[str]) -> dict[str, float]:
     found = {}
-    for method in METHODS:
+    for method in methods:
         ex.forget()
-        found[method] = peak_tensor_bytes(partial(ex.token_values, token, method)) / 1e6
+        found[method] = peak_tensor_bytes(partial(ex.attribution, token, method)) / 1e6
     return found
 
 
@@ -186,8 +194,8 @@ def _draw(figure: Any, by: dict[str, list[Row]]) -> None:
             axes.plot(
                 [100 * share for share in SHARES],
                 np.mean([row[measure] for row in rows], 0),
-                color=_LOOKS[i],
-                marker=_MARKS[i],
+                color=_LOOKS[i % len(_LOOKS)],
+                marker=_MARKS[i % len(_MARKS)],
                 markersize=5,
                 linestyle="-" if method == "logprob" else "--",
                 label=method,

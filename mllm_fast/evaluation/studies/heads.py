@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ...explain.logit_lens import word_values
-from ...explain.passes import layer_inputs
 from ...runtime.answer import token_texts
 from ..base import Evaluation, mean_and_error
 from ..judges.judge import NounJudge, shapes_judge
@@ -115,10 +114,10 @@ class Heads(Evaluation):
         picture = visual.layout.images[0]
         hits = widened(cells(mask, picture), self.settings["near"])
         best = [head[:2] for head in visual.top_heads(0, TOP)]
-        values = visual.token_values(0, heads=best)
+        values = visual.attribution(0, heads=best)
         tokens = picture.positions[values.topk(min(TOP, len(values))).indices]
         against = int(vlm.prompts.answer_ids(wrong)[0])
-        stages = layer_inputs(visual, int(tokens[0]))
+        stages = visual.replay.layer_inputs(int(tokens[0]))
         looks = [float(_attention(ex, best, tokens)) for ex in (visual, elsewhere)]
         spread = visual.heatmap(0, heads=best).clamp_min(0)
         rest = visual.position_scores(0, best).sum(0).clamp_min(0).sum() - values.clamp_min(0).sum()
@@ -165,17 +164,17 @@ def readable(values: Tensor, right: int, wrong: int) -> dict[str, float]:
 
 def _says(ex: Explanation) -> bool:
     """Is the explained token what the model itself would have said?"""
-    return int(word_values(ex, 0, ex._trace.final[0], "unembedding").argmax()) == ex.token_ids[0]
+    return int(word_values(ex, 0, ex.trace.final[0], "unembedding").argmax()) == ex.token_ids[0]
 
 
 def _from_writes(ex: Explanation, against: int) -> dict[str, float]:
     """The mean over the best heads, of each what it writes from its best position."""
     heads = [head[:2] for head in ex.top_heads(0, TOP)]
     at = ex.position_scores(0, heads).argmax(1)
-    values = ex._trace.position_values(0, heads)
+    values = ex.trace.position_values(0, heads)
     found = []
     for i, head in enumerate(heads):
-        write = ex._text.projection(*head).to(values) @ values[i, int(at[i])]
+        write = ex.text_model.projection(*head).to(values) @ values[i, int(at[i])]
         found.append(readable(word_values(ex, 0, write, "unembedding", write=True), ex.token_ids[0], against))
     return {name: mean_and_error([one[name] for one in found])[0] for name in found[0]}
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.layout import overlaps
-
-if TYPE_CHECKING:
-    from ...core.layout import ImageLayout
-    from ..box_weights import BoxWeights
-    from ..explanation import Explanation, Heads
+from ...core.layout import ImageLayout, overlaps
+from ..box_weights import BoxWeights
+from ..registry import Heads, heatmap_method
+from ..scores import Scores
 
 _SIDE = 1024  # pixels of the longer side, at most, that the boxes are painted on
 
 
-def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+@heatmap_method(
+    "gradient-alignment",
+    "largest weight among the detector's boxes over a pixel (gradient alignment)",
+    needs_detector=True,
+)
+def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """The mean over each token's pixels of the largest weight among the boxes that cover one, 0 to 1, float32 [n]."""
-    number = next(i for i, one in enumerate(ex.layout.images) if one is image)
-    return token_means(ex.box_weights(token, image=number), image)
+    number = next(i for i, one in enumerate(scores.layout.images) if one is image)
+    return token_means(scores.box_weights(token, image=number), image)
 
 
 def token_means(found: BoxWeights, image: ImageLayout) -> Tensor:

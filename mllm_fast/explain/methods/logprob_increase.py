@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ...core.layout import ImageLayout
-    from ..explanation import Explanation, Heads
+from ...core.layout import ImageLayout
+from ..registry import Heads, heatmap_method
+from ..scores import Scores
 
 
-def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+@heatmap_method("logprob", "increase of log p(token) by each patch, summed over the best heads")
+def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """In nats, float32 [n]."""
-    return ex.position_scores(token, heads).sum(0)[image.positions]
+    return scores.position_scores(token, heads).sum(0)[image.positions]

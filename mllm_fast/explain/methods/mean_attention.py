@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ...core.layout import ImageLayout
-    from ..explanation import Explanation, Heads
+from ...core.layout import ImageLayout
+from ..registry import Heads, heatmap_method
+from ..scores import Scores
 
 
-def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+@heatmap_method("attention", "mean attention over all layers and heads")
+def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Shares of 1, float32 [n]."""
-    return ex.attention(token).mean((0, 1))[image.positions]
+    return scores.attention(token).mean((0, 1))[image.positions]

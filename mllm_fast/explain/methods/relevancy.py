@@ -7,24 +7,21 @@ explained position. The backward pass meets the layers from the last to the firs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..passes import differentiable, hidden_states
-
-if TYPE_CHECKING:
-    from ...core.layout import ImageLayout
-    from ..explanation import Explanation, Heads
+from ...core.layout import ImageLayout
+from ..registry import Heads, heatmap_method
+from ..scores import Scores
 
 
-def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+@heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True)
+def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Relevance, without a unit, float32 [n]."""
-    row = ex._trace.rows[token]
+    row = scores.trace.rows[token]
     flow: Tensor | None = None
 
-    def weighing(layer: int, alpha: Tensor) -> None:
+    def on_weights(layer: int, alpha: Tensor) -> None:
         weights = alpha.detach()  # a hook that holds its own tensor is never freed
 
         def backward(gradient: Tensor) -> None:
@@ -36,9 +33,9 @@ def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) 
 
         alpha.register_hook(backward)
 
-    with differentiable(ex, row + 1) as embeds:
-        hidden = hidden_states(ex, row + 1, weighing, embeds)
-        logit = ex.replay.text.logits(hidden[-1])[ex.token_ids[token]]
+    with scores.replay.differentiable(row + 1) as embeds:
+        hidden = scores.replay.hidden_states(row + 1, on_weights, embeds)
+        logit = scores.replay.text.logits(hidden[-1])[scores.token_ids[token]]
         torch.autograd.grad(logit, embeds)
     assert flow is not None
     return flow.detach()[image.positions.to(flow.device)]

@@ -3,24 +3,21 @@ through the layers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..passes import hidden_states
-
-if TYPE_CHECKING:
-    from ...core.layout import ImageLayout
-    from ..explanation import Explanation, Heads
+from ...core.layout import ImageLayout
+from ..registry import Heads, heatmap_method
+from ..scores import Scores
 
 
+@heatmap_method("rollout", "attention rollout", needs_rerun=True)
 @torch.inference_mode()
-def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Shares of 1, float32 [n]."""
-    row = ex._trace.rows[token]
+    row = scores.trace.rows[token]
     layers: list[Tensor] = []
-    hidden_states(ex, row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))
+    scores.replay.hidden_states(row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))
     # one row of the product of (A + I) / 2, from the last layer down
     flow = torch.zeros(row + 1, dtype=layers[0].dtype, device=layers[0].device)
     flow[row] = 1.0

@@ -3,33 +3,30 @@ words of the context explain of it, smoothed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..passes import hidden_states
-
-if TYPE_CHECKING:
-    from ...core.layout import ImageLayout
-    from ..explanation import Explanation, Heads
+from ...core.layout import ImageLayout
+from ..registry import Heads, heatmap_method
+from ..scores import Scores
 
 _SIDE = 3  # of the filter's window
 
 
+@heatmap_method("tam", "token activation map", needs_rerun=True)
 @torch.inference_mode()
-def image_values(ex: Explanation, token: int, image: ImageLayout, heads: Heads) -> Tensor:
+def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Activation, without a unit, float32 [n]."""
-    row, text = ex._trace.rows[token], ex.replay.text
-    hidden = hidden_states(ex, row + 1)
-    ids = ex.input_ids[: row + 1]
-    context = torch.cat([ex.layout.positions("query"), torch.arange(ex.layout.prompt_length, row + 1)])
-    context = context[ids[context] != ex.token_ids[token]]
+    row, text = scores.trace.rows[token], scores.replay.text
+    hidden = scores.replay.hidden_states(row + 1)
+    ids = scores.input_ids[: row + 1]
+    context = torch.cat([scores.layout.positions("query"), torch.arange(scores.layout.prompt_length, row + 1)])
+    context = context[ids[context] != scores.token_ids[token]]
     positions = image.positions.to(hidden.device)
-    words = torch.cat([ids[context], torch.tensor([ex.token_ids[token]])]).to(hidden.device)
+    words = torch.cat([ids[context], torch.tensor([scores.token_ids[token]])]).to(hidden.device)
     activation = F.relu(text.logits(hidden[positions])[:, words].float()).T  # [words, n]
-    relevance = F.relu(text.logits(hidden[context.to(hidden.device)])[:, ex.token_ids[token]].float())
+    relevance = F.relu(text.logits(hidden[context.to(hidden.device)])[:, scores.token_ids[token]].float())
     own = less(activation[-1], activation[:-1], relevance)
     start, parts = 0, []
     for tile in image.tiles:

@@ -1,0 +1,252 @@
+"""Scores: which heads and which positions raised the probability of each answer token.
+
+The scores are log-probability increases (arXiv 2411.10950, equation 6) of head writes and position writes. They are
+exact, and computed from the KV cache and two recorded vectors a layer and token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..core.layout import ImageLayout, TokenLayout
+from ..kernels import OperatorCache
+from ..models.text_model import TextModel
+from ..runtime.answer import Answer
+from ..runtime.trace import Trace
+from .box_weights import BoxWeights
+from .registry import DEFAULT, HEATMAP_METHODS, Heads
+from .replay import Replay
+from .verification import Verification
+from .write_scores import WriteScores
+
+
+def check_norm(norm: str) -> None:
+    """Raise InputError for an unknown norm."""
+    if norm not in ("frozen", "own"):
+        raise InputError(f"norm is 'frozen' or 'own', got {norm!r}")
+
+
+class Scores:
+    """Scores and heatmaps of one answer.
+
+    A token is named by its index in `tokens`, or by its text where that is unique. This is what
+    heatmap methods, the causal check, the logit lens and the drawings read.
+
+    Attributes:
+        tokens, token_ids: the answer's tokens, as texts and ids. text: the whole answer.
+        layout, input_ids: of the whole sequence, answer included; int64 [N].
+        prompt: the question. images: the images, as PIL images. norm: "frozen" or "own".
+        trace: the recorded rows and the KV cache, a `Trace`.
+        text_model: the model's decoder layers, output projections, final norm and unembedding, a `TextModel`.
+        unembedding: the final norm and the unembedding as the kernels take them, an `Unembedding`.
+        decode: token ids -> text.
+        verification: what `verify` found, empty before.
+    """
+
+    def __init__(
+        self,
+        *,
+        text_model: TextModel,
+        operators: OperatorCache,
+        trace: Trace,
+        answer: Answer,
+        decode: Callable[[list[int]], str],
+        prompt: str,
+        images: list,
+        norm: str,
+        backend: str = "auto",
+        replay: Replay | None = None,
+    ):
+        self.tokens: list[str] = answer.tokens
+        self.token_ids: list[int] = answer.token_ids
+        self.text: str = answer.text
+        self.layout: TokenLayout = answer.layout
+        self.input_ids: Tensor = answer.input_ids
+        self.prompt = prompt
+        self.images = images
+        self.norm = norm
+        self.text_model = text_model
+        self.trace = trace
+        self.decode = decode
+        self.unembedding = text_model.unembedding()
+        self.verification: list[Verification] = []
+        self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None  # of a joint model's explanation
+        self._replay = replay
+        self._writes = WriteScores(text_model, self.unembedding, trace, answer.token_ids, norm, operators, backend)
+        self._head_scores: Tensor | None = None
+        self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.text_model.layers)
+
+    @property
+    def num_heads(self) -> int:
+        return self.text_model.num_heads
+
+    @property
+    @torch.no_grad()
+    def head_scores(self) -> Tensor:
+        """Log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU."""
+        if self._head_scores is None:
+            self._head_scores = self._writes.heads()
+        return self._head_scores
+
+    def top_heads(self, token: int | str, k: int = 10) -> list[tuple[int, int, float]]:
+        """The k heads of largest score, [(layer, head, score)], largest first."""
+        if k < 1:
+            raise InputError(f"k is at least 1, got {k}")
+        scores = self.head_scores[self.token_index(token)].flatten()
+        best = scores.topk(min(k, len(scores)))
+        return [
+            (i // self.num_heads, i % self.num_heads, score)
+            for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def position_scores(self, token: int | str, heads: Heads = 10) -> Tensor:
+        """Log-probability increase of each position's write, float32 [heads, positions], on the CPU.
+
+        heads: a number (that many of the best), a list of (layer, head), or "all" (layer by layer).
+        positions: all of `input_ids`; those the token cannot see, and those a context dropped, have 0.
+        """
+        index = self.token_index(token)
+        wanted = _chosen_heads(self, index, heads)
+        missing = [head for head in wanted if (index, head) not in self._position_scores]
+        if missing:
+            scores = self._writes.positions(index, missing, len(self.input_ids))
+            self._position_scores |= {(index, head): row for head, row in zip(missing, scores.unbind(), strict=True)}
+            if missing == wanted:
+                return scores.clone()
+        return torch.stack([self._position_scores[index, head] for head in wanted])
+
+    @torch.no_grad()
+    def attention(self, token: int | str) -> Tensor:
+        """Attention of the token's row, float32 [layers, heads, positions], on the CPU; it sums to 1 over the
+        positions the row sees, the others have 0."""
+        index = self.token_index(token)
+        alphas = [self.trace.attention(index, layer) for layer in range(self.num_layers)]
+        each = range(self.num_layers)
+        layers = [layer for layer in each for _ in range(self.num_heads)]
+        return self.trace.spread(torch.cat(alphas), layers, len(self.input_ids)).unflatten(0, (len(each), -1))
+
+    def heatmap(self, token: int | str, method: str = DEFAULT, heads: Heads = 10, image: int = 0) -> Tensor:
+        """A heatmap over an image's tokens, float32 [rows, cols], in the shape of `layout.images[image].grid`.
+
+        A thumbnail's tokens are spread over the cells they cover.
+
+        Args:
+            token: the answer token that is explained.
+            method: "logprob", the sum of the position scores of `heads`, or another registered method: "attention",
+                "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive", and those that
+                `heatmap_method` added. Most of them run the model again, which explanations by a stream or a context
+                do not allow. "relevancy" and "gradient-input" hold all layers' activations at once.
+                "gradient-alignment" is for explanations by a joint model, see `box_weights`.
+            heads: for "logprob", a number (that many of the best), a list of (layer, head), or "all".
+            image: which image, from 0.
+
+        Raises:
+            InputError: there is no such token, method, head or image, or the method cannot explain this answer.
+        """
+        return self.image_layout(image).to_grid(self.attribution(token, method, heads, image))
+
+    def attribution(self, token: int | str, method: str = DEFAULT, heads: Heads = 10, image: int = 0) -> Tensor:
+        """What `heatmap` lays on the grid: one number an image token, float32 [n], on the CPU. Arguments as there."""
+        found = HEATMAP_METHODS.get(method)
+        where = self.image_layout(image)
+        values = found.attribution(self, self.token_index(token), where, heads)
+        if not isinstance(values, Tensor) or values.shape != where.positions.shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"the heatmap method {method!r} gives one number an image token, a tensor [{len(where.positions)}];"
+                f" got {got}"
+            )
+        return values.float().cpu()
+
+    def box_weights(self, token: int | str, query: str | None = None, image: int = 0) -> BoxWeights:
+        """How far the boxes of a detector agree with a token (gradient alignment, arXiv 2405.14612), for explanations
+        by `mllm_fast.joint.JointModel`.
+
+        query: what the detector looks for, "a photo of a WORD" by default, with the token's own word.
+        """
+        if self.boxes_of is None:
+            raise InputError(
+                "gradient alignment needs a detector: explain by mllm_fast.joint.JointModel (--joint on the command"
+                " line)"
+            )
+        self.image_layout(image)
+        return self.boxes_of(self.token_index(token), query, image)
+
+    @property
+    def replay(self) -> Replay:
+        """What is needed to run the sequence again.
+
+        Raises:
+            InputError: of explanations made by stream, or of a context.
+        """
+        if self._replay is None:
+            raise InputError(
+                "explanations made by stream, or of a context, keep too little to run the model again: use VLM.explain"
+            )
+        return self._replay
+
+    def verified(self, token: int, method: str = DEFAULT, heads: Heads = 10) -> Verification | None:
+        """What the last `verify` found for a token's map of this method (and, of "logprob", these heads); None if it
+        was not asked."""
+        for one in self.verification:
+            if one.token == token and one.method == method and (method != DEFAULT or one.heads == heads):
+                return one
+        return None
+
+    def forget(self) -> None:
+        """Drop the scores that were made, so that the next are made anew."""
+        self._head_scores = None
+        self._writes.forget()
+        self._position_scores = {}
+
+    def token_index(self, token: int | str) -> int:
+        """The index of a token given by index (negative from the end) or by its text."""
+        if isinstance(token, str):
+            found = [i for i, text in enumerate(self.tokens) if text.strip() == token.strip()]
+            if len(found) == 1:
+                return found[0]
+            listed = ", ".join(f"{i}: {text.strip()!r}" for i, text in enumerate(self.tokens))
+            problem = "is not in the answer" if not found else f"stands {len(found)} times; give its index"
+            raise InputError(f"the token {token!r} {problem}; the answer's tokens are {listed}")
+        count = len(self.tokens)
+        if not -count <= token < count:
+            raise InputError(f"the token's index is 0 to {count - 1}, got {token}")
+        return token % count
+
+    def image_layout(self, image: int = 0) -> ImageLayout:
+        """The tokens and tiles of an image.
+
+        Raises:
+            InputError: there is no such image.
+        """
+        if not self.layout.images:
+            raise InputError("the prompt has no picture to lay a map on")
+        if not 0 <= image < len(self.layout.images):
+            raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
+        return self.layout.images[image]
+
+
+def _chosen_heads(scores: Scores, index: int, heads: Heads) -> list[tuple[int, int]]:
+    if heads == "all":
+        return [(layer, head) for layer in range(scores.num_layers) for head in range(scores.num_heads)]
+    if isinstance(heads, int) and not isinstance(heads, bool):
+        return [(layer, head) for layer, head, _ in scores.top_heads(index, heads)]
+    if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
+        raise InputError(f"heads is a number, a list of (layer, head) or 'all', got {heads!r}")
+    wanted = [(int(layer), int(head)) for layer, head in heads]  # type: ignore[str-unpack]
+    for layer, head in wanted:
+        if not (0 <= layer < scores.num_layers and 0 <= head < scores.num_heads):
+            raise InputError(
+                f"head ({layer}, {head}) does not exist: layers are 0 to {scores.num_layers - 1},"
+                f" heads 0 to {scores.num_heads - 1}"
+            )
+    return wanted

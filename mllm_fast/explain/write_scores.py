@@ -1,0 +1,103 @@
+"""Log-probability increases (arXiv 2411.10950, equation 6) of what heads write, as a whole and position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, weight_state, wide_type
+from ..models.text_model import TextModel
+from ..runtime.trace import Trace
+
+_WRITE_ELEMENTS = 1 << 24  # of the writes handed to the kernel at a time: 64 MiB of float32
+
+
+@dataclass
+class WriteScores:
+    """Scores the writes of one recorded answer.
+
+    Args:
+        text_model, unembedding: of the model. trace: what was recorded. token_ids: of the answer.
+        norm: "frozen" or "own". operators: a cache that makes repeated scores fast. backend: of the kernels.
+    """
+
+    text_model: TextModel
+    unembedding: Unembedding
+    trace: Trace
+    token_ids: Sequence[int]
+    norm: str
+    operators: OperatorCache
+    backend: str
+    _logits: tuple[range, Base] | None = field(default=None, init=False, repr=False)
+
+    def heads(self) -> Tensor:
+        """The score of every head's write at every token, float32 [tokens, layers, heads], on the CPU."""
+        width = self.trace.residual.shape[-1]
+        step = max(1, _WRITE_ELEMENTS // (len(self.text_model.layers) * self.text_model.num_heads * width))
+        count = len(self.token_ids)
+        parts = [self._heads(range(start, min(start + step, count))) for start in range(0, count, step)]
+        return torch.cat(parts).float().cpu()
+
+    def positions(self, index: int, heads: Sequence[tuple[int, int]], length: int) -> Tensor:
+        """The score of each position's write by some heads (layer, head) at one token, float32 [heads, length], on the
+        CPU; many rows a head, so the factored way where it pays."""
+        stop = self.trace.rows[index] + 1
+        step = max(1, _WRITE_ELEMENTS // (stop * self.text_model.head_dim))
+        base, first = self._base(range(index, index + 1))
+        device = self.trace.residual.device
+        parts = []
+        for start in range(0, len(heads), step):
+            part = heads[start : start + step]
+            layers = {layer for layer, _ in part}
+            states = {layer: weight_state(self.text_model.outputs[layer].weight) for layer in layers}
+            scores = logprob_increase(
+                base,
+                self.trace.position_values(index, part, self.backend),
+                unembedding=self.unembedding,
+                projection=[_on(self.text_model.projection(layer, head), device) for layer, head in part],
+                source=torch.tensor([first + layer for layer, _ in part], device=device),
+                backend=self.backend,
+                operators=self.operators,
+                keys=[(layer, head, states[layer]) for layer, head in part],
+            )
+            parts.append(self.trace.spread(scores, [layer for layer, _ in part], length))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def forget(self) -> None:
+        """Drop the logits that are kept for the next call."""
+        self._logits = None
+
+    def _heads(self, tokens: range) -> Tensor:
+        """[len(tokens), L, H]: one row a head, so the direct way, all layers and heads in one call."""
+        trace, count = self.trace, len(tokens)
+        layers, num_heads = len(self.text_model.layers), self.text_model.num_heads
+        device, wide = trace.residual.device, wide_type(trace.output.dtype)
+        writes = torch.empty(layers, num_heads, count, trace.residual.shape[-1], dtype=wide, device=device)
+        output = trace.output[tokens.start : tokens.stop].to(wide).permute(1, 2, 0, 3)  # [L, H, T, D]
+        for some, weight in self.text_model.projections(device, wide):
+            torch.matmul(output[some], weight, out=writes[some])
+        base, _ = self._base(tokens)
+        scores = logprob_increase(
+            base, writes.permute(2, 0, 1, 3).flatten(0, 1), unembedding=self.unembedding, backend=self.backend
+        )
+        return scores.reshape(count, layers, num_heads)
+
+    def _base(self, tokens: range) -> tuple[Base, int]:
+        """The logits at every layer's input to some tokens' rows, and which of its vectors is the first of them; made
+        once for the calls that follow each other."""
+        if self._logits is None or not (self._logits[0].start <= tokens.start and tokens.stop <= self._logits[0].stop):
+            trace, layers = self.trace, len(self.text_model.layers)
+            residual = trace.residual[tokens.start : tokens.stop].flatten(0, 1)
+            named = [token for token in self.token_ids[tokens.start : tokens.stop] for _ in range(layers)]
+            final = trace.final[tokens.start : tokens.stop, None].expand(-1, layers, -1).flatten(0, 1)
+            ids = torch.tensor(named, device=residual.device)
+            self._logits = tokens, Base(residual, ids, self.unembedding, self.norm, final)
+        held, base = self._logits
+        return base, (tokens.start - held.start) * len(self.text_model.layers)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
