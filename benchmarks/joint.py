@@ -19,9 +19,10 @@ from mllm_fast.evaluation.joint.pointing import Pointing
 from mllm_fast.evaluation.joint.quality import JointQuality
 from mllm_fast.evaluation.joint.simulatability import Simulatability
 from mllm_fast.evaluation.report import plain, save
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import scenes
-from mllm_fast.joint.model import WEIGHTS, joint_folder
+from mllm_fast.evaluation.worker import ModelChoice
+from mllm_fast.joint.checkpoint import WEIGHTS, joint_folder
 from mllm_fast.shapes.evaluate import SEED, weights_digest
 from mllm_fast.shapes.scenes import COLORS, SHAPES
 

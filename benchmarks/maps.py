@@ -10,9 +10,10 @@ from pathlib import Path
 from harness import machine, write_result
 
 from mllm_fast.evaluation.report import save
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import scenes
 from mllm_fast.evaluation.studies.fidelity import Fidelity
+from mllm_fast.evaluation.worker import ModelChoice
 
 
 def main() -> None:

@@ -28,10 +28,11 @@ from mllm_fast.evaluation.judges.endpoint import Endpoint, Unanswered, cost
 from mllm_fast.evaluation.judges.judge import Comparison, Unjudged, shapes_judge
 from mllm_fast.evaluation.judges.judge_endpoint import _EXAMPLES, EndpointJudge, parse
 from mllm_fast.evaluation.judges.reader_endpoint import EndpointReader
-from mllm_fast.evaluation.run import ModelChoice, rows_of, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import scenes
 from mllm_fast.evaluation.studies.knockout_sweep import KnockoutSweep
 from mllm_fast.evaluation.studies.yes_no import Mme
+from mllm_fast.evaluation.worker import ModelChoice, rows_of
 
 KEY = "sk-secret-0123456789"
 GOOD = json.dumps({"a": ["dog", "ball"], "b": ["puppy"], "pairs": [[0, 0]]})

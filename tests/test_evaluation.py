@@ -25,12 +25,13 @@ from mllm_fast.core.layout import ImageLayout, Tile
 from mllm_fast.evaluation.base import mean_and_error
 from mllm_fast.evaluation.judges.judge import NounJudge, read_vocabulary, scores, shapes_judge
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import Thing, pictures, scenes
 from mllm_fast.evaluation.studies.attention_share import AttentionShare
 from mllm_fast.evaluation.studies.knockout_sweep import KnockoutSweep, configurations
 from mllm_fast.evaluation.studies.localisation import Localisation
 from mllm_fast.evaluation.studies.word_alignment import cells, widened, words_at_objects
+from mllm_fast.evaluation.worker import ModelChoice
 from mllm_fast.shapes.questions import describe
 from mllm_fast.shapes.scenes import generate_scene
 

@@ -14,9 +14,10 @@ from waiting import HANG
 
 from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.rows import Rows, write_parquet
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import Sample, Samples, scenes
 from mllm_fast.evaluation.studies.attention_share import AttentionShare
+from mllm_fast.evaluation.worker import ModelChoice
 
 MODEL = ModelChoice(device="cpu", threads=1)
 

@@ -17,9 +17,10 @@ import mllm_fast as mf
 from mllm_fast.core.errors import InputError
 from mllm_fast.core.layout import Tile
 from mllm_fast.joint import Alignment, AlignmentConfig, Detector, JointModel
+from mllm_fast.joint.checkpoint import SETTINGS, read_settings, write_settings
 from mllm_fast.joint.grids import note, resample, same
 from mllm_fast.joint.image_features import given_features, own_features
-from mllm_fast.joint.model import SETTINGS, read_settings, word_of, write_settings
+from mllm_fast.joint.model import word_of
 from mllm_fast.joint.weights_id import weights_name
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"

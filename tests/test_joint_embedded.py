@@ -15,11 +15,12 @@ from mllm_fast.evaluation.joint.hallucination import Hallucination
 from mllm_fast.evaluation.joint.pointing import Pointing, pointed
 from mllm_fast.evaluation.joint.quality import JointQuality
 from mllm_fast.evaluation.joint.simulatability import Simulatability
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import Samples, scenes
+from mllm_fast.evaluation.worker import ModelChoice
 from mllm_fast.explain.export import summary
 from mllm_fast.joint import JointModel
-from mllm_fast.joint.model import WEIGHTS, joint_folder
+from mllm_fast.joint.checkpoint import WEIGHTS, joint_folder
 from mllm_fast.shapes.evaluate import weights_digest
 from mllm_fast.shapes.scenes import COLORS, SHAPES
 

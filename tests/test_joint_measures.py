@@ -31,13 +31,14 @@ from mllm_fast.evaluation.joint.bias import (
     words_kept,
 )
 from mllm_fast.evaluation.joint.caption_score import parse_score
-from mllm_fast.evaluation.joint.hallucination import Hallucination, check_classes, check_text, measure
+from mllm_fast.evaluation.joint.hallucination import Hallucination, measure
 from mllm_fast.evaluation.joint.quality import box_of
 from mllm_fast.evaluation.joint.simulatability import fit, told_apart
 from mllm_fast.evaluation.judges.judge import NounJudge, shapes_judge
 from mllm_fast.evaluation.roc import auroc, best_threshold, split_threshold
 from mllm_fast.joint.perturb import at_random, toward
 from mllm_fast.joint.precision import Found, judge_boxes
+from mllm_fast.joint.presence import check_classes, check_text
 from mllm_fast.runtime.likelihood import answer_probabilities, expectation, yes_probabilities
 
 scored = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40)

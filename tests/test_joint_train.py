@@ -15,8 +15,8 @@ import mllm_fast as mf
 from mllm_fast.core.errors import EndsRunError, InputError
 from mllm_fast.joint import Alignment, AlignmentConfig, JointModel
 from mllm_fast.joint import train as training
+from mllm_fast.joint.checkpoint import SETTINGS, WEIGHTS, read_settings
 from mllm_fast.joint.finetune import LORA, FinetuneConfig, finetune
-from mllm_fast.joint.model import SETTINGS, WEIGHTS, read_settings
 from mllm_fast.joint.train import CHECKPOINT, CURVE, TrainConfig, schedule, train
 from mllm_fast.joint.training_data import Folder, Scenes, embeddings
 from mllm_fast.joint.weights_id import weights_name

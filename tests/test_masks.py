@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from mllm_fast.core.errors import InputError
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import scenes
 from mllm_fast.evaluation.segmentation import Polygons, Runs, coco, mask_folder
 from mllm_fast.evaluation.studies.localisation import Localisation
+from mllm_fast.evaluation.worker import ModelChoice
 
 SQUARE = np.zeros((4, 6), bool)  # [height, width]
 SQUARE[1:3, 2:5] = True

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mllm_fast as mf
-from mllm_fast.evaluation.run import ModelChoice, rows_of
 from mllm_fast.evaluation.samples import scenes
 from mllm_fast.evaluation.studies.attention_share import AttentionShare
+from mllm_fast.evaluation.worker import ModelChoice, rows_of
 from mllm_fast.explain.registry import methods_without_detector
 from mllm_fast.models.fingerprint import fingerprint
 

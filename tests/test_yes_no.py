@@ -13,9 +13,10 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 
 from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.datasets import mme, pope, scene_pairs
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import YesNo
 from mllm_fast.evaluation.studies.yes_no import Mme, Pope, Redundancy, Way, accuracies, detection, meaning, ways
+from mllm_fast.evaluation.worker import ModelChoice
 
 MODEL = ModelChoice(device="cpu", threads=1)
 PAIR = "Is there a dog? Please answer yes or no.\tYes\nIs there a cat?\tNo\n"

@@ -16,7 +16,7 @@ from .options import OUT, Device, Dtype, Json, progress
 from .report import samples_of
 
 if TYPE_CHECKING:
-    from ..evaluation.joint.hallucination import Checked, Supported
+    from ..joint.presence import Checked, Supported
 
 _DEFAULT = "Describe the image."
 
@@ -68,9 +68,9 @@ def detect(
 
         check_target(out, (".png",))
     with progress("loading the libraries"):
-        from ..evaluation.joint.hallucination import check_classes, check_text
         from ..evaluation.judges.judge import read_vocabulary, shapes_judge
         from ..joint.model import JointModel
+        from ..joint.presence import check_classes, check_text
     words = read_vocabulary(vocabulary) if vocabulary is not None else shapes_judge() if name == "shapes" else None
     wanted = classes or (list(words.nouns) if words is not None else [])
     if not wanted:

@@ -98,13 +98,14 @@ def evaluate(
         from ..evaluation.judges.reader_endpoint import EndpointReader
         from ..evaluation.report import check_charts
         from ..evaluation.rows import SETTINGS, write_parquet
-        from ..evaluation.run import ModelChoice, run
+        from ..evaluation.run import run
         from ..evaluation.studies.attention_share import AttentionShare
         from ..evaluation.studies.fidelity import Fidelity
         from ..evaluation.studies.heads import Heads
         from ..evaluation.studies.knockout_sweep import KnockoutSweep
         from ..evaluation.studies.localisation import Localisation
         from ..evaluation.studies.yes_no import REDUNDANCY_SHARES, Mme, Pope, Redundancy
+        from ..evaluation.worker import ModelChoice
     check_charts()
     if ray:  # actors may live in another folder
         images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))

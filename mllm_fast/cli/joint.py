@@ -74,8 +74,8 @@ def train(
         from tqdm import tqdm
 
         from ..joint.alignment import AlignmentConfig
+        from ..joint.checkpoint import detector_name
         from ..joint.detector import Detector
-        from ..joint.model import detector_name
         from ..joint.train import CURVE, TrainConfig
         from ..joint.train import train as run
         from ..vlm import VLM
@@ -136,9 +136,10 @@ def finetune(
     with progress("loading the libraries"):
         from tqdm import tqdm
 
+        from ..joint.checkpoint import joint_folder, read_settings
         from ..joint.finetune import FinetuneConfig
         from ..joint.finetune import finetune as run
-        from ..joint.model import JointModel, joint_folder, read_settings
+        from ..joint.model import JointModel
     prompts = tuple(prompt or ("Describe the image.",))
     config = FinetuneConfig(prompts, rank, epochs, batch, rate, precision, seed=seed)
     pictures = _pictures(images, _TUNED if images is None and count is None else count, seed)
@@ -332,8 +333,9 @@ def run_evaluation(
     """Run an evaluation with the language model of its joint model, and publish its report."""
     from ..evaluation.report import check_charts
     from ..evaluation.rows import SETTINGS
-    from ..evaluation.run import ModelChoice, run
-    from ..joint.model import joint_folder, part_names
+    from ..evaluation.run import run
+    from ..evaluation.worker import ModelChoice
+    from ..joint.checkpoint import joint_folder, part_names
 
     check_charts()
     choice = ModelChoice(part_names(joint_folder(evaluation.name_of_joint))[1], device, dtype)

@@ -26,6 +26,7 @@ from ..runtime.hooks import Recording
 from ..runtime.model_runner import ModelRunner
 from ..runtime.shared_prefix import Session
 from ..runtime.trace import Trace
+from . import file_format
 
 _BATCH = 32
 
@@ -222,9 +223,7 @@ class Context:
 
         Returns the relative errors (root mean square) of keys and values that int8 made, else nothing.
         """
-        from .file_format import save
-
-        return save(self, path, storage)
+        return file_format.save(vars(self), path, storage)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Context:
@@ -233,9 +232,7 @@ class Context:
         Raises:
             InputError: no such file, not a context, a newer format, a damaged file, another model or type.
         """
-        from .file_format import load
-
-        return load(path, vlm, images)
+        return cls(**file_format.load(path, vlm, images))
 
     def trace(self, session: Session, record: Recording, num_tokens: int, length: int) -> Trace:
         """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from ..core.layout import ImageLayout, Tile, TokenLayout
 from ..models.fingerprint import fingerprint
 from ..models.offload import device_of
 from ..runtime.model_runner import ModelRunner
-from .context import Context
+
+Fields = dict[str, Any]  # the attributes of a `Context`, by name
 
 VERSION = 1
 STORAGES = ("full", "int8")
@@ -36,48 +36,48 @@ _ROW = 8 * 512  # bytes that are summed together, as 64-bit words
 _PART = 256 * _ROW  # bytes that are summed while they are in the cache
 
 
-def save(ctx: Context, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
+def save(fields: Fields, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
     """See `Context.save`."""
     target = Path(path)
     check_target(target, ENDINGS)
     check_choice("storage", storage, STORAGES)
-    tensors, metadata, errors = pack(ctx, storage)
+    tensors, metadata, errors = pack(fields, storage)
     with whole_file(target) as name:
         save_file(tensors, name, metadata)
     return errors
 
 
-def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Context:
-    """See `Context.load`."""
+def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Fields:
+    """What `Context.load` builds a context from."""
     description, tensors = read(path)
     _check_model(path, description, vlm)
     try:
-        context = unpack(description, tensors, vlm)
-        _check_shapes(context)
+        fields = unpack(description, tensors, vlm)
+        _check_shapes(fields)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(f"{path}: its parts do not fit together ({first_line(error)}); make it again") from None
     if not images:
-        return context
+        return fields
     pictures = vlm.prompts.load(images)
-    sizes = [image.size for image in context.layout.images]
+    sizes = [image.size for image in fields["layout"].images]
     if [picture.size for picture in pictures] != sizes:
         raise InputError(f"{path} was made of other pictures: their sizes are {sizes}")
-    return replace(context, images=tuple(pictures))
+    return {**fields, "images": tuple(pictures)}
 
 
-def pack(ctx: Context, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
+def pack(fields: Fields, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
     """A context as the tensors and the metadata of a file; and, of int8, the relative errors (root mean square) of keys
     and values."""
-    tensors = {"positions": ctx.positions.int(), "input_ids": ctx.input_ids.int()}
+    tensors = {"positions": fields["positions"].int(), "input_ids": fields["input_ids"].int()}
     errors: dict[str, float] = {}
-    for name, tensor, over in (("keys", ctx.keys, 2), ("values", ctx.values, 3)):
+    for name, tensor, over in (("keys", fields["keys"], 2), ("values", fields["values"], 3)):
         if storage == "full":
             tensors[name] = tensor.contiguous().cpu()
             continue
         whole, scale = _to_int8(tensor, over)
         errors[name] = _relative_error(whole.float() * scale, tensor.float())
         tensors[name], tensors[f"{name}_scale"] = whole.cpu(), scale.cpu()
-    text = json.dumps(_describe(ctx, storage, errors), sort_keys=True)
+    text = json.dumps(_describe(fields, storage, errors), sort_keys=True)
     metadata = {"format": "pt", "mllm_fast.context": text, "mllm_fast.checksum": checksum(text, tensors)}
     return tensors, metadata, errors
 
@@ -117,8 +117,8 @@ def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
     return description, copies
 
 
-def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRunner) -> Context:
-    """The context of a file that was read."""
+def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRunner) -> Fields:
+    """A context's fields, of a file that was read."""
     device, dtype = device_of(vlm.model), vlm.model.dtype
     if description["storage"] == "int8":
         keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
@@ -134,18 +134,15 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
         )
         for image in description["images"]
     )
-    return Context(
-        vlm=vlm,
-        keys=keys.to(device),
-        values=values.to(device),
-        positions=tensors["positions"].long(),
-        layout=TokenLayout(len(input_ids), len(input_ids), layouts),
-        input_ids=input_ids,
-        position=description["position"],
-        prompt=description["prompt"],
-        description=description["description"],
-        settings=description["settings"],
-    )
+    return {
+        "vlm": vlm,
+        "keys": keys.to(device),
+        "values": values.to(device),
+        "positions": tensors["positions"].long(),
+        "layout": TokenLayout(len(input_ids), len(input_ids), layouts),
+        "input_ids": input_ids,
+        **{name: description[name] for name in ("position", "prompt", "description", "settings")},
+    }
 
 
 def checksum(text: str, tensors: dict[str, Tensor], copies: dict[str, Tensor] | None = None) -> str:
@@ -170,8 +167,8 @@ def checksum(text: str, tensors: dict[str, Tensor], copies: dict[str, Tensor] | 
     return digest.hexdigest()
 
 
-def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str, Any]:
-    config = ctx.vlm.model.config
+def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[str, Any]:
+    config = fields["vlm"].model.config
     images = [
         {
             "positions": image.positions.tolist(),
@@ -179,7 +176,7 @@ def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str,
             "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
             "canvas": image.canvas,
         }
-        for image in ctx.layout.images
+        for image in fields["layout"].images
     ]
     return {
         "version": VERSION,
@@ -187,16 +184,13 @@ def _describe(ctx: Context, storage: str, errors: dict[str, float]) -> dict[str,
             "type": config.model_type,
             "id": getattr(config, "_name_or_path", "") or "",
             "revision": getattr(config, "_commit_hash", None),
-            "fingerprint": fingerprint(ctx.vlm.model),
+            "fingerprint": fingerprint(fields["vlm"].model),
         },
-        "dtype": str(ctx.keys.dtype).removeprefix("torch."),
+        "dtype": str(fields["keys"].dtype).removeprefix("torch."),
         "storage": storage,
         "storage_error": errors,
         "images": images,
-        "position": ctx.position,
-        "prompt": ctx.prompt,
-        "description": ctx.description,
-        "settings": ctx.settings,
+        **{name: fields[name] for name in ("position", "prompt", "description", "settings")},
     }
 
 
@@ -213,26 +207,31 @@ def _check_model(path: Any, description: dict[str, Any], vlm: ModelRunner) -> No
         )
 
 
-def _check_shapes(ctx: Context) -> None:
+def _check_shapes(fields: Fields) -> None:
     """Raise ValueError if a context's parts do not fit each other and the model."""
-    text, length = ctx.vlm.text, len(ctx.input_ids)
+    model: ModelRunner = fields["vlm"]
+    text, length, positions = model.text, len(fields["input_ids"]), fields["positions"]
     kv_heads = getattr(text.config, "num_key_value_heads", None) or text.num_heads
-    shape = (len(text.layers), kv_heads, ctx.positions.shape[-1], text.head_dim)
-    for name, tensor in (("keys", ctx.keys), ("values", ctx.values)):
-        if tuple(tensor.shape) != shape or tensor.dtype != ctx.vlm.model.dtype:
-            raise ValueError(f"{name} is {ctx.vlm.model.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-    steps = ctx.positions.diff(dim=1)
-    if ctx.positions.shape[:-1] != shape[:1] or not shape[2] or bool((steps < 1).any()):
+    shape = (len(text.layers), kv_heads, positions.shape[-1], text.head_dim)
+    for name, tensor in ((name, fields[name]) for name in ("keys", "values")):
+        if tuple(tensor.shape) != shape or tensor.dtype != model.model.dtype:
+            raise ValueError(f"{name} is {model.model.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    steps = positions.diff(dim=1)
+    if positions.shape[:-1] != shape[:1] or not shape[2] or bool((steps < 1).any()):
         raise ValueError("positions ascend in each layer")
-    if int(ctx.positions.min()) < 0 or int(ctx.positions.max()) >= length:
+    if int(positions.min()) < 0 or int(positions.max()) >= length:
         raise ValueError(f"positions are 0 to {length - 1}")
-    if int(ctx.input_ids.min()) < 0 or int(ctx.input_ids.max()) >= text.head.out_features:
+    if int(fields["input_ids"].min()) < 0 or int(fields["input_ids"].max()) >= text.head.out_features:
         raise ValueError("input_ids lie outside the vocabulary")
-    for image in ctx.layout.images:
+    for image in fields["layout"].images:
         count = sum(tile.rows * tile.cols for tile in image.tiles)
         if count != len(image.positions) or not 0 <= int(image.positions.min()) <= int(image.positions.max()) < length:
             raise ValueError("an image's tiles and positions disagree")
-    if not isinstance(ctx.position, int) or not isinstance(ctx.prompt, str) or not isinstance(ctx.settings, dict):
+    if (
+        not isinstance(fields["position"], int)
+        or not isinstance(fields["prompt"], str)
+        or not isinstance(fields["settings"], dict)
+    ):
         raise TypeError("position, prompt and settings are a number, a text and an object")
 
 

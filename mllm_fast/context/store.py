@@ -20,7 +20,7 @@ from ..core.errors import InputError, check_choice
 from ..models.fingerprint import fingerprint
 from .compress import PARTS, SCORES, compress, kept_count
 from .context import Context
-from .file_format import STORAGES, VERSION, load, pack, parse, save, unpack
+from .file_format import STORAGES, VERSION, pack, parse, unpack
 from .folders import Folder, open_folder
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ class ContextStore:
         bare = replace(context, images=())
         if self.storage == "full":
             return bare
-        tensors, metadata, _ = pack(bare, self.storage)
-        return replace(unpack(*parse(self.storage, metadata, tensors), context.vlm), peak_nbytes=context.peak_nbytes)
+        tensors, metadata, _ = pack(vars(bare), self.storage)
+        return Context(**unpack(*parse(self.storage, metadata, tensors), context.vlm), peak_nbytes=context.peak_nbytes)
 
     def _on_disk(self, key: str, vlm: ModelRunner) -> Context | None:
         if self._folder is None:
@@ -207,7 +207,7 @@ class ContextStore:
             if path is None:
                 return None
             try:
-                found = load(path, vlm)
+                found = Context.load(path, vlm)
             except InputError as error:
                 if path.exists():  # else it was removed meanwhile, for the budget's sake
                     warnings.warn(f"a stored context is dropped and made again: {error}", stacklevel=3)
@@ -234,7 +234,7 @@ class ContextStore:
     def _write(self, key: str, context: Context) -> None:
         if self._folder is not None:
             with _no_answer_lost(self._folder, "written to"):
-                self._folder.write(key, lambda path: save(context, path, self.storage))
+                self._folder.write(key, lambda path: context.save(path, self.storage))
 
 
 def pictures_digest(pictures: list[Any], scope: str = "") -> str:

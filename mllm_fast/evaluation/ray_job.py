@@ -7,15 +7,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import EndsRunError
 from .base import Evaluation
 from .rows import Row
 from .samples import Sample
-
-if TYPE_CHECKING:
-    from .run import ModelChoice
+from .worker import ModelChoice, rows_of
 
 
 def ray_rows(
@@ -66,8 +64,6 @@ class _Worker:
         self._evaluation, self._vlm, self._samples = evaluation, model.load(), samples
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        from .run import rows_of
-
         sample = self._samples[int(item["id"])]
         try:
             entry = {"sample": sample.name, "rows": rows_of(self._evaluation, self._vlm, sample)}

@@ -5,45 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..core.errors import EndsRunError, InputError
+from ..core.errors import InputError
 from ..models.fingerprint import fingerprint
-from ..models.loading import parse_device
 from .base import Evaluation, is_failed, is_open
+from .ray_job import ray_rows
 from .rows import Row, Rows
 from .samples import Sample, Samples
+from .worker import ModelChoice, begin, one, rows_of
 
 if TYPE_CHECKING:
     from ..vlm import VLM
 
 Progress = Callable[[int, int], None]  # samples done, of how many
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """A model that each process loads for itself; see `VLM.from_pretrained`. `threads`: torch's, or its own."""
-
-    name: str = "shapes"
-    device: str | None = None
-    dtype: str | None = None
-    backend: str = "auto"
-    threads: int | None = None
-
-    def place(self) -> torch.device:
-        """Where it will be."""
-        return parse_device(None if self.device == "auto" else self.device)
-
-    def load(self) -> VLM:
-        from ..vlm import VLM
-
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        return VLM.from_pretrained(self.name, device=self.device, dtype=self.dtype, backend=self.backend)
 
 
 def run(
@@ -93,23 +70,11 @@ def run(
     return {sample.name: found[sample.name] for sample in samples.list}
 
 
-def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
-    """The rows of a sample, or the row that says why there are none."""
-    try:
-        return evaluation.rows(vlm, sample)
-    except EndsRunError:
-        raise
-    except (InputError, OSError) as error:
-        return [{"error": " ".join(str(error).split())}]
-
-
 def _work(
     evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, vlm: VLM, processes: int, ray: bool
 ) -> Iterator[tuple[str, list[Row]]]:
     """A sample's name and its rows, as they are made."""
     if ray and todo:
-        from .ray_job import ray_rows
-
         yield from ray_rows(evaluation, todo, model, processes)
         return
     if processes <= 1:
@@ -118,18 +83,5 @@ def _work(
         return
     threads = model.threads or max(1, (os.cpu_count() or 1) // processes)
     setup = evaluation, replace(model, threads=threads)
-    with multiprocessing.get_context("spawn").Pool(processes, _begin, setup) as pool:
-        yield from pool.imap_unordered(_one, todo)
-
-
-_worker: tuple[Evaluation, VLM] | None = None
-
-
-def _begin(evaluation: Evaluation, model: ModelChoice) -> None:
-    global _worker
-    _worker = evaluation, model.load()
-
-
-def _one(sample: Sample) -> tuple[str, list[Row]]:
-    assert _worker is not None
-    return sample.name, rows_of(*_worker, sample)
+    with multiprocessing.get_context("spawn").Pool(processes, begin, setup) as pool:
+        yield from pool.imap_unordered(one, todo)

@@ -4,9 +4,7 @@ attention, on the answers that it gives from its own embeddings. The direction t
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +16,13 @@ from torch import Tensor
 from ..core.errors import EndsRunError, InputError, check_choice
 from ..core.files import write_whole
 from ..models.offload import device_of
+from .checkpoint import WEIGHTS, write_settings
 from .image_features import given_features
-from .model import WEIGHTS, write_settings
+from .lora import adapted_model
 from .train import PRECISIONS, Tell, schedule
 from .weights_id import weights_name
 
 if TYPE_CHECKING:
-    from ..vlm import VLM
     from .model import JointModel
     from .training_data import Pictures
 
@@ -81,7 +79,7 @@ def finetune(
     steps = config.epochs * (len(pictures) // config.batch)
     out.mkdir(parents=True, exist_ok=True)
     losses: list[float] = []
-    with _adapted(vlm, config.rank, config.seed) as adapted:
+    with adapted_model(vlm, config.rank, config.seed) as adapted:
         try:
             trained = [*joint.alignment.parameters(), *(p for p in adapted.parameters() if p.requires_grad)]
             optimizer = torch.optim.AdamW(trained, config.rate, weight_decay=0.0)
@@ -108,26 +106,6 @@ def finetune(
         finally:
             joint.alignment.load_state_dict(weights)
     return losses
-
-
-def merged(vlm: VLM, folder: Path, base: str | None) -> VLM:
-    """The language model with adapters merged into its weights; `vlm` is used up.
-
-    Raises:
-        InputError: peft is not there, or the adapters belong to another model.
-    """
-    peft = _peft()
-    from ..models.loading import failures
-    from ..vlm import VLM as Made  # noqa: N811
-
-    if base is not None and base != weights_name(vlm.model):
-        raise InputError(
-            f"{folder}: the adapters were trained on another language model (weights {base[:12]}); load that one"
-        )
-    with failures(str(folder)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = peft.PeftModel.from_pretrained(vlm.model, str(folder)).merge_and_unload()
-    return Made(model.eval(), vlm.processor, max_pixels=vlm.prompts.max_pixels, backend=vlm.backend)
 
 
 def _step(joint: JointModel, adapted: Any, pictures: Pictures, config: FinetuneConfig, step: int) -> float:
@@ -177,31 +155,3 @@ def _loss(
                 logits_to_keep=len(ids) - start,
             )
         return torch.nn.functional.cross_entropy(output.logits[0].float(), ids[start:].clone())
-
-
-@contextmanager
-def _adapted(vlm: VLM, rank: int, seed: int) -> Iterator[Any]:
-    """Adapters in the attention of the text part, which are taken out again."""
-    peft = _peft()
-    names = {id(module): name for name, module in vlm.model.named_modules()}
-    layers = [names[id(layer)] for layer in vlm.text.layers]
-    targets = [f"{layer}.{vlm.adapter.attention}.{part}" for layer in layers for part in ("q_proj", "v_proj", "o_proj")]
-    before = {name: p.requires_grad for name, p in vlm.model.named_parameters()}
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changed and peft still uses
-        adapted = peft.get_peft_model(vlm.model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    try:
-        yield adapted
-    finally:
-        adapted.unload()
-        for name, parameter in vlm.model.named_parameters():
-            parameter.requires_grad_(before[name])
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("fine-tuning needs peft: pip install 'mllm-fast[joint]'") from None
-    return peft

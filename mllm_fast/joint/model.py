@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ..context.context import Context
-from ..core.assets import SHAPES_JOINT
 from ..core.errors import InputError
 from ..core.images import ImageSource
 from ..core.layout import Tile
@@ -27,14 +24,13 @@ from ..models.offload import device_of
 from ..runtime.answer import Answer
 from ..vlm import VLM
 from .alignment import Alignment
+from .checkpoint import WEIGHTS, joint_folder, part_names, read_settings
 from .detector import OVERLAP, Boxes, Detection, Detector, Vision
 from .grids import note, resample, single_tile
 from .image_features import check_fixed_grid, given_features
+from .lora import merged
 from .saliency import align
 from .weights_id import weights_name
-
-SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -114,8 +110,6 @@ class JointModel:
         if vlm is None or tuned:
             vlm = VLM.from_pretrained(model, device=device, dtype=dtype, **options)
         if tuned:
-            from .finetune import merged
-
             vlm = merged(vlm, folder / settings["lora"], alignment.about.get("finetuned", {}).get("base"))
         return cls(owl, alignment, vlm)
 
@@ -237,52 +231,6 @@ class JointModel:
     def _tile(self, vision: Vision) -> Tile:
         _, (layout,), _ = self.vlm.prompts.prepare([[vision.picture]], ["?"])
         return single_tile(layout.images[0].tiles)
-
-
-def joint_folder(name: str | os.PathLike[str]) -> Path:
-    """Where a joint model lies; "shapes" is the embedded one."""
-    return SHAPES_JOINT if str(name) == EMBEDDED else Path(name)
-
-
-def part_names(folder: Path) -> tuple[str, str]:
-    """The detector and the language model of the joint model in a folder: folders in it, folders elsewhere, or hub
-    ids."""
-    settings = read_settings(folder)
-    inside = lambda part: str(folder / part) if (folder / part).is_dir() else part  # noqa: E731
-    return detector_name(inside(settings["detector"])), inside(settings["model"])
-
-
-def detector_name(name: str) -> str:
-    """A detector's folder or hub id; "shapes" is the embedded one."""
-    return str(SHAPES_JOINT / "detector") if name == EMBEDDED else name
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The names of a joint model's parts.
-
-    Raises:
-        InputError: no such folder, or one without a joint model.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        raise InputError(f"{folder}: holds no joint model ({SETTINGS}); give one that `mllm-fast joint train` wrote")
-    try:
-        found = json.loads(path.read_text())
-        if found["format"] != _FORMAT:
-            raise InputError(f"{path}: of format {found['format']}, this release reads {_FORMAT}; update mllm-fast")
-        return {name: str(found[name]) for name in ("detector", "model", "lora") if name in found or name != "lora"}
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: does not name a detector and a model; copy it again") from None
-
-
-def write_settings(folder: Path, detector: str, model: str, lora: str | None = None) -> None:
-    """Name the parts of the joint model in a folder, beside its alignment."""
-    from ..core.files import write_whole
-
-    parts = {"format": _FORMAT, "detector": detector, "model": model} | ({} if lora is None else {"lora": lora})
-    write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())
 
 
 def word_of(tokens: Sequence[str], token: int) -> str:

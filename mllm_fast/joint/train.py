@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core.errors import EndsRunError, InputError, check_choice
 from ..core.files import write_whole
 from .alignment import Alignment, AlignmentConfig
-from .model import WEIGHTS, write_settings
+from .checkpoint import WEIGHTS, write_settings
 from .training_data import Pictures, embeddings
 from .weights_id import weights_name
 

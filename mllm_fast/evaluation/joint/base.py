@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...joint.model import WEIGHTS, JointModel, joint_folder
+from ...joint.checkpoint import WEIGHTS, joint_folder
+from ...joint.model import JointModel
 from ..base import Evaluation
 
 if TYPE_CHECKING:

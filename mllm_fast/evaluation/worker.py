@@ -1,0 +1,60 @@
+"""What each process of a run does: load the model, make the rows of a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import EndsRunError, InputError
+from ..models.loading import parse_device
+from ..vlm import VLM
+from .base import Evaluation
+from .rows import Row
+from .samples import Sample
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model that each process loads for itself; see `VLM.from_pretrained`. `threads`: torch's, or its own."""
+
+    name: str = "shapes"
+    device: str | None = None
+    dtype: str | None = None
+    backend: str = "auto"
+    threads: int | None = None
+
+    def place(self) -> torch.device:
+        """Where it will be."""
+        return parse_device(None if self.device == "auto" else self.device)
+
+    def load(self) -> VLM:
+        """The model, read in."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return VLM.from_pretrained(self.name, device=self.device, dtype=self.dtype, backend=self.backend)
+
+
+def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
+    """The rows of a sample, or the row that says why there are none."""
+    try:
+        return evaluation.rows(vlm, sample)
+    except EndsRunError:
+        raise
+    except (InputError, OSError) as error:
+        return [{"error": " ".join(str(error).split())}]
+
+
+_worker: tuple[Evaluation, VLM] | None = None
+
+
+def begin(evaluation: Evaluation, model: ModelChoice) -> None:
+    """What a worker process does first."""
+    global _worker
+    _worker = evaluation, model.load()
+
+
+def one(sample: Sample) -> tuple[str, list[Row]]:
+    """A sample's name and its rows, in a worker process."""
+    assert _worker is not None
+    return sample.name, rows_of(*_worker, sample)

@@ -1,0 +1,60 @@
+"""The folder of a joint model: the names of its parts, its alignment, its adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..core.assets import SHAPES_JOINT
+from ..core.errors import InputError
+from ..core.files import write_whole
+from ..models.loading import EMBEDDED
+
+SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
+_FORMAT = 1
+
+
+def joint_folder(name: str | os.PathLike[str]) -> Path:
+    """Where a joint model lies; "shapes" is the embedded one."""
+    return SHAPES_JOINT if str(name) == EMBEDDED else Path(name)
+
+
+def part_names(folder: Path) -> tuple[str, str]:
+    """The detector and the language model of the joint model in a folder: folders in it, folders elsewhere, or hub
+    ids."""
+    settings = read_settings(folder)
+    inside = lambda part: str(folder / part) if (folder / part).is_dir() else part  # noqa: E731
+    return detector_name(inside(settings["detector"])), inside(settings["model"])
+
+
+def detector_name(name: str) -> str:
+    """A detector's folder or hub id; "shapes" is the embedded one."""
+    return str(SHAPES_JOINT / "detector") if name == EMBEDDED else name
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The names of a joint model's parts.
+
+    Raises:
+        InputError: no such folder, or one without a joint model.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no joint model ({SETTINGS}); give one that `mllm-fast joint train` wrote")
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != _FORMAT:
+            raise InputError(f"{path}: of format {found['format']}, this release reads {_FORMAT}; update mllm-fast")
+        return {name: str(found[name]) for name in ("detector", "model", "lora") if name in found or name != "lora"}
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: does not name a detector and a model; copy it again") from None
+
+
+def write_settings(folder: Path, detector: str, model: str, lora: str | None = None) -> None:
+    """Name the parts of the joint model in a folder, beside its alignment."""
+    parts = {"format": _FORMAT, "detector": detector, "model": model} | ({} if lora is None else {"lora": lora})
+    write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())
