@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -15,20 +16,22 @@ from .context.context import Context
 from .core.errors import InputError
 from .core.images import MAX_PIXELS
 from .explain.explanation import Explanation, nothing_generated
+from .explain.recorded import Recorded
 from .explain.replay import Replay
 from .explain.scores import check_norm
 from .explain.stream import Stream
 from .knockout.attention_share import AttentionShares
-from .knockout.rule import as_rules
+from .knockout.rule import Knockout, as_rules
 from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
 from .models.offload import one_gpu
 from .models.processing import Images, one_answer
+from .runtime import hooks
 from .runtime.answer import Answer, answer_of
 from .runtime.decoding import one_sequence
-from .runtime.hooks import recording
 from .runtime.kv_cache import cache_of
 from .runtime.model_runner import Knockouts, ModelRunner
+from .runtime.patched import patched
 from .runtime.trace import make_trace
 
 
@@ -131,7 +134,7 @@ class VLM(ModelRunner):
         if answer is None:
             one_answer("explain", options)
             settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
-            with recording(self.text, 1, plan, backend=self.backend) as record:
+            with hooks.recording(self.text, 1, plan, backend=self.backend) as record:
                 output = self.run(inputs, max_new_tokens, settings)
             sequence, cache = output.sequences[0], cache_of(output)
         else:
@@ -192,6 +195,54 @@ class VLM(ModelRunner):
         settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
         stream.begin(lambda: self.run(inputs, max_new_tokens, settings))
         return stream
+
+    @contextmanager
+    def knocked_out(self, *knockouts: Knockout) -> Iterator[None]:
+        """Inside the block, whoever runs the model runs it under these knockouts.
+
+        That is the caller's own `model.generate`, a pipeline of transformers, an evaluation harness, or a loop with a
+        cache of its own. Which tokens are whose is read from each call's input ids: `generate` is given the prompt; a
+        call of the model by itself is a prompt where its cache is empty, and one generated token a sequence after that.
+        Batches with padding, beams and sampling work as in `generate`. Other threads wait for the model, and on
+        leaving, by exception too, the model is as it was.
+
+        Example:
+            >>> with vlm.knocked_out(Knockout("image", "generated")):
+            ...     output = vlm.model.generate(**inputs)
+
+        Args:
+            knockouts: one `Knockout` or several.
+
+        Raises:
+            InputError: no knockout, or one that does not fit the model; inside the block, a call whose input ids are
+                not known, or whose cache was filled outside.
+        """
+        rules = as_rules(knockouts)
+        if not rules:
+            raise InputError("give at least one Knockout(source, target, layers)")
+        with patched(self, rules):
+            yield
+
+    @contextmanager
+    def recording(self, *knockouts: Knockout, norm: str = "frozen") -> Iterator[Recorded]:
+        """Inside the block, what the caller's own calls of the model generate is recorded, to be explained.
+
+        Example:
+            >>> with vlm.recording() as recorded:
+            ...     output = vlm.model.generate(**inputs)
+            >>> recorded.explanation(image).save("why.html")
+
+        Args:
+            knockouts: as in `knocked_out`; none by default.
+            norm: "frozen" or "own", see `explain`.
+
+        Returns:
+            A `Recorded`, which explains the last call of the block, inside it or afterwards.
+        """
+        check_norm(norm)
+        rules = as_rules(knockouts)
+        with patched(self, rules, rows=1) as calls:
+            yield Recorded(self, rules, norm, calls)
 
     def compress(
         self,

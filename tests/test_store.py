@@ -18,6 +18,7 @@ from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.context import folders
+from mllm_fast.context import store as store_module
 from mllm_fast.context.store import ContextStore
 from mllm_fast.core.files import TEMPORARY
 
@@ -128,8 +129,10 @@ def test_memory_keeps_its_budget(llava):
 
 def test_threads_wait_for_each_other(llava, monkeypatch):
     calls = []
-    compress = llava.compress
-    monkeypatch.setattr(llava, "compress", lambda *a, **k: calls.append(1) or time.sleep(0.05) or compress(*a, **k))
+    compress = store_module.compress
+    monkeypatch.setattr(
+        store_module, "compress", lambda *a, **k: calls.append(1) or time.sleep(0.05) or compress(*a, **k)
+    )
     store, found = ContextStore(), []
     picture = pictures(1)[0]
     threads = [threading.Thread(target=lambda: found.append(store.get(llava, picture, **ASKED))) for _ in range(6)]

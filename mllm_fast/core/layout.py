@@ -135,6 +135,22 @@ class TokenLayout:
         length = len(input_ids)
         return cls(length, length if prompt_length is None else prompt_length, tuple(layouts))
 
+    @classmethod
+    def from_prompt_ids(
+        cls, input_ids: torch.Tensor, image_token_id: int, lengths: Sequence[int] | None = None
+    ) -> TokenLayout:
+        """Read from the ids of a prompt, int64 [N], alone; its images have no size and no tiles.
+
+        lengths: how many tokens each image has. By default each run of image tokens is an image.
+        """
+        where = (input_ids == image_token_id).nonzero()[:, 0].cpu()
+        if lengths is None:
+            ends = (where.diff() > 1).nonzero()[:, 0] + 1
+            parts = where.tensor_split(ends) if len(where) else ()
+        else:
+            parts = where.split(list(lengths))
+        return cls(len(input_ids), len(input_ids), tuple(ImageLayout(part, (0, 0), ()) for part in parts))
+
     @property
     def segments(self) -> dict[str, torch.Tensor]:
         """Name -> positions, int64. Every position is in one of system, image, query, generated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,11 @@ class Adapter:
     def image_token_id(self, processor: Any) -> int:
         """The id of the token that stands for one piece of an image."""
         return processor.image_token_id
+
+    def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
+        """How many tokens each image has, of `tokens` image tokens that a call of the model was given with `inputs`;
+        None where other tokens stand between two images."""
+        return None
 
     def image_features(self, embeddings: torch.Tensor) -> Any:
         """Image embeddings [images, tokens, d] as the model's `get_image_features` returns them; for a fixed grid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Llava(Adapter):
         patch = processor.patch_size
         box = _cropped_box(processor.image_processor, size, (width, height))
         return (Tile(height // patch, width // patch, box),), (1, 1)
+
+    def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
+        """As many tokens for every image: one may follow another directly."""
+        pixels = inputs.get("pixel_values")
+        return None if pixels is None else [tokens // len(pixels)] * len(pixels)
 
     def image_features(self, embeddings: torch.Tensor) -> Any:
         """One tensor an image."""

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,12 @@ class Recording:
         self.output = [[] for _ in range(self.num_layers)]
         self.seen = [[] for _ in range(self.num_layers)]
         self.scale = [0.0] * self.num_layers
+
+    def cut(self) -> Recording:
+        """What was recorded until now, as a record of its own; this one begins anew."""
+        past = copy(self)
+        self.__init__(self.rows, self.num_layers, self.device)  # type: ignore[misc]
+        return past
 
     def take(self, hidden: Tensor) -> Tensor:
         """The recorded rows of [B, R, ...]; copied if there are others, so that the rest of the pass can be freed."""

@@ -75,12 +75,12 @@ class Trace:
 
 
 def make_trace(
-    record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int | None = None
+    record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int | None = None, padding: int = 0
 ) -> Trace:
     """Join a recording with the cache that the same passes filled.
 
     `num_tokens` rows are explained, the first at position `prompt_length` - 1, of the sequence `batch_index`
-    of a batch; None where there is one sequence.
+    of a batch, behind `padding` tokens that are left out; None where there is one sequence.
 
     Raises:
         InputError: the passes were not one a token (beams, chunks, guidance, assisted decoding), or the cache
@@ -88,13 +88,13 @@ def make_trace(
     """
     rows = range(prompt_length - 1, prompt_length - 1 + num_tokens)
     length = rows[-1] + 1
-    _check_passes(record, rows, one_sequence=batch_index is None)
+    _check_passes(record, [row + padding for row in rows], one_sequence=batch_index is None)
     batch_index = batch_index or 0
     keys, values = [], []
     for i in range(record.num_layers):
         layer = cache.layers[i]
         k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.shape[-2] < length:
+        if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.shape[-2] < padding + length:
             held = k.shape[-2] if isinstance(k, Tensor) else "no"
             raise InputError(
                 f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
@@ -104,10 +104,10 @@ def make_trace(
         if k.device != record.device:
             k, v = k.to(record.device), v.to(record.device)
         if k.shape[1] > length:
-            k, v = k[:, :length], v[:, :length]
+            k, v = k[:, padding : padding + length], v[:, padding : padding + length]
         keys.append(k)
         values.append(v)
-    return trace_of(record, keys, values, rows, batch_index=batch_index)
+    return trace_of(record, keys, values, rows, batch_index=batch_index, padding=padding)
 
 
 def trace_of(
@@ -117,6 +117,7 @@ def trace_of(
     rows: Sequence[int],
     positions: Tensor | None = None,
     batch_index: int = 0,
+    padding: int = 0,
 ) -> Trace:
     """Join a recording of as many rows as `rows` with keys and values, one [Hkv, N, D] a layer; see `Trace`."""
     count, length = len(rows), keys[0].shape[1]
@@ -128,7 +129,7 @@ def trace_of(
         keys=tuple(keys),
         values=tuple(values),
         rows=rows,
-        seen=tuple(_seen(masks, batch_index, count, length) for masks in record.seen),
+        seen=tuple(_seen(masks, batch_index, count, length, padding) for masks in record.seen),
         scale=tuple(record.scale),
         positions=positions,
     )
@@ -157,7 +158,7 @@ def _rows(layers: list[list[Tensor]], batch_index: int, count: int) -> Tensor:
     return torch.stack(joined, 2)[batch_index, :count]
 
 
-def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int) -> Tensor | None:
+def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int, padding: int) -> Tensor | None:
     """The masks of the passes as one [T, N], or None if every row sees all before it."""
     if all(one is None for one in passes):
         return None
@@ -166,6 +167,6 @@ def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int
         if one is None:
             rows.append(torch.ones(1, length, dtype=torch.bool))
             continue
-        mask = one[min(batch_index, len(one) - 1), :, :length].cpu()
+        mask = one[min(batch_index, len(one) - 1), :, padding : padding + length].cpu()
         rows.append(torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=True))
     return torch.cat(rows)[:count]

@@ -1,0 +1,209 @@
+"""The model patched for whoever runs it inside a with block: the caller's own `generate`, a pipeline, a harness.
+
+What a call of the model may see is read from its input ids. `generate` says what the prompt is; a call of the model by
+itself is a prompt where its cache is empty, and one generated token a sequence where its cache was filled here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..core.layout import TokenLayout
+from ..knockout.plan import Plan
+from ..knockout.rule import Knockout
+from .hooks import Recording, recording
+from .kv_cache import CACHE, cache_of
+from .model_runner import ModelRunner
+
+_CACHES = dict.fromkeys((CACHE, "cache", "past_key_values"))
+
+
+@dataclass
+class PatchedCall:
+    """One prompt, or a batch of them, and what was generated from it.
+
+    Attributes:
+        input_ids: of the prompts, int64 [B, N]. inputs: everything that the call was given.
+        layouts, padding: of each prompt, without its padding, and how many tokens of padding precede it.
+        record: what was recorded. cache: the KV cache. sequences: what `generate` returned, [B', N'], or None.
+    """
+
+    input_ids: Tensor
+    inputs: dict[str, Any]
+    layouts: tuple[TokenLayout, ...]
+    padding: tuple[int, ...]
+    plan: Plan | None
+    record: Recording
+    cache: Any = None
+    sequences: Tensor | None = None
+    seen_ids: Tensor | None = field(default=None, repr=False)  # of the last pass without a cache
+
+
+class _Patch:
+    """Follows the calls of one model; stands for a `Plan` in `recording`: that of the call at hand."""
+
+    def __init__(self, runner: ModelRunner, rules: Sequence[Knockout], calls: list[PatchedCall]):
+        self.runner = runner
+        self.rules = tuple(rules)
+        self.calls = calls
+        self.original = runner.model.generate
+        self.record: Recording | None = None
+        self._image_token = runner.adapter.image_token_id(runner.processor)
+        self._current: PatchedCall | None = None
+        self._generating = False
+        self._by_cache: weakref.WeakKeyDictionary[Any, PatchedCall] = weakref.WeakKeyDictionary()
+        self._uncached: PatchedCall | None = None
+
+    @property
+    def tables(self) -> list[Tensor | None]:
+        """Of `Plan`."""
+        return self._plan().tables
+
+    def segments(self, batch: int, keys: int) -> Tensor:
+        """Of `Plan`."""
+        return self._plan().segments(batch, keys)
+
+    def _plan(self) -> Plan:
+        if self._current is None or self._current.plan is None:
+            raise InputError(
+                "a part of the model was called by itself, so its input ids are not known: inside `with"
+                " vlm.knocked_out(...)` call the model, or its generate"
+            )
+        return self._current.plan
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`, with the prompt noted."""
+        given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._current = self._begin(given, kwargs)
+        self._generating = True
+        try:
+            output = self.original(*args, **kwargs)
+            call = self._current
+            call.sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+            return output
+        finally:
+            self._generating, self._current = False, None
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A call of the model begins: find out which prompt it belongs to."""
+        if self._generating:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        if cache is None or not cache.get_seq_length():
+            self._current = (None if cache is not None else self._goes_on(ids)) or self._begin(ids, kwargs)
+            return
+        call = self._by_cache.get(cache)
+        if call is None:
+            raise InputError(
+                "the cache was filled outside this block, or copied, so what lies in it is not known: make it inside"
+            )
+        if not isinstance(ids, Tensor) or ids.shape[1] != 1:
+            raise InputError(
+                "after its first pass a cache takes one token a sequence here: of several it is not known whether they"
+                " are prompt or answer; use the model's generate, or read the whole prompt in one pass"
+            )
+        self._current = call
+
+    def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A call of the model ended: note its cache."""
+        call = self._current
+        if call is None:
+            return
+        cache = cache_of(output) if CACHE in output else None
+        if cache is not None:
+            call.cache = cache
+            self._by_cache[cache] = call
+        elif not self._generating:
+            call.seen_ids = kwargs.get("input_ids", args[0] if args else None)
+            self._uncached = call
+        if not self._generating:
+            self._current = None
+
+    def _goes_on(self, ids: Any) -> PatchedCall | None:
+        """The call that this pass without a cache continues, by one token a sequence."""
+        call = self._uncached
+        before = None if call is None else call.seen_ids
+        if not isinstance(ids, Tensor) or before is None or ids.shape != (len(before), before.shape[1] + 1):
+            return None
+        return call if torch.equal(ids[:, :-1], before) else None
+
+    def _begin(self, ids: Any, inputs: dict[str, Any]) -> PatchedCall:
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            got = "inputs_embeds" if inputs.get("inputs_embeds") is not None else type(ids).__name__
+            raise InputError(
+                f"the model is called with input_ids, int64 [sequences, tokens], inside this block; got {got}: which"
+                " tokens are the image's is read from the ids"
+            )
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if not isinstance(mask, Tensor) or mask.ndim != 2 else mask[:, : ids.shape[1]]
+        rows, padding = [], []
+        for row, seen in zip(ids.cpu(), mask.bool().cpu(), strict=True):
+            where = seen.nonzero()[:, 0]
+            first, stop = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, len(row))
+            rows.append(row[first:stop])
+            padding.append(first)
+        layouts = self._layouts(rows, inputs)
+        plan = self.runner.plan(self.rules, layouts, padding) if self.rules else None
+        assert self.record is not None
+        past = self.record.cut()
+        for call in self.calls:
+            call.record = past
+        call = PatchedCall(ids, dict(inputs), tuple(layouts), tuple(padding), plan, self.record)
+        self.calls[:] = [call]  # the last one alone: the caches of all of them would fill the memory
+        return call
+
+    def _layouts(self, rows: Sequence[Tensor], inputs: dict[str, Any]) -> list[TokenLayout]:
+        """The layouts of a call's prompts, each without padding."""
+        counts = [int((row == self._image_token).sum()) for row in rows]
+        lengths = self.runner.adapter.image_lengths(self.runner.processor, inputs, sum(counts))
+        if lengths is None:
+            return [TokenLayout.from_prompt_ids(row, self._image_token) for row in rows]
+        layouts, left = [], list(lengths)
+        for row, count in zip(rows, counts, strict=True):
+            mine: list[int] = []
+            while sum(mine) < count and left:
+                mine.append(left.pop(0))
+            if sum(mine) != count:
+                raise InputError(
+                    f"a prompt holds {count} image tokens, which its images' {lengths} tokens do not add up to: give"
+                    " the model all images of the prompts"
+                )
+            layouts.append(TokenLayout.from_prompt_ids(row, self._image_token, mine))
+        return layouts
+
+
+@contextmanager
+def patched(runner: ModelRunner, rules: Sequence[Knockout], rows: int = 0) -> Iterator[list[PatchedCall]]:
+    """Inside, whoever runs the model runs it under these knockouts, and the last `rows` rows of each pass are recorded.
+
+    Other threads wait for the model; on leaving, by exception too, it is as it was. Yields a list that holds the last
+    call, from its beginning on.
+    """
+    calls: list[PatchedCall] = []
+    model: Any = runner.model
+    patch = _Patch(runner, rules, calls)
+    with recording(runner.text, rows, patch if rules else None, backend=runner.backend) as patch.record:  # type: ignore[arg-type]
+        before = vars(model).get("generate")
+        handles = [
+            model.register_forward_pre_hook(patch.before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(patch.after, with_kwargs=True),
+        ]
+        model.generate = patch.generate
+        try:
+            yield calls
+        finally:
+            if before is None:
+                del model.generate
+            else:
+                model.generate = before
+            for handle in handles:
+                handle.remove()
