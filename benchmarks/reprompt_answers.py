@@ -24,7 +24,7 @@ import torch
 from harness import machine, write_result
 
 import mllm_fast as mf
-from mllm_fast.context.compress import read
+from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.runtime.shared_prefix import Session
 from mllm_fast.shapes.questions import TASKS, ask
 from mllm_fast.shapes.scenes import generate_scene
@@ -82,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "context.safetensors"
         for n, (picture, questions) in enumerate(draw(args.scenes, args.seed)):
-            reading = read(vlm, picture, PROMPT, ["generated"])
+            reading = prefill_and_score(vlm, picture, PROMPT, ["generated"])
             ids = [vlm.prompts.turn_ids(PROMPT, 1, question) for question in questions]
             for label, keep in (("5 %", 0.05), ("20 %", 0.2), ("everything", 1.0)):
                 ctx = reading.context(keep)

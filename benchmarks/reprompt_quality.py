@@ -21,7 +21,7 @@ import torch
 from harness import machine, write_result
 
 import mllm_fast as mf
-from mllm_fast.context.compress import SCORES, read
+from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.shapes.questions import Question, ask
 from mllm_fast.shapes.scenes import Scene, generate_scene
 
@@ -29,6 +29,7 @@ PROMPT = "Describe the image."
 SHARES = (1, 2, 5, 10, 20, 50)
 TASKS = ("color", "color", "shape", "shape", "exists", "exists", "exists", "count")
 FULL, QUERY = "full", "query alone"
+SCORES = {"generated": "generated", "query": "query", "norm": "key_norm", "random": "random"}  # label -> score
 _COLORS = {"generated": "#D55E00", "query": "#0072B2", "norm": "#CC79A7", "random": "#009E73"}
 _MARKS = {"generated": "o", "query": "s", "norm": "v", "random": "x"}
 
@@ -51,14 +52,14 @@ def name(parts: str, score: str, share: int) -> str:
 
 def contexts(vlm: mf.VLM, scene: Scene, seed: int):
     """(configuration, context) of one scene, from one reading."""
-    reading = read(vlm, scene.image, PROMPT)
+    reading = prefill_and_score(vlm, scene.image, PROMPT)
     yield FULL, reading.context(1.0)
     yield QUERY, reading.context(1.0, parts="query")
     yield "100 % alone", reading.context(1.0, parts="image")
     for share in SHARES:
-        for score in SCORES:
+        for label, score in SCORES.items():
             for parts in ("query+image", "image"):
-                yield name(parts, score, share), reading.context(share / 100, score, parts, seed)
+                yield name(parts, label, share), reading.context(share / 100, score, parts, seed)
 
 
 def right(vlm: mf.VLM, job: tuple[int, Scene, list[Question]]) -> dict[str, list[bool]]:

@@ -263,8 +263,8 @@ class VLM(ModelRunner):
             keep: share of the image tokens (0.05), or how many (29), that each layer keeps.
             prompt: what the model is asked first; its tokens, which have seen the picture, are kept.
             score: what an image token is kept for: "generated", the attention of the model's answer to the prompt;
-                "query", that of the prompt itself, which needs no answer; "norm", small keys (arXiv 2406.11430);
-                "random".
+                "query", that of the prompt itself, which needs no answer; "key_norm", small keys (arXiv 2406.11430);
+                "random"; or another one that `pruning_score` added.
             parts: "query+image"; "query", no image token; "image", no token of the prompt. What comes before the
                 picture is always kept.
             seed: of "random".

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.context.compress import read
+from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.runtime.batch import Batch
 from mllm_fast.runtime.prefill import prefill
 from mllm_fast.runtime.prefix_pool import Prefixes
@@ -40,7 +40,7 @@ def test_rows_that_come_and_go(vlm, picture, seed):
     draw = random.Random(seed)
     contexts = [
         vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query"),
-        vlm.compress(RED, keep=3, prompt=PROMPT, score="norm"),
+        vlm.compress(RED, keep=3, prompt=PROMPT, score="key_norm"),
     ]
     full = whole_prompt(vlm, picture, PROMPT)
     prefixes = [(c.keys, c.values, c.position, f"context {i}") for i, c in enumerate(contexts)]
@@ -73,7 +73,7 @@ def test_rows_that_come_and_go(vlm, picture, seed):
 
 def test_a_watched_row_sums_what_compression_keeps_by(vlm, picture):
     """A description that is generated in the batch, beside a question, gives the mass that `compress` sums."""
-    expected = read(vlm, picture, PROMPT, ["generated"], max_new_tokens=6)
+    expected = prefill_and_score(vlm, picture, PROMPT, ["generated"], max_new_tokens=6)
     full = whole_prompt(vlm, picture, PROMPT)
     batch = Batch(vlm.text, vlm.backend)
     other = batch.join(full.keys, full.values, full.position, [5, 6, 7])
@@ -90,7 +90,7 @@ def test_a_watched_row_sums_what_compression_keeps_by(vlm, picture):
 
 
 def test_a_shared_prefix_lies_there_once(vlm, picture):
-    ctx = vlm.compress(picture, keep=0.5, prompt=PROMPT, score="norm")
+    ctx = vlm.compress(picture, keep=0.5, prompt=PROMPT, score="key_norm")
     batch = Batch(vlm.text, vlm.backend)
     batch.join(ctx.keys, ctx.values, ctx.position, [5], "one")
     held = batch.nbytes

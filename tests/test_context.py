@@ -12,7 +12,8 @@ from knocked import dropped
 from PIL import Image
 
 import mllm_fast as mf
-from mllm_fast.context.compress import AttendedTokens, read
+from mllm_fast.context.compress import prefill_and_score
+from mllm_fast.context.scores import AttendedTokens
 from mllm_fast.runtime.hooks import recording
 from mllm_fast.runtime.kv_cache import cache_of
 from mllm_fast.runtime.shared_prefix import Session
@@ -24,7 +25,7 @@ RED = Image.new("RGB", (24, 64), "red")
 WAYS = [
     {"keep": 0.3},
     {"keep": 0.3, "score": "query"},
-    {"keep": 5, "score": "norm"},
+    {"keep": 5, "score": "key_norm"},
     {"keep": 0.5, "score": "random"},
     {"keep": 0.3, "parts": "image"},
     {"keep": 0.3, "parts": "query"},
@@ -221,10 +222,10 @@ def test_long_answers_get_more_room(built, picture):
 
 
 def test_small_keys_draw_attention(vlm, picture):
-    """The score "norm" keeps the tokens whose keys are shortest, a mean over heads."""
-    reading = read(vlm, picture, PROMPT, [])
+    """The score "key_norm" keeps the tokens whose keys are shortest, a mean over heads."""
+    reading = prefill_and_score(vlm, picture, PROMPT, [])
     image = reading.layout.positions("image")
-    ctx = reading.context(4, "norm")
+    ctx = reading.context(4, "key_norm")
     for layer, keys in enumerate(reading.keys):
         shortest = keys.norm(dim=-1).mean(0)[image].topk(4, largest=False).indices
         assert set(ctx.kept(layer).positions.tolist()) == set(image[shortest].tolist())
@@ -233,7 +234,7 @@ def test_small_keys_draw_attention(vlm, picture):
 @pytest.mark.parametrize("score", ["query", "generated"])
 def test_mass_is_the_mean_of_eager_attention(vlm, picture, score):
     """Over heads, and over the prompt's rows after the picture or the rows of what was said."""
-    reading = read(vlm, picture, PROMPT, [score], max_new_tokens=5)
+    reading = prefill_and_score(vlm, picture, PROMPT, [score], max_new_tokens=5)
     said = vlm.generate(picture, PROMPT, max_new_tokens=5)
     inputs = knocked.whole(vlm, [picture], PROMPT, said.token_ids)
     with torch.no_grad(), tiny.eager(vlm.model):

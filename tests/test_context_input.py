@@ -11,8 +11,9 @@ from PIL import Image
 from waiting import HANG
 
 import mllm_fast as mf
-from mllm_fast.context.compress import kept_count, read
+from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.context.figure import draw_kept
+from mllm_fast.context.scores import kept_count
 
 PROMPT = "describe this picture"
 QUESTIONS = ["what color is the circle ?", "is the circle red ?", "two"]
@@ -45,7 +46,7 @@ def test_what_it_is_made_of(vlm, picture, ctx):
 
 
 def test_parts(vlm, picture):
-    reading = read(vlm, picture, PROMPT, ["query"])
+    reading = prefill_and_score(vlm, picture, PROMPT, ["query"])
     whole = reading.context(0.3, "query")
     query = reading.context(0.3, "query", "query")
     image = reading.context(0.3, "query", "image")
@@ -57,7 +58,7 @@ def test_parts(vlm, picture):
 
 
 def test_random_follows_its_seed(vlm, picture):
-    reading = read(vlm, picture, PROMPT, [])
+    reading = prefill_and_score(vlm, picture, PROMPT, [])
     one, same, other = (reading.context(0.3, "random", seed=seed).positions for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -65,7 +66,7 @@ def test_random_follows_its_seed(vlm, picture):
 
 
 def test_the_highest_mass_is_kept(vlm, picture):
-    reading = read(vlm, picture, PROMPT, ["query"])
+    reading = prefill_and_score(vlm, picture, PROMPT, ["query"])
     ctx = reading.context(4, "query")
     image = reading.layout.positions("image")
     for layer, mass in enumerate(reading.masses["query"]):

@@ -19,11 +19,12 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from waiting import HANG
 
 from mllm_fast import cli
-from mllm_fast.cli.evaluate import NAMES, evaluate
+from mllm_fast.cli.evaluate import evaluate
 from mllm_fast.core.errors import InputError
 from mllm_fast.core.layout import ImageLayout, Tile
 from mllm_fast.evaluation.base import mean_and_error
 from mllm_fast.evaluation.judges.judge import NounJudge, read_vocabulary, scores, shapes_judge
+from mllm_fast.evaluation.registry import EVALUATIONS
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import Thing, pictures, scenes
@@ -289,7 +290,7 @@ def test_the_command(tmp_path):
     done = eval_command("all", "--count", "2", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert tuple(found) == NAMES
+    assert tuple(found) == EVALUATIONS.names()
     assert all(one["failed"] == {} for one in found.values())
     folder = tmp_path / "mllm-fast-eval"
     rows = folder / "localisation" / "rows.jsonl"
@@ -302,7 +303,7 @@ def test_the_command(tmp_path):
     other = eval_command("localisation", "--count", "2", "--seed", "3", folder=tmp_path)
     assert other.returncode == 2
     assert "other settings" in other.stderr
-    assert (folder / "report.html").read_text().count("<h2") == len(NAMES)
+    assert (folder / "report.html").read_text().count("<h2") == len(EVALUATIONS.names())
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_everything_that_matters_is_in_the_key(llava, built):
         ([first, second], ASKED),
         ([first], ASKED | {"prompt": "describe"}),
         ([first], ASKED | {"keep": 0.4}),
-        ([first], ASKED | {"score": "norm"}),
+        ([first], ASKED | {"score": "key_norm"}),
         ([first], ASKED | {"parts": "image"}),
     ]
     keys = [store.key(llava, *variant) for variant in variants]
@@ -325,7 +325,7 @@ def test_another_vlm_of_the_same_model_finds_it(llava):
     [
         ({"keep": 0.0}, "above 0 and at most 1.0, got 0.0"),
         ({"keep": float("nan")}, "got nan"),
-        ({"score": "best"}, "score is one of generated, query, norm, random, got 'best'"),
+        ({"score": "best"}, "score is one of generated, query, key_norm, random, got 'best'"),
         ({"parts": "text"}, "parts is one of"),
     ],
 )

@@ -18,6 +18,8 @@ from rich.table import Table
 
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
+from ..core.plugins import load_plugins
+from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from . import context, detect, evaluate, joint, serve
 from .options import (
     OUT,
@@ -49,6 +51,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which image patches and attention heads made a vision-language model speak.",
 )
+
+
+@app.callback()
+def plugins(
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MLLM_FAST_PLUGINS",
+            help="A Python file or module that adds heatmap methods, pruning scores, evaluations or architectures;"
+            " several.",
+        ),
+    ] = None,
+) -> None:
+    """Which image patches and attention heads made a vision-language model speak."""
+    load_plugins(plugin or ())  # `main` did, so that help knows them; this is for who calls `app`
+
+
 app.command()(context.compress)
 app.command()(context.ask)
 app.command()(context.kept)
@@ -70,8 +89,9 @@ def explain(
         bool, typer.Option("--verify", help="Check each word's map of --method by knocking its patches out.")
     ] = False,
     method: Annotated[
-        str, typer.Option(help="Of the maps: logprob, attention, ..., gradient-alignment (of a joint model).")
-    ] = "logprob",
+        str,
+        typer.Option(help=f"How heatmaps are made: {', '.join(HEATMAP_METHODS)}. {ALIGNMENT} needs a joint model."),
+    ] = DEFAULT,
     joint: Annotated[
         str | None, typer.Option(help="Read the picture by a joint model: a folder, or 'shapes'; its model answers.")
     ] = None,
@@ -92,7 +112,6 @@ def explain(
     from ..core.errors import check_choice
     from ..core.files import check_target
     from ..explain.export import ENDINGS, summary
-    from ..explain.registry import ALIGNMENT, HEATMAP_METHODS
 
     check_choice("--method", method, HEATMAP_METHODS.names())
     if joint is None and (method == ALIGNMENT or query is not None):
@@ -258,7 +277,7 @@ def _index_or_word(token: str) -> int | str:
 
 
 def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
-    from ..explain.registry import DEFAULT, map_name
+    from ..explain.registry import map_name
     from ..explain.verification import fall
 
     OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)

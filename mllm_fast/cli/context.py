@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..context.registry import PRUNING_SCORES
 from ..core.errors import InputError, check_choice
 from ..core.images import MAX_PIXELS
 from .options import (
@@ -48,7 +49,7 @@ def compress(
         str, typer.Option("--prompt", "-p", help="What the model is asked first.")
     ] = "Describe the image.",
     score: Annotated[
-        str, typer.Option(help="What a token is kept for: generated, query, norm or random.")
+        str, typer.Option(help=f"What an image token is kept for: {', '.join(PRUNING_SCORES)}.")
     ] = "generated",
     parts: Annotated[str, typer.Option(help="What is kept: query+image, query or image.")] = "query+image",
     storage: Annotated[str, typer.Option(help="Of the file: full, or int8 at a quarter of the size.")] = "full",

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import InputError
+from ..evaluation.registry import EVALUATIONS
 from .options import Backend, Device, Dtype, Json, Model, parse_keep, progress
 from .report import bar, publish, samples_of
 
 if TYPE_CHECKING:
     from ..evaluation.base import Evaluation
-    from ..evaluation.judges.judge import Judge
+    from ..evaluation.judges.judge import Judge, NounJudge
+    from ..evaluation.judges.reader_endpoint import EndpointReader
     from ..evaluation.report import Report
     from ..evaluation.samples import Samples
 
-NAMES = ("attention-share", "knockout-sweep", "heads", "localisation", "fidelity", "mme", "redundancy", "pope")
-_NEEDS_MASKS = ("heads", "localisation", "fidelity")
-_BENCHMARKS = ("mme", "redundancy", "pope")
 _SCENES = 40
 
 
-def evaluate(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, judges, or all.")],
+def evaluate(  # long: the options of a command are its parameters
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"{', '.join(EVALUATIONS)}; judges compares judges with people, all runs every evaluation on"
+            " generated scenes."
+        ),
+    ],
     images: Annotated[
         Path | None,
         typer.Option(
@@ -88,63 +92,56 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Make a figure of the papers: rows (.jsonl), tables, charts and a page, in a folder."""
-    _check(name, images, masks, data, count, labels)
-    chosen = NAMES if name == "all" else (name,)
+    if name not in (*EVALUATIONS, "judges", "all"):
+        raise InputError(f"the evaluation is one of {', '.join(EVALUATIONS)}, judges, or all, got {name!r}")
+    if (name == "judges") != (labels is not None):
+        raise InputError("judges need people's labels, and nothing else does: give --labels, a .csv")
+    if count is not None and count < 1:
+        raise InputError(f"--count is at least 1, got {count}")
+    shares = tuple(parse_keep(text) for text in keep or ())
+    if any(isinstance(share, int) for share in shares):
+        raise InputError(f"--keep is a share here, 5% or 0.05, got {', '.join(keep or ())}")
     with progress("loading the libraries"):
-        from ..evaluation.judges.agreement import agreement_report, read_labels
-        from ..evaluation.judges.endpoint import Endpoint
-        from ..evaluation.judges.judge import NounJudge, read_vocabulary, shapes_judge
-        from ..evaluation.judges.judge_endpoint import EndpointJudge
-        from ..evaluation.judges.reader_endpoint import EndpointReader
+        from ..evaluation.base import EvaluationOptions
+        from ..evaluation.judges.judge import NounJudge, read_vocabulary
         from ..evaluation.report import check_charts
         from ..evaluation.rows import SETTINGS, write_parquet
         from ..evaluation.run import run
-        from ..evaluation.studies.attention_share import AttentionShare
-        from ..evaluation.studies.fidelity import Fidelity
-        from ..evaluation.studies.heads import Heads
-        from ..evaluation.studies.knockout_sweep import KnockoutSweep
-        from ..evaluation.studies.localisation import Localisation
-        from ..evaluation.studies.yes_no import REDUNDANCY_SHARES, Mme, Pope, Redundancy
         from ..evaluation.worker import ModelChoice
+    chosen = {one: EVALUATIONS.get(one) for one in (EVALUATIONS if name == "all" else (name,)) if one != "judges"}
+    _check(name, chosen, images, masks, data)
     check_charts()
     if ray:  # actors may live in another folder
         images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))
         out = out.resolve()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
-    judge: Judge | None = words
-    reader: EndpointReader | None = None
-    if judge_model is not None:
-        endpoint = Endpoint(judge_model, base_url=judge_url, cache=out / "judge")
-        judge, reader = EndpointJudge(endpoint), EndpointReader(endpoint)
+    judge, reader = (words, None) if judge_model is None else _endpoint(judge_model, judge_url, out / "judge")
     if images is not None and judge is None and "knockout-sweep" in chosen:
         raise InputError("knockout-sweep needs to know your pictures' objects: give --vocabulary or --judge-model")
     if labels is not None:
-        judges: dict[str, Judge] = {"vocabulary": words or shapes_judge()}
-        if judge is not None and judge is not words:
-            judges["endpoint"] = judge
-        publish([(agreement_report(read_labels(labels), judges, price), {"labels": str(labels)})], out, as_json)
+        publish([_agreement(labels, words, judge, price)], out, as_json)
         return
-    shares = tuple(parse_keep(text) for text in keep or ())
-    if any(isinstance(share, int) for share in shares):
-        raise InputError(f"--keep is a share here, 5% or 0.05, got {', '.join(keep or ())}")
-    samples = {one: _samples(one, images, masks, data, count, seed) for one in chosen}
+    samples = {one: _samples(kind, images, masks, data, count, seed) for one, kind in chosen.items()}
     if masks is not None and words is None:
         words = NounJudge({thing.name: () for sample in samples[name].list for thing in sample.things or ()})
+    options = EvaluationOptions(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        words=words,
+        judge=judge,
+        reader=reader,
+        price=price,
+        shares=shares,
+        reference=reference,
+        question=question,
+        statement=statement,
+        second_model=second_model,
+    )
+    evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
     choice = ModelChoice(model, device, dtype, backend)
-    reports: list[tuple[Report, dict[str, Any]]] = []
-    make: dict[str, Callable[[], Evaluation]] = {
-        AttentionShare.name: lambda: AttentionShare(prompt, max_new_tokens),
-        KnockoutSweep.name: lambda: KnockoutSweep(prompt, reference, judge, max_new_tokens, price),
-        Heads.name: lambda: Heads(question, statement, words, second_model=second_model),
-        Localisation.name: lambda: Localisation(prompt, words, max_new_tokens=max_new_tokens),
-        Fidelity.name: lambda: Fidelity(prompt, words, max_new_tokens=max_new_tokens),
-        Mme.name: lambda: Mme(shares or (0.02, 0.05), prompt, reader=reader, price=price),
-        Redundancy.name: lambda: Redundancy(shares or REDUNDANCY_SHARES, prompt=prompt, reader=reader, price=price),
-        Pope.name: lambda: Pope(shares, prompt, reader=reader, price=price),
-    }
-    evaluations = {one: make[one]() for one in chosen}
     with progress(f"loading {model}"):
         vlm = choice.load()
+    reports: list[tuple[Report, dict[str, Any]]] = []
     for one in chosen:
         folder = out / one
         with bar(one) as tell:
@@ -156,35 +153,55 @@ def evaluate(
 
 
 def _check(
-    name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None, labels: Path | None
+    name: str, chosen: dict[str, type[Evaluation]], images: Path | None, masks: Path | None, data: Path | None
 ) -> None:
-    """Raise InputError for choices that do not go together, before anything is loaded."""
-    if name not in (*NAMES, "judges", "all"):
-        raise InputError(f"the evaluation is one of {', '.join(NAMES)}, judges, or all, got {name!r}")
-    if (name == "judges") != (labels is not None):
-        raise InputError("judges need people's labels, and nothing else does: give --labels, a .csv")
-    if count is not None and count < 1:
-        raise InputError(f"--count is at least 1, got {count}")
+    """Raise InputError for choices that do not go together, before a model is loaded."""
     if name == "all" and (images is not None or data is not None):
         raise InputError("all runs on generated scenes; for your own pictures name one evaluation")
-    if data is not None and name not in _BENCHMARKS:
-        raise InputError(f"--data is a benchmark's folder, for {', '.join(_BENCHMARKS)}, not for {name}")
-    if name in _BENCHMARKS and images is not None and (data is None or name != "pope"):
+    kind = chosen.get(name)
+    benchmark = kind.benchmark if kind is not None else ""
+    if data is not None and not benchmark:
+        asking = [one for one in EVALUATIONS if EVALUATIONS.get(one).benchmark]
+        raise InputError(f"--data is a benchmark's folder, for {', '.join(asking)}, not for {name}")
+    if benchmark and images is not None and (data is None or benchmark != "pope"):
         raise InputError(f"{name} needs questions: give the benchmark's folder with --data")
-    if name in _NEEDS_MASKS and images is not None and masks is None:
+    if kind is not None and kind.needs_masks and images is not None and masks is None:
         raise InputError(f"{name} needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
-    if masks is not None and (images is None or name in _BENCHMARKS):
+    if masks is not None and (images is None or benchmark):
         raise InputError("--masks belong to pictures: give their folder with --images")
 
 
+def _endpoint(model: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:
+    """A judge of descriptions, and a reader of them, behind one endpoint."""
+    from ..evaluation.judges.endpoint import Endpoint
+    from ..evaluation.judges.judge_endpoint import EndpointJudge
+    from ..evaluation.judges.reader_endpoint import EndpointReader
+
+    endpoint = Endpoint(model, base_url=url, cache=cache)
+    return EndpointJudge(endpoint), EndpointReader(endpoint)
+
+
+def _agreement(
+    labels: Path, words: NounJudge | None, judge: Judge | None, price: float | None
+) -> tuple[Report, dict[str, Any]]:
+    """How far judges agree with people's labels."""
+    from ..evaluation.judges.agreement import agreement_report, read_labels
+    from ..evaluation.judges.judge import shapes_judge
+
+    judges: dict[str, Judge] = {"vocabulary": words or shapes_judge()}
+    if judge is not None and judge is not words:
+        judges["endpoint"] = judge
+    return agreement_report(read_labels(labels), judges, price), {"labels": str(labels)}
+
+
 def _samples(
-    name: str, images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
+    kind: type[Evaluation], images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
 ) -> Samples:
     """The pictures that an evaluation runs on."""
     from ..evaluation.datasets import mme, pope, scene_pairs
 
     if data is not None:
-        return pope(data, images, count) if name == "pope" else mme(data, count)
-    if name in _BENCHMARKS:
+        return pope(data, images, count) if kind.benchmark == "pope" else mme(data, count)
+    if kind.benchmark:
         return scene_pairs(_SCENES if count is None else count, seed)
     return samples_of(images, masks, _SCENES if count is None and images is None else count, seed)

@@ -3,7 +3,6 @@ image tokens that the answer, or the question, looked at most."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,52 +20,22 @@ from ..runtime.kv_cache import cache_of
 from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import check_cache, check_full_attention, next_position
 from .context import Context
+from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
+from .scores import PARTS, AttendedTokens, kept_count
 
-SCORES = ("generated", "query", "norm", "random")
-PARTS = ("query+image", "query", "image")
-
-
-class AttendedTokens:
-    """Sums the attention mass of the rows that a score counts, over heads and passes."""
-
-    def __init__(self, layout: TokenLayout, score: str, num_layers: int):
-        self._length = layout.prompt_length
-        self._generated = score == "generated"
-        self._query = torch.zeros(self._length, dtype=torch.bool)
-        self._query[layout.positions("query")] = True
-        self._sum = [torch.zeros(self._length) for _ in range(num_layers)]
-        self._rows = [0] * num_layers
-        self._counted = 0
-
-    def wants(self, first_row: int, rows: int) -> bool | Tensor:
-        """Of `AttentionObserver`."""
-        self._counted = 1
-        if self._generated or first_row >= self._length:
-            return self._generated and first_row >= self._length
-        chosen = self._query[first_row : first_row + rows]
-        self._counted = int(chosen.sum())
-        return chosen[None] if self._counted else False
-
-    def add(self, layer: int, mass: Tensor) -> None:
-        """Of `AttentionObserver`: the mass [1, H, N], a mean over the pass's counted rows."""
-        here = self._sum[layer].to(mass.device)  # moved once: a copy to the CPU at each token would wait for the GPU
-        self._sum[layer] = here + self._counted * mass[0, :, : self._length].float().mean(0)
-        self._rows[layer] += self._counted
-
-    def mean(self) -> Tensor | None:
-        """float32 [L, N], over heads and counted rows; None if there was no such row."""
-        if not all(self._rows):
-            return None
-        return torch.stack([total.cpu() / rows for total, rows in zip(self._sum, self._rows, strict=True)])
+_EVERY = ("generated", "query", "key_norm", "random")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A picture and a prompt, read by the model: from it contexts of any size are made.
+class ScoredPrefill:
+    """An image and a prompt, read by the model once: contexts of any size are made from it.
 
-    keys, values: of the whole prefix, one [Hkv, N, D] a layer. masses: score -> float32 [L, N], as far as they were
-    asked for. position: of the next token, for the rotary embedding. description: what the model said to the prompt,
-    empty where no score needs it. peak_nbytes: most bytes of keys and values held at once.
+    Attributes:
+        keys, values: of the whole prompt, one [Hkv, N, D] a layer.
+        masses: "query" or "generated" -> the attention mass of those rows, float32 [L, N], as far as it was asked for.
+        position: of the next token, for the rotary embedding.
+        description: what the model said to the prompt, empty where no score needs it.
+        peak_nbytes: the most bytes of keys and values that were held at once.
     """
 
     vlm: ModelRunner
@@ -85,7 +54,7 @@ class Reading:
         self, keep: float | int = 0.05, score: str = "generated", parts: str = "query+image", seed: int = 0
     ) -> Context:
         """See `VLM.compress`."""
-        check_choice("score", score, SCORES)
+        score = score_name(score)
         check_choice("parts", parts, PARTS)
         image = self.layout.positions("image")
         count = 0 if parts == "query" else kept_count(keep, len(image))
@@ -96,7 +65,7 @@ class Reading:
             always[self.layout.positions("query")] = False
         device = self.keys[0].device
         compact = topk_compaction(
-            self._mass(score, seed).to(device),
+            self._score(score, seed).to(device),
             self.keys,
             self.values,
             keep=count,
@@ -127,15 +96,17 @@ class Reading:
         """Bytes of the whole prefix's keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def _mass(self, score: str, seed: int) -> Tensor:
-        if score == "random":
-            generator = torch.Generator().manual_seed(seed)
-            return torch.rand(len(self.keys), self.layout.length, generator=generator)
-        if score == "norm":  # small keys draw most attention (Devoto et al. 2024, arXiv 2406.11430)
-            return torch.stack([-k.float().norm(dim=-1).mean(0) for k in self.keys])
-        if score not in self.masses:
-            raise InputError(f"score {score!r} was not read; read(..., scores=[{score!r}])")
-        return self.masses[score]
+    def _score(self, name: str, seed: int) -> Tensor:
+        found = PRUNING_SCORES.get(name)
+        if found.observes and found.observes not in self.masses:
+            raise InputError(f"score {name!r} was not read; prefill_and_score(..., scores=[{name!r}])")
+        prefix = Prefix(self.keys, self.values, self.layout, self.masses.get(found.observes), seed)
+        values = found.score(prefix)
+        expected = len(self.keys), self.layout.length
+        if not isinstance(values, Tensor) or tuple(values.shape) != expected:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(f"the pruning score {name!r} gives a tensor [layers, tokens], {expected}; got {got}")
+        return values.float()
 
 
 def compress(
@@ -150,24 +121,23 @@ def compress(
     **options: Any,
 ) -> Context:
     """See `VLM.compress`."""
-    check_choice("score", score, SCORES)
+    score = score_name(score)
     check_choice("parts", parts, PARTS)
     kept_count(keep, sys.maxsize)
-    reading = read(runner, image, prompt, [score], max_new_tokens, **options)
-    return reading.context(keep, score, parts, seed)
+    prefill = prefill_and_score(runner, image, prompt, [score], max_new_tokens, **options)
+    return prefill.context(keep, score, parts, seed)
 
 
-def read(
-    vlm: ModelRunner, image: Any, prompt: str, scores: Sequence[str] = SCORES, max_new_tokens: int = 64, **options: Any
-) -> Reading:
+def prefill_and_score(
+    vlm: ModelRunner, image: Any, prompt: str, scores: Sequence[str] = _EVERY, max_new_tokens: int = 64, **options: Any
+) -> ScoredPrefill:
     """Read a picture with a prompt, once for each score that the model must be watched for.
 
     Raises:
         InputError: a score that is not known, a model whose layers do not all see the whole sequence, a description
             without a token.
     """
-    for score in scores:
-        check_choice("score", score, SCORES)
+    observed = {PRUNING_SCORES.get(score_name(score)).observes for score in scores}
     one_answer("compress", options)
     check_full_attention(vlm)
     pictures = vlm.prompts.load(image)
@@ -176,7 +146,7 @@ def read(
     inputs, (layout,), _ = vlm.prompts.prepare([pictures], [prompt])
     watched: dict[str, Tensor] = {}
     description, peak = "", 0
-    for score in [s for s in ("query", "generated") if s in scores] or [""]:  # the others need no watching
+    for score in [one for one in OBSERVED if one and one in observed] or [""]:  # the others need no watching
         watcher = AttendedTokens(layout, score, len(vlm.text.layers)) if score else None
         length = max_new_tokens if score == "generated" else 1
         settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
@@ -195,7 +165,7 @@ def read(
             watched[score] = mass
         if score == "generated":
             description = vlm.processor.tokenizer.decode(output.sequences[0, layout.length :], skip_special_tokens=True)
-    return Reading(
+    return ScoredPrefill(
         vlm=vlm,
         layout=layout,
         input_ids=inputs["input_ids"][0].cpu(),
@@ -208,17 +178,3 @@ def read(
         images=tuple(pictures),
         peak_nbytes=peak,
     )
-
-
-def kept_count(keep: float | int, total: int) -> int:
-    """How many of `total` tokens a `keep` means: a count (int), or a share of them (float), rounded up."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise InputError(f"keep is a share between 0 and 1 (0.05), or a count of tokens (29), got {keep!r}")
-    if isinstance(keep, int):
-        if not 1 <= keep <= total:
-            most = "at least 1" if keep < 1 else f"1 to the picture's {total} tokens"
-            raise InputError(f"keep, as a count, is {most}, got {keep}")
-        return keep
-    if not 0 < keep <= 1:  # NaN too
-        raise InputError(f"keep, as a share, is above 0 and at most 1.0, got {keep}")
-    return max(1, math.ceil(round(keep * total, 9)))

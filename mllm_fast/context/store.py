@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, check_choice
 from ..models.fingerprint import fingerprint
-from .compress import PARTS, SCORES, compress, kept_count
+from .compress import compress
 from .context import Context
 from .file_format import STORAGES, VERSION, pack, parse, unpack
 from .folders import Folder, open_folder
+from .registry import score_name
+from .scores import PARTS, kept_count
 
 if TYPE_CHECKING:
     from ..models.processing import Images
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _MEMORY_BYTES = 1 << 30
 _DISK_BYTES = 10 << 30
+_KEPT_NAMES = {"key_norm": "norm"}  # what stores of earlier releases were keyed by
 _PART = 24  # digits of a key's first and second part
 
 
@@ -78,7 +81,7 @@ class ContextStore:
         **options: Any,
     ) -> Context:
         """The context that `vlm.compress` makes of these arguments: found, or made now and kept."""
-        check_choice("score", score, SCORES)
+        score = score_name(score)
         check_choice("parts", parts, PARTS)
         kept_count(keep, 1 << 62)
         pictures = vlm.prompts.load(image)
@@ -157,6 +160,8 @@ class ContextStore:
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
         ids = processor.tokenizer(vlm.prompts.text(len(pictures), settings["prompt"])).input_ids
         reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
+        if settings.get("score") in _KEPT_NAMES:
+            settings = {**settings, "score": _KEPT_NAMES[settings["score"]]}
         about = [VERSION, self.storage, fingerprint(vlm.model), settings]
         try:
             text = json.dumps(about, sort_keys=True)

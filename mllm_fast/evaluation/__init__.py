@@ -1,1 +1,5 @@
-"""The papers' figures as commands, on any model and on your own pictures; see `mllm-fast eval`."""
+"""The papers' figures as commands, on any model and on your own images; see `mllm-fast eval`."""
+
+from .registry import evaluation
+
+__all__ = ["evaluation"]

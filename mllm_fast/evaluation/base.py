@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,14 +15,54 @@ from .samples import Sample
 
 if TYPE_CHECKING:
     from ..vlm import VLM
+    from .judges.judge import Judge, NounJudge
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What `mllm-fast eval` was asked; each evaluation takes what it knows.
+
+    Attributes:
+        prompt: what the model is asked. max_new_tokens: the longest answer.
+        words: the objects to look for, None for those of the generated scenes. judge: of descriptions, None likewise.
+        reader: a language model that answers from descriptions. price: of a million of its tokens, in dollars.
+        shares: of the image tokens that contexts keep. reference: what descriptions are compared with.
+        question, statement, second_model: of "heads".
+    """
+
+    prompt: str = "Describe the image."
+    max_new_tokens: int = 64
+    words: NounJudge | None = None
+    judge: Judge | None = None
+    reader: Any = None
+    price: float | None = None
+    shares: tuple[float, ...] = ()
+    reference: str = "answer"
+    question: str = "what color is the {noun}?"
+    statement: str = "the {noun} is {attribute}."
+    second_model: str | None = None
 
 
 class Evaluation(ABC):
-    """One figure of a paper. `settings`, plain JSON, decide its rows together with the model and the sample."""
+    """One figure of a paper. Subclass it, and register it with `@evaluation`.
+
+    Attributes:
+        name: as in `mllm-fast eval NAME`. title: of the report.
+        needs_masks: whether it must know where the objects of its images are.
+        benchmark: whose questions it asks, "mme" or "pope"; "" for an evaluation of images alone.
+        settings: plain JSON; they decide the rows together with the model and the sample.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    settings: dict[str, Any]
+    needs_masks: ClassVar[bool] = False
+    benchmark: ClassVar[str] = ""
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        """The evaluation that the command line asks for; by default one without arguments."""
+        return cls()
 
     @abstractmethod
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import EndsRunError
+from ..core.plugins import loaded_plugins
 from .base import Evaluation
 from .rows import Row
 from .samples import Sample
@@ -38,6 +39,8 @@ def ray_rows(
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         asked = ray.data.range(len(todo), override_num_blocks=len(todo))  # a block a sample: none waits for another
+        for module in loaded_plugins().values():  # a worker unpickles what they define before it can import them
+            ray.cloudpickle.register_pickle_by_value(module)
         worker: Any = _Worker
         made = asked.map(
             worker,

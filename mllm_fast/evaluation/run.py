@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
+from ..core.plugins import loaded_plugins
 from ..models.fingerprint import fingerprint
 from .base import Evaluation, is_failed, is_open
 from .ray_job import ray_rows
@@ -51,6 +52,7 @@ def run(
         raise InputError(f"two samples are called {max(names, key=names.count)!r}: their rows could not be told apart")
     tell = progress or (lambda done, total: None)
     vlm = vlm or model.load()
+    model = replace(model, plugins=tuple(loaded_plugins()))
     settings = {"evaluation": evaluation.name, **evaluation.settings, "samples": samples.origin}
     store = Rows(folder, settings | {"model": model.name, "fingerprint": fingerprint(vlm.model)})
     with store.open():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import EndsRunError, InputError
+from ..core.plugins import load_plugins
 from ..models.loading import parse_device
 from ..vlm import VLM
 from .base import Evaluation
@@ -16,13 +17,15 @@ from .samples import Sample
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model that each process loads for itself; see `VLM.from_pretrained`. `threads`: torch's, or its own."""
+    """A model that each process loads for itself; see `VLM.from_pretrained`. `threads`: torch's, or its own. `plugins`:
+    what a process imports first; see `load_plugins`."""
 
     name: str = "shapes"
     device: str | None = None
     dtype: str | None = None
     backend: str = "auto"
     threads: int | None = None
+    plugins: tuple[str, ...] = ()
 
     def place(self) -> torch.device:
         """Where it will be."""
@@ -30,6 +33,7 @@ class ModelChoice:
 
     def load(self) -> VLM:
         """The model, read in."""
+        load_plugins(self.plugins)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return VLM.from_pretrained(self.name, device=self.device, dtype=self.dtype, backend=self.backend)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..context.compress import AttendedTokens, Reading
+from ..context.compress import ScoredPrefill
+from ..context.registry import PRUNING_SCORES
+from ..context.scores import AttendedTokens
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..runtime.batch import Row
@@ -67,9 +69,10 @@ class Making:
         self.running = True
         vlm, recipe = self.vlm, self.recipe
         check_full_attention(vlm)
-        watcher = AttendedTokens(recipe.layout, "query", len(vlm.text.layers)) if recipe.score == "query" else None
+        observes = PRUNING_SCORES.get(recipe.score).observes
+        watcher = AttendedTokens(recipe.layout, "query", len(vlm.text.layers)) if observes == "query" else None
         first = self._first = prefill(vlm, recipe.inputs, recipe.layout, watcher)
-        if recipe.score != "generated":
+        if observes != "generated":
             self._mass = None if watcher is None else watcher.mean()
             self.done = True
             return first
@@ -104,7 +107,7 @@ class Making:
         elif self._mass is not None:
             masses["query"] = self._mass
         words = self.vlm.processor.tokenizer.decode(self.said, skip_special_tokens=True).strip()
-        reading = Reading(
+        prefill = ScoredPrefill(
             vlm=self.vlm,
             layout=recipe.layout,
             input_ids=first.input_ids,
@@ -117,4 +120,4 @@ class Making:
             images=(),
             peak_nbytes=sum(tensor.nbytes for tensor in (*keys, *values)),
         )
-        return reading.context(recipe.keep, recipe.score)
+        return prefill.context(recipe.keep, recipe.score)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+
+from ..context.registry import PRUNING_SCORES, score_name
+from ..explain.registry import methods_without_detector
 
 _TEXT = 1_000_000  # characters; the model's window is far smaller
+ScoreName = Annotated[
+    str, AfterValidator(score_name), WithJsonSchema({"type": "string", "enum": [*PRUNING_SCORES.names()]})
+]
+MethodName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*methods_without_detector()]})]
 
 
 class _Strict(BaseModel):
@@ -107,7 +114,7 @@ class ContextRequest(_Strict):
     images: Annotated[list[ImageURL], Field(min_length=1, max_length=64)]
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     prompt: Annotated[str, Field(min_length=1, max_length=_TEXT)] | None = None
-    score: Literal["generated", "query", "norm", "random"] | None = None
+    score: ScoreName | None = None
 
 
 class ExplanationRequest(_Strict):
@@ -124,7 +131,7 @@ class ExplanationRequest(_Strict):
     token: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = Field(
         None, description="The index of one token of the answer, for a picture of it alone."
     )
-    method: Annotated[str, Field(max_length=40)] = "logprob"
+    method: MethodName = "logprob"
     norm: Literal["frozen", "own"] = "frozen"
     knockout: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)] = Field(
         default_factory=list, description='Attention that is knocked out: "image->query+generated@from 4".'

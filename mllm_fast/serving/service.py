@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..context.compress import kept_count
+from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import load_image
 from ..knockout.rule import Knockout

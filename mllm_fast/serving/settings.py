@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..context.compress import SCORES, kept_count
-from ..core.errors import InputError, check_choice
+from ..context.registry import score_name
+from ..context.scores import kept_count
+from ..core.errors import InputError
 
 MIB = 1 << 20
 
@@ -49,7 +50,7 @@ class Settings:
     remote_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        check_choice("score", self.score, SCORES)
+        score_name(self.score)
         if self.keep is not None:
             kept_count(self.keep, 1 << 62)
         if not self.prompt.strip():

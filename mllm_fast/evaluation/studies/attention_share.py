@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...knockout.attention_share import TYPES
-from ..base import Evaluation
+from ..base import Evaluation, EvaluationOptions
+from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table
 from ..rows import Row
 from ..samples import Sample
@@ -19,11 +20,16 @@ _MARKS = {"system": "s", "image": "o", "query": "^", "generated": "D"}
 _COLORS = {"system": "#777777", "image": COLORS[0], "query": COLORS[1], "generated": COLORS[2]}
 
 
+@evaluation
 class AttentionShare(Evaluation):
     """A row a layer: the mean over heads and generated tokens of the attention that each type of token gets."""
 
     name: ClassVar[str] = "attention-share"
     title: ClassVar[str] = "Where the generated tokens look"
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.prompt, options.max_new_tokens)
 
     def __init__(self, prompt: str = "Describe the image.", max_new_tokens: int = 64):
         self.settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}

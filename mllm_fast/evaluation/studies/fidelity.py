@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...explain.registry import HEATMAP_METHODS, methods_without_detector
 from ...explain.verify import log_probs
-from ..base import mean_and_error
+from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..memory import peak_tensor_bytes
+from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table, cell
 from ..rows import Row
 from ..samples import Sample
@@ -32,6 +33,7 @@ _MARKS = "os^vDPX*"
 _LOOKS = (*COLORS[:6], "#999999", "#000000")
 
 
+@evaluation
 class Fidelity(WordEvaluation):
     """A row a word that names an object of the picture, and method.
 
@@ -44,6 +46,11 @@ class Fidelity(WordEvaluation):
 
     name: ClassVar[str] = "fidelity"
     title: ClassVar[str] = "Which map is right?"
+    needs_masks: ClassVar[bool] = True
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.prompt, options.words, max_new_tokens=options.max_new_tokens)
 
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)

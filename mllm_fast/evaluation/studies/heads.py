@@ -13,8 +13,9 @@ from torch import Tensor
 from ...core.errors import InputError
 from ...explain.logit_lens import word_values
 from ...runtime.answer import token_texts
-from ..base import Evaluation, mean_and_error
+from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.judge import NounJudge, shapes_judge
+from ..registry import evaluation
 from ..report import Report
 from ..rows import Row
 from ..samples import Sample
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 TOP = 10  # heads, and image tokens, that are looked at
 
 
+@evaluation
 class Heads(Evaluation):
     """A row an object of a picture that has an attribute, and a noun that no other object there has.
 
@@ -48,6 +50,11 @@ class Heads(Evaluation):
 
     name: ClassVar[str] = "heads"
     title: ClassVar[str] = "Which heads answer, and what they carry"
+    needs_masks: ClassVar[bool] = True
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.question, options.statement, options.words, second_model=options.second_model)
 
     def __init__(
         self,

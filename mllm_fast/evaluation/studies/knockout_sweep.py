@@ -9,10 +9,11 @@ import numpy as np
 
 from ...core.errors import InputError, check_choice
 from ...knockout.rule import Knockout
-from ..base import Evaluation, mean_and_error
+from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.agreement import labels_csv
 from ..judges.endpoint import cost
 from ..judges.judge import Judge, Unjudged, scores, shapes_judge
+from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table
 from ..rows import Row
 from ..samples import Sample
@@ -27,6 +28,7 @@ _LOOKS = {"generated": ("o", "-"), "query": ("s", "--"), "query+generated": ("^"
 _STARTS = 16  # starting layers of a deep model that are tried, evenly spaced
 
 
+@evaluation
 class KnockoutSweep(Evaluation):
     """A row a configuration: image -> target from a layer on, or in all layers but the middle half, and nothing at all.
 
@@ -38,6 +40,10 @@ class KnockoutSweep(Evaluation):
 
     name: ClassVar[str] = "knockout-sweep"
     title: ClassVar[str] = "What a description still names with the picture knocked out"
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.prompt, options.reference, options.judge, options.max_new_tokens, options.price)
 
     def __init__(
         self,

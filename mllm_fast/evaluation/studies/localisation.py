@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ..base import mean_and_error
+from ..base import Evaluation, EvaluationOptions, mean_and_error
+from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table
 from ..rows import Row
 from ..samples import Sample
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 BANDS = ("first third", "middle third", "last third", "all layers")
 
 
+@evaluation
 class Localisation(WordEvaluation):
     """A row a word that names an object of the picture: does the peak of its map lie within one token of the mask?
 
@@ -32,6 +34,11 @@ class Localisation(WordEvaluation):
 
     name: ClassVar[str] = "localisation"
     title: ClassVar[str] = "Does a word look at its object?"
+    needs_masks: ClassVar[bool] = True
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.prompt, options.words, max_new_tokens=options.max_new_tokens)
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         ex, words = self.explained(vlm, sample)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from ...context.compress import kept_count, read
+from ...context.compress import prefill_and_score
+from ...context.scores import kept_count
 from ...core.errors import InputError
-from ..base import Evaluation, mean_and_error
+from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.endpoint import Unanswered, cost
+from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table, cell
 from ..rows import Row
 from ..samples import Sample, YesNo
@@ -88,17 +90,17 @@ class YesNoBenchmark(Evaluation):
             raise InputError(sample.problem)
         if not sample.questions:
             raise InputError(f"{sample.name}: has no yes-or-no questions")
-        reading = read(vlm, sample.image, self.settings["prompt"])
+        prefill = prefill_and_score(vlm, sample.image, self.settings["prompt"])
         texts = [question.text for question in sample.questions]
         found: list[Row] = []
         for way in ways(self.shares):
-            context = reading.context(way.keep, "generated", way.parts)
+            context = prefill.context(way.keep, "generated", way.parts)
             answers = context.ask_many(texts, max_new_tokens=self.settings["max_new_tokens"])
             for question, answer in zip(sample.questions, answers, strict=True):
                 asked = answer.layout.prompt_length - context.prefix_length
                 found.append(_row(sample, way.name, question, answer.text, context.num_tokens + asked))
         if self.reader is not None:
-            found += [self._read(self.reader, sample, question, reading.description) for question in sample.questions]
+            found += [self._read(self.reader, sample, question, prefill.description) for question in sample.questions]
         return found
 
     def _read(self, reader: Reader, sample: Sample, question: YesNo, description: str) -> Row:
@@ -178,11 +180,17 @@ def _pair(figures: dict[str, float]) -> str:
     return f"{_number(figures['ACC'], 0)}/{_number(figures['ACC+'], 0)}"
 
 
+@evaluation
 class Mme(YesNoBenchmark):
     """Table 1 of arXiv 2411.17491: ACC and ACC+ of each way, per task and over all."""
 
     name: ClassVar[str] = "mme"
     title: ClassVar[str] = "Yes-or-no questions, answered from what is left of a picture"
+    benchmark: ClassVar[str] = "mme"
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.shares or (0.02, 0.05), options.prompt, reader=options.reader, price=options.price)
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         rows, asides = self.asides(rows)
@@ -218,11 +226,19 @@ class Mme(YesNoBenchmark):
         return Report(self.name, self.title, says, tables, [], figures)
 
 
+@evaluation
 class Redundancy(YesNoBenchmark):
     """Figure 9 of arXiv 2411.17491: accuracy over the share of image tokens kept, with the query and without."""
 
     name: ClassVar[str] = "redundancy"
     title: ClassVar[str] = "How many image tokens does an answer need?"
+    benchmark: ClassVar[str] = "mme"
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(
+            options.shares or REDUNDANCY_SHARES, prompt=options.prompt, reader=options.reader, price=options.price
+        )
 
     def __init__(self, shares: Sequence[float] = REDUNDANCY_SHARES, **settings: Any):
         super().__init__(shares or (1.0,), **settings)
@@ -276,11 +292,17 @@ class Redundancy(YesNoBenchmark):
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
+@evaluation
 class Pope(YesNoBenchmark):
     """POPE: does the model see objects that are not there? Random, popular and adversarial questions."""
 
     name: ClassVar[str] = "pope"
     title: ClassVar[str] = "Does the model see what is not there?"
+    benchmark: ClassVar[str] = "pope"
+
+    @classmethod
+    def from_options(cls, options: EvaluationOptions) -> Evaluation:
+        return cls(options.shares, options.prompt, reader=options.reader, price=options.price)
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         rows, asides = self.asides(rows)

@@ -1,0 +1,105 @@
+"""Pruning scores: ways to say which image tokens a context keeps, each registered under a name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..core.errors import check_choice
+from ..core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.layout import TokenLayout
+
+OBSERVED = ("", "query", "generated")
+_RENAMED = {"norm": "key_norm"}  # an old name works until 0.3
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt as the model read it, for a pruning score.
+
+    Attributes:
+        keys, values: of the whole prompt, one [Hkv, N, D] a layer.
+        layout: the prompt's segments and images.
+        attention_mass: what the observed rows attend to, float32 [L, N], a mean over heads and rows; None for a score
+            that observes nothing.
+        seed: for scores that draw random numbers.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    layout: TokenLayout
+    attention_mass: Tensor | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PruningScore:
+    """One way to rank image tokens.
+
+    Attributes:
+        name: as in `VLM.compress(score=...)` and `--score`.
+        meaning: what a token is kept for, in a few words.
+        score: the function, Prefix -> [L, N].
+        observes: whose attention is summed while the prompt is read, "query", "generated" (the model's answer to the
+            prompt) or "" for nobody's.
+    """
+
+    name: str
+    meaning: str
+    score: Callable[[Prefix], Tensor]
+    observes: str = ""
+
+
+PRUNING_SCORES: Registry[PruningScore] = Registry(
+    "pruning score",
+    "mllm_fast.pruning_scores",
+    dict.fromkeys(("generated", "query", "key_norm", "random"), "mllm_fast.context.scores"),
+)
+
+
+def pruning_score(
+    name: str, meaning: str, *, observes: str = ""
+) -> Callable[[Callable[[Prefix], Tensor]], Callable[[Prefix], Tensor]]:
+    """Register a function as a pruning score, as a decorator.
+
+    The function takes a `Prefix` and returns one number a layer and token, [L, N]. Of each layer the image tokens with
+    the largest numbers are kept; the numbers of other tokens do not matter.
+
+    An installed package registers one by an entry point of the group "mllm_fast.pruning_scores" whose name is the
+    score's.
+
+    Args:
+        name: lower-case letters, digits, "-" and "_".
+        meaning: what a token is kept for, in a few words.
+        observes: "query" or "generated", if `Prefix.attention_mass` is needed. The latter makes the model answer the
+            prompt first.
+
+    Raises:
+        InputError: the name is taken or malformed, or `observes` is unknown.
+    """
+    check_choice("observes", observes, OBSERVED)
+
+    def register(function: Callable[[Prefix], Tensor]) -> Callable[[Prefix], Tensor]:
+        PRUNING_SCORES.register(name, PruningScore(name, meaning, function, observes), function.__module__)
+        return function
+
+    return register
+
+
+def score_name(name: str) -> str:
+    """The name of a registered pruning score, also where an old name is given.
+
+    Raises:
+        InputError: there is no such score.
+    """
+    if name in _RENAMED:
+        warnings.warn(f"score={name!r} is called {_RENAMED[name]!r} now", DeprecationWarning, stacklevel=3)
+        name = _RENAMED[name]
+    check_choice("score", name, PRUNING_SCORES.names())
+    return name

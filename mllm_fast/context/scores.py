@@ -1,0 +1,83 @@
+"""The pruning scores that come with the package, and how many tokens are kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..core.layout import TokenLayout
+from .registry import Prefix, pruning_score
+
+PARTS = ("query+image", "query", "image")
+
+
+@pruning_score("generated", "attention of the model's answer to the prompt (arXiv 2411.17491)", observes="generated")
+@pruning_score("query", "attention of the prompt itself, which needs no answer", observes="query")
+def attention_mass(prefix: Prefix) -> Tensor:
+    """The attention mass that was observed."""
+    assert prefix.attention_mass is not None
+    return prefix.attention_mass
+
+
+@pruning_score("key_norm", "small keys, which draw most attention (Devoto et al. 2024, arXiv 2406.11430)")
+def key_norm(prefix: Prefix) -> Tensor:
+    """Minus the L2 norm of each key, a mean over heads."""
+    return torch.stack([-keys.float().norm(dim=-1).mean(0) for keys in prefix.keys])
+
+
+@pruning_score("random", "chance, to compare with")
+def random(prefix: Prefix) -> Tensor:
+    """Uniform numbers of the seed."""
+    generator = torch.Generator().manual_seed(prefix.seed)
+    return torch.rand(len(prefix.keys), prefix.layout.length, generator=generator)
+
+
+class AttendedTokens:
+    """Sums the attention mass of the rows that a score counts, over heads and passes."""
+
+    def __init__(self, layout: TokenLayout, score: str, num_layers: int):
+        self._length = layout.prompt_length
+        self._generated = score == "generated"
+        self._query = torch.zeros(self._length, dtype=torch.bool)
+        self._query[layout.positions("query")] = True
+        self._sum = [torch.zeros(self._length) for _ in range(num_layers)]
+        self._rows = [0] * num_layers
+        self._counted = 0
+
+    def wants(self, first_row: int, rows: int) -> bool | Tensor:
+        """Of `AttentionObserver`."""
+        self._counted = 1
+        if self._generated or first_row >= self._length:
+            return self._generated and first_row >= self._length
+        chosen = self._query[first_row : first_row + rows]
+        self._counted = int(chosen.sum())
+        return chosen[None] if self._counted else False
+
+    def add(self, layer: int, mass: Tensor) -> None:
+        """Of `AttentionObserver`: the mass [1, H, N], a mean over the pass's counted rows."""
+        here = self._sum[layer].to(mass.device)  # moved once: a copy to the CPU at each token would wait for the GPU
+        self._sum[layer] = here + self._counted * mass[0, :, : self._length].float().mean(0)
+        self._rows[layer] += self._counted
+
+    def mean(self) -> Tensor | None:
+        """float32 [L, N], over heads and counted rows; None if there was no such row."""
+        if not all(self._rows):
+            return None
+        return torch.stack([total.cpu() / rows for total, rows in zip(self._sum, self._rows, strict=True)])
+
+
+def kept_count(keep: float | int, total: int) -> int:
+    """How many of `total` tokens a `keep` means: a count (int), or a share of them (float), rounded up."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise InputError(f"keep is a share between 0 and 1 (0.05), or a count of tokens (29), got {keep!r}")
+    if isinstance(keep, int):
+        if not 1 <= keep <= total:
+            most = "at least 1" if keep < 1 else f"1 to the picture's {total} tokens"
+            raise InputError(f"keep, as a count, is {most}, got {keep}")
+        return keep
+    if not 0 < keep <= 1:  # NaN too
+        raise InputError(f"keep, as a share, is above 0 and at most 1.0, got {keep}")
+    return max(1, math.ceil(round(keep * total, 9)))

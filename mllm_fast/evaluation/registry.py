@@ -1,0 +1,40 @@
+"""The evaluations that `mllm-fast eval` knows, by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from ..core.registry import Registry
+
+if TYPE_CHECKING:
+    from .base import Evaluation
+
+E = TypeVar("E", bound="type[Evaluation]")
+
+EVALUATIONS: Registry[type[Evaluation]] = Registry(
+    "evaluation",
+    "mllm_fast.evaluations",
+    {
+        name: f"mllm_fast.evaluation.studies.{module}"
+        for name, module in (
+            ("attention-share", "attention_share"),
+            ("knockout-sweep", "knockout_sweep"),
+            ("heads", "heads"),
+            ("localisation", "localisation"),
+            ("fidelity", "fidelity"),
+            ("mme", "yes_no"),
+            ("redundancy", "yes_no"),
+            ("pope", "yes_no"),
+        )
+    },
+)
+
+
+def evaluation(cls: E) -> E:
+    """Register an `Evaluation` under its `name`, as a decorator of the class.
+
+    An installed package registers one by an entry point of the group "mllm_fast.evaluations" whose name is the
+    evaluation's.
+    """
+    EVALUATIONS.register(cls.name, cls, cls.__module__)
+    return cls
