@@ -186,12 +186,12 @@ def session_bytes(p: Problem, ctx: mf.Context) -> int:
     from mllm_fast.context import context as module
 
     seen: list = []
-    made = module.Session
-    module.Session = lambda *a, **k: seen.append(made(*a, **k)) or seen[-1]
+    made = module.SharedPrefixDecoder
+    module.SharedPrefixDecoder = lambda *a, **k: seen.append(made(*a, **k)) or seen[-1]
     try:
         ask(p, ctx)
     finally:
-        module.Session = made
+        module.SharedPrefixDecoder = made
     return max(session.nbytes for session in seen)
 
 

@@ -25,7 +25,7 @@ from harness import machine, write_result
 
 import mllm_fast as mf
 from mllm_fast.context.compress import prefill_and_score
-from mllm_fast.runtime.shared_prefix import Session
+from mllm_fast.runtime.shared_prefix import SharedPrefixDecoder
 from mllm_fast.shapes.questions import TASKS, ask
 from mllm_fast.shapes.scenes import generate_scene
 
@@ -64,7 +64,7 @@ def generated(vlm: mf.VLM, picture, more: list[int], ctx: mf.Context | None) -> 
 
 
 def logits(vlm: mf.VLM, ctx: mf.Context, ids: list[list[int]]) -> torch.Tensor:
-    session = Session(vlm.text, ctx.keys, ctx.values, ctx.position, len(ids), vlm.backend)
+    session = SharedPrefixDecoder(vlm.text, ctx.keys, ctx.values, ctx.position, len(ids), vlm.backend)
     with session.recording(), torch.inference_mode():
         return session.read(ids)
 

@@ -15,8 +15,8 @@ import mllm_fast as mf
 from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.runtime.batch import Batch
 from mllm_fast.runtime.prefill import prefill
-from mllm_fast.runtime.prefix_pool import Prefixes
-from mllm_fast.runtime.shared_prefix import Session
+from mllm_fast.runtime.prefix_pool import PrefixPool
+from mllm_fast.runtime.shared_prefix import SharedPrefixDecoder
 
 PROMPT = "describe this picture"
 RED = Image.new("RGB", (24, 64), "red")
@@ -24,7 +24,7 @@ RED = Image.new("RGB", (24, 64), "red")
 
 def alone(vlm: mf.VLM, keys, values, position: int, ids: list[int], first: int) -> torch.Tensor:
     """Logits of a session of this sequence alone: its first tokens at once, then one a pass."""
-    session = Session(vlm.text, keys, values, position, 1, vlm.backend)
+    session = SharedPrefixDecoder(vlm.text, keys, values, position, 1, vlm.backend)
     with session.recording(), torch.no_grad():
         rows = [session.read([ids[:first]])[0]] + [session.read([[token]])[0] for token in ids[first:]]
     return torch.stack(rows)
@@ -119,13 +119,13 @@ def test_what_cannot_be_done_is_refused(vlm, picture):
 
 def test_a_name_is_forgotten_with_its_slot():
     """Five names for four slots: the oldest one's place is taken, and when it comes again it is laid anew."""
-    prefixes = Prefixes()
+    prefixes = PrefixPool()
     content = torch.randn(5, 1, 1, 8, 4)
     for name in range(5):
-        prefixes.give_back(prefixes.take(list(content[name]), list(content[name]), name + 1))
-    again = prefixes.take(list(content[0]), list(content[0]), 1)
+        prefixes.release(prefixes.acquire(list(content[name]), list(content[name]), name + 1))
+    again = prefixes.acquire(list(content[0]), list(content[0]), 1)
     assert torch.equal(again.stack.keys[0][again.slot, :, again.stack.room - 8 :], content[0, 0])
-    last = prefixes.take(list(content[4]), list(content[4]), 5)
+    last = prefixes.acquire(list(content[4]), list(content[4]), 5)
     assert last.slot != again.slot
 
 
@@ -133,18 +133,18 @@ def test_a_name_is_forgotten_with_its_slot():
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 40)), max_size=40))
 def test_prefixes_are_found_where_they_were_laid(steps):
     """Taken and given back in any order, every prefix in use is what was put there; a name has one place."""
-    prefixes, held = Prefixes(), []
+    prefixes, held = PrefixPool(), []
     content = {}
     for taking, name, length in steps:
         if not taking and held:
-            prefixes.give_back(held.pop(name % len(held))[0])
+            prefixes.release(held.pop(name % len(held))[0])
             continue
         if name and name in content:
             tensor = content[name]
         else:
             tensor = torch.randn(2, 1, length, 4)
             content[name] = tensor
-        one = prefixes.take(list(tensor), list(-tensor), name or None)
+        one = prefixes.acquire(list(tensor), list(-tensor), name or None)
         held.append((one, tensor))
         for prefix, expected in held:
             first = prefix.stack.room - prefix.length

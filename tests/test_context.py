@@ -16,7 +16,7 @@ from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.context.scores import AttendedTokens
 from mllm_fast.runtime.hooks import recording
 from mllm_fast.runtime.kv_cache import cache_of
-from mllm_fast.runtime.shared_prefix import Session
+from mllm_fast.runtime.shared_prefix import SharedPrefixDecoder
 from mllm_fast.runtime.trace import make_trace
 
 PROMPT = "describe this picture"
@@ -46,7 +46,7 @@ def turn(vlm: mf.VLM, question: str, images: int = 1) -> list[int]:
 
 def stepwise(vlm: mf.VLM, ctx: mf.Context, ids: list[int], first: int) -> torch.Tensor:
     """Logits of the rows from `first` - 1 on: a question's tokens at once, then one token a pass."""
-    session = Session(vlm.text, ctx.keys, ctx.values, ctx.position, 1, vlm.backend)
+    session = SharedPrefixDecoder(vlm.text, ctx.keys, ctx.values, ctx.position, 1, vlm.backend)
     with session.recording(), torch.no_grad():
         rows = [session.read([ids[:first]])[0]] + [session.read([[token]])[0] for token in ids[first:]]
     return torch.stack(rows)
@@ -79,7 +79,7 @@ def test_many_questions_are_each_alone(vlm, picture):
     ids = [turn(vlm, question) for question in QUESTIONS]
     then = [[5, 7, 9], [11, 8, 6], [9, 9, 10]]
     alone = [stepwise(vlm, ctx, a + b, len(a)) for a, b in zip(ids, then, strict=True)]
-    session = Session(vlm.text, ctx.keys, ctx.values, ctx.position, 3, vlm.backend)
+    session = SharedPrefixDecoder(vlm.text, ctx.keys, ctx.values, ctx.position, 3, vlm.backend)
     with session.recording(), torch.no_grad():
         torch.testing.assert_close(session.read(ids), torch.stack([a[0] for a in alone]), rtol=0, atol=1e-12)
         second = session.read([[b[0]] for b in then])

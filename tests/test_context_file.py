@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import mllm_fast as mf
 from mllm_fast.context import file_format as context_file
-from mllm_fast.runtime.shared_prefix import Session
+from mllm_fast.runtime.shared_prefix import SharedPrefixDecoder
 
 PROMPT = "describe this picture"
 QUESTION = "what color is the circle ?"
@@ -25,7 +25,7 @@ def ctx(vlm, picture):
 
 def logits(vlm, ctx):
     ids = vlm.prompts.turn_ids(PROMPT, 1, QUESTION)
-    session = Session(vlm.text, ctx.keys, ctx.values, ctx.position, 1, vlm.backend)
+    session = SharedPrefixDecoder(vlm.text, ctx.keys, ctx.values, ctx.position, 1, vlm.backend)
     with session.recording(), torch.no_grad():
         return session.read([ids])
 

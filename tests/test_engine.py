@@ -14,10 +14,19 @@ from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.core.errors import InputError
-from mllm_fast.serving.context_builder import Recipe
+from mllm_fast.runtime.sampling import SamplerCache, Sampling
+from mllm_fast.serving.context_builder import ContextSpec
 from mllm_fast.serving.engine import Engine
-from mllm_fast.serving.requests import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
-from mllm_fast.serving.sampling import Choosers, Sampling
+from mllm_fast.serving.requests import (
+    BusyError,
+    FailureEvent,
+    FinishEvent,
+    Generation,
+    PrefillEvent,
+    SideTask,
+    StoppingError,
+    TokenEvent,
+)
 
 PROMPT = "describe this picture"
 QUESTION = "what color is the circle ?"
@@ -33,8 +42,8 @@ class Asked:
 
     def result(self, timeout: float = HANG) -> tuple[list[int], object]:
         ids = []
-        while not isinstance(event := self.events.get(timeout=timeout), (Finished, Failed)):
-            if isinstance(event, Said):
+        while not isinstance(event := self.events.get(timeout=timeout), (FinishEvent, FailureEvent)):
+            if isinstance(event, TokenEvent):
                 ids.append(event.token)
         while ids[-1:] == [0]:  # padding at the end is no part of an answer
             ids.pop()
@@ -49,17 +58,17 @@ def engine(vlm):
     made.stop(HANG)
 
 
-def recipe(vlm: mf.VLM, picture, score: str = "generated") -> Recipe:
+def spec(vlm: mf.VLM, picture, score: str = "generated") -> ContextSpec:
     inputs, (layout,), _ = vlm.prompts.prepare([[picture]], [PROMPT])
-    return Recipe(inputs, layout, PROMPT, 0.3, score, 6)
+    return ContextSpec(inputs, layout, PROMPT, 0.3, score, 6)
 
 
 def about(vlm: mf.VLM, picture, key: str, question: str = QUESTION, score: str = "generated", **options) -> Asked:
     ids = vlm.prompts.turn_ids(PROMPT, 1, question)
-    return Asked(vlm, key=key, recipe=recipe(vlm, picture, score), ids=ids, **options)
+    return Asked(vlm, key=key, spec=spec(vlm, picture, score), ids=ids, **options)
 
 
-@pytest.mark.parametrize("score", ["generated", "query", "norm"])
+@pytest.mark.parametrize("score", ["generated", "query", "key_norm"])
 def test_contexts_made_in_the_batch_answer_as_compressed_ones(vlm, engine, picture, score):
     """Of the three families, in float64; two pictures described at once, beside whole prompts."""
     red = Image.new("RGB", (24, 64), "red")
@@ -93,7 +102,7 @@ def test_who_waits_for_a_context_pays_once(shapes):
     began = []
     for one in asked:
         first = one.events.get(timeout=HANG)
-        assert isinstance(first, Began)
+        assert isinstance(first, PrefillEvent)
         began.append(first.cached > 0)
         one.result()
     assert kept == ["one"]
@@ -103,20 +112,20 @@ def test_who_waits_for_a_context_pays_once(shapes):
 
 def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monkeypatch):
     good = about(vlm, picture, "good")
-    bad = Asked(vlm, inputs={"input_ids": None}, layout=good.wanted.recipe.layout)
+    bad = Asked(vlm, inputs={"input_ids": None}, layout=good.wanted.spec.layout)
     worse = about(vlm, picture, "bad")
-    object.__setattr__(worse.wanted.recipe, "inputs", {})
+    object.__setattr__(worse.wanted.spec, "inputs", {})
     for one in (good, bad, worse):
         engine.submit(one.wanted)
-    assert isinstance(good.result()[1], Finished)
-    assert isinstance(bad.result()[1], Failed)
-    assert isinstance(worse.result()[1], Failed)
+    assert isinstance(good.result()[1], FinishEvent)
+    assert isinstance(bad.result()[1], FailureEvent)
+    assert isinstance(worse.result()[1], FailureEvent)
     odd = about(vlm, picture, "odd", max_tokens=50)
     engine.submit(odd.wanted)
-    while odd.wanted.chooser is None:
+    while odd.wanted.sampler is None:
         time.sleep(0.001)
-    odd.wanted.chooser.processors = [1]  # what chooses its tokens fails, amid the others
-    assert isinstance(odd.result()[1], Failed)
+    odd.wanted.sampler.processors = [1]  # what chooses its tokens fails, amid the others
+    assert isinstance(odd.result()[1], FailureEvent)
     assert engine.running == 0
     with monkeypatch.context() as patch:  # a pass that fails: nobody in it can go on, but the next ones can
         patch.setattr(engine._batch, "read", lambda: 1 / 0)
@@ -125,13 +134,13 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monk
         assert isinstance(other.result()[1].error, ZeroDivisionError)
     again = about(vlm, picture, "again")
     engine.submit(again.wanted)
-    assert isinstance(again.result()[1], Finished)
+    assert isinstance(again.result()[1], FinishEvent)
     assert engine.alive
 
 
 def test_a_forgotten_context_is_not_read_again(vlm, engine, picture):
     """Of the same name, but another content: the batch has let go of the first."""
-    first, second = (vlm.compress(picture, keep, PROMPT, "norm") for keep in (2, 0.9))
+    first, second = (vlm.compress(picture, keep, PROMPT, "key_norm") for keep in (2, 0.9))
     ids = vlm.prompts.turn_ids(PROMPT, 1, QUESTION)
 
     def ask(ctx) -> list[int]:
@@ -155,7 +164,7 @@ def test_late_cancelled_and_too_many(vlm, picture):
     engine.start()
     gate = threading.Event()
     held: queue.Queue = queue.Queue()
-    engine.submit(Work(lambda: iter([gate.wait(HANG)]), held.put))
+    engine.submit(SideTask(lambda: iter([gate.wait(HANG)]), held.put))
     while engine.waiting:
         time.sleep(0.001)
     engine.submit(late.wanted)
@@ -165,7 +174,7 @@ def test_late_cancelled_and_too_many(vlm, picture):
     gate.set()
     assert isinstance(late.result()[1].error, TimeoutError)
     assert held.get(timeout=HANG) is True
-    assert isinstance(held.get(timeout=HANG), Finished)
+    assert isinstance(held.get(timeout=HANG), FinishEvent)
     assert engine.stop(HANG)
     assert dropped.events.empty()
     with pytest.raises(StoppingError):
@@ -188,7 +197,7 @@ def test_work_is_done_a_piece_at_a_time(vlm, engine, picture):
             yield i
         raise InputError("enough")
 
-    engine.submit(Work(long, pieces.put))
+    engine.submit(SideTask(long, pieces.put))
     asked = about(vlm, picture, "one")
     engine.submit(asked.wanted)
     submitted.set()
@@ -223,14 +232,14 @@ def test_processors_of_the_models_own_settings_are_honoured(built):
 
 def test_a_seed_is_of_one_answer(shapes):
     logits = torch.randn(56)
-    choosers = Choosers(shapes)
-    drawn = [[choosers.make([1], Sampling(1.0, 0.9, seed)).choose(logits) for _ in range(3)] for seed in range(20)]
+    samplers = SamplerCache(shapes)
+    drawn = [[samplers.make([1], Sampling(1.0, 0.9, seed)).choose(logits) for _ in range(3)] for seed in range(20)]
     assert all(len(set(same)) == 1 for same in drawn)
     assert len({same[0] for same in drawn}) > 1
-    assert choosers.make([1], Sampling()).choose(logits) == int(logits.argmax())
+    assert samplers.make([1], Sampling()).choose(logits) == int(logits.argmax())
 
 
 def test_a_context_holds_what_the_page_on_sizes_says(vlm, picture):
-    ctx = vlm.compress(picture, 0.3, PROMPT, "norm")
+    ctx = vlm.compress(picture, 0.3, PROMPT, "key_norm")
     layers, heads, _, width = ctx.keys.shape
     assert ctx.keys.nbytes + ctx.values.nbytes == 2 * layers * heads * width * ctx.keys.itemsize * ctx.num_tokens

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mllm_fast as mf
 from mllm_fast.models.architectures import ARCHITECTURES
 from mllm_fast.models.loading import image_side, parse_device, parse_dtype
-from mllm_fast.runtime.answer import token_texts
+from mllm_fast.runtime.detokenizer import token_texts
 
 QUESTION = "what color is the circle ?"
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from mllm_fast.core.errors import InputError
 from mllm_fast.serving import image_fetch as pictures
 from mllm_fast.serving.app import create_app
-from mllm_fast.serving.auth import Keys
+from mllm_fast.serving.auth import ApiKeys
 from mllm_fast.serving.connections import Connections
-from mllm_fast.serving.detokenizer import Words
+from mllm_fast.serving.detokenizer import AnswerDetokenizer
 from mllm_fast.serving.errors import ServiceError, service_error
 from mllm_fast.serving.logs import Log
 from mllm_fast.serving.messages import conversation
 from mllm_fast.serving.metrics import Metrics
-from mllm_fast.serving.middleware import Guard
-from mllm_fast.serving.responses import Piece
+from mllm_fast.serving.middleware import RequestGuardMiddleware
+from mllm_fast.serving.responses import ResponseChunk
 from mllm_fast.serving.schema import Message
 from mllm_fast.serving.settings import Settings
 
@@ -39,7 +39,7 @@ class Letters:
 @settings(max_examples=300)
 @given(text=st.text(alphabet="ab \nä€😀", max_size=30), stop=st.lists(st.text(alphabet="ab ä", max_size=4), max_size=3))
 def test_words_come_whole_and_stop_in_time(text, stop):
-    words = Words(Letters(), stop)
+    words = AnswerDetokenizer(Letters(), stop)
     sent = []
     for token in text.encode():
         sent.append(words.push(token))
@@ -61,7 +61,7 @@ def test_words_of_a_real_tokenizer(shapes):
     tokenizer = shapes.processor.tokenizer
     text = "a red circle, a blue star, yellow square"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    words = Words(tokenizer)
+    words = AnswerDetokenizer(tokenizer)
     assert "".join([words.push(token) for token in ids] + [words.finish()]) == tokenizer.decode(ids).strip()
 
 
@@ -102,17 +102,17 @@ def test_messages_become_turns():
 def test_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("MLLM_FAST_API_KEYS", "sk-from-the-environment-1, sk-from-the-environment-2")
     (tmp_path / "keys").write_text("sk-from-a-file-0123456  # whose\n\n")
-    keys = Keys.find(tmp_path / "keys")
+    keys = ApiKeys.find(tmp_path / "keys")
     scopes = {keys.scope(f"sk-from-{one}") for one in ("the-environment-1", "the-environment-2", "a-file-0123456")}
     assert len(scopes) == 3
     assert None not in scopes
     assert all("sk-" not in scope for scope in scopes)
     for wrong in (None, "", "sk-from-a-file-012345", "sk-from-a-file-01234567", "ü" * 20):
         assert keys.scope(wrong) is None
-    assert Keys().scope(None) == Keys().scope("anything") == ""
+    assert ApiKeys().scope(None) == ApiKeys().scope("anything") == ""
     for wrong in ("short", "has a space in its middle", "ä" * 20):
         with pytest.raises(InputError, match="16 or more"):
-            Keys([wrong])
+            ApiKeys([wrong])
 
 
 def fetched(url: str, **options) -> bytes:
@@ -223,7 +223,7 @@ def test_a_body_that_does_not_come(capsys):
     async def send(message):
         sent.append(message)
 
-    guard = Guard(app, 100, Log(None), Metrics(), body_seconds=0.05)
+    guard = RequestGuardMiddleware(app, 100, Log(None), Metrics(), body_seconds=0.05)
     asyncio.run(guard({"type": "http", "method": "POST", "headers": []}, silent, send))
     assert sent[0]["status"] == 408
 
@@ -256,13 +256,13 @@ def test_the_operator_learns_where_an_error_came_from(stream):
 
         async def chat(self, request, scope):
             async def pieces():
-                yield Piece("a")
+                yield ResponseChunk("a")
                 raise RuntimeError(f"secret: {request.messages}")
 
             return pieces()
 
     written = io.StringIO()
-    app = create_app(Broken(), Keys(), metrics=Metrics(), log=Log(written), ready=lambda: True)
+    app = create_app(Broken(), ApiKeys(), metrics=Metrics(), log=Log(written), ready=lambda: True)
     with TestClient(app) as client:
         body = {"messages": [{"role": "user", "content": "secret"}], "stream": stream}
         reply = client.post("/v1/chat/completions", json=body)

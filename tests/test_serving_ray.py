@@ -205,20 +205,24 @@ def test_an_answer_goes_on_where_another_replica_left_it(sent):
     from ray.exceptions import RayActorError
 
     from mllm_fast.serving.ray_app import Remote
-    from mllm_fast.serving.responses import Piece
+    from mllm_fast.serving.responses import ResponseChunk
     from mllm_fast.serving.schema import ChatRequest
     from mllm_fast.serving.settings import Settings
 
-    first = [Piece("a blue", ({"n": 0}, {"n": 1})), Piece(" st", ({"n": 2},)), Piece("ar", ({"n": 3},))]
-    second = [
-        Piece("a", ({"n": 0},)),
-        Piece(" blue star", ({"n": 1}, {"n": 2}, {"n": 3})),
-        Piece(", a ring", ({"n": 4},)),
+    first = [
+        ResponseChunk("a blue", ({"n": 0}, {"n": 1})),
+        ResponseChunk(" st", ({"n": 2},)),
+        ResponseChunk("ar", ({"n": 3},)),
     ]
-    second.append(Piece("", (), "stop"))
+    second = [
+        ResponseChunk("a", ({"n": 0},)),
+        ResponseChunk(" blue star", ({"n": 1}, {"n": 2}, {"n": 3})),
+        ResponseChunk(", a ring", ({"n": 4},)),
+    ]
+    second.append(ResponseChunk("", (), "stop"))
     body = {"messages": [{"role": "user", "content": "what?"}]}
 
-    async def ask(**options) -> list[Piece]:
+    async def ask(**options) -> list[ResponseChunk]:
         replicas = Replicas([*first[:sent], RayActorError()], list(second))
         remote = Remote(replicas, "shapes", Settings())  # type: ignore[arg-type]
         pieces = await remote.chat(ChatRequest.model_validate(body | options), "")

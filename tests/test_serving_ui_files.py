@@ -160,16 +160,16 @@ import asyncio, json, sys
 import httpx
 from starlette.routing import Mount
 import mllm_fast as mf
-from mllm_fast.serving.keys import Keys
+from mllm_fast.serving.keys import ApiKeys
 from mllm_fast.serving.logs import Log
 from mllm_fast.serving.server import application
 from mllm_fast.serving.settings import Settings
-from mllm_fast.serving.tool import Tool
+from mllm_fast.serving.tool import UIBackend
 from mllm_fast.serving.ui import mount
 
-log, keys, secret = Log(None), Keys(), sys.argv[1]
+log, keys, secret = Log(None), ApiKeys(), sys.argv[1]
 app, service = application(mf.VLM.from_pretrained("shapes", device="cpu"), Settings(), keys, "shapes", log)
-mount(app, Tool(service), keys, log)
+mount(app, UIBackend(service), keys, log)
 inner = next(route for route in app.routes if isinstance(route, Mount)).app._app
 
 

@@ -58,7 +58,7 @@ def serve(
         raise InputError("--joint is for the tool in the browser: give --ui too")
     if not 0 <= port < 65536:
         raise InputError(f"--port is 0 to 65535, got {port}")
-    from ..serving.auth import Keys
+    from ..serving.auth import ApiKeys
     from ..serving.logs import Log
     from ..serving.server import application
     from ..serving.server import serve as listen
@@ -79,7 +79,7 @@ def serve(
         storage=storage,
         remote_hosts=tuple(one.lower() for one in allow_remote or []),
     )
-    keys = Keys.find(api_keys)
+    keys = ApiKeys.find(api_keys)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         ERR.print("[yellow]no API keys are set: whoever reaches this address may ask[/]", highlight=False)
     both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
@@ -88,7 +88,7 @@ def serve(
     app, service = application(vlm, settings, keys, served_name or model, log)
     if ui:
         from ..serving.ui import mount
-        from ..serving.ui_backend import Tool
+        from ..serving.ui_backend import UIBackend
 
-        app = mount(app, Tool(service, both), keys, log)
+        app = mount(app, UIBackend(service, both), keys, log)
     listen(app, log, host, port)

@@ -21,10 +21,10 @@ from ..explain.stream import Stream
 from ..models.offload import device_of
 from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
-from ..runtime.decoding import Said, own_state, passes
+from ..runtime.decoding import StepOutput, decode_loop, own_state
 from ..runtime.hooks import Recording
 from ..runtime.model_runner import ModelRunner
-from ..runtime.shared_prefix import Session
+from ..runtime.shared_prefix import SharedPrefixDecoder
 from ..runtime.trace import Trace
 from . import file_format
 
@@ -234,7 +234,7 @@ class Context:
         """
         return cls(**file_format.load(path, vlm, images))
 
-    def trace(self, session: Session, record: Recording, num_tokens: int, length: int) -> Trace:
+    def trace(self, session: SharedPrefixDecoder, record: Recording, num_tokens: int, length: int) -> Trace:
         """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""
         own = torch.arange(self.prefix_length, length).expand(len(self.positions), -1)
         return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
@@ -258,12 +258,12 @@ class Context:
 
     def _generate(
         self,
-        session: Session,
+        session: SharedPrefixDecoder,
         ids: list[list[int]],
         prompts: list[Tensor],
         max_new_tokens: int,
         options: dict[str, Any],
-    ) -> Iterator[Said | None]:
+    ) -> Iterator[StepOutput | None]:
         """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
         one_answer("a context's answer", options)
         rows = [prompt.flip(0) for prompt in prompts]
@@ -273,15 +273,17 @@ class Context:
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
         device = device_of(self.vlm.model)
         inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
-        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": passes(session, ids)}
+        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": decode_loop(session, ids)}
         return self.vlm.run(inputs, max_new_tokens, settings)
 
     def _running(self) -> AbstractContextManager[None]:
         """The model at hand, and left as it was."""
         return own_state(self.vlm, [])
 
-    def _session(self, count: int, expected: int = 32) -> Session:
-        return Session(self.vlm.text, self.keys, self.values, self.position, count, self.vlm.backend, expected)
+    def _session(self, count: int, expected: int = 32) -> SharedPrefixDecoder:
+        return SharedPrefixDecoder(
+            self.vlm.text, self.keys, self.values, self.position, count, self.vlm.backend, expected
+        )
 
     def _asked(self, length: int) -> TokenLayout:
         """The layout of the prefix and a question."""
@@ -301,9 +303,9 @@ class Context:
 class _Asked:
     """What a stream over a context needs to attach and to explain."""
 
-    def __init__(self, context: Context, session: Session):
+    def __init__(self, context: Context, session: SharedPrefixDecoder):
         self._context = context
-        self._session: Session | None = session
+        self._session: SharedPrefixDecoder | None = session
 
     def recording(self, rows: int) -> AbstractContextManager[Recording]:
         assert self._session is not None  # a closed stream computes nothing

@@ -17,6 +17,7 @@ from ..knockout.plan import Plan
 from ..knockout.rule import Knockout, as_rules
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import Pass, own_state
+from ..runtime.detokenizer import Detokenizer
 from ..runtime.hooks import Recording, recording
 from ..runtime.model_runner import ModelRunner
 from ..runtime.trace import Trace, make_trace
@@ -121,8 +122,9 @@ class Stream(Iterator[Step]):
         self._record: Recording | None = None
         self._state: list[Any] = []
         self.first: AbstractContextManager[Any] = nullcontext()  # entered for the first pass, which reads the pictures
-        self._special = set(vlm.processor.tokenizer.all_special_ids)
-        self._decoded = self._text = ""
+        self._tokens = Detokenizer(vlm.processor.tokenizer)
+        self._plain = Detokenizer(vlm.processor.tokenizer, skip_special_tokens=True)
+        self._text = ""
         self._count = 0
         self._rules: tuple[Knockout, ...] = ()
         self._plan: Plan | None = None
@@ -167,16 +169,9 @@ class Stream(Iterator[Step]):
         if done and token_id in self._stop_ids:  # a padding token may also be said, and generation goes on
             self.close()
             raise StopIteration
-        tokenizer = self._vlm.processor.tokenizer
-        ids = sequence[self.layout.prompt_length :].tolist()
-        now = tokenizer.decode(ids)
-        token = ""
-        if not now.endswith("\ufffd"):
-            token = now[len(self._decoded) :] if now.startswith(self._decoded) else tokenizer.decode([token_id])
-            self._decoded = now
-            plain = now if self._special.isdisjoint(ids) else tokenizer.decode(ids, skip_special_tokens=True)
-            self._text = plain.strip()
-        step = Step(self, self._count, token_id, token, self._text, log_prob)
+        token = self._tokens.push(token_id)
+        self._text += self._plain.push(token_id)
+        step = Step(self, self._count, token_id, token, self._text.strip(), log_prob)
         if self._explain:
             step._recorded = self._record, cache, sequence  # type: ignore[assignment]
         self._count += 1

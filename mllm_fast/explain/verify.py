@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..core.errors import InputError
-from ..knockout.plan import EachItsOwn, Plan
+from ..knockout.plan import PerSequencePositions, Plan
 from ..runtime.hooks import recording
 from ..runtime.kv_cache import CACHE
 from .registry import DEFAULT, Heads
@@ -76,7 +76,7 @@ def _run(scores: Scores, variants: Sequence[Tensor], first: int, row: int) -> Te
         cache.update(
             keys[None, :, :first].expand(count, -1, -1, -1), values[None, :, :first].expand(count, -1, -1, -1), layer
         )
-    patches = EachItsOwn(tuple(tuple(v.tolist()) for v in variants))
+    patches = PerSequencePositions(tuple(tuple(v.tolist()) for v in variants))
     rules: list = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
     plan = Plan(
         [*rules, (patches, "query+generated", "all")],

@@ -22,7 +22,7 @@ _ROOM = 256  # ids made ahead of the sequence, so that decoding rarely makes the
 
 
 @dataclass(frozen=True)
-class EachItsOwn:
+class PerSequencePositions:
     """Positions that differ from sequence to sequence of a batch, in place of a rule's source."""
 
     positions: tuple[tuple[int, ...], ...]
@@ -32,7 +32,7 @@ class Plan:
     """The rules of one batch of sequences, as the kernel takes them.
 
     Args:
-        rules: each with a source and target of `Tokens` (or `EachItsOwn`) and the layers.
+        rules: each with a source and target of `Tokens` (or `PerSequencePositions`) and the layers.
         layouts: of each sequence, its prompt at least.
         num_layers: of the model.
         padding: left padding of each sequence in the batch.
@@ -41,7 +41,7 @@ class Plan:
 
     def __init__(
         self,
-        rules: Sequence[tuple[Tokens | EachItsOwn, Tokens | EachItsOwn, Layers]],
+        rules: Sequence[tuple[Tokens | PerSequencePositions, Tokens | PerSequencePositions, Layers]],
         layouts: Sequence[TokenLayout],
         num_layers: int,
         padding: Sequence[int] | None = None,
@@ -124,16 +124,16 @@ def plan_of(
     return Plan([(r.source, r.target, r.layers) for r in rules], layouts, num_layers, padding, device)
 
 
-def _all_positions(one: Tokens | EachItsOwn) -> Iterable[int]:
-    if isinstance(one, EachItsOwn):
+def _all_positions(one: Tokens | PerSequencePositions) -> Iterable[int]:
+    if isinstance(one, PerSequencePositions):
         return [p for positions in one.positions for p in positions]
     return () if isinstance(one, str) else one
 
 
-def _mark(member: Tensor, one: Tokens | EachItsOwn, sequence: int, layout: TokenLayout, pad: int) -> None:
+def _mark(member: Tensor, one: Tokens | PerSequencePositions, sequence: int, layout: TokenLayout, pad: int) -> None:
     """Mark in member [length + 1] the positions of a set, in one sequence."""
     if not isinstance(one, str):
-        positions = one.positions[sequence] if isinstance(one, EachItsOwn) else one
+        positions = one.positions[sequence] if isinstance(one, PerSequencePositions) else one
         for p in positions:
             if p < 0:
                 raise InputError(f"positions of a knockout are 0 or more, got {p}")

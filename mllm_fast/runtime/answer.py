@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.layout import TokenLayout
+from .detokenizer import token_texts
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,3 @@ def answer_of(
     layout = TokenLayout(len(kept), prompt.prompt_length, prompt.images)
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return Answer(text, ids, token_texts(tokenizer, ids), layout, kept)
-
-
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token's own text, spaces included: what decoding it adds. Bytes of an unfinished character
-    belong to the token that finishes it."""
-    texts, before = [], ""
-    for i in range(len(ids)):
-        now = tokenizer.decode(ids[: i + 1])
-        if now.endswith("\ufffd") and i + 1 < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :] if now.startswith(before) else tokenizer.decode([ids[i]]))
-        before = now
-    return texts

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from ..core.errors import InputError
-from ..kernels import Attention, knockout_attention, wide_type
+from ..kernels import Attention, join, knockout_attention, wide_type
 from ..kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from ..kernels.knockout_attention.reference import open_pairs
 
@@ -172,6 +172,16 @@ def attend_split(
             " use backend='auto' or 'torch'"
         )
     return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal))
+
+
+def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
+    """Attention [1, H, T, D] of T rows whose keys lie in two places, joined by their log-sum-exps.
+
+    own: output [T, H, D] and log-sum-exp [T, H] over the rows' own keys. prefix: the same over their prefixes, as
+    `attend_split` gives it, [1, H, T, D] and [1, H, T].
+    """
+    output, total = own
+    return join(Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None), prefix)
 
 
 def attend_dense(

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels import Attention, join, wide_type
+from ..kernels import Attention, wide_type
 from ..models.text_model import TextModel
-from .attention import attend_split
+from .attention import attend_split, join_rows
 from .hooks import Recording, recording
-from .prefix_pool import Prefix, Prefixes, Stack
+from .prefix_pool import Prefix, PrefixPool, SlotGroup
 
 _ROOM = 32  # own positions made ahead of what is there
 _IDLE_BYTES = 1 << 28  # of own positions that are kept while there is no row
@@ -46,7 +46,7 @@ class _Part:
     """The tokens of a pass that read one stack: `token` int64 [n] which, `place` int64 [n] where each lies in
     [S, width]; `start` of the stack's slots. `watched`: rows whose mass is summed, one to a slot."""
 
-    stack: Stack
+    stack: SlotGroup
     token: Tensor
     place: Tensor
     width: int
@@ -65,7 +65,7 @@ class Batch:
         self.rows: list[Row] = []
         self._text = text
         self._backend = backend
-        self._prefixes = Prefixes()
+        self._prefixes = PrefixPool()
         self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [S, Hkv, room, D], newest first
         self._room = 0
         self._parts: list[_Part] = []
@@ -99,7 +99,7 @@ class Batch:
             raise ValueError("a row reads at least one token")
         if watch and (name is not None or len(ids) > 1):
             raise ValueError("mass is summed of a prefix that is not shared, for a row that reads one token at a time")
-        prefix = self._prefixes.take(list(keys), list(values), name, watch)
+        prefix = self._prefixes.acquire(list(keys), list(values), name, watch)
         mass = torch.zeros(len(keys), prefix.length, device=keys[0].device) if watch else None
         row = Row(prefix, position, list(ids), mass, slot=len(self.rows))
         self.rows.append(row)
@@ -118,7 +118,7 @@ class Batch:
             last.slot = row.slot
             self.rows[row.slot] = last
         row.slot = -1
-        self._prefixes.give_back(row.prefix)
+        self._prefixes.release(row.prefix)
         if not self.rows and sum(held.nbytes for pair in self._own for held in pair) > _IDLE_BYTES:
             self._own, self._room = [], 0
 
@@ -280,8 +280,8 @@ class Batch:
             weight[part.token] = lse
             for row in part.watched:
                 self._watch(layer, row, found, total[self._last[row.slot]])
-        mine = Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None)
-        return join(mine, Attention(behind.transpose(0, 1)[None], weight.transpose(0, 1)[None], None))
+        prefix = Attention(behind.transpose(0, 1)[None], weight.transpose(0, 1)[None], None)
+        return join_rows((output, total), prefix)
 
     def _watch(self, layer: int, row: Row, found: Attention, own: Tensor) -> None:
         """Add a row's attention to its prefix: the call's is of the prefix alone, the rest went to own tokens."""

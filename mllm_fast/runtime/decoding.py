@@ -13,7 +13,8 @@ from torch import Tensor
 from .hooks import model_lock
 from .kv_cache import CACHE
 from .model_runner import ModelRunner
-from .shared_prefix import Session
+from .sampling import next_tokens
+from .shared_prefix import SharedPrefixDecoder
 
 Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
 
@@ -37,13 +38,9 @@ def one_sequence(
         outputs = model(**inputs, return_dict=True)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            token = torch.multinomial(torch.softmax(scores, -1), 1)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        log_prob = logits[0, token[0, 0]] - logits[0].logsumexp(-1)
-        input_ids, first = torch.cat([input_ids, token], -1), False
+        token = next_tokens(logits, input_ids, logits_processor, generation_config.do_sample)
+        log_prob = logits[0, token[0]] - logits[0].logsumexp(-1)
+        input_ids, first = torch.cat([input_ids, token[:, None]], -1), False
         done = bool(stopping_criteria(input_ids, ()).all())
         yield int(token), float(log_prob), model_kwargs[CACHE], input_ids[0], done
 
@@ -71,16 +68,18 @@ def _set_state(model: Any, names: Sequence[str], values: Sequence[Any]) -> None:
 
 
 # tokens [B], logits [B, V], sequences [B, N], unfinished [B] on the CPU
-Said = tuple[Tensor, Tensor, Tensor, Tensor]
+StepOutput = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iterator[Said | None]]:
+def decode_loop(
+    session: SharedPrefixDecoder, ids: Sequence[Sequence[int]]
+) -> Callable[..., Iterator[StepOutput | None]]:
     """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares logits processors and stopping
     criteria as for its own: yields once before it begins, then what was said in each pass."""
 
     def loop(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
-    ) -> Iterator[Said | None]:
+    ) -> Iterator[StepOutput | None]:
         yield None
         feed: Sequence[Sequence[int]] = ids
         unfinished = torch.ones(len(ids), dtype=torch.bool)
@@ -94,11 +93,7 @@ def passes(session: Session, ids: Sequence[Sequence[int]]) -> Callable[..., Iter
                 logits = read
             else:
                 logits = logits.index_copy(0, active.to(logits.device), read)
-            scores = logits_processor(input_ids, logits)
-            if generation_config.do_sample:
-                tokens = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
-            else:
-                tokens = scores.argmax(-1)
+            tokens = next_tokens(logits, input_ids, logits_processor, generation_config.do_sample)
             if not unfinished.all():
                 tokens = torch.where(unfinished.to(tokens.device), tokens, filler)
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)

@@ -1,4 +1,4 @@
-"""Prefixes of different sequences side by side, so that one kernel call a layer reads them all.
+"""PrefixPool of different sequences side by side, so that one kernel call a layer reads them all.
 
 A stack holds prefixes of about one length in slots, right-aligned: a slot's first key is its `start`, and a slot that
 nobody reads in a pass starts behind its end, where the kernel skips it. A prefix that several sequences share lies
@@ -20,7 +20,7 @@ _LEAST = 16  # lengths are rounded up to a multiple of this, and of a quarter of
 class Prefix:
     """A prefix in its slot. `users`: sequences that hold it. `used`: when it was last taken, a counter."""
 
-    stack: Stack
+    stack: SlotGroup
     slot: int
     length: int
     name: Hashable | None
@@ -29,7 +29,7 @@ class Prefix:
 
 
 @dataclass(eq=False)
-class Stack:
+class SlotGroup:
     """keys, values: one [S, Hkv, room, D] a layer. `start`: first key of each slot, int32 [S]; `room` of an empty
     one. `held`: what lies in each slot."""
 
@@ -71,11 +71,11 @@ class Stack:
         return torch.tensor(starts, dtype=torch.int32, device=device)
 
 
-class Prefixes:
+class PrefixPool:
     """Stacks of prefixes, shared ones found by name. Not for several threads at once."""
 
     def __init__(self) -> None:
-        self._stacks: dict[tuple[tuple[bool, bool], int], Stack] = {}
+        self._stacks: dict[tuple[tuple[bool, bool], int], SlotGroup] = {}
         self._named: dict[Hashable, Prefix] = {}
         self._clock = 0
 
@@ -84,8 +84,8 @@ class Prefixes:
         """Bytes of all slots, of those in use and of the others."""
         return sum(stack.nbytes for stack in self._stacks.values())
 
-    def take(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], name: Hashable | None = None, apart: bool = False
+    def acquire(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], name: Hashable | None = None, exclusive: bool = False
     ) -> Prefix:
         """A prefix [L][Hkv, M, D] in its slot; what has the same name is taken to be the same. Give it back. `apart`:
         in a stack of such alone."""
@@ -93,7 +93,7 @@ class Prefixes:
         found = self._named.get(name) if name is not None else None
         if found is None:
             length = keys[0].shape[1]
-            stack = self._stack((name is not None, apart), length)
+            stack = self._stack((name is not None, exclusive), length)
             slot = self._slot(stack, keys)
             stack.put(slot, keys, values)
             found = Prefix(stack, slot, length, name)
@@ -104,7 +104,7 @@ class Prefixes:
         found.used = self._clock
         return found
 
-    def give_back(self, prefix: Prefix) -> None:
+    def release(self, prefix: Prefix) -> None:
         """One sequence fewer needs it."""
         prefix.users -= 1
         stack = prefix.stack
@@ -120,9 +120,9 @@ class Prefixes:
         if found is not None:
             found.name = None
             found.users += 1
-            self.give_back(found)
+            self.release(found)
 
-    def _stack(self, kind: tuple[bool, bool], length: int) -> Stack:
+    def _stack(self, kind: tuple[bool, bool], length: int) -> SlotGroup:
         step = max(_LEAST, (1 << (length.bit_length() - 1)) // 4)
         room = -(-length // step) * step
         key = kind, room
@@ -133,10 +133,10 @@ class Prefixes:
                         if one is not None:
                             self._named.pop(one.name, None)
                     del self._stacks[other]
-            self._stacks[key] = Stack(room)
+            self._stacks[key] = SlotGroup(room)
         return self._stacks[key]
 
-    def _slot(self, stack: Stack, keys: Sequence[Tensor]) -> int:
+    def _slot(self, stack: SlotGroup, keys: Sequence[Tensor]) -> int:
         if None in stack.held:
             return stack.held.index(None)
         idle = [one for one in stack.held if one is not None and not one.users]

@@ -13,16 +13,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..kernels import Attention, join
 from ..models.text_model import TextModel
-from .attention import attend_split
+from .attention import attend_split, join_rows
 from .hooks import Recording, recording
 from .trace import Trace, trace_of
 
 _ROOM = 32  # positions made ahead of what is there, at most
 
 
-class Session:
+class SharedPrefixDecoder:
     """B questions in progress, over the keys and values of a prefix.
 
     Args:
@@ -100,8 +99,7 @@ class Session:
         output, total = own.output.transpose(1, 2).flatten(0, 1), own.lse.transpose(1, 2).flatten(0, 1)  # type: ignore[union-attr]
         if self._start is not None and longest > 1:
             output, total = output[self._rows], total[self._rows]
-        mine = Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None)
-        return join(mine, shared)
+        return join_rows((output, total), shared)
 
     def mark(self) -> tuple[int, Tensor]:
         """Where the questions are, for `back`."""

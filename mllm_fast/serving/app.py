@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
-from .auth import Keys
+from .auth import ApiKeys
 from .errors import ServiceError, service_error
 from .logs import Log
 from .metrics import CONTENT_TYPE, Metrics
-from .middleware import Guard
-from .responses import Piece
+from .middleware import RequestGuardMiddleware
+from .responses import ResponseChunk
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, Usage
 from .settings import Settings
 
@@ -58,7 +58,7 @@ class Backend(Protocol):
     name: str
     settings: Settings
 
-    async def chat(self, request: ChatRequest, scope: str) -> AsyncIterator[Piece]: ...
+    async def chat(self, request: ChatRequest, scope: str) -> AsyncIterator[ResponseChunk]: ...
 
     async def create(self, request: ContextRequest, scope: str) -> ContextInfo: ...
 
@@ -91,7 +91,7 @@ Scoped = Annotated[str, Depends(scope_of)]
 
 def create_app(
     backend: Backend,
-    keys: Keys,
+    keys: ApiKeys,
     *,
     metrics: Metrics,
     log: Log,
@@ -111,7 +111,7 @@ def create_app(
 
     app = FastAPI(title="mllm-fast", version=__version__, lifespan=lifespan, responses=_ERRORS, redirect_slashes=False)
     app.state.keys = keys
-    app.add_middleware(Guard, max_body=backend.settings.max_body, log=log, metrics=metrics)
+    app.add_middleware(RequestGuardMiddleware, max_body=backend.settings.max_body, log=log, metrics=metrics)
     began = int(time.time())
 
     @app.exception_handler(ServiceError)
@@ -145,7 +145,7 @@ def create_app(
         pieces = await backend.chat(body, scope)
         head = {"id": identity, "created": created, "model": backend.name}
 
-        async def counted() -> AsyncIterator[Piece]:
+        async def counted() -> AsyncIterator[ResponseChunk]:
             begun = False
             try:
                 async for piece in pieces:
@@ -260,10 +260,10 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str,
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _whole(pieces: AsyncIterator[Piece], logprobs: bool) -> dict[str, Any]:
+async def _whole(pieces: AsyncIterator[ResponseChunk], logprobs: bool) -> dict[str, Any]:
     text: list[str] = []
     logs: list[dict[str, Any]] = []
-    last = Piece()
+    last = ResponseChunk()
     async for piece in pieces:
         text.append(piece.text)
         logs += piece.logprobs
@@ -278,16 +278,16 @@ async def _whole(pieces: AsyncIterator[Piece], logprobs: bool) -> dict[str, Any]
     return {"object": "chat.completion", "choices": [choice], "usage": usage} | _context(last)
 
 
-def _context(piece: Piece) -> dict[str, Any]:
+def _context(piece: ResponseChunk) -> dict[str, Any]:
     return {} if piece.context is None else {"context": piece.context.model_dump(exclude_none=True)}
 
 
 async def _events(
-    request: Request, head: dict[str, Any], pieces: AsyncIterator[Piece], logprobs: bool, with_usage: bool
+    request: Request, head: dict[str, Any], pieces: AsyncIterator[ResponseChunk], logprobs: bool, with_usage: bool
 ) -> AsyncIterator[bytes]:
     head = head | {"object": "chat.completion.chunk"}
 
-    def event(delta: dict[str, Any], piece: Piece = Piece()) -> bytes:  # noqa: B008
+    def event(delta: dict[str, Any], piece: ResponseChunk = ResponseChunk()) -> bytes:  # noqa: B008
         logs = {"content": list(piece.logprobs), "refusal": None} if logprobs and piece.logprobs else None
         choice = {"index": 0, "delta": delta, "finish_reason": piece.finish, "logprobs": logs}
         return _event(head | {"choices": [choice]} | ({"usage": None} if with_usage else {}) | _context(piece))
@@ -296,9 +296,9 @@ async def _events(
         yield event({"role": "assistant", "content": ""})
         async for piece in pieces:
             if piece.text or piece.logprobs:
-                yield event({"content": piece.text}, Piece(piece.text, piece.logprobs))
+                yield event({"content": piece.text}, ResponseChunk(piece.text, piece.logprobs))
             if piece.finish is not None:
-                yield event({}, Piece(finish=piece.finish, context=piece.context))
+                yield event({}, ResponseChunk(finish=piece.finish, context=piece.context))
                 if with_usage and piece.usage is not None:
                     yield _event(head | {"choices": [], "usage": piece.usage.model_dump()})
         yield b"data: [DONE]\n\n"

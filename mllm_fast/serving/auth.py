@@ -14,8 +14,8 @@ VARIABLE = "MLLM_FAST_API_KEYS"
 _SHORTEST = 16
 
 
-class Keys:
-    """Keys that are accepted; without any, everybody is, and all share their contexts. Only digests are held."""
+class ApiKeys:
+    """ApiKeys that are accepted; without any, everybody is, and all share their contexts. Only digests are held."""
 
     def __init__(self, keys: Iterable[str] = ()):
         self._digests = []
@@ -25,7 +25,7 @@ class Keys:
             self._digests.append(_digest(key))
 
     @classmethod
-    def find(cls, path: Path | None = None) -> Keys:
+    def find(cls, path: Path | None = None) -> ApiKeys:
         """From a file, a key a line (# begins a comment), and from the variable MLLM_FAST_API_KEYS (commas between
         them)."""
         lines = os.environ.get(VARIABLE, "").split(",")

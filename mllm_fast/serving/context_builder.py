@@ -1,4 +1,4 @@
-"""A context in the making: the picture is read, and described among the other sequences of the batch."""
+"""A context in the builder: the picture is read, and described among the other sequences of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..runtime.batch import Row
 from ..runtime.prefill import Prefill, check_full_attention, prefill
-from .sampling import Chooser, Choosers, Sampling
+from ..runtime.sampling import Sampler, SamplerCache, Sampling
 
 if TYPE_CHECKING:
     from ..context.context import Context
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ContextSpec:
     """How a context is made: the pictures, as the processor gives them to the model, and the arguments of
     `VLM.compress`."""
 
@@ -36,19 +36,19 @@ class Recipe:
     max_tokens: int
 
 
-class Making:
+class ContextBuilder:
     """One of them. `waiting`: who asks about the picture. `said`: the description so far."""
 
-    def __init__(self, vlm: VLM, key: str, recipe: Recipe, choosers: Choosers):
-        self.vlm, self.key, self.recipe = vlm, key, recipe
+    def __init__(self, vlm: VLM, key: str, spec: ContextSpec, samplers: SamplerCache):
+        self.vlm, self.key, self.spec = vlm, key, spec
         self.waiting: list[Generation] = []
         self.said: list[int] = []
         self.row: Row | None = None
         self.running = self.done = False
         self._first: Prefill | None = None
         self._mass: Tensor | None = None
-        self._choosers = choosers
-        self._chooser: Chooser | None = None
+        self._choosers = samplers
+        self._chooser: Sampler | None = None
         self._stop = vlm.prompts.end_ids()
 
     @property
@@ -67,11 +67,11 @@ class Making:
     def begin(self) -> Prefill:
         """Read the picture and say the first token; `done` if that is enough."""
         self.running = True
-        vlm, recipe = self.vlm, self.recipe
+        vlm, spec = self.vlm, self.spec
         check_full_attention(vlm)
-        observes = PRUNING_SCORES.get(recipe.score).observes
-        watcher = AttendedTokens(recipe.layout, "query", len(vlm.text.layers)) if observes == "query" else None
-        first = self._first = prefill(vlm, recipe.inputs, recipe.layout, watcher)
+        observes = PRUNING_SCORES.get(spec.score).observes
+        watcher = AttendedTokens(spec.layout, "query", len(vlm.text.layers)) if observes == "query" else None
+        first = self._first = prefill(vlm, spec.inputs, spec.layout, watcher)
         if observes != "generated":
             self._mass = None if watcher is None else watcher.mean()
             self.done = True
@@ -79,7 +79,7 @@ class Making:
         self._chooser = self._choosers.make(first.input_ids.tolist(), Sampling())
         if not self.take(self._chooser.choose(first.logits)):
             raise InputError(
-                f"no token of a reply to {recipe.prompt!r} was read, so there are no rows to score by: give another"
+                f"no token of a reply to {spec.prompt!r} was read, so there are no rows to score by: give another"
                 " prompt, more tokens, or score='query'"
             )
         return first
@@ -93,12 +93,12 @@ class Making:
         """A token of the description; whether it goes on."""
         self.said.append(token)
         self._chooser.ids.append(token)  # type: ignore[union-attr]
-        self.done = token in self._stop or len(self.said) >= self.recipe.max_tokens
+        self.done = token in self._stop or len(self.said) >= self.spec.max_tokens
         return not self.done
 
     def context(self, prefix: tuple[Sequence[Tensor], Sequence[Tensor]] | None) -> Context:
         """The context, from the keys and values of the whole prefix."""
-        first, recipe = self._first, self.recipe
+        first, spec = self._first, self.spec
         assert first is not None
         keys, values = (first.keys, first.values) if prefix is None else prefix
         masses = {}
@@ -109,15 +109,15 @@ class Making:
         words = self.vlm.processor.tokenizer.decode(self.said, skip_special_tokens=True).strip()
         prefill = ScoredPrefill(
             vlm=self.vlm,
-            layout=recipe.layout,
+            layout=spec.layout,
             input_ids=first.input_ids,
             keys=tuple(keys),
             values=tuple(values),
             masses=masses,
             position=first.position,
-            prompt=recipe.prompt,
+            prompt=spec.prompt,
             description=words,
             images=(),
             peak_nbytes=sum(tensor.nbytes for tensor in (*keys, *values)),
         )
-        return prefill.context(recipe.keep, recipe.score)
+        return prefill.context(spec.keep, spec.score)

@@ -19,9 +19,18 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..runtime.batch import Batch
 from ..runtime.prefill import prefill
-from .context_builder import Making
-from .requests import Began, BusyError, Failed, Finished, Generation, Said, StoppingError, Work
-from .sampling import Choosers
+from ..runtime.sampling import SamplerCache
+from .context_builder import ContextBuilder
+from .requests import (
+    BusyError,
+    FailureEvent,
+    FinishEvent,
+    Generation,
+    PrefillEvent,
+    SideTask,
+    StoppingError,
+    TokenEvent,
+)
 
 if TYPE_CHECKING:
     from ..context.context import Context
@@ -55,13 +64,13 @@ class Engine:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.passes = self.tokens = 0
         self._keep_context, self._held = keep_context, held
-        self._choosers = Choosers(vlm)
+        self._choosers = SamplerCache(vlm)
         self._batch = Batch(vlm.text, vlm.backend)
         self._queue: deque[Generation] = deque()
-        self._works: deque[Work] = deque()
-        self._makings: dict[str, Making] = {}
+        self._works: deque[SideTask] = deque()
+        self._builders: dict[str, ContextBuilder] = {}
         self._forgotten: deque[str] = deque()
-        self._running: list[Generation | Making] = []
+        self._running: list[Generation | ContextBuilder] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -78,7 +87,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Generations and works without a place."""
-        return len(self._queue) + len(self._works) + sum(len(one.waiting) for one in list(self._makings.values()))
+        return len(self._queue) + len(self._works) + sum(len(one.waiting) for one in list(self._builders.values()))
 
     @property
     def running(self) -> int:
@@ -90,7 +99,7 @@ class Engine:
         """Bytes of keys and values in the batch."""
         return self._batch.nbytes
 
-    def submit(self, wanted: Generation | Work) -> None:
+    def submit(self, wanted: Generation | SideTask) -> None:
         """Take a generation or a work; its sink is told how it goes.
 
         Raises:
@@ -107,7 +116,7 @@ class Engine:
                 self._works.append(wanted)
             self._wake.notify()
 
-    def cancel(self, wanted: Generation | Work) -> None:
+    def cancel(self, wanted: Generation | SideTask) -> None:
         """Nobody waits for it any more: its place is free before the next pass."""
         wanted.cancelled = True
         with self._wake:
@@ -136,7 +145,7 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    while not (self._queue or self._works or self._running or self._makings):
+                    while not (self._queue or self._works or self._running or self._builders):
                         if self._stopping:
                             return
                         self._wake.wait()
@@ -151,34 +160,34 @@ class Engine:
             raise
 
     def _fail_all(self, error: BaseException) -> None:
-        waiting = [one for making in list(self._makings.values()) for one in making.waiting]
+        waiting = [one for builder in list(self._builders.values()) for one in builder.waiting]
         for one in [*self._queue, *self._works, *self._running, *waiting]:
-            if not isinstance(one, Making):  # which goes with those who wait for it
+            if not isinstance(one, ContextBuilder):  # which goes with those who wait for it
                 one.cancelled = True
-                one.sink(Failed(error))
+                one.sink(FailureEvent(error))
 
     def _admit(self) -> None:
         """Give places to those who wait, in their order; read at most one picture."""
         with self._wake:  # who gave up, or waited too long, leaves the queue even while nobody gets a place
             self._queue = deque(one for one in self._queue if not self._dropped(one))
         prefilled = False
-        for making in list(self._makings.values()):
-            if not making.running and not prefilled and len(self._running) < self.max_batch:
+        for builder in list(self._builders.values()):
+            if not builder.running and not prefilled and len(self._running) < self.max_batch:
                 prefilled = True
-                self._begin_making(making)
+                self._begin_building(builder)
         kept: deque[Generation] = deque()
         while True:
             with self._wake:
                 if not self._queue:
                     break
                 wanted = self._queue.popleft()
-            if wanted.recipe is not None and wanted.context is None:
+            if wanted.spec is not None and wanted.context is None:
                 wanted.context = self._held(wanted.key)  # it may have been made since the request was read
                 wanted.cached = wanted.context is not None
-            if wanted.recipe is not None and wanted.context is None:
-                if wanted.key not in self._makings:
-                    self._makings[wanted.key] = Making(self.vlm, wanted.key, wanted.recipe, self._choosers)
-                self._makings[wanted.key].waiting.append(wanted)
+            if wanted.spec is not None and wanted.context is None:
+                if wanted.key not in self._builders:
+                    self._builders[wanted.key] = ContextBuilder(self.vlm, wanted.key, wanted.spec, self._choosers)
+                self._builders[wanted.key].waiting.append(wanted)
                 continue
             if len(self._running) >= self.max_batch or (wanted.context is None and prefilled):
                 kept.append(wanted)
@@ -190,11 +199,11 @@ class Engine:
         with self._wake:
             self._queue.extendleft(reversed(kept))
 
-    def _dropped(self, wanted: Generation | Work) -> bool:
+    def _dropped(self, wanted: Generation | SideTask) -> bool:
         """Whether nobody waits for it, or it came too late."""
         if not wanted.cancelled and time.monotonic() > wanted.deadline:
             wanted.cancelled = True
-            wanted.sink(Failed(TimeoutError()))
+            wanted.sink(FailureEvent(TimeoutError()))
         return wanted.cancelled
 
     def _guarded(self, wanted: Generation, do: Callable[[Generation], None]) -> None:
@@ -204,70 +213,70 @@ class Engine:
         except Exception as error:
             if wanted.row is not None:
                 self._leave(wanted)
-            wanted.sink(Failed(error))
+            wanted.sink(FailureEvent(error))
 
     def _join(self, wanted: Generation) -> None:
         if wanted.context is not None:
             context = wanted.context
             sequence = [*context.input_ids.tolist(), *wanted.ids]
-            wanted.sink(Began(len(sequence), context.prefix_length if wanted.cached else 0, context))
+            wanted.sink(PrefillEvent(len(sequence), context.prefix_length if wanted.cached else 0, context))
             if not wanted.max_tokens:  # the context was all that was wanted
-                wanted.sink(Finished("length"))
+                wanted.sink(FinishEvent("length"))
                 return
-            wanted.chooser = self._choosers.make(sequence, wanted.sampling)
+            wanted.sampler = self._choosers.make(sequence, wanted.sampling)
             wanted.row = self._batch.join(context.keys, context.values, context.position, wanted.ids, wanted.key)
             self._running.append(wanted)
             return
         assert wanted.layout is not None
         first = prefill(self.vlm, wanted.inputs, wanted.layout)
         wanted.inputs = None
-        wanted.chooser = self._choosers.make(first.input_ids.tolist(), wanted.sampling)
-        wanted.sink(Began(wanted.layout.length))
-        token = wanted.chooser.choose(first.logits)
+        wanted.sampler = self._choosers.make(first.input_ids.tolist(), wanted.sampling)
+        wanted.sink(PrefillEvent(wanted.layout.length))
+        token = wanted.sampler.choose(first.logits)
         if self._say(wanted, token, first.logits):
             wanted.row = self._batch.join(first.keys, first.values, first.position, [token])
             self._running.append(wanted)
 
-    def _begin_making(self, making: Making) -> None:
-        making.drop_cancelled(self._dropped)
-        if not making.waiting:
-            del self._makings[making.key]
+    def _begin_building(self, builder: ContextBuilder) -> None:
+        builder.drop_cancelled(self._dropped)
+        if not builder.waiting:
+            del self._builders[builder.key]
             return
         try:
-            first = making.begin()
-            if making.done:
-                self._made(making)
+            first = builder.begin()
+            if builder.done:
+                self._made(builder)
             else:
-                row = self._batch.join(first.keys, first.values, first.position, making.said[-1:], watch=True)
-                making.joined(row)
-                self._running.append(making)
+                row = self._batch.join(first.keys, first.values, first.position, builder.said[-1:], watch=True)
+                builder.joined(row)
+                self._running.append(builder)
         except Exception as error:
-            self._not_made(making, error)
+            self._not_made(builder, error)
 
-    def _made(self, making: Making) -> None:
+    def _made(self, builder: ContextBuilder) -> None:
         """Everybody who waited for the context asks it now, before those who came later."""
         try:
-            made = making.context(None if making.row is None else self._batch.prefix(making.row))
-            context = self._keep_context(making.key, made)
+            made = builder.context(None if builder.row is None else self._batch.prefix(builder.row))
+            context = self._keep_context(builder.key, made)
         except Exception as error:
-            self._not_made(making, error)
+            self._not_made(builder, error)
             return
-        if making.row is not None:
-            self._leave(making)
-        del self._makings[making.key]
-        for i, wanted in enumerate(making.waiting):
+        if builder.row is not None:
+            self._leave(builder)
+        del self._builders[builder.key]
+        for i, wanted in enumerate(builder.waiting):
             wanted.context, wanted.cached = context, i > 0
         with self._wake:
-            self._queue.extendleft(reversed(making.waiting))
+            self._queue.extendleft(reversed(builder.waiting))
 
-    def _not_made(self, making: Making, error: Exception) -> None:
-        if making.row is not None:
-            self._leave(making)
-        self._makings.pop(making.key, None)
-        for wanted in making.waiting:
-            wanted.sink(Failed(error))
+    def _not_made(self, builder: ContextBuilder, error: Exception) -> None:
+        if builder.row is not None:
+            self._leave(builder)
+        self._builders.pop(builder.key, None)
+        for wanted in builder.waiting:
+            wanted.sink(FailureEvent(error))
 
-    def _leave(self, one: Generation | Making) -> None:
+    def _leave(self, one: Generation | ContextBuilder) -> None:
         self._batch.leave(one.row)  # type: ignore[arg-type]
         one.row = None
         self._running.remove(one)
@@ -275,11 +284,11 @@ class Engine:
     def _pass(self) -> None:
         """One pass over the batch."""
         for one in list(self._running):
-            if isinstance(one, Making):
+            if isinstance(one, ContextBuilder):
                 one.drop_cancelled(self._dropped)
                 if not one.waiting:
                     self._leave(one)
-                    del self._makings[one.key]
+                    del self._builders[one.key]
             elif self._dropped(one):
                 self._leave(one)
         if not self._running:
@@ -293,15 +302,15 @@ class Engine:
         except Exception as error:  # out of memory, say: of all in the batch nobody can go on
             for one in members:
                 self._leave(one)
-                if isinstance(one, Making):
+                if isinstance(one, ContextBuilder):
                     self._not_made(one, error)
                 else:
-                    one.sink(Failed(error))
+                    one.sink(FailureEvent(error))
             return
         self.passes += 1
         self.tokens += len(members)
         for i, one in enumerate(members):
-            if isinstance(one, Making):
+            if isinstance(one, ContextBuilder):
                 if one.take(likeliest[i] if one.plain else one.choose(logits[i])):
                     one.row.unread = one.said[-1:]  # type: ignore[union-attr]
                 else:
@@ -310,10 +319,10 @@ class Engine:
                 self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
 
     def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
-        chooser = wanted.chooser
-        assert chooser is not None
+        sampler = wanted.sampler
+        assert sampler is not None
         assert wanted.row is not None
-        token = likeliest if chooser.plain else chooser.choose(logits)
+        token = likeliest if sampler.plain else sampler.choose(logits)
         if self._say(wanted, token, logits):
             wanted.row.unread = [token]
         else:
@@ -322,9 +331,9 @@ class Engine:
     def _say(self, wanted: Generation, token: int, logits: Tensor) -> bool:
         """Tell of a token; whether there is to be another."""
         if token in wanted.stop_ids:
-            wanted.sink(Finished("stop"))
+            wanted.sink(FinishEvent("stop"))
             return False
-        wanted.chooser.ids.append(token)  # type: ignore[union-attr]
+        wanted.sampler.ids.append(token)  # type: ignore[union-attr]
         wanted.count += 1
         log_prob, top = 0.0, ()
         if wanted.log_probs is not None:
@@ -332,9 +341,9 @@ class Engine:
             log_prob = float(logs[token])
             best = logs.topk(min(wanted.log_probs, _TOP, len(logs)))
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))  # type: ignore[assignment]
-        wanted.sink(Said(token, log_prob, top))
+        wanted.sink(TokenEvent(token, log_prob, top))
         if wanted.count >= wanted.max_tokens:
-            wanted.sink(Finished("length"))
+            wanted.sink(FinishEvent("length"))
             return False
         return True
 
@@ -353,10 +362,10 @@ class Engine:
                 work.pieces = work.make()
             piece = next(work.pieces)
         except StopIteration:
-            work.sink(Finished("stop"))
+            work.sink(FinishEvent("stop"))
             return
         except Exception as error:
-            work.sink(Failed(error))
+            work.sink(FailureEvent(error))
             return
         work.sink(piece)
         with self._wake:

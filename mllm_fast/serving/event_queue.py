@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 
-class Mail:
+class EventQueue:
     """Hands events to queues of one event loop. Nobody waits for a reader: a queue grows by what an answer has."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -17,7 +17,7 @@ class Mail:
         self._guard = threading.Lock()
         self._waiting: list[tuple[asyncio.Queue[Any], Any]] = []
 
-    def box(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
+    def open(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
         """A queue, and what puts events into it from another thread."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
         return queue, lambda event: self._post(queue, event)

@@ -21,7 +21,7 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 _BODY_SECONDS = 60.0
 
 
-class Guard:
+class RequestGuardMiddleware:
     """ASGI middleware. It knows nothing of what the routes do.
 
     Args:

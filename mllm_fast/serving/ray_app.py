@@ -28,13 +28,13 @@ from ..context.store import pictures_digest
 from ..core.errors import InputError
 from ..core.images import load_image
 from .app import create_app
-from .auth import Keys
+from .auth import ApiKeys
 from .errors import ServiceError, service_error
 from .image_fetch import picture_bytes
 from .logs import Log
 from .messages import conversation
 from .metrics import Metrics
-from .responses import CONTEXT_ID, Piece
+from .responses import CONTEXT_ID, ResponseChunk
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, ImageURL, Message
 from .service import Service
 from .settings import Settings
@@ -119,7 +119,7 @@ class Replica:
         self._service = Service(vlm, settings, given.name or given.model)
         self._started = False
 
-    async def chat(self, request: dict[str, Any], scope: str) -> AsyncIterator[Piece | ServiceError]:
+    async def chat(self, request: dict[str, Any], scope: str) -> AsyncIterator[ResponseChunk | ServiceError]:
         """The pieces of an answer."""
         await self._start()
         try:
@@ -161,7 +161,7 @@ class Remote:
         self._handle = handle
         self._memo: OrderedDict[tuple[str, bytes], str] = OrderedDict()
 
-    async def chat(self, request: ChatRequest, scope: str) -> AsyncIterator[Piece]:
+    async def chat(self, request: ChatRequest, scope: str) -> AsyncIterator[ResponseChunk]:
         """See `Service.chat`. An answer that would come out the same again is asked again of another replica where the
         first one dies in its midst; one that was drawn at random without a seed, as long as nothing of it was sent."""
         urls = conversation(request.messages, self.settings.max_pictures).urls
@@ -234,7 +234,7 @@ class Remote:
 
     async def _pieces(
         self, content: dict[str, Any], scope: str, session: str, same_again: bool
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncIterator[ResponseChunk]:
         sent = logs = 0  # characters and log-probabilities
         for again in range(_TRIES):
             skip, skip_logs = sent, logs
@@ -247,7 +247,7 @@ class Remote:
                     entries, skip_logs = piece.logprobs[skip_logs:], max(0, skip_logs - len(piece.logprobs))
                     sent, logs = sent + len(text), logs + len(entries)
                     if text or entries or piece.finish is not None:
-                        yield Piece(text, entries, piece.finish, piece.usage, piece.context)
+                        yield ResponseChunk(text, entries, piece.finish, piece.usage, piece.context)
                 return
             except _LOST:
                 if again == _TRIES - 1 or (sent and not same_again):
@@ -264,7 +264,7 @@ class Ingress:
     def __init__(self, handle: DeploymentHandle, options: dict[str, Any]):
         given = Options(**options)
         self._remote = Remote(handle, given.name or given.model, given.settings)
-        self._keys = Keys.find(given.api_keys)
+        self._keys = ApiKeys.find(given.api_keys)
         self._log = Log() if given.log else Log(None)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -272,7 +272,7 @@ class Ingress:
         return create_app(self._remote, self._keys, metrics=Metrics(), log=self._log, ready=ready)
 
 
-async def _behind(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+async def _behind(first: ResponseChunk, rest: AsyncIterator[ResponseChunk]) -> AsyncIterator[ResponseChunk]:
     try:
         yield first
         async for piece in rest:

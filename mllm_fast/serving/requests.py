@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.layout import TokenLayout
 from ..runtime.batch import Row
-from .sampling import Chooser, Sampling
+from ..runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from ..context.context import Context
-    from .context_builder import Recipe
+    from .context_builder import ContextSpec
 
 
 class BusyError(Exception):
@@ -24,7 +24,7 @@ class StoppingError(Exception):
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenEvent:
     """A token: its id, its log-probability and the likeliest ones [(id, log-probability)], as far as asked for."""
 
     token: int
@@ -33,21 +33,21 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishEvent:
     """No more tokens: "stop" or "length"."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailureEvent:
     """No more tokens, because of an error."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
-class Began:
+class PrefillEvent:
     """The prompt was read. `cached`: from a context that was there; `prompt_tokens`: of the whole sequence."""
 
     prompt_tokens: int
@@ -55,7 +55,7 @@ class Began:
     context: Context | None = None
 
 
-Event = Began | Said | Finished | Failed
+Event = PrefillEvent | TokenEvent | FinishEvent | FailureEvent
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Generation:
 
     Args:
         sink: told of every event, by the engine's thread; must not wait.
-        key, context, recipe, ids: of a question about a context: its name in the store, the context if it is there, how
+        key, context, spec, ids: of a question about a context: its name in the store, the context if it is there, how
             to make it if it is not, and the tokens of the turns behind it.
         inputs, layout: of a prompt that is read whole.
         log_probs: how many of the likeliest tokens to report, None for no log-probability at all.
@@ -77,7 +77,7 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
     key: str = ""
     context: Context | None = None
-    recipe: Recipe | None = None
+    spec: ContextSpec | None = None
     ids: list[int] = field(default_factory=list)
     inputs: Any = None
     layout: TokenLayout | None = None
@@ -87,13 +87,13 @@ class Generation:
     cached: bool = False
     count: int = 0
     row: Row | None = field(default=None, repr=False)
-    chooser: Chooser | None = field(default=None, repr=False)
+    sampler: Sampler | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
-class Work:
+class SideTask:
     """Anything else that runs the model, a piece at a time: `pieces` is made and advanced by the engine's thread.
-    `sink` is told of what each piece gives, then of Finished or Failed."""
+    `sink` is told of what each piece gives, then of FinishEvent or FailureEvent."""
 
     make: Callable[[], Iterator[Any]]
     sink: Callable[[Any], None]

@@ -17,7 +17,7 @@ CONTEXT_ID = re.compile(r"ctx-([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ResponseChunk:
     """A part of an answer: `text` that is new, the log-probabilities of its tokens, and with the last one `finish`
     ("stop" or "length") and the `usage`."""
 

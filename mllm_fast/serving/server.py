@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from .app import create_app
-from .auth import Keys
+from .auth import ApiKeys
 from .connections import Connections
 from .logs import Log
 from .metrics import Metrics
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _GRACE = 30  # seconds that requests under way are given at the end
 
 
-def application(vlm: VLM, settings: Settings, keys: Keys, name: str, log: Log | None = None) -> tuple[FastAPI, Service]:
+def application(
+    vlm: VLM, settings: Settings, keys: ApiKeys, name: str, log: Log | None = None
+) -> tuple[FastAPI, Service]:
     """The HTTP application of a model, and the service behind it."""
     service = Service(vlm, settings, name)
     app = create_app(

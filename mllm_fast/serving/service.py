@@ -15,16 +15,16 @@ from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import load_image
 from ..knockout.rule import Knockout
-from .context_builder import Recipe
-from .detokenizer import Words
+from ..runtime.sampling import Sampling
+from .context_builder import ContextSpec
+from .detokenizer import AnswerDetokenizer
 from .engine import Engine
 from .errors import ServiceError, service_error
-from .event_queue import Mail
+from .event_queue import EventQueue
 from .image_fetch import picture_bytes
 from .messages import Conversation, conversation
-from .requests import Began, Failed, Finished, Generation, Said, Work
-from .responses import Piece, info_of, key_of, no_context
-from .sampling import Sampling
+from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, SideTask, TokenEvent
+from .responses import ResponseChunk, info_of, key_of, no_context
 from .schema import ChatRequest, ContextInfo, ContextRequest, Details, ExplanationRequest, Usage
 from .settings import Settings
 
@@ -42,7 +42,7 @@ class _Prepared:
 
     key: str = ""
     context: Context | None = None
-    recipe: Recipe | None = None
+    spec: ContextSpec | None = None
     ids: list[int] = field(default_factory=list)
     inputs: Any = None
     layout: Any = None
@@ -72,11 +72,11 @@ class Service:
         self._scoring = ThreadPoolExecutor(1, "score")
         self._writing = ThreadPoolExecutor(1, "write")
         self._memo: OrderedDict[tuple[Any, ...], str] = OrderedDict()
-        self._mail: Mail | None = None
+        self._mail: EventQueue | None = None
 
     async def start(self) -> None:
         """Begin to work, in the running event loop."""
-        self._mail = Mail(asyncio.get_running_loop())
+        self._mail = EventQueue(asyncio.get_running_loop())
         self.engine.start()
 
     def stop(self) -> None:
@@ -85,7 +85,7 @@ class Service:
         for pool in (self._preparing, self._scoring, self._writing):
             pool.shutdown(wait=True)
 
-    async def chat(self, request: ChatRequest, scope: str = "") -> AsyncIterator[Piece]:
+    async def chat(self, request: ChatRequest, scope: str = "") -> AsyncIterator[ResponseChunk]:
         """Answer a request: its pieces, once it has a place in the queue.
 
         Raises:
@@ -105,7 +105,7 @@ class Service:
         wanted.log_probs = (request.top_logprobs or 0) if request.logprobs else None
         queue, wanted.sink = self._box()
         self._submit(wanted)
-        return self._pieces(wanted, queue, Words(self.vlm.processor.tokenizer, stop))
+        return self._pieces(wanted, queue, AnswerDetokenizer(self.vlm.processor.tokenizer, stop))
 
     async def create(self, request: ContextRequest, scope: str = "") -> ContextInfo:
         """Read pictures and keep them."""
@@ -131,10 +131,10 @@ class Service:
         self._submit(wanted)
         found: Context | None = None
         try:
-            while not isinstance(event := await queue.get(), Finished):
-                if isinstance(event, Failed):
+            while not isinstance(event := await queue.get(), FinishEvent):
+                if isinstance(event, FailureEvent):
                     raise service_error(event.error)
-                if isinstance(event, Began):
+                if isinstance(event, PrefillEvent):
                     found = event.context
         finally:
             self.engine.cancel(wanted)
@@ -203,11 +203,11 @@ class Service:
     async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
         """What the pieces of some work give, each made by the engine's thread between two passes."""
         queue, sink = self._box()
-        work = Work(make, sink, time.monotonic() + self.settings.time_limit)
+        work = SideTask(make, sink, time.monotonic() + self.settings.time_limit)
         self._submit(work)
         try:
-            while not isinstance(event := await queue.get(), Finished):
-                if isinstance(event, Failed):
+            while not isinstance(event := await queue.get(), FinishEvent):
+                if isinstance(event, FailureEvent):
                     raise service_error(event.error)
                 yield event
         finally:
@@ -220,7 +220,7 @@ class Service:
             found = piece
         return found
 
-    def _submit(self, wanted: Generation | Work) -> None:
+    def _submit(self, wanted: Generation | SideTask) -> None:
         try:
             self.engine.submit(wanted)
         except Exception as error:
@@ -229,7 +229,7 @@ class Service:
     def _box(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
         if self._mail is None:
             raise RuntimeError("start the service first")
-        return self._mail.box()
+        return self._mail.open()
 
     async def _in(self, pool: ThreadPoolExecutor, do: Callable[[], Any]) -> Any:
         try:
@@ -257,7 +257,7 @@ class Service:
             max_tokens=count,
             key=prepared.key,
             context=prepared.context,
-            recipe=prepared.recipe,
+            spec=prepared.spec,
             ids=prepared.ids,
             inputs=prepared.inputs,
             layout=prepared.layout,
@@ -294,7 +294,7 @@ class Service:
 
         def prepare() -> _Prepared:
             made = self._of_pictures(files, keep, settings.prompt, settings.score, scope)
-            return self._behind(made.key, made.context, made.recipe, asked, count)
+            return self._behind(made.key, made.context, made.spec, asked, count)
 
         prepared = await self._in(self._preparing, prepare)
         if not any(url[:5].lower() != "data:" for url in asked.urls):  # what is behind another URL may change
@@ -315,17 +315,17 @@ class Service:
         inputs, (layout,), _ = self.vlm.prompts.prepare([pictures], [prompt])
         kept_count(keep, len(layout.positions("image")))
         self.vlm.prompts.check_window(layout.length + length, "the pictures and their description take")
-        return _Prepared(key, recipe=Recipe(inputs, layout, prompt, keep, score, length))
+        return _Prepared(key, spec=ContextSpec(inputs, layout, prompt, keep, score, length))
 
     def _behind(
-        self, key: str, context: Context | None, recipe: Recipe | None, asked: Conversation, count: int
+        self, key: str, context: Context | None, spec: ContextSpec | None, asked: Conversation, count: int
     ) -> _Prepared:
         """The turns that follow a context."""
-        source: Any = recipe if context is None else context
+        source: Any = spec if context is None else context
         ids = self.vlm.prompts.further_ids(source.prompt, len(source.layout.images), asked.spoken)
         length = source.layout.length + len(ids) + count
         self.vlm.prompts.check_window(length, "the pictures, the conversation and the longest answer take")
-        return _Prepared(key, context, recipe, ids)
+        return _Prepared(key, context, spec, ids)
 
     def _whole(self, asked: Conversation, files: list[bytes], count: int) -> _Prepared:
         """A prompt that is read whole."""
@@ -333,40 +333,42 @@ class Service:
         self.vlm.prompts.check_window(layout.length + count, "the conversation and the longest answer take")
         return _Prepared(inputs=inputs, layout=layout)
 
-    async def _pieces(self, wanted: Generation, queue: asyncio.Queue[Any], words: Words) -> AsyncIterator[Piece]:
+    async def _pieces(
+        self, wanted: Generation, queue: asyncio.Queue[Any], words: AnswerDetokenizer
+    ) -> AsyncIterator[ResponseChunk]:
         usage, info, logs = Usage(), None, []
         try:
             while True:
                 event = await queue.get()
-                if isinstance(event, Failed):
+                if isinstance(event, FailureEvent):
                     raise service_error(event.error)
-                if isinstance(event, Began):
+                if isinstance(event, PrefillEvent):
                     usage.prompt_tokens = event.prompt_tokens
                     usage.prompt_tokens_details = Details(cached_tokens=event.cached)
                     info = None if event.context is None else info_of(wanted.key, event.context, brief=True)
                     continue
-                if isinstance(event, Said):
+                if isinstance(event, TokenEvent):
                     usage.completion_tokens += 1
                     if wanted.log_probs is not None:
                         logs.append(self._log_prob(event))
                     text = words.push(event.token)
                     if words.stopped:
                         self.engine.cancel(wanted)
-                        event = Finished("stop")
+                        event = FinishEvent("stop")
                     elif text:
-                        yield Piece(text, tuple(logs))
+                        yield ResponseChunk(text, tuple(logs))
                         logs = []
                     if not words.stopped:
                         continue
                 else:
                     text = words.finish()
                 usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-                yield Piece(text, tuple(logs), event.reason, usage, info)
+                yield ResponseChunk(text, tuple(logs), event.reason, usage, info)
                 return
         finally:
             self.engine.cancel(wanted)
 
-    def _log_prob(self, said: Said) -> dict[str, Any]:
+    def _log_prob(self, said: TokenEvent) -> dict[str, Any]:
         def entry(token: int, value: float) -> dict[str, Any]:
             text = self.vlm.processor.tokenizer.decode([token])
             return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}

@@ -50,7 +50,7 @@ class Settings:
     remote_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        score_name(self.score)
+        object.__setattr__(self, "score", score_name(self.score))
         if self.keep is not None:
             kept_count(self.keep, 1 << 62)
         if not self.prompt.strip():

@@ -28,10 +28,10 @@ from starlette.routing import Mount
 from ..core.assets import SAMPLE
 from ..drawing.heatmap import colors
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
-from .auth import Keys
+from .auth import ApiKeys
 from .errors import service_error
 from .logs import Log
-from .ui_backend import ROUTES, Answered, Drawn, Shown, Tool
+from .ui_backend import ROUTES, Answered, Drawn, Shown, UIBackend
 from .ui_sessions import UISessionMiddleware
 
 _BEST = "best"
@@ -65,7 +65,7 @@ _CLICK = "() => setTimeout(() => (document.querySelector('#file a') || document.
 Outputs = tuple[Any, ...]
 
 
-def mount(app: FastAPI, tool: Tool, keys: Keys, log: Log, path: str = "/ui") -> FastAPI:
+def mount(app: FastAPI, tool: UIBackend, keys: ApiKeys, log: Log, path: str = "/ui") -> FastAPI:
     """The tool on the server, at `path`. Where the server has keys, one of them is the password. What a browser uploads
     and is shown lies in a folder of this process alone, and is given to that browser alone; see `ui_sessions`."""
     cache = tempfile.mkdtemp(prefix="mllm-fast-ui-")
@@ -95,7 +95,7 @@ def mount(app: FastAPI, tool: Tool, keys: Keys, log: Log, path: str = "/ui") -> 
     return app
 
 
-def build(tool: Tool, log: Log) -> gr.Blocks:
+def build(tool: UIBackend, log: Log) -> gr.Blocks:
     """The page."""
     page = Page(tool, log)
     last = tool.num_layers - 1
@@ -221,7 +221,7 @@ def _live() -> dict[str, Any]:
 class Page:
     """What happens where something is pressed."""
 
-    def __init__(self, tool: Tool, log: Log):
+    def __init__(self, tool: UIBackend, log: Log):
         self._tool, self._log = tool, log
         self._files = tempfile.TemporaryDirectory(prefix="mllm-fast-")
 

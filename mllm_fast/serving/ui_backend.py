@@ -81,7 +81,7 @@ class Heard:
     done: Answered | None = None
 
 
-class Tool:
+class UIBackend:
     """The service's model, for people who look. `joint`: a joint model of the same VLM, if there is one."""
 
     def __init__(self, service: Service, joint: JointModel | None = None):

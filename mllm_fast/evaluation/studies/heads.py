@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ...explain.logit_lens import word_values
-from ...runtime.answer import token_texts
+from ...runtime.detokenizer import token_texts
 from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.judge import NounJudge, shapes_judge
 from ..registry import evaluation

@@ -1,16 +1,31 @@
-"""How the next token is chosen: as transformers' `generate` would, one row at a time or many at once."""
+"""How the next token is chosen: as transformers' `generate` would, for one sequence or for many at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..vlm import VLM
+from .model_runner import ModelRunner
+
+
+def next_tokens(
+    logits: Tensor, input_ids: Tensor | None, processors: Any, sample: bool, generator: torch.Generator | None = None
+) -> Tensor:
+    """The next token of each sequence, int64 [B].
+
+    Args:
+        logits: of the next tokens, float32 [B, V]. input_ids: the sequences so far, [B, N], for the processors.
+        processors: transformers' logits processors; empty or None for none.
+        sample: draw from the probabilities, with `generator`; else the likeliest token.
+    """
+    scores = processors(input_ids, logits) if processors else logits
+    if sample:
+        return torch.multinomial(torch.softmax(scores, -1), 1, generator=generator)[:, 0]
+    return scores.argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class Sampling:
 
 
 @dataclass(eq=False)
-class Chooser:
+class Sampler:
     """Chooses the tokens of one sequence. `processors`: transformers' own, of the model's generation settings too."""
 
     processors: Any
@@ -38,23 +53,19 @@ class Chooser:
 
     def choose(self, logits: Tensor) -> int:
         """The next token after the logits [V]."""
-        scores = logits[None].to(torch.float32)
-        if self.processors:
-            scores = self.processors(torch.tensor([self.ids], device=logits.device), scores)
-        if self.sample:
-            return int(torch.multinomial(torch.softmax(scores[0], -1), 1, generator=self.generator))
-        return int(scores[0].argmax())
+        ids = torch.tensor([self.ids], device=logits.device) if self.processors else None
+        return int(next_tokens(logits[None].float(), ids, self.processors, self.sample, self.generator))
 
 
-class Choosers:
-    """Makes them; what transformers prepares for one set of settings is kept."""
+class SamplerCache:
+    """Makes samplers; what transformers prepares for one set of settings is kept."""
 
-    def __init__(self, vlm: VLM):
-        self._vlm = vlm
+    def __init__(self, runner: ModelRunner):
+        self._runner = runner
         self._known: dict[tuple[float, float], Any] = {}
 
-    def make(self, ids: Sequence[int], sampling: Sampling) -> Chooser:
-        """A chooser of the sequence that begins with `ids`. Prepared by `generate`, which needs the model's lock."""
+    def make(self, ids: Sequence[int], sampling: Sampling) -> Sampler:
+        """A sampler of the sequence that begins with `ids`. Prepared by `generate`, which needs the model's lock."""
         key = sampling.temperature, sampling.top_p
         processors = self._known.get(key)
         if processors is None:
@@ -66,17 +77,17 @@ class Choosers:
                 processors = self._prepared(torch.tensor([list(ids)]), sampling)
         generator = None
         if sampling.temperature:
-            generator = torch.Generator(self._vlm.model.device)
+            generator = torch.Generator(self._runner.model.device)
             generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-        return Chooser(processors, sampling.temperature > 0, list(ids), generator)
+        return Sampler(processors, sampling.temperature > 0, list(ids), generator)
 
     def _prepared(self, ids: Tensor, sampling: Sampling) -> Any:
-        ids = ids.to(self._vlm.model.device)
+        ids = ids.to(self._runner.model.device)
         options: dict[str, Any] = {"custom_generate": _prepared_only}
         if sampling.temperature:
             # no other filter than those that were asked for
             options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return next(self._vlm.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1, options))
+        return next(self._runner.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1, options))
 
 
 def _prepared_only(model: Any, input_ids: Tensor, logits_processor: Any, *_: Any, **__: Any) -> Iterator[Any]:
