@@ -97,7 +97,7 @@ def test_who_waits_for_a_context_pays_once(shapes):
     engine = Engine(shapes, keep_context=lambda key, made: kept.append(key) or made)
     asked = [about(shapes, picture, "one", "what is there?") for _ in range(5)]
     for one in asked:
-        engine._queue.append(one.wanted)  # all there before it starts
+        engine.scheduler.add(one.wanted)  # all there before it starts
     engine.start()
     began = []
     for one in asked:
@@ -128,7 +128,7 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monk
     assert isinstance(odd.result()[1], FailureEvent)
     assert engine.running == 0
     with monkeypatch.context() as patch:  # a pass that fails: nobody in it can go on, but the next ones can
-        patch.setattr(engine._batch, "read", lambda: 1 / 0)
+        patch.setattr(engine.scheduler.batch, "read", lambda: 1 / 0)
         other = about(vlm, picture, "other")
         engine.submit(other.wanted)
         assert isinstance(other.result()[1].error, ZeroDivisionError)
@@ -151,8 +151,8 @@ def test_a_forgotten_context_is_not_read_again(vlm, engine, picture):
     assert ask(first) == first.ask(QUESTION, max_new_tokens=6).token_ids
     engine.forget("name")
     assert ask(second) == second.ask(QUESTION, max_new_tokens=6).token_ids
-    assert "name" in engine._batch._prefixes._named
-    assert engine._batch._prefixes._named["name"].length == second.num_tokens
+    assert "name" in engine.scheduler.batch._prefixes._named
+    assert engine.scheduler.batch._prefixes._named["name"].length == second.num_tokens
 
 
 def test_late_cancelled_and_too_many(vlm, picture):

@@ -103,13 +103,13 @@ def test_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("MLLM_FAST_API_KEYS", "sk-from-the-environment-1, sk-from-the-environment-2")
     (tmp_path / "keys").write_text("sk-from-a-file-0123456  # whose\n\n")
     keys = ApiKeys.find(tmp_path / "keys")
-    scopes = {keys.scope(f"sk-from-{one}") for one in ("the-environment-1", "the-environment-2", "a-file-0123456")}
+    scopes = {keys.tenant(f"sk-from-{one}") for one in ("the-environment-1", "the-environment-2", "a-file-0123456")}
     assert len(scopes) == 3
     assert None not in scopes
     assert all("sk-" not in scope for scope in scopes)
     for wrong in (None, "", "sk-from-a-file-012345", "sk-from-a-file-01234567", "ü" * 20):
-        assert keys.scope(wrong) is None
-    assert ApiKeys().scope(None) == ApiKeys().scope("anything") == ""
+        assert keys.tenant(wrong) is None
+    assert ApiKeys().tenant(None) == ApiKeys().tenant("anything") == ""
     for wrong in ("short", "has a space in its middle", "ä" * 20):
         with pytest.raises(InputError, match="16 or more"):
             ApiKeys([wrong])

@@ -138,23 +138,23 @@ class ContextStore:
                 self._folder.drop(key)
         return there
 
-    def keys(self, scope: str = "") -> list[str]:
-        """Of the contexts of a scope, in memory and in the folder, sorted."""
+    def keys(self, tenant: str = "") -> list[str]:
+        """Of the contexts of a tenant, in memory and in the folder, sorted."""
         with self._guard:
             found = set(self._held)
         if self._folder is not None:
             with _no_answer_lost(self._folder, "read"):
                 found.update(self._folder.keys())
-        return sorted(key for key in found if key.endswith(scope_digest(scope)))
+        return sorted(key for key in found if key.endswith(tenant_digest(tenant)))
 
     def count(self) -> int:
         """Contexts in memory."""
         with self._guard:
             return len(self._held)
 
-    def key(self, vlm: ModelRunner, pictures: list[Any], settings: dict[str, Any], scope: str = "") -> str:
-        """The content's name, 64 hexadecimal digits: 24 of the pictures, 24 of everything, 16 of the `scope`. Who asks
-        in another scope never finds it, and nobody else can tell that it is there."""
+    def key(self, vlm: ModelRunner, pictures: list[Any], settings: dict[str, Any], tenant: str = "") -> str:
+        """The content's name, 64 hexadecimal digits: 24 of the pictures, 24 of everything, 16 of the `tenant`. Who asks
+        in another tenant never finds it, and nobody else can tell that it is there."""
         # what decides how picture and prompt are read, without reading them: a context that is held costs no more
         processor = vlm.processor
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
@@ -167,10 +167,10 @@ class ContextStore:
             text = json.dumps(about, sort_keys=True)
         except TypeError as error:
             raise InputError(f"the store takes options of numbers, texts and lists alone ({error})") from None
-        seen = pictures_digest(pictures, scope)
-        digest = hashlib.sha256(f"{scope_digest(scope)} {seen} {text}".encode())
+        seen = pictures_digest(pictures, tenant)
+        digest = hashlib.sha256(f"{tenant_digest(tenant)} {seen} {text}".encode())
         digest.update(json.dumps(reading, sort_keys=True, default=str).encode())
-        return seen[:_PART] + digest.hexdigest()[:_PART] + scope_digest(scope)
+        return seen[:_PART] + digest.hexdigest()[:_PART] + tenant_digest(tenant)
 
     def clear(self) -> None:
         """Forget what is in memory; files stay."""
@@ -242,18 +242,18 @@ class ContextStore:
                 self._folder.write(key, lambda path: context.save(path, self.storage))
 
 
-def pictures_digest(pictures: list[Any], scope: str = "") -> str:
-    """SHA-256 of pixels, in hexadecimal; keys of the same pictures in the same scope begin with its first 24 digits."""
-    digest = hashlib.sha256(scope_digest(scope).encode())
+def pictures_digest(pictures: list[Any], tenant: str = "") -> str:
+    """SHA-256 of pixels, in hexadecimal; keys of the same pictures and tenant begin with its first 24 digits."""
+    digest = hashlib.sha256(tenant_digest(tenant).encode())
     for picture in pictures:
         digest.update(f"{picture.mode} {picture.size} ".encode())
         digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
-def scope_digest(scope: str) -> str:
-    """The 16 digits that the keys of a scope end with."""
-    return hashlib.sha256(f"scope {scope}".encode()).hexdigest()[:16]
+def tenant_digest(tenant: str) -> str:
+    """The 16 digits that the keys of a tenant end with."""
+    return hashlib.sha256(f"scope {tenant}".encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def scope(self, key: str | None) -> str | None:
+    def tenant(self, key: str | None) -> str | None:
         """Whose contexts a key opens, a text that does not tell the key; None if it is not accepted."""
         if not self._digests:
             return ""

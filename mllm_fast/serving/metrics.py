@@ -58,8 +58,8 @@ class _Looking(Collector):
             "mllm_fast_context_bytes": ("Bytes of contexts in memory.", lambda: store.nbytes),
         }
         self._counters: dict[str, tuple[str, Callable[[], float]]] = {
-            "mllm_fast_passes": ("Passes of the batch.", lambda: engine.passes),
-            "mllm_fast_decoded_tokens": ("Tokens of all passes.", lambda: engine.tokens),
+            "mllm_fast_passes": ("Passes of the batch.", lambda: engine.scheduler.passes),
+            "mllm_fast_decoded_tokens": ("Tokens of all passes.", lambda: engine.scheduler.tokens),
             "mllm_fast_context_hits": ("Contexts that were found.", lambda: store.hits),
             "mllm_fast_context_misses": ("Contexts that were made.", lambda: store.misses),
         }

@@ -119,11 +119,11 @@ class Replica:
         self._service = Service(vlm, settings, given.name or given.model)
         self._started = False
 
-    async def chat(self, request: dict[str, Any], scope: str) -> AsyncIterator[ResponseChunk | ServiceError]:
+    async def chat(self, request: dict[str, Any], tenant: str) -> AsyncIterator[ResponseChunk | ServiceError]:
         """The pieces of an answer."""
         await self._start()
         try:
-            pieces = await self._service.chat(ChatRequest.model_validate(request), scope)
+            pieces = await self._service.chat(ChatRequest.model_validate(request), tenant)
             async for piece in pieces:
                 yield piece
         except Exception as error:
@@ -161,54 +161,54 @@ class Remote:
         self._handle = handle
         self._memo: OrderedDict[tuple[str, bytes], str] = OrderedDict()
 
-    async def chat(self, request: ChatRequest, scope: str) -> AsyncIterator[ResponseChunk]:
+    async def chat(self, request: ChatRequest, tenant: str) -> AsyncIterator[ResponseChunk]:
         """See `Service.chat`. An answer that would come out the same again is asked again of another replica where the
         first one dies in its midst; one that was drawn at random without a seed, as long as nothing of it was sent."""
         urls = conversation(request.messages, self.settings.max_pictures).urls
         if request.context is not None:
             session = request.context[4 : 4 + _DIGITS]
         else:
-            session, urls = await self._session(urls, scope)
+            session, urls = await self._session(urls, tenant)
         content = request.model_dump(exclude_none=True) | {"messages": _with_urls(request.messages, urls)}
         same_again = not request.temperature or request.seed is not None
-        pieces = self._pieces(content, scope, session, same_again)
+        pieces = self._pieces(content, tenant, session, same_again)
         first = await anext(pieces)  # a refusal is told before a stream begins
         return _behind(first, pieces)
 
-    async def create(self, request: ContextRequest, scope: str) -> ContextInfo:
+    async def create(self, request: ContextRequest, tenant: str) -> ContextInfo:
         """See `Service.create`."""
-        session, urls = await self._session(tuple(one.url for one in request.images), scope)
+        session, urls = await self._session(tuple(one.url for one in request.images), tenant)
         changed = request.model_copy(update={"images": [ImageURL(url=url) for url in urls]})
-        return await self._call(session, "create", changed, scope)
+        return await self._call(session, "create", changed, tenant)
 
-    async def context(self, identity: str, scope: str, kept: bool) -> ContextInfo:
+    async def context(self, identity: str, tenant: str, kept: bool) -> ContextInfo:
         """See `Service.context`."""
-        return await self._call(_of_id(identity), "context", identity, scope, kept)
+        return await self._call(_of_id(identity), "context", identity, tenant, kept)
 
-    async def contexts(self, scope: str) -> list[str]:
+    async def contexts(self, tenant: str) -> list[str]:
         """See `Service.contexts`: those of the shared store, and of one replica's memory."""
-        return await self._call("", "contexts", scope)
+        return await self._call("", "contexts", tenant)
 
-    async def delete(self, identity: str, scope: str) -> None:
+    async def delete(self, identity: str, tenant: str) -> None:
         """See `Service.delete`."""
-        await self._call(_of_id(identity), "delete", identity, scope)
+        await self._call(_of_id(identity), "delete", identity, tenant)
 
-    async def explain(self, request: ExplanationRequest, scope: str) -> bytes:
+    async def explain(self, request: ExplanationRequest, tenant: str) -> bytes:
         """See `Service.explain`."""
-        return await self._call("", "explain", request, scope)
+        return await self._call("", "explain", request, tenant)
 
-    async def _session(self, urls: tuple[str, ...], scope: str) -> tuple[str, tuple[str, ...]]:
+    async def _session(self, urls: tuple[str, ...], tenant: str) -> tuple[str, tuple[str, ...]]:
         """What requests about these pictures have in common, and the URLs with the remote ones fetched."""
         if not urls:
             return "", ()
-        key = scope, hashlib.sha256("\n".join(urls).encode("utf-8", "surrogatepass")).digest()
+        key = tenant, hashlib.sha256("\n".join(urls).encode("utf-8", "surrogatepass")).digest()
         local = all(url[:5].lower() == "data:" for url in urls)
         if local and key in self._memo:
             self._memo.move_to_end(key)
             return self._memo[key], urls
         files = [await picture_bytes(url, self.settings) for url in urls]
         try:
-            digest = pictures_digest([load_image(one, self.settings.max_pixels) for one in files], scope)[:_DIGITS]
+            digest = pictures_digest([load_image(one, self.settings.max_pixels) for one in files], tenant)[:_DIGITS]
         except InputError as error:
             raise service_error(error) from None
         if local:
@@ -233,12 +233,12 @@ class Remote:
         raise _no_replica()
 
     async def _pieces(
-        self, content: dict[str, Any], scope: str, session: str, same_again: bool
+        self, content: dict[str, Any], tenant: str, session: str, same_again: bool
     ) -> AsyncIterator[ResponseChunk]:
         sent = logs = 0  # characters and log-probabilities
         for again in range(_TRIES):
             skip, skip_logs = sent, logs
-            stream = self._handle.options(method_name="chat", stream=True, **_sticky(session)).remote(content, scope)
+            stream = self._handle.options(method_name="chat", stream=True, **_sticky(session)).remote(content, tenant)
             try:
                 async for piece in stream:  # type: ignore[union-attr]
                     if isinstance(piece, ServiceError):

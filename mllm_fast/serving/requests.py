@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from ..core.layout import TokenLayout
 from ..runtime.batch import Row
@@ -13,6 +17,9 @@ from ..runtime.sampling import Sampler, Sampling
 if TYPE_CHECKING:
     from ..context.context import Context
     from .context_builder import ContextSpec
+
+
+_TOP = 20  # log-probabilities that can be asked for
 
 
 class BusyError(Exception):
@@ -89,6 +96,25 @@ class Generation:
     row: Row | None = field(default=None, repr=False)
     sampler: Sampler | None = field(default=None, repr=False)
 
+    def emit(self, token: int, logits: Tensor) -> bool:
+        """Tell of a token; whether there is to be another."""
+        if token in self.stop_ids:
+            self.sink(FinishEvent("stop"))
+            return False
+        self.sampler.ids.append(token)  # type: ignore[union-attr]
+        self.count += 1
+        log_prob, top = 0.0, ()
+        if self.log_probs is not None:
+            logs = torch.log_softmax(logits.float(), -1)
+            log_prob = float(logs[token])
+            best = logs.topk(min(self.log_probs, _TOP, len(logs)))
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))  # type: ignore[assignment]
+        self.sink(TokenEvent(token, log_prob, top))
+        if self.count >= self.max_tokens:
+            self.sink(FinishEvent("length"))
+            return False
+        return True
+
 
 @dataclass(eq=False)
 class SideTask:
@@ -100,3 +126,11 @@ class SideTask:
     deadline: float = float("inf")
     cancelled: bool = False
     pieces: Iterator[Any] | None = None
+
+
+def dropped(wanted: Generation | SideTask) -> bool:
+    """Whether nobody waits for it any more, or it came too late, which it is told."""
+    if not wanted.cancelled and time.monotonic() > wanted.deadline:
+        wanted.cancelled = True
+        wanted.sink(FailureEvent(TimeoutError()))
+    return wanted.cancelled

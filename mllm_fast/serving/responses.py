@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..context.store import scope_digest
+from ..context.store import tenant_digest
 from .errors import ServiceError
 from .schema import ContextInfo, Usage
 
@@ -28,10 +28,10 @@ class ResponseChunk:
     context: ContextInfo | None = None
 
 
-def key_of(identity: str, scope: str) -> str:
-    """The store's key behind an id; of another scope's contexts nothing is told, not even that they are there."""
+def key_of(identity: str, tenant: str) -> str:
+    """The store's key behind an id; of another tenant's contexts nothing is told, not even that they are there."""
     match = CONTEXT_ID.fullmatch(identity)
-    if match is None or not match[1].endswith(scope_digest(scope)):
+    if match is None or not match[1].endswith(tenant_digest(tenant)):
         raise no_context(identity)
     return match[1]
 

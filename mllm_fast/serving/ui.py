@@ -73,7 +73,7 @@ def mount(app: FastAPI, tool: UIBackend, keys: ApiKeys, log: Log, path: str = "/
     os.environ["GRADIO_TEMP_DIR"] = cache  # read where components are made: Gradio's own is shared by its programs
     login: Callable[[str, str], bool] | None = None
     if keys:
-        login = lambda _, password: keys.scope(password) is not None  # noqa: E731
+        login = lambda _, password: keys.tenant(password) is not None  # noqa: E731
     for place in ("/", path):
         app.add_api_route(place, lambda: RedirectResponse(f"{path}/"), include_in_schema=False)
     blocks = build(tool, log)

@@ -108,7 +108,7 @@ class UIBackend:
             ex = source.explain(picture, question, ids)
             yield Heard(ex.text, ex.tokens, None, Answered(picture, question, ex, joint))
 
-        async for heard in self.service.run(pieces):
+        async for heard in self.service.client.run(pieces):
             yield heard
 
     async def impaired(
@@ -130,12 +130,12 @@ class UIBackend:
             if not text:
                 yield "(nothing)"
 
-        async for text in self.service.run(pieces):
+        async for text in self.service.client.run(pieces):
             yield text
 
     async def compressed(self, picture: Image.Image, question: str, percent: float) -> tuple[str, str, Image.Image]:
         """The answer from a context that keeps `percent` of the image tokens, what it takes, and the kept patches."""
-        ctx: Context = await self.service.kept([picture], percent / 100, scope="browser")
+        ctx: Context = await self.service.kept([picture], percent / 100, tenant="browser")
         count = self.service.settings.default_tokens
 
         def pieces() -> Iterator[str]:
@@ -143,7 +143,7 @@ class UIBackend:
                 for step in stream:
                     yield step.text
 
-        text = await self.service.last(pieces)
+        text = await self.service.client.last(pieces)
         facts = (
             f"{ctx.settings['kept']} of {len(ctx.layout.positions('image'))} image tokens a layer,"
             f" {ctx.nbytes / 1024:.0f} of {ctx.full_nbytes / 1024:.0f} KiB"
@@ -182,7 +182,7 @@ class UIBackend:
             yield f"{found.verdict}: \u201c{ex.tokens[shown.token].strip()}\u201d, {found}"
 
         async with answered.guard:
-            words = await self.service.last(check)
+            words = await self.service.client.last(check)
         return words if answered.shown == shown else None
 
     async def report(self, answered: Answered, kind: str, method: str) -> bytes:
@@ -194,7 +194,7 @@ class UIBackend:
         """Beside the engine where no pass is needed, else by its thread."""
         if method in LIVE:
             return await self.service.scored(do)
-        return await self.service.last(lambda: iter([do()]))
+        return await self.service.client.last(lambda: iter([do()]))
 
 
 def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:

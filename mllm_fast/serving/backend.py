@@ -1,0 +1,29 @@
+"""What answers the requests of the HTTP interface."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from .responses import ResponseChunk
+from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest
+from .settings import Settings
+
+
+class Backend(Protocol):
+    """What answers the requests; see `service.Service`."""
+
+    name: str
+    settings: Settings
+
+    async def chat(self, request: ChatRequest, tenant: str) -> AsyncIterator[ResponseChunk]: ...
+
+    async def create(self, request: ContextRequest, tenant: str) -> ContextInfo: ...
+
+    async def context(self, identity: str, tenant: str, kept: bool) -> ContextInfo: ...
+
+    async def contexts(self, tenant: str) -> list[str]: ...
+
+    async def delete(self, identity: str, tenant: str) -> None: ...
+
+    async def explain(self, request: ExplanationRequest, tenant: str) -> bytes: ...

@@ -1,0 +1,58 @@
+"""From the engine's events to the chunks of a response."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from .detokenizer import AnswerDetokenizer
+from .errors import service_error
+from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, TokenEvent
+from .responses import ResponseChunk, info_of
+from .schema import Details, Usage
+
+
+async def response_chunks(
+    wanted: Generation, queue: asyncio.Queue[Any], words: AnswerDetokenizer, tokenizer: Any, cancel: Callable[[], None]
+) -> AsyncIterator[ResponseChunk]:
+    """The chunks of an answer, from the engine's events; `cancel`: nobody waits for more."""
+    usage, info, logs = Usage(), None, []
+    try:
+        while True:
+            event = await queue.get()
+            if isinstance(event, FailureEvent):
+                raise service_error(event.error)
+            if isinstance(event, PrefillEvent):
+                usage.prompt_tokens = event.prompt_tokens
+                usage.prompt_tokens_details = Details(cached_tokens=event.cached)
+                info = None if event.context is None else info_of(wanted.key, event.context, brief=True)
+                continue
+            if isinstance(event, TokenEvent):
+                usage.completion_tokens += 1
+                if wanted.log_probs is not None:
+                    logs.append(_log_prob(tokenizer, event))
+                text = words.push(event.token)
+                if words.stopped:
+                    cancel()
+                    event = FinishEvent("stop")
+                elif text:
+                    yield ResponseChunk(text, tuple(logs))
+                    logs = []
+                if not words.stopped:
+                    continue
+            else:
+                text = words.finish()
+            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+            yield ResponseChunk(text, tuple(logs), event.reason, usage, info)
+            return
+    finally:
+        cancel()
+
+
+def _log_prob(tokenizer: Any, said: TokenEvent) -> dict[str, Any]:
+    def entry(token: int, value: float) -> dict[str, Any]:
+        text = tokenizer.decode([token])
+        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+    return entry(said.token, said.log_prob) | {"top_logprobs": [entry(token, value) for token, value in said.top]}

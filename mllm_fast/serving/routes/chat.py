@@ -1,0 +1,163 @@
+"""Chat completions, as OpenAI's, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..errors import ServiceError, service_error
+from ..metrics import Metrics
+from ..responses import ResponseChunk
+from ..schema import ChatRequest, Usage
+from .openapi import note_error
+from .state import State, Tenant
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a conversation about pictures",
+    response_model=None,
+    responses={
+        200: {
+            "description": 'The answer; with "stream" its pieces, as server-sent events.',
+            "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+        }
+    },
+)
+async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant) -> Response:
+    backend = state.backend
+    identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+    first = time.perf_counter()
+    chunks = _counted(await backend.chat(body, tenant), state.metrics, request, first)
+    head = {"id": identity, "created": created, "model": backend.name}
+    if not body.stream:
+        return JSONResponse(head | await _while_connected(request, _whole(chunks, bool(body.logprobs))))
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _events(request, head, chunks, bool(body.logprobs), usage)
+    return _Events(events, backend.settings.time_limit)
+
+
+async def _counted(
+    chunks: AsyncIterator[ResponseChunk], metrics: Metrics, request: Request, first: float
+) -> AsyncIterator[ResponseChunk]:
+    """The chunks, with what they are measured by; `first`: when the request came."""
+    begun = False
+    try:
+        async for chunk in chunks:
+            if not begun:
+                metrics.first_token.observe(time.perf_counter() - first)
+            begun = True
+            if chunk.usage is not None:
+                _count(metrics, request, chunk.usage)
+            yield chunk
+    finally:
+        await chunks.aclose()  # type: ignore[attr-defined]
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, given up where a reader takes longer than an answer may take."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], seconds: float):
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.wait_for(super().__call__(scope, receive, send), 2 * self._seconds)
+        except TimeoutError:
+            raise ConnectionAbortedError("the reader of a stream was too slow") from None
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """What some work gives, given up where nobody waits for it any more."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ServiceError(499, "the client went away")
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _whole(chunks: AsyncIterator[ResponseChunk], logprobs: bool) -> dict[str, Any]:
+    text: list[str] = []
+    logs: list[dict[str, Any]] = []
+    last = ResponseChunk()
+    async for chunk in chunks:
+        text.append(chunk.text)
+        logs += chunk.logprobs
+        last = chunk
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "".join(text), "refusal": None},
+        "finish_reason": last.finish,
+        "logprobs": {"content": logs, "refusal": None} if logprobs else None,
+    }
+    usage = None if last.usage is None else last.usage.model_dump()
+    return {"object": "chat.completion", "choices": [choice], "usage": usage} | _context(last)
+
+
+def _context(chunk: ResponseChunk) -> dict[str, Any]:
+    return {} if chunk.context is None else {"context": chunk.context.model_dump(exclude_none=True)}
+
+
+async def _events(
+    request: Request, head: dict[str, Any], chunks: AsyncIterator[ResponseChunk], logprobs: bool, with_usage: bool
+) -> AsyncIterator[bytes]:
+    head = head | {"object": "chat.completion.chunk"}
+
+    def event(delta: dict[str, Any], chunk: ResponseChunk = ResponseChunk()) -> bytes:  # noqa: B008
+        logs = {"content": list(chunk.logprobs), "refusal": None} if logprobs and chunk.logprobs else None
+        choice = {"index": 0, "delta": delta, "finish_reason": chunk.finish, "logprobs": logs}
+        return _event(head | {"choices": [choice]} | ({"usage": None} if with_usage else {}) | _context(chunk))
+
+    try:
+        yield event({"role": "assistant", "content": ""})
+        async for chunk in chunks:
+            if chunk.text or chunk.logprobs:
+                yield event({"content": chunk.text}, ResponseChunk(chunk.text, chunk.logprobs))
+            if chunk.finish is not None:
+                yield event({}, ResponseChunk(finish=chunk.finish, context=chunk.context))
+                if with_usage and chunk.usage is not None:
+                    yield _event(head | {"choices": [], "usage": chunk.usage.model_dump()})
+        yield b"data: [DONE]\n\n"
+    except Exception as error:  # the status was sent: an error is an event
+        found = service_error(error)
+        note_error(request, found)
+        yield _event(found.body)
+    finally:
+        await chunks.aclose()  # type: ignore[attr-defined]
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _count(metrics: Metrics, request: Request, usage: Usage) -> None:
+    cached = usage.prompt_tokens_details.cached_tokens
+    metrics.prompt_tokens.inc(usage.prompt_tokens)
+    metrics.cached_tokens.inc(cached)
+    metrics.answer_tokens.inc(usage.completion_tokens)
+    request.state.facts |= {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": cached,
+        "answer_tokens": usage.completion_tokens,
+    }

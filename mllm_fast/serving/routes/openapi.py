@@ -1,0 +1,103 @@
+"""Errors: how they are answered, and what the OpenAPI document says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ..errors import ServiceError
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": words,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    for status, words in {
+        400: "The request cannot be served.",
+        401: "The key is not accepted.",
+        404: "There is no such model or context.",
+        408: "The body did not come in time.",
+        413: "The body is too large.",
+        429: "Too many requests wait; see Retry-After.",
+        500: "The server failed.",
+        503: "The server is stopping.",
+        504: "The answer took too long.",
+    }.items()
+}
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form."""
+
+    @app.exception_handler(ServiceError)
+    async def refused(request: Request, error: ServiceError) -> Response:
+        note_error(request, error)
+        return _answered(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return _answered(_plain(error))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        found = ServiceError(error.status_code, str(error.detail))
+        return JSONResponse(found.body, found.status, error.headers)
+
+
+def note_error(request: Request, error: ServiceError) -> None:
+    """For the log: where an error of the server's own came from."""
+    if error.where:
+        request.state.facts["error"] = error.where
+
+
+def _answered(error: ServiceError) -> Response:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def _plain(error: RequestValidationError) -> ServiceError:
+    """What pydantic found, in a line; never what was sent, which may be a picture."""
+    found = error.errors()
+    first = found[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    words = f"{where or 'the body'}: {first['msg']}{more}"
+    return ServiceError(400, words[:1000], param=where or None)
+
+
+def describe_errors(app: FastAPI) -> None:
+    """Errors in the OpenAPI document are those that are sent."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = made()
+            text = {"type": ["string", "null"]}
+            document["components"]["schemas"]["Error"] = {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": text,
+                            "code": text,
+                        },
+                    }
+                },
+            }
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,224 @@
+"""Who is in the batch: sequences join and leave it between two passes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..runtime.batch import Batch
+from ..runtime.prefill import prefill
+from ..runtime.sampling import SamplerCache
+from .context_builder import ContextBuilder
+from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, dropped
+
+if TYPE_CHECKING:
+    from ..context.context import Context
+    from ..vlm import VLM
+
+
+class Scheduler:
+    """Used by the engine's thread alone, but for `add`, `waiting` and `everyone`.
+
+    Args:
+        vlm: the model. max_batch: sequences decoded together. guard: the lock of the queue.
+        keep_context, held: as `Engine` takes them.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        max_batch: int,
+        guard: threading.Condition,
+        keep_context: Callable[[str, Context], Context],
+        held: Callable[[str], Context | None],
+    ):
+        self.vlm, self.max_batch = vlm, max_batch
+        self.passes = self.tokens = 0
+        self.batch = Batch(vlm.text, vlm.backend)
+        self.members: list[Generation | ContextBuilder] = []
+        self._guard = guard
+        self._keep_context, self._held = keep_context, held
+        self._samplers = SamplerCache(vlm)
+        self._queue: deque[Generation] = deque()
+        self._builders: dict[str, ContextBuilder] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Generations without a place."""
+        return len(self._queue) + sum(len(one.waiting) for one in list(self._builders.values()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._queue or self.members or self._builders)
+
+    def add(self, wanted: Generation) -> None:
+        """Put a generation at the end of the queue, whose lock the caller holds."""
+        self._queue.append(wanted)
+
+    def everyone(self) -> list[Generation]:
+        """All generations that wait or run."""
+        waiting = [one for builder in list(self._builders.values()) for one in builder.waiting]
+        running = [one for one in self.members if isinstance(one, Generation)]
+        return [*self._queue, *running, *waiting]
+
+    def admit(self) -> None:
+        """Give places to those who wait, in their order; read at most one picture."""
+        with self._guard:  # who gave up, or waited too long, leaves the queue even while nobody gets a place
+            self._queue = deque(one for one in self._queue if not dropped(one))
+        prefilled = False
+        for builder in list(self._builders.values()):
+            if not builder.running and not prefilled and len(self.members) < self.max_batch:
+                prefilled = True
+                self._begin_building(builder)
+        kept: deque[Generation] = deque()
+        while True:
+            with self._guard:
+                if not self._queue:
+                    break
+                wanted = self._queue.popleft()
+            if wanted.spec is not None and wanted.context is None:
+                wanted.context = self._held(wanted.key)  # it may have been made since the request was read
+                wanted.cached = wanted.context is not None
+            if wanted.spec is not None and wanted.context is None:
+                if wanted.key not in self._builders:
+                    self._builders[wanted.key] = ContextBuilder(self.vlm, wanted.key, wanted.spec, self._samplers)
+                self._builders[wanted.key].waiting.append(wanted)
+                continue
+            if len(self.members) >= self.max_batch or (wanted.context is None and prefilled):
+                kept.append(wanted)
+                if len(self.members) >= self.max_batch:
+                    break
+                continue
+            prefilled = prefilled or wanted.context is None
+            self._guarded(wanted, self._start)
+        with self._guard:
+            self._queue.extendleft(reversed(kept))
+
+    def _guarded(self, wanted: Generation, do: Callable[[Generation], None]) -> None:
+        """What goes wrong with one of them is told to it alone."""
+        try:
+            do(wanted)
+        except Exception as error:
+            if wanted.row is not None:
+                self._leave(wanted)
+            wanted.sink(FailureEvent(error))
+
+    def _start(self, wanted: Generation) -> None:
+        if wanted.context is not None:
+            context = wanted.context
+            sequence = [*context.input_ids.tolist(), *wanted.ids]
+            wanted.sink(PrefillEvent(len(sequence), context.prefix_length if wanted.cached else 0, context))
+            if not wanted.max_tokens:  # the context was all that was wanted
+                wanted.sink(FinishEvent("length"))
+                return
+            wanted.sampler = self._samplers.make(sequence, wanted.sampling)
+            wanted.row = self.batch.join(context.keys, context.values, context.position, wanted.ids, wanted.key)
+            self.members.append(wanted)
+            return
+        assert wanted.layout is not None
+        first = prefill(self.vlm, wanted.inputs, wanted.layout)
+        wanted.inputs = None
+        wanted.sampler = self._samplers.make(first.input_ids.tolist(), wanted.sampling)
+        wanted.sink(PrefillEvent(wanted.layout.length))
+        token = wanted.sampler.choose(first.logits)
+        if wanted.emit(token, first.logits):
+            wanted.row = self.batch.join(first.keys, first.values, first.position, [token])
+            self.members.append(wanted)
+
+    def _begin_building(self, builder: ContextBuilder) -> None:
+        builder.drop_cancelled(dropped)
+        if not builder.waiting:
+            del self._builders[builder.key]
+            return
+        try:
+            first = builder.begin()
+            if builder.done:
+                self._built(builder)
+            else:
+                row = self.batch.join(first.keys, first.values, first.position, builder.said[-1:], watch=True)
+                builder.joined(row)
+                self.members.append(builder)
+        except Exception as error:
+            self._not_built(builder, error)
+
+    def _built(self, builder: ContextBuilder) -> None:
+        """Everybody who waited for the context asks it now, before those who came later."""
+        try:
+            made = builder.context(None if builder.row is None else self.batch.prefix(builder.row))
+            context = self._keep_context(builder.key, made)
+        except Exception as error:
+            self._not_built(builder, error)
+            return
+        if builder.row is not None:
+            self._leave(builder)
+        del self._builders[builder.key]
+        for i, wanted in enumerate(builder.waiting):
+            wanted.context, wanted.cached = context, i > 0
+        with self._guard:
+            self._queue.extendleft(reversed(builder.waiting))
+
+    def _not_built(self, builder: ContextBuilder, error: Exception) -> None:
+        if builder.row is not None:
+            self._leave(builder)
+        self._builders.pop(builder.key, None)
+        for wanted in builder.waiting:
+            wanted.sink(FailureEvent(error))
+
+    def _leave(self, one: Generation | ContextBuilder) -> None:
+        self.batch.leave(one.row)  # type: ignore[arg-type]
+        one.row = None
+        self.members.remove(one)
+
+    def run_pass(self) -> None:
+        """One pass over the batch."""
+        for one in list(self.members):
+            if isinstance(one, ContextBuilder):
+                one.drop_cancelled(dropped)
+                if not one.waiting:
+                    self._leave(one)
+                    del self._builders[one.key]
+            elif dropped(one):
+                self._leave(one)
+        if not self.members:
+            return
+        by_row = {id(one.row): one for one in self.members}
+        members = [by_row[id(row)] for row in self.batch.rows]
+        try:
+            with torch.inference_mode(), self.batch.recording():
+                logits = self.batch.read()
+            likeliest = logits.argmax(-1).tolist()
+        except Exception as error:  # out of memory, say: of all in the batch nobody can go on
+            for one in members:
+                self._leave(one)
+                if isinstance(one, ContextBuilder):
+                    self._not_built(one, error)
+                else:
+                    one.sink(FailureEvent(error))
+            return
+        self.passes += 1
+        self.tokens += len(members)
+        for i, one in enumerate(members):
+            if isinstance(one, ContextBuilder):
+                if one.take(likeliest[i] if one.plain else one.choose(logits[i])):
+                    one.row.unread = one.said[-1:]  # type: ignore[union-attr]
+                else:
+                    self._built(one)
+            else:
+                self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
+
+    def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
+        sampler = wanted.sampler
+        assert sampler is not None
+        assert wanted.row is not None
+        token = likeliest if sampler.plain else sampler.choose(logits)
+        if wanted.emit(token, logits):
+            wanted.row.unread = [token]
+        else:
+            self._leave(wanted)
