@@ -1,4 +1,4 @@
-"""The compiled extension. Everything else about the package is in pyproject.toml.
+"""The compiled extension, and the mark of a typed package. Everything else is in pyproject.toml.
 
 The extension is optional: where no compiler is found, the package installs without it and plain torch
 serves (`mllm-fast info` says so).
@@ -6,9 +6,21 @@ serves (`mllm-fast info` says so).
 
 import sys
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class TypedBuild(build_py):
+    """Writes the mark that PEP 561 wants into what is installed; in the checkout the folder shows its rooms alone."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            (Path(self.build_lib) / "mllm_fast" / "py.typed").touch()
+
 
 # the text picks its instruction set at run time, so no -march; -ffp-contract lets a * b + c become one fma
 flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"]
@@ -26,4 +38,4 @@ extension = Pybind11Extension(
 )
 extension.optional = True
 
-setup(ext_modules=[extension])
+setup(ext_modules=[extension], cmdclass={"build_py": TypedBuild})

@@ -6,7 +6,9 @@ Importing this package loads neither torch nor a model and patches nothing; name
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -18,9 +20,6 @@ def _use_installed() -> None:
     Started from a checkout's root, Python finds the package there first. An editable install finds the kernels beside
     it; of any other install its own modules are used, compiled ones included.
     """
-    import importlib.util
-    import sys
-
     if importlib.util.find_spec(f"{__name__}.kernels") is not None:
         return
     for entry in sys.path:

@@ -53,6 +53,12 @@ class Server:
         lines = httpx.get(f"{self.url}/metrics", timeout=HANG).text.splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
+    def handled(self) -> int:
+        """Chat completions that came to an end, given up ones among them."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=HANG).text.splitlines()
+        counts = [line for line in lines if line.startswith("mllm_fast_request_seconds_count{") and "/chat/" in line]
+        return sum(int(float(line.split()[-1])) for line in counts)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 

@@ -15,10 +15,10 @@ from waiting import HANG
 import mllm_fast as mf
 from mllm_fast.core.errors import InputError
 from mllm_fast.runtime.sampling import SamplerCache, Sampling
-from mllm_fast.serving.context_builder import ContextSpec
 from mllm_fast.serving.engine import Engine
 from mllm_fast.serving.requests import (
     BusyError,
+    ContextSpec,
     FailureEvent,
     FinishEvent,
     Generation,

@@ -142,7 +142,7 @@ def test_threads_wait_for_each_other(llava, monkeypatch):
         thread.join(HANG)
     assert len(calls) == 1
     assert len(found) == 6
-    assert store._busy == {}
+    assert store._locks._busy == {}
 
 
 def fill(folder: str, model, many, misses) -> None:

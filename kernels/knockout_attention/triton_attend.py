@@ -149,7 +149,7 @@ def _step(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def attend(
+def attend(  # long: one kernel, whose parts share registers
     query,
     key,
     value,

@@ -61,7 +61,7 @@ def _rows(query, query_row, row, rows, width, MASKED: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def mass(
+def mass(  # long: one kernel, whose parts share registers
     query,
     key,
     lse,

@@ -126,7 +126,7 @@ def moments(
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "vocab", "splits", "shares"])
-def expand(
+def expand(  # long: one kernel, whose parts share registers
     writes,  # [groups, rows, DEPTH]
     factor,  # [groups, rows]: what brings them back, in bits
     operators,  # int64 [groups]: each with its longest row's length behind it

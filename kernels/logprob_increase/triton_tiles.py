@@ -138,7 +138,7 @@ def _share(
 
 
 @triton.jit(do_not_specialize=["groups", "rows", "vocab", "share"])
-def factored(
+def factored(  # long: one kernel, whose parts share registers
     writes,  # [groups, rows, DEPTH]
     factor,  # [groups, rows]
     shift,  # [groups, rows]
@@ -222,7 +222,7 @@ def factored(
 
 
 @triton.jit(do_not_specialize=["rows", "vocab", "share", "splits"])
-def direct(
+def direct(  # long: one kernel, whose parts share registers
     writes,  # [rows, DEPTH]
     factor,  # [rows]
     shift,  # [rows]

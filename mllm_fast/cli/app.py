@@ -78,7 +78,7 @@ app.add_typer(joint.joint, name="joint")
 
 
 @app.command()
-def explain(
+def explain(  # long: the options of a command are its parameters
     images: Images = None,
     question: Question = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 File = Annotated[Path, typer.Argument(metavar="CONTEXT", help="A file that compress wrote.")]
 
 
-def compress(
+def compress(  # long: the options of a command are its parameters
     images: Images = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")] = Path(
         "context.safetensors"

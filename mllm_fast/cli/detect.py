@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _DEFAULT = "Describe the image."
 
 
-def detect(
+def detect(  # long: the options of a command are its parameters
     image: Annotated[Path | None, typer.Argument(help="A picture; the sample picture if none.")] = None,
     classes: Annotated[
         list[str] | None, typer.Option("--class", "-c", help="What to look for; several. Of shapes: its shapes.")

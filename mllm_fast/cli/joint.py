@@ -42,7 +42,7 @@ Vocabulary = Annotated[
 
 
 @joint.command()
-def train(
+def train(  # long: the options of a command are its parameters
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of W; used again, training goes on.")],
     detector: DetectorName = "shapes",
     model: Model = "shapes",

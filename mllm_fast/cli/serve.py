@@ -14,7 +14,7 @@ from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_j
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
 
 
-def serve(
+def serve(  # long: the options of a command are its parameters
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which the log tells.")] = 8000,
     keep: Annotated[

@@ -18,15 +18,14 @@ from ..core.layout import TokenLayout
 from ..explain.explanation import Explanation, nothing_generated
 from ..explain.scores import check_norm
 from ..explain.stream import Stream
-from ..models.offload import device_of
 from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
-from ..runtime.decoding import StepOutput, decode_loop, own_state
 from ..runtime.hooks import Recording
 from ..runtime.model_runner import ModelRunner
 from ..runtime.shared_prefix import SharedPrefixDecoder
 from ..runtime.trace import Trace
 from . import file_format
+from .questions import Questions
 
 _BATCH = 32
 
@@ -102,6 +101,20 @@ class Context:
         """The pictures to draw upon: `images`, or grey ones of their sizes."""
         return list(self.images) or [Image.new("RGB", image.size, (128, 128, 128)) for image in self.layout.images]
 
+    @property
+    def questions(self) -> Questions:
+        """What asks the model questions over this context."""
+        return Questions(
+            self.vlm,
+            self.keys,
+            self.values,
+            self.positions,
+            self.input_ids,
+            self.position,
+            self.prompt,
+            self.layout.images,
+        )
+
     def kept(self, layer: int) -> Kept:
         """The image tokens that a layer keeps."""
         count = len(self.positions)
@@ -135,12 +148,13 @@ class Context:
             raise InputError("no question was given; give a list of them")
         if batch_size < 1:
             raise InputError(f"batch_size is at least 1, got {batch_size}")
-        ids = [self._question_ids(question, max_new_tokens) for question in questions]
+        ids = [self.questions.ids(question, max_new_tokens) for question in questions]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of one length waste no room
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            answers |= dict(zip(part, self._answers([ids[i] for i in part], max_new_tokens, options), strict=True))
+            made = self.questions.answers([ids[i] for i in part], max_new_tokens, options)
+            answers |= dict(zip(part, made, strict=True))
         return [answers[i] for i in range(len(ids))]
 
     def chat(self) -> Chat:
@@ -154,22 +168,22 @@ class Context:
         vlm = self.vlm
         check_norm(norm)
         one_answer("stream", options)
-        ids = self._question_ids(question, max_new_tokens)
-        session = self._session(1)
+        ids = self.questions.ids(question, max_new_tokens)
+        session = self.questions.decoder(1)
         sequence = torch.cat([self.input_ids, torch.tensor(ids)])
         stream = Stream(
             vlm=vlm,
-            layout=self._asked(len(sequence)),
+            layout=self.questions.layout(len(sequence)),
             prompt=question,
             images=self.pictures,
             explain=explain,
             norm=norm,
             stop_ids=vlm.prompts.stop_ids(options),
-            source=_Asked(self, session),
+            source=_Asked(self.questions, session),
         )
 
         def start() -> Iterator[Any]:
-            for said in self._generate(session, [ids], [sequence], max_new_tokens, options):
+            for said in self.questions.generate(session, [ids], [sequence], max_new_tokens, options):
                 if said is None:
                     yield None
                     continue
@@ -193,26 +207,26 @@ class Context:
         See `VLM.explain`; such an explanation cannot be verified."""
         vlm = self.vlm
         check_norm(norm)
-        ids = self._question_ids(question, max_new_tokens)
-        session = self._session(1)
+        ids = self.questions.ids(question, max_new_tokens)
+        session = self.questions.decoder(1)
         sequence = torch.cat([self.input_ids, torch.tensor(ids)])
-        layout = self._asked(len(sequence))
+        layout = self.questions.layout(len(sequence))
         if answer is None:
-            with self._running(), session.recording(1) as record:
-                for said in self._generate(session, [ids], [sequence], max_new_tokens, options):
+            with self.questions.running(), session.recording(1) as record:
+                for said in self.questions.generate(session, [ids], [sequence], max_new_tokens, options):
                     sequence = sequence if said is None else said[2][0]
         else:
             nothing_generated(options)
             given = vlm.prompts.answer_ids(answer)
             sequence = torch.cat([sequence, given.cpu()])
-            self._check_window(len(ids) + len(given))
-            with self._running(), session.recording(len(given)) as record:
+            self.questions.check_window(len(ids) + len(given))
+            with self.questions.running(), session.recording(len(given)) as record:
                 session.read([[*ids, *given[:-1].tolist()]])
         said_text = answer_of(sequence, layout, vlm.processor.tokenizer, vlm.prompts.stop_ids(options))
         if not said_text.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         count = len(said_text.token_ids)
-        trace = self.trace(session, record, count, len(said_text.input_ids) - 1)
+        trace = self.questions.trace(session, record, count, len(said_text.input_ids) - 1)
         return Explanation.of(vlm, trace, said_text, prompt=question, images=self.pictures, norm=norm)
 
     def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
@@ -234,77 +248,12 @@ class Context:
         """
         return cls(**file_format.load(path, vlm, images))
 
-    def trace(self, session: SharedPrefixDecoder, record: Recording, num_tokens: int, length: int) -> Trace:
-        """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""
-        own = torch.arange(self.prefix_length, length).expand(len(self.positions), -1)
-        return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
-
-    def _answers(self, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[Answer]:
-        session = self._session(len(ids), max_new_tokens - 1)
-        prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
-        longest = max(map(len, prompts))
-        sequences, ends = torch.empty(0), [0] * len(ids)
-        with self._running(), session.recording():
-            for said in self._generate(session, ids, prompts, max_new_tokens, options):
-                if said is not None:
-                    sequences = said[2]
-                    length = sequences.shape[1]
-                    ends = [end or (0 if more else length) for end, more in zip(ends, said[3].tolist(), strict=True)]
-        stop = self.vlm.prompts.stop_ids(options)
-        return [
-            answer_of(one[longest - len(prompt) : end], self._asked(len(prompt)), self.vlm.processor.tokenizer, stop)
-            for one, prompt, end in zip(sequences.cpu(), prompts, ends, strict=True)
-        ]
-
-    def _generate(
-        self,
-        session: SharedPrefixDecoder,
-        ids: list[list[int]],
-        prompts: list[Tensor],
-        max_new_tokens: int,
-        options: dict[str, Any],
-    ) -> Iterator[StepOutput | None]:
-        """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
-        one_answer("a context's answer", options)
-        rows = [prompt.flip(0) for prompt in prompts]
-        # a token that every sequence holds: processors that look which tokens there are see no other
-        padding = int(self.input_ids[0])
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).flip(1)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
-        device = device_of(self.vlm.model)
-        inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
-        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": decode_loop(session, ids)}
-        return self.vlm.run(inputs, max_new_tokens, settings)
-
-    def _running(self) -> AbstractContextManager[None]:
-        """The model at hand, and left as it was."""
-        return own_state(self.vlm, [])
-
-    def _session(self, count: int, expected: int = 32) -> SharedPrefixDecoder:
-        return SharedPrefixDecoder(
-            self.vlm.text, self.keys, self.values, self.position, count, self.vlm.backend, expected
-        )
-
-    def _asked(self, length: int) -> TokenLayout:
-        """The layout of the prefix and a question."""
-        return TokenLayout(length, length, self.layout.images)
-
-    def _question_ids(self, question: str, max_new_tokens: int) -> list[int]:
-        ids = self.vlm.prompts.turn_ids(self.prompt, len(self.layout.images), question)
-        self._check_window(len(ids) + max_new_tokens)
-        return ids
-
-    def _check_window(self, more: int) -> None:
-        self.vlm.prompts.check_window(
-            self.position + more, "the context's prefix, the question and the longest answer take"
-        )
-
 
 class _Asked:
     """What a stream over a context needs to attach and to explain."""
 
-    def __init__(self, context: Context, session: SharedPrefixDecoder):
-        self._context = context
+    def __init__(self, questions: Questions, session: SharedPrefixDecoder):
+        self._questions = questions
         self._session: SharedPrefixDecoder | None = session
 
     def recording(self, rows: int) -> AbstractContextManager[Recording]:
@@ -312,7 +261,7 @@ class _Asked:
         return self._session.recording(rows)
 
     def trace(self, record: Recording, cache: Any, length: int) -> Trace:
-        return self._context.trace(cache, record, 1, length)
+        return self._questions.trace(cache, record, 1, length)
 
     def close(self) -> None:
         self._session = None  # steps that are still to be explained hold it
@@ -324,21 +273,21 @@ class Chat:
     def __init__(self, context: Context):
         self.context = context
         self.turns: list[Answer] = []
-        self._session = context._session(1)
+        self._session = context.questions.decoder(1)
         self._sequence = context.input_ids
         self._unread: list[int] = []  # the last token said, which no pass has read yet
 
     def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
         """Answer a question that may refer to the earlier ones; options as in `Context.ask`."""
-        context, vlm = self.context, self.context.vlm
-        ids = context._question_ids(question, max_new_tokens)
-        context._check_window(self._session.length + len(self._unread) + len(ids) + max_new_tokens)
+        questions, vlm = self.context.questions, self.context.vlm
+        ids = questions.ids(question, max_new_tokens)
+        questions.check_window(self._session.length + len(self._unread) + len(ids) + max_new_tokens)
         sequence = torch.cat([self._sequence, torch.tensor([*self._unread, *ids])])
-        layout = context._asked(len(sequence))
+        layout = questions.layout(len(sequence))
         before = self._session.mark()
         try:
-            with context._running(), self._session.recording():
-                for said in context._generate(
+            with questions.running(), self._session.recording():
+                for said in questions.generate(
                     self._session, [[*self._unread, *ids]], [sequence], max_new_tokens, options
                 ):
                     sequence = sequence if said is None else said[2][0].cpu()

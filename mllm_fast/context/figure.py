@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from ..core.files import check_target, whole_file
@@ -83,8 +84,6 @@ def _lit(ctx: Context, layers) -> Image.Image:
 
 def _cells(ctx: Context, layer: int, image: int) -> np.ndarray:
     """1 in the cells of the grid whose token a layer keeps; a thumbnail's token lights the cells it covers."""
-    import torch
-
     where = ctx.layout.images[image]
     kept = torch.isin(where.positions, ctx.positions[layer])
     return (where.to_grid(kept.double()) > 0).double().numpy()

@@ -67,7 +67,7 @@ class ContextStore:
         self._folder: Folder | None = None if url is None else open_folder(str(url), disk_bytes)
         self._held: OrderedDict[str, Context] = OrderedDict()
         self._guard = threading.Lock()
-        self._busy: dict[str, tuple[threading.Lock, int]] = {}  # of each key, and how many want it
+        self._locks = _KeyLocks(self._folder)
 
     def get(
         self,
@@ -89,7 +89,7 @@ class ContextStore:
         key = self.key(vlm, pictures, settings)
         found = self.held(key)
         if found is None:
-            with self._alone(key):
+            with self._locks.alone(key):
                 found = self.find(key, vlm)
                 if found is None:
                     made = compress(vlm, pictures, **settings)
@@ -122,7 +122,7 @@ class ContextStore:
     def write(self, key: str, made: Context) -> None:
         """Put such a context into the folder, if there is one."""
         if self._folder is not None:
-            with self._alone(key):
+            with self._locks.alone(key):
                 self._write(key, made)
 
     def drop(self, key: str) -> bool:
@@ -178,24 +178,6 @@ class ContextStore:
             self._held.clear()
             self.nbytes = 0
 
-    @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
-        """Nobody else computes this key meanwhile, in this process or, in a folder here, in another."""
-        with self._guard:
-            lock, waiting = self._busy.get(key, (threading.Lock(), 0))
-            self._busy[key] = lock, waiting + 1
-        try:
-            with lock, ExitStack() as stack:
-                if self._folder is not None:
-                    with _no_answer_lost(self._folder, "locked"):
-                        stack.enter_context(self._folder.locked(key))
-                yield
-        finally:
-            with self._guard:
-                lock, waiting = self._busy.pop(key)
-                if waiting > 1:
-                    self._busy[key] = lock, waiting - 1
-
     def _stored_form(self, context: Context) -> Context:
         """A context as it will be found again: as int8 gives it back, without the pictures."""
         bare = replace(context, images=())
@@ -240,6 +222,33 @@ class ContextStore:
         if self._folder is not None:
             with _no_answer_lost(self._folder, "written to"):
                 self._folder.write(key, lambda path: context.save(path, self.storage))
+
+
+class _KeyLocks:
+    """Locks by key, in this process and, in a folder on this machine, among all that use it."""
+
+    def __init__(self, folder: Folder | None):
+        self._folder = folder
+        self._guard = threading.Lock()
+        self._busy: dict[str, tuple[threading.Lock, int]] = {}  # of each key, and how many want it
+
+    @contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Nobody else computes this key meanwhile, in this process or, in a folder here, in another."""
+        with self._guard:
+            lock, waiting = self._busy.get(key, (threading.Lock(), 0))
+            self._busy[key] = lock, waiting + 1
+        try:
+            with lock, ExitStack() as stack:
+                if self._folder is not None:
+                    with _no_answer_lost(self._folder, "locked"):
+                        stack.enter_context(self._folder.locked(key))
+                yield
+        finally:
+            with self._guard:
+                lock, waiting = self._busy.pop(key)
+                if waiting > 1:
+                    self._busy[key] = lock, waiting - 1
 
 
 def pictures_digest(pictures: list[Any], tenant: str = "") -> str:

@@ -47,7 +47,7 @@ class Scores:
         verification: what `verify` found, empty before.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         text_model: TextModel,

@@ -47,14 +47,23 @@ class Step:
             sampling settings.
     """
 
-    def __init__(self, stream: Stream, index: int, token_id: int, token: str, text: str, log_prob: float):
+    def __init__(
+        self,
+        stream: Stream,
+        index: int,
+        token_id: int,
+        token: str,
+        text: str,
+        log_prob: float,
+        recorded: tuple[Recording, Any, Tensor] | None = None,
+    ):
         self.index = index
         self.token_id = token_id
         self.token = token
         self.text = text
         self.log_prob = log_prob
         self._stream = stream
-        self._recorded: tuple[Recording, Any, Tensor] | None = None
+        self._recorded = recorded
         self._explanation: Explanation | None = None
 
     @property
@@ -94,7 +103,7 @@ class Stream(Iterator[Step]):
     """The steps of one answer; see `VLM.stream`. `knockout` may be set between steps; `answer` is what was said so
     far. Use it as a context manager, or call `close`, to free the cache of a stream that is left early."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         vlm: ModelRunner,
@@ -171,9 +180,8 @@ class Stream(Iterator[Step]):
             raise StopIteration
         token = self._tokens.push(token_id)
         self._text += self._plain.push(token_id)
-        step = Step(self, self._count, token_id, token, self._text.strip(), log_prob)
-        if self._explain:
-            step._recorded = self._record, cache, sequence  # type: ignore[assignment]
+        recorded = None if not self._explain or self._record is None else (self._record, cache, sequence)
+        step = Step(self, self._count, token_id, token, self._text.strip(), log_prob, recorded)
         self._count += 1
         return step
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -42,8 +43,6 @@ def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
 
 def own_features(vlm: VLM, inputs: Any) -> Tensor:
     """What the model's own vision tower and projector make of the processor's inputs: [images, tokens, d]."""
-    import torch
-
     check_fixed_grid(vlm)
     found = vlm.model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
     return found if isinstance(found, Tensor) else torch.stack(list(found))

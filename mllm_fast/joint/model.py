@@ -120,7 +120,7 @@ class JointModel:
     def see_many(self, images: Sequence[ImageSource]) -> list[Seen]:
         """Read several pictures in one batch."""
         visions = self.owl.see_many(images, self.vlm.prompts.max_pixels)
-        return [Seen(vision, self._tile(vision)) for vision in visions]
+        return [Seen(vision, _tile(self.vlm, vision)) for vision in visions]
 
     def image_embeddings(self, seen: Seen) -> Tensor:
         """What the language model reads of a picture: W of E without its class token, on the language model's grid,
@@ -228,10 +228,6 @@ class JointModel:
             raise InputError("no picture was given; a joint model needs one")
         return [self.see(one) for one in many]
 
-    def _tile(self, vision: Vision) -> Tile:
-        _, (layout,), _ = self.vlm.prompts.prepare([[vision.picture]], ["?"])
-        return single_tile(layout.images[0].tiles)
-
 
 def word_of(tokens: Sequence[str], token: int) -> str:
     """The word that a token of an answer is a part of; the token itself where it is part of none."""
@@ -241,3 +237,8 @@ def word_of(tokens: Sequence[str], token: int) -> str:
         if match.start() < end and match.end() > start:
             return match.group()
     return tokens[token].strip()
+
+
+def _tile(vlm: VLM, vision: Vision) -> Tile:
+    _, (layout,), _ = vlm.prompts.prepare([[vision.picture]], ["?"])
+    return single_tile(layout.images[0].tiles)

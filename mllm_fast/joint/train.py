@@ -69,7 +69,7 @@ class TrainConfig:
             raise InputError(f"noise is 0 or more, got {self.noise}")
 
 
-def train(
+def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     owl: Detector,
     vlm: VLM,
     names: tuple[str, str],

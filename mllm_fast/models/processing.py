@@ -75,7 +75,7 @@ class Prompts:
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the picture")
-            self._check_text(prompt, "prompt")
+            _check_text(self.processor, prompt, "prompt")
         if any(pictures) and not all(pictures):
             raise InputError("a batch has pictures for all of its prompts or for none")
         return self._inputs(
@@ -86,7 +86,7 @@ class Prompts:
         """The processor's inputs for one conversation, its pictures in the order of their places, and the layout."""
         for _, parts in turns:
             for part in parts:
-                self._check_text(part or "", "message")
+                _check_text(self.processor, part or "", "message")
         inputs = self._inputs([pictures], [list(turns)])
         sizes = [picture.size for picture in pictures]
         return inputs, prompt_layout(inputs["input_ids"][0], self.adapter, self.processor, inputs, sizes)
@@ -133,7 +133,7 @@ class Prompts:
             question = "".join(part or "" for part in parts)
             if not question.strip():
                 raise InputError("the question is empty; ask something about the picture")
-            self._check_text(question, "question")
+            _check_text(self.processor, question, "question")
         first: Turn = ("user", [None] * num_images + [prompt])
         try:
             text = self._spelled([first, ("assistant", [_REPLY]), *turns])
@@ -153,7 +153,7 @@ class Prompts:
     def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
         """The ids of a given answer (its text, or ids), int64 [n], on the model's device."""
         if isinstance(answer, str):
-            self._check_text(answer, "answer to be explained")
+            _check_text(self.processor, answer, "answer to be explained")
             ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
         else:
             ids = [int(one) for one in answer]
@@ -182,18 +182,6 @@ class Prompts:
                 " smaller"
             )
 
-    def _check_text(self, text: str, what: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"the {what} is not valid Unicode; give it as UTF-8") from None
-        for name in ("image_token", "video_token"):
-            placeholder = getattr(self.processor, name, None)
-            if placeholder and placeholder in text:
-                raise InputError(
-                    f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
-                )
-
 
 _RUNS_ELSEWHERE = ("guidance_scale", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "streamer")
 
@@ -219,3 +207,16 @@ def prompt_layout(
     the batch's pictures is its first."""
     tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
     return TokenLayout.from_input_ids(ids.cpu(), adapter.image_token_id(processor), tilings, len(ids))
+
+
+def _check_text(processor: Any, text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the {what} is not valid Unicode; give it as UTF-8") from None
+    for name in ("image_token", "video_token"):
+        placeholder = getattr(processor, name, None)
+        if placeholder and placeholder in text:
+            raise InputError(
+                f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
+            )

@@ -69,7 +69,7 @@ class RowMask:
         return seen if self.padding is None else seen & self.padding[:, None, None, :]
 
 
-def row_mask(
+def row_mask(  # noqa: PLR0913
     batch_size: int,
     q_length: int,
     kv_length: int,

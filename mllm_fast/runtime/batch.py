@@ -257,7 +257,9 @@ class Batch:
         if self._single:
             # all slots in one call; of the rows that read several tokens nothing is seen
             alone = rows[self._last][:, :, None]
-            found = self._call(alone, own_key[:count], own_value[:count], self._starts, scale, False)
+            found = attend_split(
+                alone, own_key[:count], own_value[:count], self._starts, scale, causal=False, backend=self._backend
+            )
             output[self._last], total[self._last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
         if self._first is not None:
             token, place, start, several, width = self._first
@@ -265,7 +267,7 @@ class Batch:
                 _padded(part, token, place, several, width)
                 for part in (rows, *(x[0].transpose(0, 1) for x in (key, value)))
             ]
-            found = self._call(padded[0], padded[1], padded[2], start, scale, True)
+            found = attend_split(padded[0], padded[1], padded[2], start, scale, causal=True, backend=self._backend)
             output[token] = found.output.transpose(1, 2).flatten(0, 1)[place]
             total[token] = found.lse.transpose(1, 2).flatten(0, 1)[place]  # type: ignore[union-attr]
         behind, weight = torch.empty_like(output), torch.empty_like(total)
@@ -274,7 +276,16 @@ class Batch:
             padded_rows = _padded(rows, part.token, part.place, len(stack.held), part.width)
             # a single row after all keys sees what the last of them sees, which is the form that gives the mass
             watched = bool(part.watched)
-            found = self._call(padded_rows, stack.keys[layer], stack.values[layer], part.start, scale, watched, watched)
+            found = attend_split(
+                padded_rows,
+                stack.keys[layer],
+                stack.values[layer],
+                part.start,
+                scale,
+                causal=watched,
+                mass=watched,
+                backend=self._backend,
+            )
             behind[part.token] = found.output.transpose(1, 2).flatten(0, 1)[part.place]
             lse = found.lse.transpose(1, 2).flatten(0, 1)[part.place]  # type: ignore[union-attr]
             weight[part.token] = lse
@@ -304,9 +315,6 @@ class Batch:
         for tensor, rows in zip(held, (key, value), strict=True):
             tensor[self._slot, :, self._place] = rows.transpose(0, 1)
         return held
-
-    def _call(self, query, key, value, start, scale: float, causal: bool, mass: bool = False) -> Attention:
-        return attend_split(query, key, value, start, scale, causal=causal, mass=mass, backend=self._backend)
 
 
 def _padded(tokens: Tensor, which: Tensor, place: Tensor, count: int, width: int) -> Tensor:

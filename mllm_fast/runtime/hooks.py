@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,28 +141,31 @@ def recording(
     with model_lock(text):
         if str(text.config._attn_implementation).startswith("mllm_fast_"):
             raise RuntimeError("this model is being recorded already; leave that block first")
-        with (
-            few_row_linears(text, backend),
-            _attached(text, rows, knockouts, shares, backend, attention_fn, on_weights) as record,
-        ):
+        made = _Attachment(text, rows, knockouts, shares, backend, attention_fn, on_weights)
+        with few_row_linears(text, backend), made.attached() as record:
             yield record
 
 
-@contextmanager
-def _attached(
-    text: TextModel,
-    rows: int,
-    knockouts: Plan | None,
-    shares: AttentionObserver | None,
-    backend: str,
-    attention_fn: AttentionFn | None,
-    on_weights: OnWeights | None,
-) -> Iterator[Recording]:
-    record = Recording(rows, len(text.layers), device_of(text.outputs[-1]))
-    name = f"mllm_fast_{next(_names)}"
-    before = text.config._attn_implementation
+@dataclass
+class _Attachment:
+    """What is registered with transformers while a model is recorded; see `recording` for the fields."""
 
-    def forward(module: nn.Module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    text: TextModel
+    rows: int
+    knockouts: Plan | None
+    shares: AttentionObserver | None
+    backend: str
+    attention_fn: AttentionFn | None
+    on_weights: OnWeights | None
+    record: Recording = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.record = Recording(self.rows, len(self.text.layers), device_of(self.text.outputs[-1]))
+
+    def forward(
+        self, module: nn.Module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
+    ) -> tuple[Tensor, None]:
+        """The attention of one layer, as transformers calls it."""
         for refused in _REFUSED:
             if kwargs.get(refused) is not None:
                 raise NotImplementedError(f"attention with {refused!r} is not supported by mllm-fast")
@@ -169,67 +173,81 @@ def _attached(
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
         layer: int = module.layer_idx  # type: ignore[assignment]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if attention_fn is not None:
-            if rows:
-                record.on_attention(layer, query, key.shape[2], None, scale, None)
-            output = attention_fn(layer, query, key, value, scale).transpose(1, 2)
-            if rows:
-                record.output[layer].append(record.take(output))
-            return output.contiguous(), None
-        table = None if knockouts is None else knockouts.tables[layer]
-        closed = None
-        if knockouts is not None and table is not None:
-            # of the positions that the keys have: a sliding window's begin later
-            before = attention_mask.key_offset if isinstance(attention_mask, RowMask) else 0
-            closed = knockouts.segments(len(query), before + key.shape[2])[:, before:], table
-        if on_weights is not None:
-            output, alpha = attend_dense(query, key, value, attention_mask, scale, closed)
-            on_weights(layer, alpha)
-            return output.transpose(1, 2).contiguous(), None
-        if rows:
-            record.on_attention(layer, query, key.shape[2], attention_mask, scale, closed)
-        mass = False if shares is None else shares.wants(key.shape[2] - query.shape[2], query.shape[2])
+        if self.attention_fn is not None:
+            if self.rows:
+                self.record.on_attention(layer, query, key.shape[2], None, scale, None)
+            output = self.attention_fn(layer, query, key, value, scale)
+        else:
+            closed = self._closed(layer, len(query), key.shape[2], attention_mask)
+            if self.on_weights is not None:
+                output, alpha = attend_dense(query, key, value, attention_mask, scale, closed)
+                self.on_weights(layer, alpha)
+                return output.transpose(1, 2).contiguous(), None
+            output = self._attend(layer, query, key, value, attention_mask, scale, closed)
+        output = output.transpose(1, 2)
+        if self.rows:
+            self.record.output[layer].append(self.record.take(output))
+        return output.contiguous(), None
+
+    def _closed(self, layer: int, batch: int, keys: int, mask: RowMask | Tensor | None) -> Closed | None:
+        """What is knocked out in a layer."""
+        table = None if self.knockouts is None else self.knockouts.tables[layer]
+        if self.knockouts is None or table is None:
+            return None
+        # of the positions that the keys have: a sliding window's begin later
+        before = mask.key_offset if isinstance(mask, RowMask) else 0
+        return self.knockouts.segments(batch, before + keys)[:, before:], table
+
+    def _attend(self, layer: int, query, key, value, mask, scale: float, closed: Closed | None) -> Tensor:
+        if self.rows:
+            self.record.on_attention(layer, query, key.shape[2], mask, scale, closed)
+        observed = self.shares
+        mass = False if observed is None else observed.wants(key.shape[2] - query.shape[2], query.shape[2])
         if isinstance(mass, Tensor):
             mass = mass.to(query.device)
-        found = attend(query, key, value, attention_mask, scale, closed, mass, backend)
-        if rows:
-            record.output[layer].append(record.take(found.output.transpose(1, 2)))
-        if shares is not None and found.mass is not None:
-            shares.add(layer, found.mass)
-        return found.output.transpose(1, 2).contiguous(), None
+        found = attend(query, key, value, mask, scale, closed, mass, self.backend)
+        if observed is not None and found.mass is not None:
+            observed.add(layer, found.mass)
+        return found.output
 
-    def before_layer(layer: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            record.residual[layer].append(record.take(args[0] if args else kwargs["hidden_states"]))
+    def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Record the residual input of a layer."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.record.residual[layer].append(self.record.take(hidden))
 
-        return hook
-
-    def before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Record what a pass gave the decoder."""
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:  # a model without eyes
-            embeds = text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])  # type: ignore[operator]
-        record.embeds.append(embeds)
-        record.positions.append(kwargs.get("position_ids"))
+            embeds = self.text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])  # type: ignore[operator]
+        self.record.embeds.append(embeds)
+        self.record.positions.append(kwargs.get("position_ids"))
         others = {name: given for name, given in kwargs.items() if name not in _REPLAYED}
-        record.others.append(
+        self.record.others.append(
             {name: given for name, given in others.items() if given is not None and given is not False}
         )
 
-    handles = []
-    try:
-        AttentionInterface.register(name, forward)
-        AttentionMaskInterface.register(name, row_mask)
-        if rows:
-            handles.append(text.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True))
-            for i, layer in enumerate(text.layers):
-                handles.append(layer.register_forward_pre_hook(before_layer(i), with_kwargs=True))
-            take = lambda _, args: record.final.append(record.take(args[0]))  # noqa: E731
-            handles.append(text.norm.register_forward_pre_hook(take))
-        text.config._attn_implementation = name
-        yield record
-    finally:
-        text.config._attn_implementation = before
-        for handle in handles:
-            handle.remove()
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+    @contextmanager
+    def attached(self) -> Iterator[Recording]:
+        """The model runs on `forward`, and is recorded if rows are asked for."""
+        text, record = self.text, self.record
+        name = f"mllm_fast_{next(_names)}"
+        before = text.config._attn_implementation
+        handles = []
+        try:
+            AttentionInterface.register(name, self.forward)
+            AttentionMaskInterface.register(name, row_mask)
+            if self.rows:
+                handles.append(text.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+                for i, layer in enumerate(text.layers):
+                    handles.append(layer.register_forward_pre_hook(partial(self.before_layer, i), with_kwargs=True))
+                take = lambda _, args: record.final.append(record.take(args[0]))  # noqa: E731
+                handles.append(text.norm.register_forward_pre_hook(take))
+            text.config._attn_implementation = name
+            yield record
+        finally:
+            text.config._attn_implementation = before
+            for handle in handles:
+                handle.remove()
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)

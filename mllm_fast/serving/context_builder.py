@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,28 +12,14 @@ from ..context.compress import ScoredPrefill
 from ..context.registry import PRUNING_SCORES
 from ..context.scores import AttendedTokens
 from ..core.errors import InputError
-from ..core.layout import TokenLayout
 from ..runtime.batch import Row
 from ..runtime.prefill import Prefill, check_full_attention, prefill
 from ..runtime.sampling import Sampler, SamplerCache, Sampling
+from .requests import ContextSpec, Generation
 
 if TYPE_CHECKING:
     from ..context.context import Context
     from ..vlm import VLM
-    from .requests import Generation
-
-
-@dataclass(frozen=True)
-class ContextSpec:
-    """How a context is made: the pictures, as the processor gives them to the model, and the arguments of
-    `VLM.compress`."""
-
-    inputs: Any
-    layout: TokenLayout
-    prompt: str
-    keep: float | int
-    score: str
-    max_tokens: int
 
 
 class ContextBuilder:

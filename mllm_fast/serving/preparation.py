@@ -15,11 +15,10 @@ from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import load_image
 from ..runtime.model_runner import ModelRunner
-from .context_builder import ContextSpec
 from .errors import ServiceError, service_error
 from .image_fetch import picture_bytes
 from .messages import Conversation
-from .requests import Generation
+from .requests import ContextSpec, Generation
 from .responses import key_of, no_context
 from .schema import ChatRequest
 from .settings import Settings

@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from ..context.store import pictures_digest
 from ..core.errors import InputError
 from ..core.images import load_image
+from ..vlm import VLM
 from .app import create_app
 from .auth import ApiKeys
 from .errors import ServiceError, service_error
@@ -109,8 +110,6 @@ class Replica:
     """A model and its service. What goes wrong is returned, not raised, so that it comes as what it is."""
 
     def __init__(self, options: dict[str, Any]):
-        from ..vlm import VLM
-
         given = Options(**options)
         settings = given.settings
         vlm = VLM.from_pretrained(

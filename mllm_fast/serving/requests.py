@@ -16,7 +16,6 @@ from ..runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from ..context.context import Context
-    from .context_builder import ContextSpec
 
 
 _TOP = 20  # log-probabilities that can be asked for
@@ -28,6 +27,19 @@ class BusyError(Exception):
 
 class StoppingError(Exception):
     """Nothing new is begun."""
+
+
+@dataclass(frozen=True)
+class ContextSpec:
+    """How a context is made: the pictures, as the processor gives them to the model, and the arguments of
+    `VLM.compress`."""
+
+    inputs: Any
+    layout: TokenLayout
+    prompt: str
+    keep: float | int
+    score: str
+    max_tokens: int
 
 
 @dataclass(frozen=True)

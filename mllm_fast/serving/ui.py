@@ -95,7 +95,7 @@ def mount(app: FastAPI, tool: UIBackend, keys: ApiKeys, log: Log, path: str = "/
     return app
 
 
-def build(tool: UIBackend, log: Log) -> gr.Blocks:
+def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one page, from top to bottom
     """The page."""
     page = Page(tool, log)
     last = tool.num_layers - 1

@@ -66,7 +66,7 @@ class Alignment(nn.Module):
         return total
 
 
-class Trainer:
+class Trainer:  # long: one training run, its stages in order
     """Holds the model under training; `run` goes through the stages."""
 
     def __init__(self, args: argparse.Namespace):

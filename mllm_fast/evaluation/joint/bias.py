@@ -73,7 +73,7 @@ class Bias(JointEvaluation):
     name: ClassVar[str] = "bias"
     title: ClassVar[str] = "What the text makes of what a picture seems to show"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         joint: str,
         swap: Swap,

@@ -16,7 +16,9 @@ ASKED = ("visual", "textual")
 _MEASURES = {"reciprocal rank": "mean reciprocal rank", "logit minus": "logit minus"}
 
 
-def report_of(name: str, title: str, rows: Sequence[Row], pictures: int) -> Report:
+def report_of(
+    name: str, title: str, rows: Sequence[Row], pictures: int
+) -> Report:  # long: one report, sentence by sentence
     """From all rows; see `Heads`."""
     heads = {asked: importance([row[asked] for row in rows]) for asked in ASKED}
     if "second" in rows[0]:

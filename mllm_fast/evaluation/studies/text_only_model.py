@@ -3,15 +3,13 @@ from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...core.errors import EndsRunError, InputError
 from ...models.adapter import Adapter
 from ...models.loading import failures, quiet
 from ...models.offload import device_of
-
-if TYPE_CHECKING:
-    from ...vlm import VLM
+from ...vlm import VLM
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
@@ -53,8 +51,6 @@ def load_text_model(name: str, like: VLM) -> VLM:
         EndsRunError: it cannot be loaded, or is of an architecture that is not supported.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ...vlm import VLM
 
     try:
         with failures(name), quiet():

@@ -1,0 +1,104 @@
+"""Questions over what a context keeps: their tokens, their passes, their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.layout import ImageLayout, TokenLayout
+from ..models.offload import device_of
+from ..models.processing import one_answer
+from ..runtime.answer import Answer, answer_of
+from ..runtime.decoding import StepOutput, decode_loop, own_state
+from ..runtime.hooks import Recording
+from ..runtime.model_runner import ModelRunner
+from ..runtime.shared_prefix import SharedPrefixDecoder
+from ..runtime.trace import Trace
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Asks a model questions over a prefix; the fields are those of a `Context`, `images` the layouts of its images."""
+
+    runner: ModelRunner
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    input_ids: Tensor
+    position: int
+    prompt: str
+    images: tuple[ImageLayout, ...]
+
+    def trace(self, session: SharedPrefixDecoder, record: Recording, num_tokens: int, length: int) -> Trace:
+        """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""
+        own = torch.arange(len(self.input_ids), length).expand(len(self.positions), -1)
+        return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
+
+    def answers(self, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[Answer]:
+        """The answers to questions of these ids, in one batch."""
+        session = self.decoder(len(ids), max_new_tokens - 1)
+        prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
+        longest = max(map(len, prompts))
+        sequences, ends = torch.empty(0), [0] * len(ids)
+        with self.running(), session.recording():
+            for said in self.generate(session, ids, prompts, max_new_tokens, options):
+                if said is not None:
+                    sequences = said[2]
+                    length = sequences.shape[1]
+                    ends = [end or (0 if more else length) for end, more in zip(ends, said[3].tolist(), strict=True)]
+        stop = self.runner.prompts.stop_ids(options)
+        return [
+            answer_of(one[longest - len(prompt) : end], self.layout(len(prompt)), self.runner.processor.tokenizer, stop)
+            for one, prompt, end in zip(sequences.cpu(), prompts, ends, strict=True)
+        ]
+
+    def generate(
+        self,
+        session: SharedPrefixDecoder,
+        ids: list[list[int]],
+        prompts: list[Tensor],
+        max_new_tokens: int,
+        options: dict[str, Any],
+    ) -> Iterator[StepOutput | None]:
+        """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
+        one_answer("a context's answer", options)
+        rows = [prompt.flip(0) for prompt in prompts]
+        # a token that every sequence holds: processors that look which tokens there are see no other
+        padding = int(self.input_ids[0])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).flip(1)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+        device = device_of(self.runner.model)
+        inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": decode_loop(session, ids)}
+        return self.runner.run(inputs, max_new_tokens, settings)
+
+    def running(self) -> AbstractContextManager[None]:
+        """The model at hand, and left as it was."""
+        return own_state(self.runner, [])
+
+    def decoder(self, count: int, expected: int = 32) -> SharedPrefixDecoder:
+        """So many questions in progress."""
+        return SharedPrefixDecoder(
+            self.runner.text, self.keys, self.values, self.position, count, self.runner.backend, expected
+        )
+
+    def layout(self, length: int) -> TokenLayout:
+        """The layout of the prefix and a question."""
+        return TokenLayout(length, length, self.images)
+
+    def ids(self, question: str, max_new_tokens: int) -> list[int]:
+        """The tokens of a question, behind the turns before it."""
+        ids = self.runner.prompts.turn_ids(self.prompt, len(self.images), question)
+        self.check_window(len(ids) + max_new_tokens)
+        return ids
+
+    def check_window(self, more: int) -> None:
+        """Raise InputError if so many more tokens do not fit the model's window."""
+        self.runner.prompts.check_window(
+            self.position + more, "the context's prefix, the question and the longest answer take"
+        )
