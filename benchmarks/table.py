@@ -1,10 +1,11 @@
-"""README's figures, made from the result files: `python benchmarks/table.py` prints the section, and a test
-holds README to it."""
+"""The figures of docs/benchmarks.md and README, made from the result files: `python benchmarks/table.py` prints the
+page's, `python benchmarks/table.py headlines` README's table. A test holds both to the files."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import table_kernels as kernels
@@ -111,7 +112,7 @@ def _quality(quality: dict) -> list[str]:
         " prompt with random tokens by two standard errors or more, paired by scene"
     )
     lines += ["", f"{said}, but for {'; '.join(near)}." if near else f"{said}."]
-    return [*lines, "", "![Right answers over the share of image tokens kept](docs/reprompt.png)"]
+    return [*lines, "", "![Right answers over the share of image tokens kept](reprompt.png)"]
 
 
 def _cost(explanation: dict) -> list[str]:
@@ -176,7 +177,7 @@ def _methods(maps: dict) -> list[str]:
             f"| {label} | {one['hit'][0]:.1%} | {both('deletion', 3)} | {both('insertion', 3)} | {rank:.2f} |"
             f" {1e3 * one['seconds']:.1f} | {one['megabytes']:.2f} |"
         )
-    chart = "![The word's probability while patches are knocked out, by eight ways of drawing a map](docs/maps.png)"
+    chart = "![The word's probability while patches are knocked out, by eight ways of drawing a map](maps.png)"
     return [*lines, "", chart]
 
 
@@ -323,5 +324,41 @@ def _machines() -> list[str]:
     ]
 
 
+def headlines() -> str:
+    """README's ten figures."""
+    scores, knockouts, reprompt, maps = map(_result, ("scores", "knockouts", "reprompt", "maps"))
+    chip = _result("gpu-nvidia-h200")
+    quality, served, joint = _result("reprompt_quality")["accuracy"], _result("serving")["servers"], _result("joint")
+    prefill = {r["contender"]: r for r in chip["prefill"] if (r["mask"], r["positions"]) == ("image->query", 2048)}
+    ours, masked = prefill["ours"], prefill["SDPA, mask"]
+    ms, stream = knockouts["generation"]["ms"], knockouts["streaming"]["ms_a_token"]
+    asked, chance = reprompt["questions"], maps["methods"]["random"]
+    logprob = maps["methods"]["logprob"]
+    rows = [
+        ("scoring a head's 600 positions, 7B sizes, CPU", f"{scores['ways']['kernel, cached']['ms_per_head']:.0f} ms",
+         f"{scores['ways']['direct']['ms_per_head']:.0f} ms, the direct way in torch"),
+        ("attention, image knocked out, 2,048 tokens, H200", f"{1e3 * ours['ms']:.0f} µs",
+         f"{1e3 * masked['ms']:.0f} µs, SDPA with a mask"),
+        ("32 tokens with the image knocked out, CPU", f"{ms['image knocked out'] / 1e3:.1f} s",
+         f"{ms['SDPA, nothing knocked out'] / 1e3:.1f} s, transformers without a knockout"),
+        ("a token of the embedded model, explained", f"{stream['stream, explained']:.1f} ms",
+         f"{stream['stream']:.1f} ms, without explanation"),
+        ("32 questions about one image, CPU", f"{32 / asked['seconds']['ask_many']:.1f} a second",
+         f"{32 / asked['seconds']['generate from the picture']:.1f} a second, `generate`"),
+        ("memory of that image's context", f"{asked['context megabytes']:.0f} MB",
+         f"{asked['uncompressed megabytes']:.0f} MB, the whole KV cache"),
+        ("right answers with 5 % of the image tokens", f"{100 * quality['query + 5 %, generated']['accuracy']:.1f} %",
+         f"{100 * quality['full']['accuracy']:.1f} % with all of them"),
+        ("a word's probability without its highest patches", f"{logprob['deletion'][0]:.2f}",
+         f"{chance['deletion'][0]:.2f} without random ones"),
+        ("is it there? AUROC of the detector's best box", f"{joint['hallucination']['together']['score']:.3f}",
+         f"{joint['hallucination']['together']['own']:.3f}, the model's own yes"),
+        ("answers of a server with contexts, two cores", f"{served['contexts, together']['answers a second']:.0f} a second",
+         f"{served['whole pictures, one by one']['answers a second']:.0f} a second, whole pictures one by one"),
+    ]  # fmt: skip
+    lines = ["| measured | mllm-fast | beside it |", "| --- | ---: | --- |"]
+    return "\n".join([*lines, *(f"| {what} | {ours} | {other} |" for what, ours, other in rows)])
+
+
 if __name__ == "__main__":
-    print(table())
+    print(headlines() if sys.argv[1:] == ["headlines"] else table())
