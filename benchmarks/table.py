@@ -240,7 +240,7 @@ def _joint(joint: dict, speed: dict) -> list[str]:
         f" in float64 the norms agree to {speed['errors']['norms']:.0e}.",
         "",
         "![The detector's largest score and the model's P(yes), of what is there and of what is not]"
-        "(docs/hallucinations.png)",
+        "(hallucinations.png)",
     ]
 
 
@@ -353,7 +353,8 @@ def headlines() -> str:
          f"{chance['deletion'][0]:.2f} without random ones"),
         ("is it there? AUROC of the detector's best box", f"{joint['hallucination']['together']['score']:.3f}",
          f"{joint['hallucination']['together']['own']:.3f}, the model's own yes"),
-        ("answers of a server with contexts, two cores", f"{served['contexts, together']['answers a second']:.0f} a second",
+        ("answers of a server with contexts, two cores",
+         f"{served['contexts, together']['answers a second']:.0f} a second",
          f"{served['whole pictures, one by one']['answers a second']:.0f} a second, whole pictures one by one"),
     ]  # fmt: skip
     lines = ["| measured | mllm-fast | beside it |", "| --- | ---: | --- |"]

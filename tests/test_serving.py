@@ -327,7 +327,7 @@ def test_who_hangs_up_frees_the_place(endless, url):
                 with pytest.raises(httpx.ReadTimeout):
                     http.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(HANG, read=0.5))
         # it may be given up before it has got to the queue
-        until(lambda: endless.handled() > handled and idle(endless))
+        until(lambda handled=handled: endless.handled() > handled and idle(endless))
         assert endless.metric("mllm_fast_decoded_tokens_total") - before < 800  # it did not go on to the end
 
 
