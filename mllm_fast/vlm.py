@@ -77,10 +77,10 @@ class VLM(ModelRunner):
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Answer | list[Answer]:
-        """Answer a prompt about one picture, or about several.
+        """Answer a prompt about one image, or about several.
 
         Args:
-            image: a picture, several for one prompt, or None for text alone; for a list of prompts a list as long, of
+            image: an image, several for one prompt, or None for text alone; for a list of prompts a list as long, of
                 these.
             prompt: the question, without the image placeholder; or a list of prompts, answered in one batch.
             knockout: what may not attend to what; one `Knockout` or several.
@@ -120,7 +120,7 @@ class VLM(ModelRunner):
         """Generate an answer, or force `answer`, and explain every token of it from that one pass.
 
         Args:
-            image: a picture, several for one prompt, or None for a prompt of text alone.
+            image: an image, several for one prompt, or None for a prompt of text alone.
             prompt: the question, without the image placeholder.
             answer: the text (or its token ids) to be explained in place of the model's own answer.
             norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
@@ -256,17 +256,17 @@ class VLM(ModelRunner):
         max_new_tokens: int = 64,
         **options: Any,
     ) -> Context:
-        """Read a picture once and keep, of each layer, what was attended to (arXiv 2411.17491).
+        """Read an image once and keep, of each layer, what was attended to (arXiv 2411.17491).
 
         Args:
-            image: a picture, or several.
+            image: an image, or several.
             keep: share of the image tokens (0.05), or how many (29), that each layer keeps.
-            prompt: what the model is asked first; its tokens, which have seen the picture, are kept.
+            prompt: what the model is asked first; its tokens, which have seen the image, are kept.
             score: what an image token is kept for: "generated", the attention of the model's answer to the prompt;
                 "query", that of the prompt itself, which needs no answer; "key_norm", small keys (arXiv 2406.11430);
                 "random"; or another one that `pruning_score` added.
             parts: "query+image"; "query", no image token; "image", no token of the prompt. What comes before the
-                picture is always kept.
+                image is always kept.
             seed: of "random".
             max_new_tokens, options: of the answer to the prompt, as in `generate`.
         """

@@ -121,7 +121,7 @@ def unlisted(tmp_path):
 
 BAD = {
     "no such file": (lambda t: ["explain", t / "none.png"], "no such file"),
-    "not a picture": (lambda t: ["explain", Path(__file__)], "not a picture"),
+    "not an image": (lambda t: ["explain", Path(__file__)], "not an image"),
     "empty file": (lambda t: ["explain", (t / "e.png").touch() or t / "e.png"], "is empty"),
     "too large": (lambda t: ["explain", bomb(t / "b.png")], "--max-pixels"),
     "empty prompt": (lambda t: ["explain", "-q", "  "], "prompt is empty"),

@@ -17,7 +17,7 @@ QUESTION = "What color is the star?"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A context of the sample picture."""
+    """A context of the sample image."""
     import mllm_fast as mf
 
     path = tmp_path_factory.mktemp("made") / "photo.safetensors"
@@ -78,7 +78,7 @@ def test_kept_is_shown_and_drawn(run, made, tmp_path):
     assert "29 of 144 image tokens a layer" in out
     with Image.open(target) as image:
         drawn = np.asarray(image.convert("RGB")).astype(int)
-    assert (np.ptp(drawn.reshape(-1, 3), 0) > 200).all(), "the picture's colours are in it"
+    assert (np.ptp(drawn.reshape(-1, 3), 0) > 200).all(), "the image's colours are in it"
     facts = json.loads(run("kept", made, "--json")[1])
     assert len(facts["layers"]) == 6
     for layer in facts["layers"]:
@@ -95,7 +95,7 @@ def test_kept_is_shown_and_drawn(run, made, tmp_path):
         (["compress", "--keep", "0%"], "keep, as a share, is above 0 and at most 1.0, got 0.0"),
         (["compress", "--keep", "150%"], "at most 1.0, got 1.5"),
         (["compress", "--keep", "nan"], "at most 1.0, got nan"),
-        (["compress", "--keep", "145"], "1 to the picture's 144 tokens, got 145"),
+        (["compress", "--keep", "145"], "1 to the image's 144 tokens, got 145"),
         (["compress", "--keep", "few"], "--keep is a share (0.05, 5%) or a count (29), got 'few'"),
         (["compress", "--score", "best"], "score is one of generated, query, norm, random, got 'best'"),
         (["compress", "--parts", "all"], "parts is one of query+image, query, image, got 'all'"),
@@ -111,7 +111,7 @@ def test_kept_is_shown_and_drawn(run, made, tmp_path):
         (["ask", "MADE", "--questions", "EMPTY"], "there is no question in it"),
         (["ask", "MADE", "--questions", "LATIN"], "is not UTF-8 text"),
         (["kept", "MADE", "--out", "a.svg"], "ending is one of .png, got '.svg'"),
-        (["kept", "MADE", "--image", "SMALL"], "was made of other pictures"),
+        (["kept", "MADE", "--image", "SMALL"], "was made of other images"),
         (["ask", "PICTURE", "red?"], "no context file"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

@@ -37,7 +37,7 @@ def test_generate_and_explain_under_a_knockout(run):
     plain = run("generate")[1]
     code, out, err = run("generate", "--block", "image->query+generated")
     assert code == 0, err
-    assert out != plain, "without the picture the model cannot know"
+    assert out != plain, "without the image the model cannot know"
     code, out, _ = run("explain", "--block", "image->query", "--layers", "from 2", "--json")
     assert code == 0
     assert json.loads(out)["tokens"]

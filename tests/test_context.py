@@ -110,7 +110,7 @@ def test_answers_in_one_batch_are_those_alone(vlm, picture, options):
 
 
 def test_keeping_everything_is_the_uncompressed_cache(vlm, picture):
-    """transformers' own generation from the picture, the prompt and the question, the reply left out."""
+    """transformers' own generation from the image, the prompt and the question, the reply left out."""
     ctx = vlm.compress(picture, keep=1.0, prompt=PROMPT, **WORDS)
     assert ctx.num_tokens == ctx.prefix_length
     for question in QUESTIONS:
@@ -233,7 +233,7 @@ def test_small_keys_draw_attention(vlm, picture):
 
 @pytest.mark.parametrize("score", ["query", "generated"])
 def test_mass_is_the_mean_of_eager_attention(vlm, picture, score):
-    """Over heads, and over the prompt's rows after the picture or the rows of what was said."""
+    """Over heads, and over the prompt's rows after the image or the rows of what was said."""
     reading = prefill_and_score(vlm, picture, PROMPT, [score], max_new_tokens=5)
     said = vlm.generate(picture, PROMPT, max_new_tokens=5)
     inputs = knocked.whole(vlm, [picture], PROMPT, said.token_ids)

@@ -91,7 +91,7 @@ DAMAGE = {
     "empty": (lambda p: p.write_bytes(b""), "no context file, or one that was cut off"),
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "no context file, or one that was cut off"),
     "half": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "cut off"),
-    "a picture": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500)), "no context file"),
+    "an image": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500)), "no context file"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "no context file"),
     "another safetensors file": (lambda p: save_file({"a": torch.zeros(2)}, p), "no context; mllm-fast compress makes"),
     "a bit of the last tensor": (lambda p: flip(p, -1), "damaged or edited"),
@@ -152,7 +152,7 @@ def test_pictures_to_draw_upon(built, picture, tmp_path):
     path = tmp_path / "photo.safetensors"
     vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query").save(path)
     assert mf.Context.load(path, vlm, [picture.convert("RGBA")]).images[0].mode == "RGB"
-    with pytest.raises(mf.InputError, match="made of other pictures"):
+    with pytest.raises(mf.InputError, match="made of other images"):
         mf.Context.load(path, vlm, [picture, picture])
 
 

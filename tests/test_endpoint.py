@@ -247,13 +247,13 @@ def test_what_was_kept_for_another_way_of_reading_is_asked_again(server, tmp_pat
 
 
 def test_questions_to_a_language_model_that_has_a_description(server, tmp_path):
-    """Answered, said vaguely, and never answered: the last one's picture is left out of that row, and counted."""
+    """Answered, said vaguely, and never answered: the last one's image is left out of that row, and counted."""
     settings = {"base_url": server.url, "api_key": KEY, "attempts": 2, "pause": 0.01, "timeout": 1}
     reader = EndpointReader(Endpoint("reader", **settings))
     vlm = VLM.from_pretrained("shapes")
     listed = scene_pairs(3).list
     evaluation = pickle.loads(pickle.dumps(Mme((), reader=reader, price=0.1)))
-    # two questions a picture
+    # two questions an image
     truths = [question.truth for sample in listed for question in sample.questions]
     good = ["Yes." if truth else "no" for truth in truths]
     server.replies = [good[0], good[1], good[2], "It depends", good[4], (500, {}), (500, {})]
@@ -267,7 +267,7 @@ def test_questions_to_a_language_model_that_has_a_description(server, tmp_path):
     row = next(row for row in report.tables[0].rows if row[0] == "description to LLM")
     assert row == ["description to LLM", "75.0", "50.0", "25.0", "-"]
     assert report.figures["total"]["full"]["ACC"] > 50
-    assert any("1 of 3 pictures are left out, without an answer: status 500" in sentence for sentence in report.says)
+    assert any("1 of 3 images are left out, without an answer: status 500" in sentence for sentence in report.says)
     asked = server.asked[0]["messages"][1]["content"]
     assert asked.startswith("Description: a ")
     assert listed[0].questions[0].text in asked

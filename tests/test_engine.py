@@ -70,7 +70,7 @@ def about(vlm: mf.VLM, picture, key: str, question: str = QUESTION, score: str =
 
 @pytest.mark.parametrize("score", ["generated", "query", "key_norm"])
 def test_contexts_made_in_the_batch_answer_as_compressed_ones(vlm, engine, picture, score):
-    """Of the three families, in float64; two pictures described at once, beside whole prompts."""
+    """Of the three families, in float64; two images described at once, beside whole prompts."""
     red = Image.new("RGB", (24, 64), "red")
     asked = [about(vlm, p, f"{i}", q, score) for i, p in enumerate((picture, red)) for q in (QUESTION, "two")]
     inputs, (layout,), _ = vlm.prompts.prepare([[picture]], [QUESTION])

@@ -156,14 +156,14 @@ def test_shares_by_hand():
 
 
 def test_cells_of_a_mask():
-    """A picture of 40 x 20 of which the grid's 2 x 2 tokens cover the middle 20 x 20."""
+    """An image of 40 x 20 of which the grid's 2 x 2 tokens cover the middle 20 x 20."""
     layout = ImageLayout(torch.arange(4), (40, 20), (Tile(2, 2, (10.0, 0.0, 30.0, 20.0)),))
     mask = np.zeros((20, 40), bool)
     mask[9, 19] = mask[0, 0] = True  # the second one lies outside
     assert cells(mask, layout).tolist() == [[True, False], [False, False]]
     mask[10, 20] = True
     assert cells(mask, layout).tolist() == [[True, False], [False, True]]
-    with pytest.raises(InputError, match="the mask is 20 x 40 pixels, its picture 40 x 20"):
+    with pytest.raises(InputError, match="the mask is 20 x 40 pixels, its image 40 x 20"):
         cells(mask.T, layout)
 
 
@@ -214,7 +214,7 @@ def test_pictures_of_a_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (30, 20), "red").save(tmp_path / "b.JPG")
     Image.new("RGB", (30, 20), "red").save(tmp_path / "deep" / "a.png")
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"no image")
     (tmp_path / "notes.txt").write_text("-")
     found = pictures(tmp_path)
     assert [sample.name for sample in found.list] == ["b.JPG", "c.png", "deep/a.png"]
@@ -226,7 +226,7 @@ def test_pictures_of_a_folder(tmp_path):
     assert list(report.failed) == ["c.png"]
     with pytest.raises(InputError, match="no folder"):
         pictures(tmp_path / "gone")
-    with pytest.raises(InputError, match="holds no picture"):
+    with pytest.raises(InputError, match="holds no image"):
         pictures(tmp_path / "out")
     with pytest.raises(InputError, match="at least 1, got 0"):
         scenes(0)
@@ -315,9 +315,9 @@ def test_the_command(tmp_path):
         (["localisation", "--data", "."], "is a benchmark's folder"),
         (["mme", "--images", "."], "give the benchmark's folder with --data"),
         (["mme", "--keep", "5"], "--keep is a share here, 5% or 0.05, got 5"),
-        (["attention-share", "--images", "gone"], "is no folder of pictures"),
+        (["attention-share", "--images", "gone"], "is no folder of images"),
         (["localisation", "--images", "."], "give --masks"),
-        (["fidelity", "--images", "."], "fidelity needs your pictures' objects: give --masks"),
+        (["fidelity", "--images", "."], "fidelity needs your images' objects: give --masks"),
         (["localisation", "--masks", "."], "give their folder with --images"),
         (["localisation", "--images", ".", "--masks", "gone.json"], "there is no such file"),
         (["mme", "--count", "0"], "at least 1, got 0"),

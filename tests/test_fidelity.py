@@ -1,4 +1,4 @@
-"""The comparison of maps: its measures by hand, and one picture all the way through."""
+"""The comparison of maps: its measures by hand, and one image all the way through."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def row(method, hit, deletion, rank):
 
 def test_the_report_by_hand():
     words = [(True, 0.2, 0.5), (False, 0.4, None), (True, 0.6, 0.7)]
-    rows = {f"picture {i}": [row(method, *word) for method in METHODS] for i, word in enumerate(words)}
+    rows = {f"image {i}": [row(method, *word) for method in METHODS] for i, word in enumerate(words)}
     report = Fidelity().report({**rows, "empty": [], "gone": [{"error": "no such file"}]})
     found = report.figures["methods"]["tam"]
     assert report.figures["words"] == 3
@@ -93,11 +93,11 @@ def test_the_report_by_hand():
     assert (found["seconds"], found["megabytes"]) == (0.002, 1.5)
     assert report.failed == {"gone": "no such file"}
     assert len(report.charts[0].png()) > 10_000
-    assert Fidelity().report({"empty": []}).says == ["No word named an object of its picture."]
+    assert Fidelity().report({"empty": []}).says == ["No word named an object of its image."]
 
 
 def test_a_picture():
-    """The embedded model on one scene: the ends of the curves are the word as it is and without the picture."""
+    """The embedded model on one scene: the ends of the curves are the word as it is and without the image."""
     vlm, sample = mf.VLM.from_pretrained("shapes"), scenes(1).list[0]
     rows = Fidelity().rows(vlm, sample)
     assert len(rows) % len(METHODS) == 0

@@ -1,4 +1,4 @@
-"""Which heads answer, and what they carry: the measures by hand, and pictures all the way through."""
+"""Which heads answer, and what they carry: the measures by hand, and images all the way through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures in every form a person has them, and files that are none."""
+"""Images in every form a person has them, and files that are none."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_arrays_and_images_and_grey():
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"not a picture at all", "not a picture"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "not a picture|damaged"),
+        (b"not an image at all", "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "not an image|damaged"),
     ],
 )
 def test_files_that_are_no_pictures(tmp_path, content, message):
@@ -93,7 +93,7 @@ def test_truncated(tmp_path, ending):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = save(tmp_path, noise, f"x.{ending}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match=r"damaged, truncated or unreadable|not a picture"):
+    with pytest.raises(InputError, match=r"damaged, truncated or unreadable|not an image"):
         load_image(path)
 
 

@@ -91,7 +91,7 @@ def test_stream_and_context_read_it_too(joint, square):
 
 
 def test_a_streams_first_pass_has_its_surroundings(joint, square):
-    """Some releases of transformers read the picture before it, some in it."""
+    """Some releases of transformers read the image before it, some in it."""
     entered = []
 
     @contextmanager

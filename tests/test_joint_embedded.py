@@ -267,10 +267,10 @@ def test_commands_of_joint_models(run, tmp_path):
     for arguments, message in (
         (("bias", "--lower", "a", "--raise", "b"), "have colours to swap"),
         (("bias", *swap, "--images", str(tmp_path)), "nothing to do with the question"),
-        (("evaluate", "--masks", "x"), "--masks belong to pictures"),
+        (("evaluate", "--masks", "x"), "--masks belong to images"),
         (("train", "--out", folder, *options), "holds a trained alignment"),
         (("train", "--out", str(tmp_path / "x"), "--count", "5"), "too few"),
-        (("simulatability", "--images", str(tmp_path)), "needs your pictures' objects"),
+        (("simulatability", "--images", str(tmp_path)), "needs your images' objects"),
     ):
         code, _, err = run("joint", *arguments)
         assert code == 2, arguments

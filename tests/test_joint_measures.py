@@ -170,7 +170,7 @@ def test_scenes_to_swap_colours_in(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     listed = two_folders([tmp_path, tmp_path]).list
     assert [(one.name, one.group) for one in listed] == [("first/a.png", "first"), ("second/a.png", "second")]
-    with pytest.raises(InputError, match="one folder of pictures, or two"):
+    with pytest.raises(InputError, match="one folder of images, or two"):
         two_folders([])
     with pytest.raises(InputError, match="no question was given"):
         swapped_questions(listed[0], swap)

@@ -54,7 +54,7 @@ def test_w_learns_and_a_stopped_run_goes_on_as_if_it_had_not(pair, tmp_path, mon
     whole = train(detector, vlm, names, Scenes(40), tmp_path / "whole", shape(vlm), CONFIG)
     curve = json.loads((tmp_path / "whole" / CURVE).read_text())["curve"]
     assert curve[0]["step"] == 0
-    assert curve[-1]["step"] == 16  # 36 taught pictures, 8 a step, four epochs
+    assert curve[-1]["step"] == 16  # 36 taught images, 8 a step, four epochs
     assert curve[-1]["distance"] < 0.9 * curve[0]["distance"]
     assert not (tmp_path / "whole" / CHECKPOINT).exists()
     assert read_settings(tmp_path / "whole") == {"detector": "some/owl", "model": "some/vlm"}
@@ -112,7 +112,7 @@ def test_pictures_that_cannot_be_used_are_counted(pair, tmp_path):
     folder.mkdir()
     for i in range(20):
         Scenes(20)[i].save(folder / f"{i}.png")
-    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "3.png").write_bytes(b"no image")
     Image.new("RGB", (4, 90)).save(folder / "4.png")
     pictures = Folder(folder)
     config = TrainConfig(batch=9, rate=1e-3, held_out=0.1)
@@ -121,8 +121,8 @@ def test_pictures_that_cannot_be_used_are_counted(pair, tmp_path):
     held = np.random.default_rng(0).permutation(20)[:2]
     assert skipped == 2 - sum(pictures._paths[i].name in ("3.png", "4.png") for i in held)
     for path in folder.glob("*.png"):
-        path.write_bytes(b"no picture")
-    with pytest.raises(EndsRunError, match="no picture of a batch can be used"):
+        path.write_bytes(b"no image")
+    with pytest.raises(EndsRunError, match="no image of a batch can be used"):
         train(detector, vlm, ("a", "b"), pictures, tmp_path / "none", shape(vlm), config)
 
 

@@ -96,7 +96,7 @@ def test_cache_equals_recomputing(vlm, picture, rules):
     """Generated tokens are in their sets when they are rows of one pass, too."""
     inputs, layouts, padding = vlm.prompts.prepare([[picture]], [QUESTION])
     with ours(vlm, rules, layouts, padding), torch.no_grad():
-        picture_token = [vlm.processor.image_token_id]  # if said, it would be counted among the picture's
+        picture_token = [vlm.processor.image_token_id]  # if said, it would be counted among the image's
         cached, anew = (decode(vlm, inputs, use_cache=c, suppress_tokens=picture_token) for c in (True, False))
     assert_same(cached, anew)
 
@@ -124,7 +124,7 @@ def test_generated_tokens_are_rows_and_keys(vlm, picture):
     ids=str,
 )
 def test_padded_batches_equal_the_definition(vlm, picture, rules, options):
-    """Two prompts of different lengths with different pictures: greedy, beams, samples with a seed."""
+    """Two prompts of different lengths with different images: greedy, beams, samples with a seed."""
     inputs, layouts, padding = vlm.prompts.prepare([[picture], [RED]], [QUESTION, SHORT])
     assert sorted(padding)[0] == 0 < max(padding)
 
@@ -415,7 +415,7 @@ def test_answers_of_the_embedded_model(shapes, asked, rule):
 
 
 def test_the_picture_matters(shapes, asked):
-    """Without the picture the embedded model answers otherwise: the answers above are not all the same."""
+    """Without the image the embedded model answers otherwise: the answers above are not all the same."""
     plain = shapes.generate(*asked)
     blind = shapes.generate(*asked, knockout=mf.Knockout("image", "query+generated"))
     assert sum(a.text != b.text for a, b in zip(plain, blind, strict=True)) >= 6

@@ -103,7 +103,7 @@ def test_options_reach_generate(shapes, picture):
         shapes.explain(picture, "describe the image", num_beams=3)
     with pytest.raises(mf.InputError, match="cannot be used with a given answer"):
         shapes.explain(picture, "describe the image", "red", do_sample=True)
-    with pytest.raises(mf.InputError, match="no picture"):
+    with pytest.raises(mf.InputError, match="no image"):
         shapes.generate([], "describe the image")
 
 

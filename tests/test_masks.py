@@ -51,7 +51,7 @@ def test_masks_by_hand():
 
 
 def test_coco(tmp_path):
-    """All three ways to write a mask; a picture without objects is left out."""
+    """All three ways to write a mask; an image without objects is left out."""
     long = [0, 1000, 70, 20, 2, 4908]  # differences of both signs, numbers of several digits
     size = {"images": [{"id": 7, "file_name": "a b.jpg", "width": 60, "height": 100}]}
     (tmp_path / "long.json").write_text(json.dumps(notes({"counts": packed(long), "size": [100, 60]}, **size)))
@@ -73,7 +73,7 @@ def test_coco(tmp_path):
         ("[", "not in COCO's format"),
         ("{}", "KeyError 'categories'"),
         (notes([[0, 0, 1, 1]]), "three points or more"),
-        (notes({"counts": [1, 2], "size": [4, 6]}), "sum to 3, its picture has 6 x 4"),
+        (notes({"counts": [1, 2], "size": [4, 6]}), "sum to 3, its image has 6 x 4"),
         (notes({"counts": [30, -6], "size": [4, 6]}), "sum to 24"),
         (notes([[0, 0, 1, 1, 2, 2]], images=[]), "KeyError 7"),
         (notes(), "holds no object"),
@@ -87,7 +87,7 @@ def test_files_that_cannot_be_used(content, message, tmp_path):
 
 
 def test_folders_of_masks_localise_as_scenes_do(tmp_path):
-    """The same rows from generated scenes and from pictures and masks on disk."""
+    """The same rows from generated scenes and from images and masks on disk."""
     samples = scenes(2, seed=4)
     for number, sample in enumerate(samples.list):
         sample.image.save(tmp_path / f"{number}.png")
@@ -105,7 +105,7 @@ def test_folders_of_masks_localise_as_scenes_do(tmp_path):
 
 
 def test_masks_that_do_not_fit(tmp_path):
-    """Another size than the picture's, or no picture at all: rows that say so."""
+    """Another size than the image's, or no image at all: rows that say so."""
     samples = scenes(2, seed=4)
     for number, sample in enumerate(samples.list):
         sample.image.save(tmp_path / f"{number}.png")
@@ -114,8 +114,8 @@ def test_masks_that_do_not_fit(tmp_path):
         Image.new("1", (9, 9)).save(name)
     name.write_bytes(b"-")
     rows = run(Localisation(), mask_folder(tmp_path / "masks", tmp_path), ModelChoice(device="cpu"), tmp_path / "out")
-    assert "the mask is 9 x 9 pixels, its picture 96 x 96" in rows["0.png"][0]["error"]
-    assert "is no picture" in rows["1.png"][0]["error"]
-    for folders, message in ((("gone", "."), "is no folder"), ((".", "masks"), "called like a picture")):
+    assert "the mask is 9 x 9 pixels, its image 96 x 96" in rows["0.png"][0]["error"]
+    assert "is no image" in rows["1.png"][0]["error"]
+    for folders, message in ((("gone", "."), "is no folder"), ((".", "masks"), "called like an image")):
         with pytest.raises(InputError, match=message):
             mask_folder(*(tmp_path / folder for folder in folders))

@@ -35,7 +35,7 @@ def ex(built, picture):
     cut=st.floats(0, 0.4),
 )
 def test_upsampling_keeps_the_integral(rows, cols, width, height, cut):
-    """True to area: the integral over the picture is that of the cells, whatever the sizes, so no cell
+    """True to area: the integral over the image is that of the cells, whatever the sizes, so no cell
     grows at its neighbours' cost; and a flat grid stays flat."""
     box = (cut * width, cut * height, (1 - cut) * width, (1 - cut) * height)
     grid = np.random.default_rng(rows * cols).random((rows, cols))

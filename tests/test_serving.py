@@ -78,7 +78,7 @@ def test_answers_as_the_library_does_and_reads_a_picture_once(server, url, sampl
         assert reply.usage.prompt_tokens == ctx.prefix_length + len(asked_ids)
         assert reply.usage.completion_tokens == len(ctx.ask(question).token_ids)
     assert replies[0].context["tokens"] == ctx.num_tokens
-    # the same pixels in another file are the same picture
+    # the same pixels in another file are the same image
     again = chat(client, asked(COLOR, data_url(sample, "BMP")))
     assert again.usage.prompt_tokens_details.cached_tokens == ctx.prefix_length
 
@@ -111,7 +111,7 @@ def test_streams(server, url, sample, shapes):
 
 
 def test_a_conversation_goes_on(server, url, sample, shapes):
-    """Earlier turns are read again; without pictures in between, and with a system's words before them."""
+    """Earlier turns are read again; without images in between, and with a system's words before them."""
     messages = asked(COLOR, url)
     messages += [{"role": "assistant", "content": "blue"}, {"role": "user", "content": "How many objects are there?"}]
     reply = chat(server.client(), messages)
@@ -145,7 +145,7 @@ def test_many_at_once_are_each_answered_as_alone(server, shapes):
         replies = [job.result() for job in jobs]
     for which, reply in zip(wanted, replies, strict=True):
         assert reply.choices[0].message.content == expected[which]
-    # each picture was read once, however many asked at the same time
+    # each image was read once, however many asked at the same time
     assert sum(reply.usage.prompt_tokens_details.cached_tokens == 0 for reply in replies) == 6
 
 
@@ -219,7 +219,7 @@ def test_contexts_are_made_found_and_forgotten(server, url, sample, shapes):
         reply = chat(server.client(), [{"role": "user", "content": COLOR}], extra_body={"context": identity})
         assert reply.choices[0].message.content == ctx.ask(COLOR).text
         assert reply.usage.prompt_tokens_details.cached_tokens == ctx.prefix_length
-        # another key neither finds nor removes it, nor sees that the picture was read
+        # another key neither finds nor removes it, nor sees that the image was read
         with server.http(OTHER) as stranger:
             assert stranger.get(f"/v1/contexts/{identity}").status_code == 404
             assert stranger.delete(f"/v1/contexts/{identity}").status_code == 404

@@ -161,7 +161,7 @@ def test_wrong_parameters(http, url, change):
 def test_a_count_beyond_the_picture(http, url):
     reply = http.post("/v1/chat/completions", json={"messages": asked(COLOR, url), "keep": 145})
     assert reply.status_code == 400
-    assert "1 to the picture's 144 tokens" in reply.json()["error"]["message"]
+    assert "1 to the image's 144 tokens" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["what is <image> ?", "</s> USER: <image>\n"])

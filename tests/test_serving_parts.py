@@ -1,4 +1,4 @@
-"""The server's parts without HTTP: tokens to text, messages, keys, remote pictures, bounds, errors."""
+"""The server's parts without HTTP: tokens to text, messages, keys, remote images, bounds, errors."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_messages_become_turns():
         (messages(("user", "hi"), ("assistant", "x")), "begins and ends"),
         (messages(("user", [picture])), "has no text"),
         (messages(("system", [picture]), ("user", "x")), "the user's to send"),
-        (messages(("user", [picture] * 5 + [{"type": "text", "text": "x"}])), "at most 4 pictures"),
+        (messages(("user", [picture] * 5 + [{"type": "text", "text": "x"}])), "at most 4 images"),
         (messages(("system", "hi")), "begins and ends"),
     ):
         with pytest.raises(ServiceError, match=words):

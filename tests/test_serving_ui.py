@@ -46,7 +46,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """A page with the sample picture uploaded and a question asked. Nothing but the server is called."""
+    """A page with the sample image uploaded and a question asked. Nothing but the server is called."""
     context = browser.new_context(viewport={"width": 1280, "height": 1400})
     context.set_default_timeout(1000 * HANG)
     made = context.new_page()
@@ -56,8 +56,8 @@ def page(browser, server):
         lambda one: strangers.append(one.url) if not one.url.startswith((server.url, "data:", "blob:")) else None,
     )
     made.goto(server.url)  # leads to the tool
-    made.locator("#picture input[type=file]").set_input_files(SAMPLE)
-    made.locator("#picture img").wait_for()
+    made.locator("#image input[type=file]").set_input_files(SAMPLE)
+    made.locator("#image img").wait_for()
     yield made
     context.close()
     assert strangers == []
@@ -190,7 +190,7 @@ def test_a_telephones_width(browser, server):
     page = context.new_page()
     page.goto(f"{server.url}/ui")
     page.locator("#sample").tap()
-    page.locator("#picture img").wait_for()
+    page.locator("#image img").wait_for()
     page.locator("#ask").tap()
     page.locator("#heads label").first.wait_for()
     assert page.locator("#answer textarea").input_value() == "blue"
@@ -202,7 +202,7 @@ def test_a_telephones_width(browser, server):
 def test_wrong_input_is_told(page, tmp_path):
     page.locator("#question textarea").fill(" ")
     page.locator("#ask").click()
-    playwright.expect(page.get_by_text("Ask something about the picture.")).to_be_visible()
+    playwright.expect(page.get_by_text("Ask something about the image.")).to_be_visible()
     page.locator("#question textarea").fill("what is <image> ?")
     page.locator("#ask").click()
     playwright.expect(page.get_by_text("holds the placeholder")).to_be_visible()

@@ -67,7 +67,7 @@ class Browser:
         return reply.text if reply.status_code == 200 else ""
 
     def ask(self, picture: str) -> str:
-        """The events of a question about an uploaded picture."""
+        """The events of a question about an uploaded image."""
         function = next(one for one in self.functions() if one["kinds"][:2] == ["image", "textbox"])
         told = self.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
         assert told.status_code == 200, told.text
@@ -174,8 +174,8 @@ inner = next(route for route in app.routes if isinstance(route, Mount)).app._app
 
 
 async def tried():
-    picture = {"path": secret, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [picture, "What?", [], 0, 5, 0, False], "session_hash": "a"}
+    image = {"path": secret, "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [image, "What?", [], 0, 5, 0, False], "session_hash": "a"}
     transport = httpx.ASGITransport(app=inner)
     async with (
         app.router.lifespan_context(app),
@@ -219,7 +219,7 @@ def test_another_browser_reads_nothing_of_it(opened, server, browser):
     assert stranger.join(function["id"], [None, "What?", [], 0, 5, 0, False]).status_code == 404
     assert stranger.http.get(f"{PREFIX}/heartbeat/{browser.session}").status_code == 404
     assert "blue" in browser.events()
-    # who uploads the same picture may read it
+    # who uploads the same image may read it
     assert stranger.read(stranger.upload()).status_code == 200
 
 

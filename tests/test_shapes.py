@@ -113,7 +113,7 @@ def test_isolated_questions_see_the_picture_and_themselves():
 
 @pytest.mark.parametrize("later", ["part", "by object", "everything"])
 def test_later_questions_see_what_a_context_keeps(later):
-    """Of a turn that asked for a description: its prompt, not the answer, and a part of the picture."""
+    """Of a turn that asked for a description: its prompt, not the answer, and a part of the image."""
     maker = BatchMaker(build_tokenizer())
     mix = Mix(chained=0.0, prefixed=1.0, later=later)
     batch = maker.draw(np.random.default_rng(0), 30, 4, mix)

@@ -317,7 +317,7 @@ def test_another_vlm_of_the_same_model_finds_it(llava):
     other = mf.VLM(llava.model, llava.processor)
     assert store.get(other, picture, **ASKED).vlm is other
     assert store.hits == 1
-    assert all(context.images == () for context in store._held.values()), "pictures are not held"
+    assert all(context.images == () for context in store._held.values()), "images are not held"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_steps_of_own_norm(vlm, picture):
 
 
 def test_other_calls_between_steps_change_nothing(vlm, picture):
-    """generate, explain and other streams, with pictures and prompts of other lengths, between any two steps: Qwen
+    """generate, explain and other streams, with images and prompts of other lengths, between any two steps: Qwen
     keeps the offset of its rotary positions on the model."""
     expected = said_by_generate(vlm, picture).token_ids
     other = said_by_generate(vlm, [RED, picture], "describe this picture").token_ids

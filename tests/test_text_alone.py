@@ -1,4 +1,4 @@
-"""Prompts without a picture, and language models without eyes."""
+"""Prompts without an image, and language models without eyes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def test_text_alone(family, built, picture, tmp_path):
     assert [step.token for step in vlm.stream(None, QUESTION, max_new_tokens=4)] == one.tokens
     both = vlm.generate([None, None], [QUESTION, "describe this"], max_new_tokens=4)
     assert both[0].token_ids == one.token_ids
-    with pytest.raises(mf.InputError, match="no picture to lay a map on"):
+    with pytest.raises(mf.InputError, match="no image to lay a map on"):
         ex.heatmap(0)
     for ending in (".png", ".html"):
-        with pytest.raises(mf.InputError, match="has no picture: save it as"):
+        with pytest.raises(mf.InputError, match="has no image: save it as"):
             ex.save(tmp_path / f"x{ending}")
     with pytest.raises(mf.InputError, match="no patches to knock out"):
         ex.verify()
     ex.save(tmp_path / "x.json")
-    with pytest.raises(mf.InputError, match="no picture to compress"):
+    with pytest.raises(mf.InputError, match="no image to compress"):
         vlm.compress(None)
-    with pytest.raises(mf.InputError, match="pictures for all of its prompts or for none"):
+    with pytest.raises(mf.InputError, match="images for all of its prompts or for none"):
         vlm.generate([None, picture], [QUESTION, QUESTION])
 
 

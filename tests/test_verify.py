@@ -222,7 +222,7 @@ def test_no_share_where_nothing_was_read(vlm, picture):
 
 def test_a_verdict_is_about_one_map(shapes, tmp_path):
     """A map that points at the background does not hold where the default one does, and each is shown beside its own
-    map alone: on the picture, in the page, in the numbers."""
+    map alone: on the image, in the page, in the numbers."""
     ex = shapes.explain(Image.open(SAMPLE).convert("RGB"), "What color is the star?", "blue")
     (good,) = ex.verify()
     (bad,) = ex.verify(method="rollout")

@@ -58,19 +58,19 @@ def test_mme_as_it_is_published(mme_folder):
     assert found["posters/a"].questions == (dog, cat)
     problems = {name: sample.problem for name, sample in found.items() if sample.problem}
     assert problems == {
-        "existence/0003": "existence/0003: its picture is missing",
-        "posters/b": "posters/b: has 1 questions, MME asks two of a picture",
+        "existence/0003": "existence/0003: its image is missing",
+        "posters/b": "posters/b: has 1 questions, MME asks two of an image",
         "posters/c": "posters/c: 'Is there a dog? Yes' is no question, a tab, and yes or no",
         "posters/d": "posters/d: 'Is there a dog?\\tMaybe' is no question, a tab, and yes or no",
         "posters/e": "posters/e: its text file of questions is missing",
-        "posters/f": "posters/f: its picture is there 2 times",
+        "posters/f": "posters/f: its image is there 2 times",
     }
     assert {sample.group for sample in found.values()} == {"existence", "posters"}
     assert [sample.name for sample in mme(mme_folder, 1).list] == ["existence/000 1", "posters/a"]
 
 
 def test_problems_are_rows(mme_folder, tmp_path):
-    """What cannot be used is counted, and its reason shown; a picture that is damaged too."""
+    """What cannot be used is counted, and its reason shown; an image that is damaged too."""
     (mme_folder / "posters" / "images" / "a.jpg").write_bytes(b"-")
     evaluation = Mme(max_new_tokens=1)
     report = evaluation.report(run(evaluation, mme(mme_folder), MODEL, tmp_path / "out"))
@@ -97,7 +97,7 @@ def test_pope_as_it_is_published(lines, tmp_path):
     assert first.questions == (YesNo("Is there a dog?", True), YesNo("Is there a car?", False))
     assert first.group == "coco_pope_popular"
     assert found["coco_pope_popular/a b.png"].questions == (YesNo("Is there a cat?", False),)
-    assert found["coco_pope_popular/gone.jpg"].problem.endswith("its picture is missing")
+    assert found["coco_pope_popular/gone.jpg"].problem.endswith("its image is missing")
     assert "got 'perhaps'" in found["coco_pope_random/a b.png"].problem
     assert len(pope(tmp_path, tmp_path / "val2014", 1).list) == 2
 
@@ -109,7 +109,7 @@ def test_pope_as_it_is_published(lines, tmp_path):
         (pope, None, "holds no file of questions"),
         (pope, "not json", "not POPE's questions"),
         (pope, "[1]", "not POPE's questions"),
-        (lambda folder: pope(folder, folder / "gone"), "", "is no folder of pictures"),
+        (lambda folder: pope(folder, folder / "gone"), "", "is no folder of images"),
     ],
 )
 def test_folders_that_cannot_be_used(read, content, message, tmp_path):
@@ -141,7 +141,7 @@ def row(truth: bool, yes: bool | None, tokens: int = 10) -> dict:
 
 
 def test_accuracies_by_hand():
-    """Three pictures: both right, one right, one right and one with neither yes nor no."""
+    """Three images: both right, one right, one right and one with neither yes nor no."""
     pictures = [
         [row(True, True), row(False, False)],
         [row(True, True), row(False, True)],

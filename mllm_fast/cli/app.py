@@ -93,10 +93,11 @@ def explain(  # long: the options of a command are its parameters
         typer.Option(help=f"How heatmaps are made: {', '.join(HEATMAP_METHODS)}. {ALIGNMENT} needs a joint model."),
     ] = DEFAULT,
     joint: Annotated[
-        str | None, typer.Option(help="Read the picture by a joint model: a folder, or 'shapes'; its model answers.")
+        str | None, typer.Option(help="Read the image by a joint model: a folder, or 'shapes'; its model answers.")
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="gradient-alignment: what the detector looks for; the explained word if none.")
+        str | None,
+        typer.Option(help="For gradient-alignment: what the detector looks for, by default the explained word."),
     ] = None,
     block: Block = None,
     layers: Layers = "all",
@@ -108,7 +109,7 @@ def explain(  # long: the options of a command are its parameters
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about a picture and show what made the model say each word."""
+    """Answer a question about an image and show what made the model say each word."""
     from ..core.errors import check_choice
     from ..core.files import check_target
     from ..explain.export import ENDINGS, summary
@@ -165,7 +166,7 @@ def generate(
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers)
     vlm = load(model, device, dtype, max_pixels, backend)

@@ -1,4 +1,4 @@
-"""`mllm-fast compress | ask | kept`: read a picture once, ask it many questions."""
+"""`mllm-fast compress | ask | kept`: read an image once, ask it many questions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def compress(  # long: the options of a command are its parameters
         str, typer.Option(help=f"What an image token is kept for: {', '.join(PRUNING_SCORES)}.")
     ] = "generated",
     parts: Annotated[str, typer.Option(help="What is kept: query+image, query or image.")] = "query+image",
-    storage: Annotated[str, typer.Option(help="Of the file: full, or int8 at a quarter of the size.")] = "full",
+    storage: Annotated[
+        str, typer.Option(help="How the file stores numbers: full, or int8 at a quarter of the size.")
+    ] = "full",
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply to the prompt, in tokens.")] = 64,
     model: Model = "shapes",
     device: Device = None,
@@ -61,7 +63,7 @@ def compress(  # long: the options of a command are its parameters
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Read a picture once and write what is worth keeping of it to a file, for ask."""
+    """Read an image once and write what is worth keeping of it to a file, for ask."""
     from ..context.file_format import ENDINGS, STORAGES
     from ..core.files import check_target
 
@@ -70,7 +72,7 @@ def compress(  # long: the options of a command are its parameters
     check_choice("--storage", storage, STORAGES)
     pictures, _ = inputs(images, prompt)
     vlm = load(model, device, dtype, max_pixels, backend)
-    with progress("reading the picture"):
+    with progress("reading the image"):
         ctx = vlm.compress(pictures, share, prompt, score, parts=parts, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         errors = ctx.save(out, storage)
     facts = {
@@ -120,7 +122,7 @@ def ask(
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Answer questions about a picture from its context: one or several, a file of them, or a conversation."""
+    """Answer questions about an image from its context: one or several, a file of them, or a conversation."""
     asked = [*(questions or []), *(_lines(file) if file else [])]
     if file is not None and not asked:
         raise InputError(f"{file}: there is no question in it; write one a line")
@@ -147,7 +149,7 @@ def ask(
 
 def kept(
     context: File,
-    images: Annotated[list[Path] | None, typer.Option("--image", "-i", help="The picture, to draw upon.")] = None,
+    images: Annotated[list[Path] | None, typer.Option("--image", "-i", help="The image, to draw upon.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a .png of what each layer keeps.")] = None,
     model: Model = "shapes",
     device: Device = None,
@@ -212,7 +214,7 @@ def _context(
 
 def _converse(ctx: Context, max_new_tokens: int) -> None:
     """A question a line until the end of input; each sees the earlier ones."""
-    ERR.print("[dim]ask about the picture; an empty line or Ctrl-D ends[/]", highlight=False)
+    ERR.print("[dim]ask about the image; an empty line or Ctrl-D ends[/]", highlight=False)
     chat = ctx.chat()
     while True:
         try:

@@ -22,7 +22,7 @@ _DEFAULT = "Describe the image."
 
 
 def detect(  # long: the options of a command are its parameters
-    image: Annotated[Path | None, typer.Argument(help="A picture; the sample picture if none.")] = None,
+    image: Annotated[Path | None, typer.Argument(help="An image; the sample image if none.")] = None,
     classes: Annotated[
         list[str] | None, typer.Option("--class", "-c", help="What to look for; several. Of shapes: its shapes.")
     ] = None,
@@ -34,17 +34,17 @@ def detect(  # long: the options of a command are its parameters
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Whose answer's nouns are checked.")] = _DEFAULT,
     vocabulary: Vocabulary = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A picture with the boxes (.png); of --report, its folder.")
+        Path | None, typer.Option("--out", "-o", help="An image with the boxes (.png); of --report, its folder.")
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Many pictures: AUROC, a tested threshold, distributions.")
+        bool, typer.Option("--report", help="Many images: AUROC, a tested threshold, distributions.")
     ] = False,
     images: Folder = None,
     masks: Masks = None,
     count: Count = None,
     seed: Seed = 0,
     strength: Annotated[
-        list[float] | None, typer.Option(help="--report: how far pictures are made worse, 0 to 1; several.")
+        list[float] | None, typer.Option(help="--report: how far images are made worse, 0 to 1; several.")
     ] = None,
     processes: Processes = 1,
     device: Device = None,
@@ -56,11 +56,11 @@ def detect(  # long: the options of a command are its parameters
         raise InputError(f"--threshold is 0 to 1, got {threshold}")
     if report:
         if image is not None:
-            raise InputError("--report takes a folder of pictures: --images, with --masks")
+            raise InputError("--report takes a folder of images: --images, with --masks")
         _report(name, classes, images, masks, count, seed, strength, out, processes, device, dtype, as_json)
         return
     if images is not None or strength:
-        raise InputError("--images and --strength belong to --report; for one picture give it alone")
+        raise InputError("--images and --strength belong to --report; for one image give it alone")
     from ..core.assets import SAMPLE
 
     if out is not None:

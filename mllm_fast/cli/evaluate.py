@@ -1,4 +1,4 @@
-"""The command `mllm-fast eval`: figures of the papers, on any model and on your own pictures."""
+"""The command `mllm-fast eval`: figures of the papers, on any model and on your own images."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def evaluate(  # long: the options of a command are its parameters
     ],
     images: Annotated[
         Path | None,
-        typer.Option(
-            "--images", "-i", help="A folder of pictures (pope: of its questions'); generated scenes if none."
-        ),
+        typer.Option("--images", "-i", help="A folder of images (pope: of its questions'); generated scenes if none."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -44,16 +42,16 @@ def evaluate(  # long: the options of a command are its parameters
     keep: Annotated[
         list[str] | None, typer.Option(help='Shares of image tokens that mme, redundancy and pope keep: "5%"; several.')
     ] = None,
-    count: Annotated[int | None, typer.Option(help=f"How many pictures; all of a folder, {_SCENES} scenes.")] = None,
+    count: Annotated[int | None, typer.Option(help=f"How many images; all of a folder, {_SCENES} scenes.")] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the rows and the report; used again, it goes on.")
     ] = Path("mllm-fast-eval"),
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is asked.")] = "Describe the image.",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 64,
     masks: Annotated[
-        Path | None, typer.Option(help="The pictures' objects: a .json in COCO's format, or a folder of .png masks.")
+        Path | None, typer.Option(help="The images' objects: a .json in COCO's format, or a folder of .png masks.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the generated scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the generated scenes.")] = 0,
     vocabulary: Annotated[
         Path | None,
         typer.Option(help='Objects to look for: a JSON file {"nouns": {"dog": ["puppy"]}, "attributes": {}}.'),
@@ -66,21 +64,23 @@ def evaluate(  # long: the options of a command are its parameters
         ),
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of a million of its tokens, in dollars, to count cost.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="The price of a million of its tokens in dollars, to count the cost.")
+    ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="judges: a .csv of people's labels; knockout-sweep writes one to correct.")
+        Path | None, typer.Option(help="For judges: a .csv of people's labels. knockout-sweep writes one to correct.")
     ] = None,
     reference: Annotated[
         str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
     ] = "answer",
     question: Annotated[
-        str, typer.Option(help="heads: what is asked of an object; {noun} is its name.")
+        str, typer.Option(help="For heads: the question about an object; {noun} is its name.")
     ] = "what color is the {noun}?",
     statement: Annotated[
-        str, typer.Option(help="heads: the sentence that answers it, for the textual question.")
+        str, typer.Option(help="For heads: the sentence that answers it, for the question without an image.")
     ] = "the {noun} is {attribute}.",
     second_model: Annotated[
-        str | None, typer.Option(help="heads: a language model to compare with, a folder or a hub id.")
+        str | None, typer.Option(help="For heads: a language model to compare with, a folder or a hub id.")
     ] = None,
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="The processes are actors of a Ray Data job.")] = False,
@@ -117,7 +117,7 @@ def evaluate(  # long: the options of a command are its parameters
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge, reader = (words, None) if judge_model is None else _endpoint(judge_model, judge_url, out / "judge")
     if images is not None and judge is None and "knockout-sweep" in chosen:
-        raise InputError("knockout-sweep needs to know your pictures' objects: give --vocabulary or --judge-model")
+        raise InputError("knockout-sweep needs to know your images' objects: give --vocabulary or --judge-model")
     if labels is not None:
         publish([_agreement(labels, words, judge, price)], out, as_json)
         return
@@ -157,7 +157,7 @@ def _check(
 ) -> None:
     """Raise InputError for choices that do not go together, before a model is loaded."""
     if name == "all" and (images is not None or data is not None):
-        raise InputError("all runs on generated scenes; for your own pictures name one evaluation")
+        raise InputError("all runs on generated scenes; for your own images name one evaluation")
     kind = chosen.get(name)
     benchmark = kind.benchmark if kind is not None else ""
     if data is not None and not benchmark:
@@ -166,9 +166,9 @@ def _check(
     if benchmark and images is not None and (data is None or benchmark != "pope"):
         raise InputError(f"{name} needs questions: give the benchmark's folder with --data")
     if kind is not None and kind.needs_masks and images is not None and masks is None:
-        raise InputError(f"{name} needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
+        raise InputError(f"{name} needs your images' objects: give --masks, COCO's .json or a folder of .png")
     if masks is not None and (images is None or benchmark):
-        raise InputError("--masks belong to pictures: give their folder with --images")
+        raise InputError("--masks belong to images: give their folder with --images")
 
 
 def _endpoint(model: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:
@@ -197,7 +197,7 @@ def _agreement(
 def _samples(
     kind: type[Evaluation], images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
 ) -> Samples:
-    """The pictures that an evaluation runs on."""
+    """The images that an evaluation runs on."""
     from ..evaluation.datasets import mme, pope, scene_pairs
 
     if data is not None:

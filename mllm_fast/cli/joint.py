@@ -29,12 +29,12 @@ DetectorName = Annotated[
 ]
 JointName = Annotated[str, typer.Option("--joint", help="A folder that `joint train` wrote, or 'shapes'.")]
 Folder = Annotated[
-    Path | None, typer.Option("--images", "-i", help="A folder of pictures; generated scenes if none is given.")
+    Path | None, typer.Option("--images", "-i", help="A folder of images; generated scenes if none is given.")
 ]
 Masks = Annotated[Path | None, typer.Option(help="Their objects: COCO's .json, or a folder of .png masks.")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")]
-Count = Annotated[int | None, typer.Option(help="How many pictures; all of a folder.")]
-Seed = Annotated[int, typer.Option(help="Of the generated scenes.")]
+Count = Annotated[int | None, typer.Option(help="How many images; all of a folder.")]
+Seed = Annotated[int, typer.Option(help="The seed of the generated scenes.")]
 Processes = Annotated[int, typer.Option(help="Each with its own models; the numbers do not depend on it.")]
 Vocabulary = Annotated[
     Path | None, typer.Option(help='Objects of descriptions: a JSON file {"nouns": {"dog": ["puppy"]}}.')
@@ -49,21 +49,24 @@ def train(  # long: the options of a command are its parameters
     images: Folder = None,
     count: Count = None,
     kind: Annotated[
-        str, typer.Option(help="Of W: mlp (each token, two hidden layers), projector (LLaVA's shape), transformer.")
+        str,
+        typer.Option(
+            help="The kind of W: mlp (each token, two hidden layers), projector (LLaVA's shape), transformer."
+        ),
     ] = "mlp",
     hidden: Annotated[
         int | None,
         typer.Option(help="Width of W's hidden layers; twice the language model's if none, 8192 for LLaVA-7B."),
     ] = None,
-    layers: Annotated[int, typer.Option(help="transformer: its layers.")] = 2,
-    heads: Annotated[int, typer.Option(help="transformer: its heads.")] = 8,
-    epochs: Annotated[int, typer.Option(help="How often each picture is seen.")] = 1,
-    batch: Annotated[int, typer.Option(help="Pictures a device and step.")] = 16,
+    layers: Annotated[int, typer.Option(help="The layers of a transformer W.")] = 2,
+    heads: Annotated[int, typer.Option(help="The heads of a transformer W.")] = 8,
+    epochs: Annotated[int, typer.Option(help="How often each image is seen.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images a device and step.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Batches a step of the optimiser.")] = 1,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
-    precision: Annotated[str, typer.Option(help="Of the multiplications: no, bf16 or fp16.")] = "no",
+    precision: Annotated[str, typer.Option(help="The mixed precision of training: no, bf16 or fp16.")] = "no",
     every: Annotated[int, typer.Option(help="Steps between two measurements, each with a checkpoint.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the first weights, the order and the generated scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the first weights, the order and the generated scenes.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -106,7 +109,7 @@ def train(  # long: the options of a command are its parameters
         typer.echo(json.dumps({"saved": str(out), "skipped": curve["skipped"], **last}))
         return
     OUT.print(
-        f"W is {last['distance']:.3f} away on pictures it was not taught (1: as far as their mean), cosine"
+        f"W is {last['distance']:.3f} away on images it was not taught (1: as far as their mean), cosine"
         f" {last['cosine']:.3f}, after {last['step']} steps",
         highlight=False,
     )
@@ -122,12 +125,12 @@ def finetune(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="What the model is asked; several are asked in turn.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
-    epochs: Annotated[int, typer.Option(help="How often each picture is seen.")] = 1,
-    batch: Annotated[int, typer.Option(help="Pictures a step of the optimiser.")] = 8,
+    rank: Annotated[int, typer.Option(help="The rank of the adapters.")] = 8,
+    epochs: Annotated[int, typer.Option(help="How often each image is seen.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images a step of the optimiser.")] = 8,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
-    precision: Annotated[str, typer.Option(help="Of the multiplications: no, bf16 or fp16.")] = "no",
-    seed: Annotated[int, typer.Option(help="Of the order and the generated scenes.")] = 0,
+    precision: Annotated[str, typer.Option(help="The mixed precision of training: no, bf16 or fp16.")] = "no",
+    seed: Annotated[int, typer.Option(help="The seed of the order and the generated scenes.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -174,15 +177,15 @@ def evaluate(
     masks: Masks = None,
     count: Count = None,
     seed: Seed = 0,
-    question: Annotated[str, typer.Option("--question", "-q", help="Asked of pictures of a folder.")] = (
+    question: Annotated[str, typer.Option("--question", "-q", help="Asked of images of a folder.")] = (
         "Describe the image."
     ),
     judge_model: Annotated[
         str | None,
-        typer.Option(help="A model that sees pictures, of an OpenAI-compatible endpoint: scores texts."),
+        typer.Option(help="A model that sees images, of an OpenAI-compatible endpoint: scores texts."),
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of a million of its tokens, in dollars.")] = None,
+    price: Annotated[float | None, typer.Option(help="The price of a million of its tokens in dollars.")] = None,
     out: OutFolder = Path("mllm-fast-joint"),
     processes: Processes = 1,
     device: Device = None,
@@ -251,7 +254,7 @@ def simulatability(
         from ..evaluation.joint.simulatability import Simulatability
         from ..evaluation.judges.judge import NounJudge, read_vocabulary
     if images is not None and masks is None:
-        raise InputError("simulatability needs your pictures' objects: give --masks, COCO's .json or a folder of .png")
+        raise InputError("simulatability needs your images' objects: give --masks, COCO's .json or a folder of .png")
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     if words is None and images is not None:
@@ -270,16 +273,16 @@ def bias(
     neutral_higher: Annotated[list[str] | None, typer.Option("--neutral-raise", help="As --neutral-lower.")] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option("--images", "-i", help="A folder of pictures; of a second one the swap runs the other way round."),
+        typer.Option("--images", "-i", help="A folder of images; of a second one the swap runs the other way round."),
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option("--question", "-q", help="What is asked; of scenes, colour and shape.")
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="Of the answers: text, yes (its probability), score (1 to 10, as an expectation).")
+        str, typer.Option(help="What is compared: text, yes (its probability), score (1 to 10, as an expectation).")
     ] = "text",
-    size: Annotated[float, typer.Option(help="Of a change, in shares of the embedding's norm.")] = 0.5,
-    controls: Annotated[int, typer.Option(help="Random changes of the same norm, a picture.")] = 3,
+    size: Annotated[float, typer.Option(help="The size of a change, as a share of the embedding's norm.")] = 0.5,
+    controls: Annotated[int, typer.Option(help="Random changes of the same norm, an image.")] = 3,
     count: Count = None,
     seed: Seed = 0,
     out: OutFolder = Path("mllm-fast-bias"),
@@ -365,7 +368,7 @@ def _chart(curve: list[dict[str, Any]], path: Path) -> bool:
             steps, [entry["cosine"] for entry in curve], color=COLORS[0], linestyle="--", marker="s", label="cosine"
         )
         axes.set_xlabel("step")
-        axes.set_ylabel("on held-out pictures")
+        axes.set_ylabel("on held-out images")
         axes.set_ylim(0, max(1.05, *(1.05 * entry["distance"] for entry in curve[1:] or curve)))
         axes.grid(alpha=0.25)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)

@@ -24,15 +24,21 @@ OUT = Console()
 ERR = Console(stderr=True)
 
 Images = Annotated[
-    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures of one prompt; the sample picture if none.")
+    list[Path] | None,
+    typer.Argument(metavar="[IMAGE]...", help="The images of one prompt; the sample image if there is none."),
 ]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
-Model = Annotated[str, typer.Option(help="'shapes' (embedded), a folder, or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; auto: what does not fit the GPU lies on the CPU.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 on the CPU.")]
+Model = Annotated[str, typer.Option(help="The model: 'shapes' (the embedded one), a folder, or a hub id.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="The device: cpu, cuda, cuda:N, or auto, which keeps what does not fit the GPU on the CPU."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="The number type: float32, bfloat16 or float16. The default is float32 on the CPU.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Backend = Annotated[str, typer.Option(help="Of the kernels: auto, triton, cpu or torch; see info.")]
+NewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Backend = Annotated[str, typer.Option(help="The kernels' backend: auto, triton, cpu or torch; see info.")]
 Block = Annotated[
     list[str] | None,
     typer.Option(
@@ -42,11 +48,11 @@ Block = Annotated[
     ),
 ]
 Layers = Annotated[str, typer.Option(help='Layers of the rules: all, "from 20", "until 20", "except 20-40", 0-7,12.')]
-MaxPixels = Annotated[int, typer.Option(help="Largest picture that is read, in pixels.")]
+MaxPixels = Annotated[int, typer.Option(help="The largest image that is read, in pixels.")]
 
 
 def inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path], str]:
-    """The pictures and the prompt; the sample picture if none is given."""
+    """The images and the prompt; the sample image if none is given."""
     if not images:
         return [SAMPLE], _SAMPLE_QUESTION if question is None else question
     return images, _QUESTION if question is None else question

@@ -48,7 +48,7 @@ def bar(name: str) -> Iterator[Progress]:
     """A progress bar on stderr, if somebody looks."""
     from tqdm import tqdm
 
-    with tqdm(desc=name, unit="picture", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(desc=name, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.total = total
@@ -79,7 +79,7 @@ def _printed(table: Table) -> Printed:
 
 
 def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
-    """`count` generated scenes, or the pictures of a folder (all if it is None) with what is known of them."""
+    """`count` generated scenes, or the images of a folder (all if it is None) with what is known of them."""
     from ..evaluation.samples import pictures, scenes
     from ..evaluation.segmentation import coco, mask_folder
 
@@ -87,7 +87,7 @@ def samples_of(images: Path | None, masks: Path | None, count: int | None, seed:
         raise InputError(f"--count is at least 1, got {count}")
     if images is None:
         if masks is not None:
-            raise InputError("--masks belong to pictures: give their folder with --images")
+            raise InputError("--masks belong to images: give their folder with --images")
         return scenes(count or 0, seed)
     if masks is None:
         return pictures(images, count)

@@ -25,7 +25,7 @@ def serve(  # long: the options of a command are its parameters
     ] = None,
     memory: Annotated[int, typer.Option(help="MiB of contexts held in memory.")] = 1024,
     disk: Annotated[int, typer.Option(help="MiB of contexts in the store.")] = 10240,
-    storage: Annotated[str, typer.Option(help="Of contexts: full, or int8.")] = "full",
+    storage: Annotated[str, typer.Option(help="How contexts are stored: full, or int8.")] = "full",
     api_keys: Annotated[
         Path | None, typer.Option(help="File of bearer keys, one a line; MLLM_FAST_API_KEYS may hold some too.")
     ] = None,
@@ -36,7 +36,7 @@ def serve(  # long: the options of a command are its parameters
     max_body: Annotated[int, typer.Option(help="Largest request, in MiB.")] = 32,
     time_limit: Annotated[float, typer.Option(help="Seconds that an answer may take, its wait included.")] = 120.0,
     allow_remote: Annotated[
-        list[str] | None, typer.Option(help='Host whose pictures may be fetched by https: "cdn.example.org".')
+        list[str] | None, typer.Option(help='Host whose images may be fetched by https: "cdn.example.org".')
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="The tool in the browser as well, at /ui.")] = False,
     joint: Annotated[

@@ -1,4 +1,4 @@
-"""Read a picture once and keep what was attended to (arXiv 2411.17491): the tokens of the text, and of each layer the
+"""Read an image once and keep what was attended to (arXiv 2411.17491): the tokens of the text, and of each layer the
 image tokens that the answer, or the question, looked at most."""
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def compress(
 def prefill_and_score(
     vlm: ModelRunner, image: Any, prompt: str, scores: Sequence[str] = _EVERY, max_new_tokens: int = 64, **options: Any
 ) -> ScoredPrefill:
-    """Read a picture with a prompt, once for each score that the model must be watched for.
+    """Read an image with a prompt, once for each score that the model must be watched for.
 
     Raises:
         InputError: a score that is not known, a model whose layers do not all see the whole sequence, a description
@@ -142,7 +142,7 @@ def prefill_and_score(
     check_full_attention(vlm)
     pictures = vlm.prompts.load(image)
     if not pictures:
-        raise InputError("there is no picture to compress; give one, or a list of them")
+        raise InputError("there is no image to compress; give one, or a list of them")
     inputs, (layout,), _ = vlm.prompts.prepare([pictures], [prompt])
     watched: dict[str, Tensor] = {}
     description, peak = "", 0

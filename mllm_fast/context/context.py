@@ -1,4 +1,4 @@
-"""Context: what is kept of a picture, to be asked again and again (image re-prompting, arXiv 2411.17491)."""
+"""Context: what is kept of an image, to be asked again and again (image re-prompting, arXiv 2411.17491)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..core.deprecation import renamed
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..explain.explanation import Explanation, nothing_generated
@@ -33,7 +34,7 @@ _BATCH = 32
 @dataclass(frozen=True)
 class Kept:
     """Image tokens that a layer of a context keeps: `positions` in the uncompressed prefix (int64 [K], ascending), the
-    picture each is of (`images`, int64 [K]), and the pixel box of each in it (`boxes`, float64 [K, 4], left, top,
+    image each is of (`images`, int64 [K]), and the pixel box of each in it (`boxes`, float64 [K, 4], left, top,
     right, bottom)."""
 
     positions: Tensor
@@ -43,7 +44,7 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Keys and values of a picture's prefix, of each layer those of the text and of the kept image tokens.
+    """Keys and values of an image's prefix, of each layer those of the text and of the kept image tokens.
 
     Nothing changes a context: questions keep what is theirs beside it, and several threads may ask at once (the model
     serves one at a time). Tokens keep their original positions, and a question stands where it would have stood after
@@ -53,7 +54,7 @@ class Context:
         keys, values: [L, Hkv, M, D]. positions: of the kept tokens in the uncompressed prefix, int64 [L, M], ascending.
         layout, input_ids: of the uncompressed prefix (system, image and query tokens). position: of the next token, for
             the rotary embedding. prompt: of the first turn. description: what the model said to it, if that was the
-            score. settings: keep, score and parts, and how many image tokens are kept. images: the pictures, where
+            score. settings: keep, score and parts, and how many image tokens are kept. images: the images, where
             they are at hand. peak_nbytes: most bytes of keys and values held while it was made, 0 if from a file.
     """
 
@@ -69,6 +70,8 @@ class Context:
     settings: dict[str, Any]
     images: tuple[Any, ...] = ()
     peak_nbytes: int = 0
+
+    __getattr__ = renamed(pictures="canvases")
 
     def __repr__(self) -> str:
         return (
@@ -97,8 +100,8 @@ class Context:
         return (self.keys.nbytes + self.values.nbytes) // self.num_tokens * self.prefix_length
 
     @property
-    def pictures(self) -> list[Any]:
-        """The pictures to draw upon: `images`, or grey ones of their sizes."""
+    def canvases(self) -> list[Any]:
+        """The images to draw upon: `images`, or grey ones of their sizes."""
         return list(self.images) or [Image.new("RGB", image.size, (128, 128, 128)) for image in self.layout.images]
 
     @property
@@ -175,7 +178,7 @@ class Context:
             vlm=vlm,
             layout=self.questions.layout(len(sequence)),
             prompt=question,
-            images=self.pictures,
+            images=self.canvases,
             explain=explain,
             norm=norm,
             stop_ids=vlm.prompts.stop_ids(options),
@@ -227,7 +230,7 @@ class Context:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         count = len(said_text.token_ids)
         trace = self.questions.trace(session, record, count, len(said_text.input_ids) - 1)
-        return Explanation.of(vlm, trace, said_text, prompt=question, images=self.pictures, norm=norm)
+        return Explanation.of(vlm, trace, said_text, prompt=question, images=self.canvases, norm=norm)
 
     def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
         """Write the context to a .safetensors file, which appears whole or not at all.
@@ -241,7 +244,7 @@ class Context:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Context:
-        """Read a context that was saved. `images`: the pictures (or their files), if they are to be drawn upon.
+        """Read a context that was saved. `images`: the images (or their files), if they are to be drawn upon.
 
         Raises:
             InputError: no such file, not a context, a newer format, a damaged file, another model or type.

@@ -1,4 +1,4 @@
-"""A picture of what a context keeps: one small picture a layer, with the dropped tokens in the dark."""
+"""An image of what a context keeps: one small image a layer, with the dropped tokens in the dark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_kept(ctx: Context, path: str | os.PathLike[str]) -> None:
 
 
 def draw_kept(ctx: Context) -> Image.Image:
-    """Every layer's kept image tokens as lit patches of the pictures, and below, how often each patch was kept."""
+    """Every layer's kept image tokens as lit patches of the images, and below, how often each patch was kept."""
     layers = len(ctx.positions)
     entries = [(f"layer {i}", _lit(ctx, [i])) for i in range(layers)]
     entries.append((f"all {layers} layers together", _lit(ctx, range(layers))))
@@ -60,9 +60,9 @@ def draw_kept(ctx: Context) -> Image.Image:
 
 
 def _lit(ctx: Context, layers) -> Image.Image:
-    """The pictures one below the other, as bright as the share of these layers that keep each patch."""
+    """The images one below the other, as bright as the share of these layers that keep each patch."""
     cells = []
-    for i, (picture, where) in enumerate(zip(ctx.pictures, ctx.layout.images, strict=True)):
+    for i, (picture, where) in enumerate(zip(ctx.canvases, ctx.layout.images, strict=True)):
         scale = _SIDE / max(picture.size)
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST

@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] =
     pictures = vlm.prompts.load(images)
     sizes = [image.size for image in fields["layout"].images]
     if [picture.size for picture in pictures] != sizes:
-        raise InputError(f"{path} was made of other pictures: their sizes are {sizes}")
+        raise InputError(f"{path} was made of other images: their sizes are {sizes}")
     return {**fields, "images": tuple(pictures)}
 
 

@@ -75,7 +75,7 @@ def kept_count(keep: float | int, total: int) -> int:
         raise InputError(f"keep is a share between 0 and 1 (0.05), or a count of tokens (29), got {keep!r}")
     if isinstance(keep, int):
         if not 1 <= keep <= total:
-            most = "at least 1" if keep < 1 else f"1 to the picture's {total} tokens"
+            most = "at least 1" if keep < 1 else f"1 to the image's {total} tokens"
             raise InputError(f"keep, as a count, is {most}, got {keep}")
         return keep
     if not 0 < keep <= 1:  # NaN too

@@ -1,4 +1,4 @@
-"""A store of contexts: the same picture with the same settings is compressed once, also by several processes.
+"""A store of contexts: the same image with the same settings is compressed once, also by several processes.
 
 Contexts are found by content: a hash of the pixels, the prompt, the settings, the model and its processor. They are
 held in memory and in a folder, each up to a number of bytes, least recently used out first.
@@ -95,11 +95,11 @@ class ContextStore:
                     made = compress(vlm, pictures, **settings)
                     found = self.keep(key, made)
                     self._write(key, made)
-        # what is held is held without the pictures, and for any VLM of the same model
+        # what is held is held without the images, and for any VLM of the same model
         return replace(found, vlm=vlm, images=tuple(pictures))
 
     def held(self, key: str) -> Context | None:
-        """The context of a key if it is in memory; without its pictures."""
+        """The context of a key if it is in memory; without its images."""
         with self._guard:
             found = self._held.get(key)
             if found is not None:
@@ -108,7 +108,7 @@ class ContextStore:
             return found
 
     def find(self, key: str, vlm: ModelRunner) -> Context | None:
-        """The context of a key, from memory or the folder; without its pictures."""
+        """The context of a key, from memory or the folder; without its images."""
         return self.held(key) or self._on_disk(key, vlm)
 
     def keep(self, key: str, made: Context) -> Context:
@@ -152,13 +152,13 @@ class ContextStore:
         with self._guard:
             return len(self._held)
 
-    def key(self, vlm: ModelRunner, pictures: list[Any], settings: dict[str, Any], tenant: str = "") -> str:
-        """The content's name, 64 hexadecimal digits: 24 of the pictures, 24 of everything, 16 of the `tenant`. Who asks
+    def key(self, vlm: ModelRunner, images: list[Any], settings: dict[str, Any], tenant: str = "") -> str:
+        """The content's name, 64 hexadecimal digits: 24 of the images, 24 of everything, 16 of the `tenant`. Who asks
         in another tenant never finds it, and nobody else can tell that it is there."""
-        # what decides how picture and prompt are read, without reading them: a context that is held costs no more
+        # what decides how image and prompt are read, without reading them: a context that is held costs no more
         processor = vlm.processor
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
-        ids = processor.tokenizer(vlm.prompts.text(len(pictures), settings["prompt"])).input_ids
+        ids = processor.tokenizer(vlm.prompts.text(len(images), settings["prompt"])).input_ids
         reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
         if settings.get("score") in _KEPT_NAMES:
             settings = {**settings, "score": _KEPT_NAMES[settings["score"]]}
@@ -167,7 +167,7 @@ class ContextStore:
             text = json.dumps(about, sort_keys=True)
         except TypeError as error:
             raise InputError(f"the store takes options of numbers, texts and lists alone ({error})") from None
-        seen = pictures_digest(pictures, tenant)
+        seen = pictures_digest(images, tenant)
         digest = hashlib.sha256(f"{tenant_digest(tenant)} {seen} {text}".encode())
         digest.update(json.dumps(reading, sort_keys=True, default=str).encode())
         return seen[:_PART] + digest.hexdigest()[:_PART] + tenant_digest(tenant)
@@ -179,7 +179,7 @@ class ContextStore:
             self.nbytes = 0
 
     def _stored_form(self, context: Context) -> Context:
-        """A context as it will be found again: as int8 gives it back, without the pictures."""
+        """A context as it will be found again: as int8 gives it back, without the images."""
         bare = replace(context, images=())
         if self.storage == "full":
             return bare
@@ -252,7 +252,7 @@ class _KeyLocks:
 
 
 def pictures_digest(pictures: list[Any], tenant: str = "") -> str:
-    """SHA-256 of pixels, in hexadecimal; keys of the same pictures and tenant begin with its first 24 digits."""
+    """SHA-256 of pixels, in hexadecimal; keys of the same images and tenant begin with its first 24 digits."""
     digest = hashlib.sha256(tenant_digest(tenant).encode())
     for picture in pictures:
         digest.update(f"{picture.mode} {picture.size} ".encode())

@@ -1,4 +1,4 @@
-"""Files that the package carries: the embedded models and the sample picture."""
+"""Files that the package carries: the embedded models and the sample image."""
 
 from __future__ import annotations
 

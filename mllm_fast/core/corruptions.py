@@ -1,4 +1,4 @@
-"""Pictures made worse: what makes a model see what is not there, and how far it can be trusted then."""
+"""Images made worse: what makes a model see what is not there, and how far it can be trusted then."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ KINDS = ("blur", "noise", "occlusion")
 
 
 def degrade(image: Image.Image, kind: str, strength: float, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture, worse by `strength`, 0 (unchanged) to 1.
+    """An RGB image, worse by `strength`, 0 (unchanged) to 1.
 
     kind: "blur", Gaussian, of a radius up to 6 % of the shorter side; "noise", Gaussian, of up to 100 of 255 in every
-    channel; "occlusion", grey squares over up to 60 % of the picture.
+    channel; "occlusion", grey squares over up to 60 % of the image.
     """
     check_choice("kind", kind, KINDS)
     if strength <= 0:

@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class EndsRunError(InputError):
-    """What no single picture is to blame for: the next one would meet it as well."""
+    """What no single image is to blame for: the next one would meet it as well."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Pictures from files, as a person would see them: upright, 8-bit RGB."""
+"""Images from files, as a person would see them: upright, 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of files that str
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture from a path, a PIL image, an array uint8 [H, W, 3] or a file's bytes into an RGB image.
+    """Read an image from a path, a PIL image, an array uint8 [H, W, 3] or a file's bytes into an RGB image.
 
     EXIF rotation is applied; transparent parts lie over white; 16-bit values are scaled to 8 bits.
 
     Raises:
-        InputError: no such file, no picture, a truncated one, or more than `max_pixels` pixels.
+        InputError: no such file, no image, a truncated one, or more than `max_pixels` pixels.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -37,15 +37,15 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     if isinstance(source, Image.Image):
         return to_rgb(_checked(source, "the image", max_pixels))
     if isinstance(source, bytes):
-        return _opened(io.BytesIO(source), "the picture", max_pixels, _FROM_BYTES)
+        return _opened(io.BytesIO(source), "the image", max_pixels, _FROM_BYTES)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"an image is a path, a PIL image, an array or bytes, got {type(source).__name__}")
     path = Path(source)
     try:
         if not path.is_file():
-            raise InputError(f"{path}: no such file; give the path of a picture")
+            raise InputError(f"{path}: no such file; give the path of an image")
         if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty; give a picture")
+            raise InputError(f"{path}: the file is empty; give an image")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     return _opened(path, str(path), max_pixels)
@@ -59,14 +59,14 @@ def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[
         raise
     except UnidentifiedImageError:
         known = "a format that Pillow reads (PNG, JPEG, WebP, ...)" if formats is None else ", ".join(formats)
-        raise InputError(f"{name}: not a picture in {known}") from None
+        raise InputError(f"{name}: not an image in {known}") from None
     except Exception as error:  # each of Pillow's readers has its own exceptions for a damaged file
-        raise InputError(f"{name}: the picture is damaged, truncated or unreadable ({first_line(error)})") from None
+        raise InputError(f"{name}: the image is damaged, truncated or unreadable ({first_line(error)})") from None
 
 
 @contextmanager
 def _no_limit_of_its_own() -> Iterator[None]:
-    """Pillow refuses pictures beyond a limit that its callers cannot raise one by one; ours is checked before
+    """Pillow refuses images beyond a limit that its callers cannot raise one by one; ours is checked before
     anything is decoded."""
     with _pillow_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -98,26 +98,26 @@ def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise InputError(_too_large(name, f"{width} x {height}", max_pixels))
     if width == 0 or height == 0:
-        raise InputError(f"{name}: the picture has no pixels")
+        raise InputError(f"{name}: the image has no pixels")
     return image
 
 
 def _too_large(name: str, got: str, max_pixels: int) -> str:
     return (
-        f"{name}: {got} pixels, the limit is {max_pixels:,} in all; make the picture smaller, or raise the limit"
+        f"{name}: {got} pixels, the limit is {max_pixels:,} in all; make the image smaller, or raise the limit"
         " with max_pixels= (--max-pixels)"
     )
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The pictures of a folder and of the folders in it, by name.
+    """The images of a folder and of the folders in it, by name.
 
     Raises:
-        InputError: no folder, or no picture in it.
+        InputError: no folder, or no image in it.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: is no folder of pictures")
+        raise InputError(f"{folder}: is no folder of images")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not found:
-        raise InputError(f"{folder}: holds no picture ({', '.join(ENDINGS)})")
+        raise InputError(f"{folder}: holds no image ({', '.join(ENDINGS)})")
     return found

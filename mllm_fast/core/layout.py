@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the original picture
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the original image
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A grid of `rows` x `cols` image tokens, row by row, over `box` of the original picture."""
+    """A grid of `rows` x `cols` image tokens, row by row, over `box` of the original image."""
 
     rows: int
     cols: int
@@ -32,8 +32,8 @@ class Tile:
 @dataclass(frozen=True)
 class ImageLayout:
     """One image of a prompt: the `positions` of its tokens (int64 [n]), the `size` (width, height) of the
-    original picture, and its tiles in the order of the tokens. `canvas` counts the tiles that form one
-    picture side by side, (rows, cols) of tiles; a thumbnail follows them where the family has one."""
+    original image, and its tiles in the order of the tokens. `canvas` counts the tiles that form one
+    image side by side, (rows, cols) of tiles; a thumbnail follows them where the family has one."""
 
     positions: torch.Tensor
     size: tuple[int, int]
@@ -41,7 +41,7 @@ class ImageLayout:
     canvas: tuple[int, int] = (1, 1)
 
     def token_boxes(self) -> np.ndarray:
-        """The pixel box of each token in the original picture, float64 [n, 4]."""
+        """The pixel box of each token in the original image, float64 [n, 4]."""
         return np.concatenate([tile.token_boxes() for tile in self.tiles])
 
     @property
@@ -51,7 +51,7 @@ class ImageLayout:
 
     @property
     def box(self) -> Box:
-        """The part of the original picture that the grid covers (a centre crop leaves a rest)."""
+        """The part of the original image that the grid covers (a centre crop leaves a rest)."""
         boxes = np.array([tile.box for tile in self.tiles[: self.canvas[0] * self.canvas[1]]])
         left, top = boxes[:, :2].min(0)
         right, bottom = boxes[:, 2:].max(0)

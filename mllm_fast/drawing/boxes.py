@@ -1,4 +1,4 @@
-"""Boxes of a detector drawn over a picture, each with its label."""
+"""Boxes of a detector drawn over an image, each with its label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GOOD, _BAD = (0, 114, 178), (213, 94, 0)  # of Okabe and Ito's palette
 
 
 class Labelled(NamedTuple):
-    """`box`: left, top, right, bottom in pixels of the picture. `good`: drawn as a whole line, else broken."""
+    """`box`: left, top, right, bottom in pixels of the image. `good`: drawn as a whole line, else broken."""
 
     box: Box
     label: str
@@ -22,7 +22,7 @@ class Labelled(NamedTuple):
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], side: int = 640) -> Image.Image:
-    """The picture, its longer side `side` pixels, with the boxes and their labels over it; the last one on top."""
+    """The image, its longer side `side` pixels, with the boxes and their labels over it; the last one on top."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
@@ -32,7 +32,7 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], side: int = 640)
 
 
 def put_boxes(drawn: Image.Image, boxes: Sequence[Labelled], scale: float) -> None:
-    """Draw boxes, in units of `scale` pixels, on a picture; a label that would cover a later one is left out."""
+    """Draw boxes, in units of `scale` pixels, on an image; a label that would cover a later one is left out."""
     draw = ImageDraw.Draw(drawn)
     letters = font(15)
     for box, _, good in boxes:

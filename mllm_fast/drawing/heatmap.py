@@ -20,7 +20,7 @@ def colors(values: np.ndarray) -> np.ndarray:
 
 
 def upsample(grid: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Lay a grid of cells over `box` of a picture of `size` (width, height), true to area.
+    """Lay a grid of cells over `box` of an image of `size` (width, height), true to area.
 
     A pixel takes the mean of the cells it lies in, weighted by how much of it each covers. Returns the map
     [H, W] and the share of each pixel inside the box [H, W]; outside the map is 0.
@@ -36,7 +36,7 @@ def upsample(grid: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[np.ndar
 
 
 def overlay(picture: Image.Image, grid: np.ndarray, box: Box, top: float, side: int, faded: bool = True) -> Image.Image:
-    """The picture, its longer side `side` pixels, with the grid's positive values over it; `top` is full heat."""
+    """The image, its longer side `side` pixels, with the grid's positive values over it; `top` is full heat."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST

@@ -1,4 +1,4 @@
-"""Text in pictures: lines of one width, in Pillow's own font."""
+"""Text in images: lines of one width, in Pillow's own font."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Benchmarks of yes-or-no questions, read as they are published: MME (arXiv 2306.13394) and POPE (arXiv 2305.10355).
 
-What does not fit the format (a picture that is missing, a line without an answer, a picture without its pair of
+What does not fit the format (an image that is missing, a line without an answer, an image without its pair of
 questions) becomes a sample with a problem, which is counted and shown: never a silent skip.
 """
 
@@ -24,8 +24,8 @@ _ANSWER = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
 
 
 def mme(folder: Path, count: int | None = None) -> Samples:
-    """MME's folder: one a task; in it pictures, and for each a text file of its name with two lines, question TAB
-    answer, side by side or in `images` and `questions_answers_YN`. The first `count` pictures of each task.
+    """MME's folder: one a task; in it images, and for each a text file of its name with two lines, question TAB
+    answer, side by side or in `images` and `questions_answers_YN`. The first `count` images of each task.
 
     Raises:
         InputError: no folder, or no task in it.
@@ -33,7 +33,7 @@ def mme(folder: Path, count: int | None = None) -> Samples:
     tasks = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = [sample for task in tasks for sample in _task(task)[:count]]
     if not found:
-        raise InputError(f"{folder}: holds no task of MME (folders with pictures and a text file beside each)")
+        raise InputError(f"{folder}: holds no task of MME (folders with images and a text file beside each)")
     return Samples(found, {"mme": str(folder)})
 
 
@@ -70,13 +70,13 @@ def _mme_sample(task: str, stem: str, pictures: list[Path], texts: list[Path]) -
             problem = f"{name}: {line.strip()[:80]!r} is no question, a tab, and yes or no"
             return Sample(name, picture, group=task, problem=problem)
         questions.append(YesNo(question.strip(), said[1].lower() == "yes"))
-    problem = "" if len(questions) == 2 else f"{name}: has {len(questions)} questions, MME asks two of a picture"
+    problem = "" if len(questions) == 2 else f"{name}: has {len(questions)} questions, MME asks two of an image"
     return Sample(name, picture, questions=tuple(questions), group=task, problem=problem)
 
 
 def pope(folder: Path, pictures: Path | None = None, count: int | None = None) -> Samples:
     """POPE's files (..._random.json, ..._popular.json, ..._adversarial.json: a line of JSON a question, or one list) in
-    `folder`; their pictures in `pictures`, by default anywhere in it. The first `count` pictures of each file.
+    `folder`; their images in `pictures`, by default anywhere in it. The first `count` images of each file.
 
     Raises:
         InputError: no folder, no file of questions in it, or one of another form.
@@ -86,7 +86,7 @@ def pope(folder: Path, pictures: Path | None = None, count: int | None = None) -
         raise InputError(f"{folder}: holds no file of questions of POPE (.json)")
     where = pictures or folder
     if not where.is_dir():
-        raise InputError(f"{where}: is no folder of pictures")
+        raise InputError(f"{where}: is no folder of images")
     known = {path.name: path for path in sorted(where.rglob("*")) if path.suffix.lower() in ENDINGS}
     found: list[Sample] = []
     for file in files:
@@ -115,7 +115,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 
 def _pope_sample(name: str, group: str, picture: Path | None, wanted: Path, entries: list[Any]) -> Sample:
     if picture is None:
-        return Sample(name, wanted, group=group, problem=f"{name}: its picture is missing")
+        return Sample(name, wanted, group=group, problem=f"{name}: its image is missing")
     questions = []
     for entry in entries:
         text, said = entry.get("text"), _ANSWER.fullmatch(str(entry.get("label")))

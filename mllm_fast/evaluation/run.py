@@ -36,7 +36,7 @@ def run(
 ) -> dict[str, list[Row]]:
     """Make the rows that `folder` does not hold yet; all rows of the samples, in their order.
 
-    A sample that cannot be used (a picture that is missing or damaged, a prompt beyond the model's window) gives one
+    A sample that cannot be used (an image that is missing or damaged, a prompt beyond the model's window) gives one
     row {"error": why}, and is tried again by the next run, as is one without a judge's answer. Killed at any moment,
     the next run goes on with what is missing; neither the number of processes nor `ray`, which makes them actors of a
     Ray Data job, decides anything but the time. `vlm`: the model, if it is loaded already.

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, and what is known of them."""
+"""The images of an evaluation, and what is known of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Area(Protocol):
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of a picture: its name, and its mask or what one is made of when it is needed."""
+    """An object of an image: its name, and its mask or what one is made of when it is needed."""
 
     name: str
     area: np.ndarray | Area
@@ -44,7 +44,7 @@ class YesNo:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. `name` tells it from the others of a run; `source`: the file, or the generated scene; `things`: the
+    """One image. `name` tells it from the others of a run; `source`: the file, or the generated scene; `things`: the
     objects that are known, None where nothing is known of them; `questions`: of a benchmark, and the `group` (task)
     they belong to; `problem`: why it cannot be used, as far as its reader saw."""
 
@@ -62,7 +62,7 @@ class Sample:
 
     @property
     def scene(self) -> Scene | None:
-        """Of a generated picture, for questions about it."""
+        """Of a generated image, for questions about it."""
         return self.source if isinstance(self.source, Scene) else None
 
 
@@ -87,10 +87,10 @@ def _scene(number: int, seed: int) -> Sample:
 
 
 def pictures(folder: Path, count: int | None = None) -> Samples:
-    """The pictures of a folder and of the folders in it, by name; the first `count` of them.
+    """The images of a folder and of the folders in it, by name; the first `count` of them.
 
     Raises:
-        InputError: no folder, or no picture in it.
+        InputError: no folder, or no image in it.
     """
     found = image_files(folder)
     listed = [Sample(path.relative_to(folder).as_posix(), path) for path in found[:count]]

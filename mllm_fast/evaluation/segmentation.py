@@ -1,4 +1,4 @@
-"""Objects of pictures and their masks: from a file in COCO's format, or from a folder of PNGs."""
+"""Objects of images and their masks: from a file in COCO's format, or from a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A picture whose pixels that are not black are the object."""
+    """An image whose pixels that are not black are the object."""
 
     path: Path
 
@@ -55,11 +55,11 @@ class MaskFile:
             with Image.open(self.path) as image:
                 return np.array(image.convert("L")) > 0
         except UnidentifiedImageError:
-            raise InputError(f"{self.path}: is no picture") from None
+            raise InputError(f"{self.path}: is no image") from None
 
 
 def coco(file: Path, pictures: Path, count: int | None = None) -> Samples:
-    """The pictures that a file in COCO's format has objects for, the first `count` of them, to be found in `pictures`.
+    """The images that a file in COCO's format has objects for, the first `count` of them, to be found in `pictures`.
 
     Raises:
         InputError: no such file, or one of another form.
@@ -96,7 +96,7 @@ def _area(segmentation: Any, size: tuple[int, int]) -> Polygons | Runs:
     counts = segmentation["counts"]
     runs = _unpacked(counts) if isinstance(counts, str) else [int(number) for number in counts]
     if sum(runs) != size[0] * size[1] or min(runs) < 0:
-        raise ValueError(f"the runs of a mask sum to {sum(runs)}, its picture has {size[0]} x {size[1]} pixels")
+        raise ValueError(f"the runs of a mask sum to {sum(runs)}, its image has {size[0]} x {size[1]} pixels")
     return Runs(size, runs)
 
 
@@ -119,11 +119,11 @@ def _unpacked(text: str) -> list[int]:
 
 
 def mask_folder(folder: Path, pictures: Path, count: int | None = None) -> Samples:
-    """Pictures that have a folder of their name (without the ending) in `folder`, with a PNG an object, called as it
+    """Images that have a folder of their name (without the ending) in `folder`, with a PNG an object, called as it
     is: "dog.png"; several are "dog 1.png", "dog 2.png".
 
     Raises:
-        InputError: no folder, or none that fits a picture.
+        InputError: no folder, or none that fits an image.
     """
     for place in (folder, pictures):
         if not place.is_dir():
@@ -135,5 +135,5 @@ def mask_folder(folder: Path, pictures: Path, count: int | None = None) -> Sampl
             things = tuple(Thing(mask.stem.rstrip("0123456789").strip(), MaskFile(mask)) for mask in masks)
             listed.append(Sample(picture.name, picture, things))
     if not listed:
-        raise InputError(f"{folder}: no folder there is called like a picture of {pictures} and holds .png files")
+        raise InputError(f"{folder}: no folder there is called like an image of {pictures} and holds .png files")
     return Samples(listed[:count], {"masks": str(folder), "pictures": str(pictures)})

@@ -16,8 +16,8 @@ class BoxWeights:
     """The boxes of one query, weighted by how far they agree with one word.
 
     query: the text. weights: 0 to 1, float32 [n]; cosines: before scaling, -1 to 1, [n]; scores: of the detector,
-    0 to 1, [n]; boxes: left, top, right, bottom in pixels of the picture, [n, 4]; all on the CPU. size: (width,
-    height) of the picture. note: how it was computed, where not the usual way.
+    0 to 1, [n]; boxes: left, top, right, bottom in pixels of the image, [n, 4]; all on the CPU. size: (width,
+    height) of the image. note: how it was computed, where not the usual way.
     """
 
     query: str

@@ -25,7 +25,7 @@ from .scores import Scores
 
 _HEADS = 10
 _ALWAYS = ("logprob", "attention")  # maps that a page and numbers have anyway
-_PAGE_SIDE = 1024  # longest side of a picture inside a page, pixels
+_PAGE_SIDE = 1024  # longest side of an image inside a page, pixels
 
 
 def save(ex: Scores, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
@@ -38,12 +38,12 @@ def save(ex: Scores, path: str | os.PathLike[str], token: int | None = None, met
 def encoded(ex: Scores, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
     """The file that `save` writes; `kind`: "png", "html", "json" or "safetensors"."""
     if not ex.images and kind in ("png", "html"):
-        raise InputError("an explanation of text alone has no picture: save it as .json or .safetensors")
+        raise InputError("an explanation of text alone has no image: save it as .json or .safetensors")
     return _FORMATS[f".{kind}"](ex, token, method)
 
 
 def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
-    """Everything of `ex` that is not a picture, ready for JSON. `numbers=False` leaves out the scores of
+    """Everything of `ex` that is not an image, ready for JSON. `numbers=False` leaves out the scores of
     all heads and positions and keeps the ten best heads of each token."""
     segments = {name: positions.tolist() for name, positions in ex.layout.segments.items()}
     result: dict[str, Any] = {

@@ -16,7 +16,7 @@ from .scores import Scores
 
 
 def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
-    """One token: each picture and its map side by side, the colour bar, the question, the answer; of gradient alignment
+    """One token: each image and its map side by side, the colour bar, the question, the answer; of gradient alignment
     the five boxes of largest weight as well."""
     maps = [token_map(ex, token, method, heads, i) for i in range(len(ex.images))]
     top = max(float(grid.max()) for grid, _, _ in maps)
@@ -74,7 +74,7 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
         [token_map(ex, token, method, heads, i)[:2] for i in range(len(layouts))] for token in range(len(ex.tokens))
     ]
     top = max(float(grid.max()) for grids in maps for grid, _ in grids)
-    entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the picture", "") for p in ex.images]
+    entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the image", "") for p in ex.images]
     for index, (token, grids) in enumerate(zip(ex.tokens, maps, strict=True)):
         check = ex.verified(index, method, heads)
         found = "" if check is None else f", check: {check.verdict}"
@@ -116,7 +116,7 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
 def token_map(
     ex: Scores, token: int, method: str, heads: Heads, image: int = 0
 ) -> tuple[np.ndarray, Box, list[Labelled]]:
-    """A token's map of one picture, the part of the picture it lies over, and boxes to draw."""
+    """A token's map of one image, the part of the image it lies over, and boxes to draw."""
     if method != ALIGNMENT:
         return ex.heatmap(token, method, heads, image).double().numpy(), ex.layout.images[image].box, []
     found = ex.box_weights(token, image=image)

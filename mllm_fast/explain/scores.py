@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..core.deprecation import renamed
 from ..core.errors import InputError
 from ..core.layout import ImageLayout, TokenLayout
 from ..kernels import OperatorCache
@@ -79,6 +80,8 @@ class Scores:
         self._writes = WriteScores(text_model, self.unembedding, trace, answer.token_ids, norm, operators, backend)
         self._head_scores: Tensor | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
+
+    __getattr__ = renamed(token_values="attribution")
 
     @property
     def num_layers(self) -> int:
@@ -229,7 +232,7 @@ class Scores:
             InputError: there is no such image.
         """
         if not self.layout.images:
-            raise InputError("the prompt has no picture to lay a map on")
+            raise InputError("the prompt has no image to lay a map on")
         if not 0 <= image < len(self.layout.images):
             raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
         return self.layout.images[image]

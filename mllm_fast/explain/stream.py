@@ -130,7 +130,7 @@ class Stream(Iterator[Step]):
         self._sequence: Tensor | None = None
         self._record: Recording | None = None
         self._state: list[Any] = []
-        self.first: AbstractContextManager[Any] = nullcontext()  # entered for the first pass, which reads the pictures
+        self.first: AbstractContextManager[Any] = nullcontext()  # entered for the first pass, which reads the images
         self._tokens = Detokenizer(vlm.processor.tokenizer)
         self._plain = Detokenizer(vlm.processor.tokenizer, skip_special_tokens=True)
         self._text = ""

@@ -31,7 +31,7 @@ def verify(scores: Scores, token: int, top: float, controls: int, heads: Heads, 
         raise InputError(f"controls is at least 1, got {controls}")
     patches = scores.layout.positions("image")
     if not len(patches):
-        raise InputError("the prompt has no picture, so there are no patches to knock out")
+        raise InputError("the prompt has no image, so there are no patches to knock out")
     count = max(1, math.ceil(top * len(patches)))
     values = torch.cat([scores.attribution(token, method, heads, image) for image in range(len(scores.layout.images))])
     order = patches[values.argsort(descending=True, stable=True)]

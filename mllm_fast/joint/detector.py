@@ -1,4 +1,4 @@
-"""The detector's side: one picture, one vision embedding E, and boxes for any text queries from it."""
+"""The detector's side: one image, one vision embedding E, and boxes for any text queries from it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OVERLAP = 0.5  # of two boxes of one query, beyond which the better one alone is
 
 @dataclass(frozen=True)
 class Vision:
-    """What the detector saw of one picture.
+    """What the detector saw of one image.
 
     tokens: the vision embedding E, [1 + rows * cols, d], the class token first: what the last layer of the detector's
-    vision tower reads. tile: the grid, and the part of the picture it lies over (of an OWLv2, which pads pictures to
-    squares, more than the picture).
+    vision tower reads. tile: the grid, and the part of the image it lies over (of an OWLv2, which pads images to
+    squares, more than the image).
     """
 
     picture: Image.Image
@@ -34,7 +34,7 @@ class Vision:
     tile: Tile
 
     def with_tokens(self, tokens: Tensor) -> Vision:
-        """The same picture seen otherwise, as after a perturbation of E."""
+        """The same image seen otherwise, as after a perturbation of E."""
         if tokens.shape != self.tokens.shape:
             raise InputError(f"E is {list(self.tokens.shape)}, got {list(tokens.shape)}")
         return replace(self, tokens=tokens)
@@ -42,14 +42,14 @@ class Vision:
 
 class Boxes(NamedTuple):
     """One box a token: `logits` [tokens, queries]; `boxes` [tokens, 4], left, top, right, bottom in pixels of the
-    picture, not cut at its edges."""
+    image, not cut at its edges."""
 
     logits: Tensor
     boxes: Tensor
 
 
 class Detection(NamedTuple):
-    """A box of a query: its score, 0 to 1, and left, top, right, bottom in pixels, within the picture."""
+    """A box of a query: its score, 0 to 1, and left, top, right, bottom in pixels, within the image."""
 
     query: str
     score: float
@@ -114,16 +114,16 @@ class Detector:
         return self.model.device
 
     def see(self, image: ImageSource) -> Vision:
-        """Read a picture.
+        """Read an image.
 
         Raises:
-            InputError: not a picture, or one smaller than a patch of the detector as it scales it.
+            InputError: not an image, or one smaller than a patch of the detector as it scales it.
         """
         return self.see_many([image])[0]
 
     @torch.inference_mode()
     def see_many(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Vision]:
-        """Read pictures in one batch; none is larger than `max_pixels`."""
+        """Read images in one batch; none is larger than `max_pixels`."""
         pictures = [load_image(image, max_pixels) for image in images]
         for picture in pictures:
             self.check_size(picture)
@@ -136,7 +136,7 @@ class Detector:
         ]
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """E of preprocessed pictures [B, 3, H, W], [B, 1 + tokens, d]: the vision tower without its last layer."""
+        """E of preprocessed images [B, 3, H, W], [B, 1 + tokens, d]: the vision tower without its last layer."""
         hidden = self.vision.pre_layernorm(self.vision.embeddings(pixels))
         for layer in self.vision.encoder.layers[:-1]:
             hidden = _first(layer(hidden, None))
@@ -224,11 +224,11 @@ class Detector:
         return 0.0, 0.0, width, height
 
     def check_size(self, picture: Image.Image) -> None:
-        """Raise InputError for a picture smaller than a patch."""
+        """Raise InputError for an image smaller than a patch."""
         patch = self.model.config.vision_config.patch_size
         if min(picture.size) < patch:
             raise InputError(
-                f"the picture is {picture.width} x {picture.height} pixels, smaller than one patch of the detector"
+                f"the image is {picture.width} x {picture.height} pixels, smaller than one patch of the detector"
                 f" ({patch} x {patch}); give a larger one"
             )
 

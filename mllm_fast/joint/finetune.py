@@ -31,7 +31,7 @@ LORA, LOSSES = "lora", "finetune.json"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """prompts: what the model is asked. rank: of the adapters. batch: pictures a step of the optimiser. rate: AdamW's
+    """prompts: what the model is asked. rank: of the adapters. batch: images a step of the optimiser. rate: AdamW's
     learning rate, as in `TrainConfig`. precision: "no", "bf16" or "fp16"."""
 
     prompts: tuple[str, ...] = ("Describe the image.",)
@@ -60,19 +60,19 @@ def finetune(
     config: FinetuneConfig,
     tell: Tell = lambda done, total, what: None,
 ) -> list[float]:
-    """Train on pictures and write a joint model to the folder `out`: W, the adapters, and the losses, which are
+    """Train on images and write a joint model to the folder `out`: W, the adapters, and the losses, which are
     returned, one a step. The model at hand is afterwards as it was.
 
     Raises:
-        InputError: too few pictures, or a folder that holds a joint model.
-        EndsRunError: no picture of a step can be used.
+        InputError: too few images, or a folder that holds a joint model.
+        EndsRunError: no image of a step can be used.
     """
     if (out / WEIGHTS).exists():
         raise InputError(f"{out}: holds a trained alignment; give another folder, or remove it")
     if "finetuned" in joint.alignment.about:
         raise InputError("this joint model is fine-tuned already; fine-tune the one that it came from, for longer")
     if len(pictures) < config.batch:
-        raise InputError(f"{len(pictures)} pictures are too few for a batch of {config.batch}; give more")
+        raise InputError(f"{len(pictures)} images are too few for a batch of {config.batch}; give more")
     vlm = joint.vlm
     base = weights_name(vlm.model)
     weights = {name: tensor.detach().clone() for name, tensor in joint.alignment.state_dict().items()}
@@ -128,14 +128,14 @@ def _step(joint: JointModel, adapted: Any, pictures: Pictures, config: FinetuneC
         (loss / config.batch).backward()
         total, used = total + loss.item(), used + 1
     if not used:
-        raise EndsRunError(f"no picture of a batch can be used: {why}")
+        raise EndsRunError(f"no image of a batch can be used: {why}")
     return total / used
 
 
 def _loss(
     joint: JointModel, adapted: Any, seen: Any, sequence: Tensor, start: int, prompt: str, precision: str
 ) -> Tensor:
-    """Cross-entropy of an answer, given the detector's embedding of the picture."""
+    """Cross-entropy of an answer, given the detector's embedding of the image."""
     vlm = joint.vlm
     inputs, _, _ = vlm.prompts.prepare([[seen.vision.picture]], [prompt])
     device = device_of(vlm.model)

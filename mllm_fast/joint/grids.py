@@ -1,4 +1,4 @@
-"""Two grids over one picture: the detector's tokens read where the language model's tokens lie."""
+"""Two grids over one image: the detector's tokens read where the language model's tokens lie."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def resample(tokens: Tensor, given: Tile, wanted: Tile) -> Tensor:
 
 
 def single_tile(tiles: Sequence[Tile]) -> Tile:
-    """The one grid of a picture.
+    """The one grid of an image.
 
     Raises:
-        InputError: the language model's processor cut the picture into several.
+        InputError: the language model's processor cut the image into several.
     """
     if len(tiles) != 1:
         raise InputError(
-            f"the language model's processor cuts this picture into {len(tiles)} tiles, a joint model needs one grid a"
-            " picture; set crop_to_patches=False in the processor's images_kwargs"
+            f"the language model's processor cuts this image into {len(tiles)} tiles, a joint model needs one grid a"
+            " image; set crop_to_patches=False in the processor's images_kwargs"
         )
     return tiles[0]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @contextmanager
 def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
     """Let the model read `features` [images, tokens, d] wherever it would read its own image embeddings, in the order
-    of the pictures; its vision tower does not run. Other threads wait; on leaving, by exception too, all is as it was.
+    of the images; its vision tower does not run. Other threads wait; on leaving, by exception too, all is as it was.
     """
     check_fixed_grid(vlm)
     model: Any = vlm.model.model
@@ -28,7 +28,7 @@ def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
 
     def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         if len(pixel_values) != len(left):
-            raise RuntimeError(f"{len(left)} pictures were seen, the model reads {len(pixel_values)}")
+            raise RuntimeError(f"{len(left)} images were seen, the model reads {len(pixel_values)}")
         return BaseModelOutputWithPooling(pooler_output=vlm.adapter.image_features(left))
 
     with model_lock(vlm.text):
@@ -52,6 +52,6 @@ def check_fixed_grid(vlm: VLM) -> None:
     """Raise InputError if the number of image tokens depends on the image."""
     if not vlm.adapter.fixed_grid:
         raise InputError(
-            f"a joint model needs a language model that gives every picture the same grid of tokens; the grid of"
-            f" {vlm.adapter.model_type} varies with the picture"
+            f"a joint model needs a language model that gives every image the same grid of tokens; the grid of"
+            f" {vlm.adapter.model_type} varies with the image"
         )

@@ -35,7 +35,7 @@ from .weights_id import weights_name
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture as both models see it: the detector's `vision`, and the grid of tokens that the language model reads.
+    """An image as both models see it: the detector's `vision`, and the grid of tokens that the language model reads.
     note: what was resampled, in words."""
 
     vision: Vision
@@ -54,14 +54,14 @@ Sight = ImageSource | Seen
 
 
 class JointModel:
-    """One picture, one vision embedding E (what the detector's last layer reads), and from it both the text (E without
+    """One image, one vision embedding E (what the detector's last layer reads), and from it both the text (E without
     the class token, through W, in place of the language model's image embeddings) and the boxes.
 
     Args:
         owl: the detector. alignment: W. vlm: the language model and its processor.
 
     Raises:
-        InputError: the VLM's grid of tokens varies with the picture, W is of other sizes than the two models, or was
+        InputError: the VLM's grid of tokens varies with the image, W is of other sizes than the two models, or was
             trained between two others.
     """
 
@@ -114,16 +114,16 @@ class JointModel:
         return cls(owl, alignment, vlm)
 
     def see(self, image: Sight) -> Seen:
-        """Read a picture once; what is returned can be asked about as often as one likes."""
+        """Read an image once; what is returned can be asked about as often as one likes."""
         return image if isinstance(image, Seen) else self.see_many([image])[0]
 
     def see_many(self, images: Sequence[ImageSource]) -> list[Seen]:
-        """Read several pictures in one batch."""
+        """Read several images in one batch."""
         visions = self.owl.see_many(images, self.vlm.prompts.max_pixels)
         return [Seen(vision, _tile(self.vlm, vision)) for vision in visions]
 
     def image_embeddings(self, seen: Seen) -> Tensor:
-        """What the language model reads of a picture: W of E without its class token, on the language model's grid,
+        """What the language model reads of an image: W of E without its class token, on the language model's grid,
         [tokens, d_text]. Gradients flow through it."""
         tokens = resample(seen.vision.tokens[1:], seen.vision.tile, seen.tile)
         return self.alignment(tokens.to(next(self.alignment.parameters())))
@@ -134,7 +134,7 @@ class JointModel:
     def generate(self, image: Sequence[Any], prompt: list[str], **options: Any) -> list[Answer]: ...
 
     def generate(self, image: Any, prompt: Any, **options: Any) -> Any:
-        """As `VLM.generate`, from the detector's vision embedding; a picture may be one that was seen."""
+        """As `VLM.generate`, from the detector's vision embedding; an image may be one that was seen."""
         many = not isinstance(prompt, str)
         prompts = [self._pictures(one) for one in image] if many else [self._pictures(image)]
         pictures = [[seen.vision.picture for seen in one] for one in prompts]
@@ -172,7 +172,7 @@ class JointModel:
     def stream(self, image: Sight | Sequence[Sight], prompt: str, **options: Any) -> Stream:
         """As `VLM.stream`, from the detector's vision embedding."""
         seen = self._pictures(image)
-        with self.reading(seen):  # some releases of transformers read the picture here, others in the first pass
+        with self.reading(seen):  # some releases of transformers read the image here, others in the first pass
             stream = self.vlm.stream([one.vision.picture for one in seen], prompt, **options)
         stream.first = self.reading(seen)
         return stream
@@ -216,7 +216,7 @@ class JointModel:
 
     @contextmanager
     def reading(self, seen: Sequence[Seen]) -> Iterator[None]:
-        """Inside, the VLM reads these pictures' embeddings, in this order, wherever it would read its own."""
+        """Inside, the VLM reads these images' embeddings, in this order, wherever it would read its own."""
         with torch.inference_mode():
             features = torch.stack([self.image_embeddings(one) for one in seen])
         with given_features(self.vlm, features):
@@ -225,7 +225,7 @@ class JointModel:
     def _pictures(self, image: Any) -> list[Seen]:
         many = image if isinstance(image, (list, tuple)) else [image]
         if not many:
-            raise InputError("no picture was given; a joint model needs one")
+            raise InputError("no image was given; a joint model needs one")
         return [self.see(one) for one in many]
 
 

@@ -26,7 +26,7 @@ def toward(
     """E changed so that the embedded queries `lower` [., d_text] lose and `higher` gain: [1 + n, d].
 
     The loss is the detector's own, of class logits alone: the cross-entropy of seeing the i-th of `higher` and not the
-    i-th of `lower`, at each box and for each i by how far the box shows the i-th of `lower` in the picture as it is
+    i-th of `lower`, at each box and for each i by how far the box shows the i-th of `lower` in the image as it is
     (its score). Where they are not as many, all of `higher` stand for each of `lower`.
 
     Args:

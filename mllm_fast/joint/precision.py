@@ -15,7 +15,7 @@ Scored = list[tuple[float, bool]]  # a box's score, and whether it is right
 
 
 def judge_boxes(logits: Tensor, boxes: Tensor, things: Sequence[tuple[int, Tensor]], lowest: float = 0.02) -> Scored:
-    """Of one picture the boxes of `lowest` score or more that no better box of their query overlaps, see `kept_boxes`.
+    """Of one image the boxes of `lowest` score or more that no better box of their query overlaps, see `kept_boxes`.
     logits: [n, queries]; boxes: [n, 4]; things: (query, box) of what is there.
 
     A box is right if it overlaps a thing of its query by an intersection over union of one half or more, one that no
@@ -38,7 +38,7 @@ def judge_boxes(logits: Tensor, boxes: Tensor, things: Sequence[tuple[int, Tenso
 
 
 class Found(NamedTuple):
-    """`scores` of the boxes of all pictures, whether each is right, and how many things there are."""
+    """`scores` of the boxes of all images, whether each is right, and how many things there are."""
 
     scores: np.ndarray
     right: np.ndarray

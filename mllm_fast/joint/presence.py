@@ -23,7 +23,7 @@ class NounFinder(Protocol):
 
 
 class Checked(NamedTuple):
-    """A class in one picture. yes: P(yes) / (P(yes) + P(no)) of the language model; score: the detector's largest, and
+    """A class in one image. yes: P(yes) / (P(yes) + P(no)) of the language model; score: the detector's largest, and
     its box; supported: whether that reaches the threshold."""
 
     name: str

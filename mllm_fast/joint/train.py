@@ -40,9 +40,9 @@ Tell = Callable[[int, int, str], None]  # steps done, steps in all, what was mea
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """epochs: over the pictures. batch: pictures a device and step; accumulate: such batches a step of the optimiser.
+    """epochs: over the images. batch: images a device and step; accumulate: such batches a step of the optimiser.
     rate: AdamW's learning rate, after a warm-up of 3 % falling to a hundredth as a cosine. precision: "no", "bf16" or
-    "fp16", of the multiplications. held_out: share of the pictures that W is only measured on, at most 256. every:
+    "fp16", of the multiplications. held_out: share of the images that W is only measured on, at most 256. every:
     steps between two measurements, each with a checkpoint. noise: most of the noise that W is taught to read E through,
     in shares of E's deviation: what it makes of E then changes smoothly with it."""
 
@@ -80,11 +80,11 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     tell: Tell = lambda done, total, what: None,
 ) -> Alignment:
     """Train W and write it to the folder `out`, with the names of the two models (detector, language model) and the
-    curve. A picture that cannot be used is skipped and counted.
+    curve. An image that cannot be used is skipped and counted.
 
     Raises:
-        InputError: too few pictures, or a folder with a run of other settings.
-        EndsRunError: no picture of a batch can be used.
+        InputError: too few images, or a folder with a run of other settings.
+        EndsRunError: no image of a batch can be used.
     """
     try:
         from accelerate import Accelerator
@@ -104,7 +104,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     a_step = config.batch * config.accumulate * world
     if len(taught) < a_step:
         raise InputError(
-            f"{len(order)} pictures are too few: {len(held)} are held out, and one step takes {a_step}; give more, or a"
+            f"{len(order)} images are too few: {len(held)} are held out, and one step takes {a_step}; give more, or a"
             " smaller batch"
         )
     steps = config.epochs * (len(taught) // a_step)
@@ -160,7 +160,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def _through_noise(given: Tensor, most: float, seed: tuple[int, ...]) -> Tensor:
-    """E of pictures [B, n, d] with noise, of each of another strength."""
+    """E of images [B, n, d] with noise, of each of another strength."""
     if not most:
         return given
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -169,7 +169,7 @@ def _through_noise(given: Tensor, most: float, seed: tuple[int, ...]) -> Tensor:
 
 
 def _parts(taught: np.ndarray, step: int, a_step: int, config: TrainConfig, rank: int) -> Iterator[np.ndarray]:
-    """The pictures' numbers of one process in one step, batch by batch; each epoch in an order of its own."""
+    """The images' numbers of one process in one step, batch by batch; each epoch in an order of its own."""
     an_epoch = len(taught) // a_step
     shuffled = np.random.default_rng([config.seed, 1, step // an_epoch]).permutation(taught)
     start = (step % an_epoch) * a_step + rank * config.batch * config.accumulate
@@ -178,7 +178,7 @@ def _parts(taught: np.ndarray, step: int, a_step: int, config: TrainConfig, rank
 
 
 def _usable(owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray) -> tuple[Tensor, Tensor, int]:
-    """Embeddings of the pictures that can be used, and how many cannot."""
+    """Embeddings of the images that can be used, and how many cannot."""
     images, why = [], ""
     for number in numbers:
         try:
@@ -188,7 +188,7 @@ def _usable(owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray) ->
         except (InputError, OSError) as error:
             why = str(error)
     if not images:
-        raise EndsRunError(f"no picture of a batch can be used: {why}")
+        raise EndsRunError(f"no image of a batch can be used: {why}")
     return *embeddings(owl, vlm, images), len(numbers) - len(images)
 
 

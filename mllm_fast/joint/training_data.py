@@ -1,4 +1,4 @@
-"""Pictures to learn from, and what the two models make of a batch of them."""
+"""Images to learn from, and what the two models make of a batch of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Pictures(Protocol):
-    """Pictures by number. `origin`: where they come from, plain JSON."""
+    """Images by number. `origin`: where they come from, plain JSON."""
 
     origin: dict[str, Any]
 
@@ -31,10 +31,10 @@ class Pictures(Protocol):
 
 
 class Folder:
-    """The pictures of a folder and of those in it, read when they are needed.
+    """The images of a folder and of those in it, read when they are needed.
 
     Raises:
-        InputError: no folder, or no picture in it.
+        InputError: no folder, or no image in it.
     """
 
     def __init__(self, folder: Path, count: int | None = None):
@@ -64,11 +64,11 @@ class Scenes:
 
 @torch.no_grad()
 def embeddings(owl: Detector, vlm: VLM, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-    """Of some pictures E without the class token on the language model's grid, [B, tokens, d], and the language model's
+    """Of some images E without the class token on the language model's grid, [B, tokens, d], and the language model's
     own image embeddings, [B, tokens, d_text]; both float32.
 
     Raises:
-        InputError: a picture of several tiles, or smaller than a patch.
+        InputError: an image of several tiles, or smaller than a patch.
     """
     inputs, layouts, _ = vlm.prompts.prepare([[image] for image in images], ["?"] * len(images))
     visions = owl.see_many(images)

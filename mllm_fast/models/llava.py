@@ -23,7 +23,7 @@ class Llava(Adapter):
 
     def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
         if getattr(processor.image_processor, "do_pad", False):
-            raise InputError("the processor pads pictures to squares (do_pad), which is not supported; set it to False")
+            raise InputError("the processor pads images to squares (do_pad), which is not supported; set it to False")
         height, width = inputs["pixel_values"].shape[-2:]
         patch = processor.patch_size
         box = _cropped_box(processor.image_processor, size, (width, height))
@@ -40,7 +40,7 @@ class Llava(Adapter):
 
 
 def _cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of the original picture that is left after "resize the short edge, crop the centre"."""
+    """The part of the original image that is left after "resize the short edge, crop the centre"."""
     width, height = size
     edge = images.size.get("shortest_edge") if getattr(images, "do_resize", False) else None
     if not getattr(images, "do_center_crop", False):

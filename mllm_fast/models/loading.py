@@ -95,7 +95,7 @@ def load_pretrained(
 
 def processor_class(config: Any) -> Any:
     """The class that loads a model's processor, narrowed to its image side: transformers cannot build video processors
-    without torchvision, and with it asks for files that a model of pictures need not have."""
+    without torchvision, and with it asks for files that a model of images need not have."""
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 

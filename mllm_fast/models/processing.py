@@ -1,4 +1,4 @@
-"""From pictures and words to a model's inputs, and what ends its answers: the processor's side of a VLM."""
+"""From images and words to a model's inputs, and what ends its answers: the processor's side of a VLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .offload import device_of
 
 Images = ImageSource | Sequence[ImageSource]
-Turn = tuple[str, list[str | None]]  # a role, and its parts: a text each, None for the next picture
+Turn = tuple[str, list[str | None]]  # a role, and its parts: a text each, None for the next image
 _REPLY = "mllmfastreply"  # stands for an answer in a chat template, to find where it goes
 
 
@@ -24,7 +24,7 @@ class Prompts:
 
     Args:
         model, processor: as a `VLM` has them. adapter: of the model. config: of its text part.
-        max_pixels: largest picture that is read.
+        max_pixels: largest image that is read.
     """
 
     def __init__(self, model: Any, processor: Any, adapter: Adapter, config: Any, max_pixels: int):
@@ -35,23 +35,23 @@ class Prompts:
         self.window: int | None = getattr(config, "max_position_embeddings", None)
 
     def load(self, image: Images | None) -> list[Any]:
-        """The pictures of one prompt; none for a prompt of text alone, where None is given."""
+        """The images of one prompt; none for a prompt of text alone, where None is given."""
         if image is None:
             return []
         many = image if isinstance(image, (list, tuple)) else [image]
         if not many:
-            raise InputError("no picture was given; give one, a list of them, or None for text alone")
+            raise InputError("no image was given; give one, a list of them, or None for text alone")
         return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
 
     def pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
-        """The pictures of each prompt."""
+        """The images of each prompt."""
         if isinstance(prompt, str):
             return [self.load(image)]
         if not prompt:
             raise InputError("no prompt was given; give one, or a list of them")
         if not isinstance(image, (list, tuple)) or len(image) != len(prompt):
-            got = len(image) if isinstance(image, (list, tuple)) else "one picture"
-            raise InputError(f"{len(prompt)} prompts need a list of as many pictures (or lists of pictures), got {got}")
+            got = len(image) if isinstance(image, (list, tuple)) else "one image"
+            raise InputError(f"{len(prompt)} prompts need a list of as many images (or lists of images), got {got}")
         return [self.load(one) for one in image]
 
     def prepare(self, pictures: list[list[Any]], prompts: list[str]) -> tuple[Any, list[TokenLayout], list[int]]:
@@ -67,23 +67,23 @@ class Prompts:
         return inputs, layouts, padding
 
     def text(self, num_images: int, prompt: str) -> str:
-        """A first turn with pictures, as the chat template spells it."""
+        """A first turn with images, as the chat template spells it."""
         return self._spelled([("user", [None] * num_images + [prompt])])
 
     def inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
         """The processor's inputs for a batch, on the model's device."""
         for prompt in prompts:
             if not prompt.strip():
-                raise InputError("the prompt is empty; ask a question about the picture")
+                raise InputError("the prompt is empty; ask a question about the image")
             _check_text(self.processor, prompt, "prompt")
         if any(pictures) and not all(pictures):
-            raise InputError("a batch has pictures for all of its prompts or for none")
+            raise InputError("a batch has images for all of its prompts or for none")
         return self._inputs(
             pictures, [[("user", [None] * len(i) + [p])] for i, p in zip(pictures, prompts, strict=True)]
         )
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
-        """The processor's inputs for one conversation, its pictures in the order of their places, and the layout."""
+        """The processor's inputs for one conversation, its images in the order of their places, and the layout."""
         for _, parts in turns:
             for part in parts:
                 _check_text(self.processor, part or "", "message")
@@ -102,8 +102,8 @@ class Prompts:
             inputs = self.processor(
                 images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
             )
-        except Exception as error:  # whatever a damaged template, or a picture it cannot take, makes it raise
-            raise InputError(f"the processor cannot take this picture and prompt: {first_line(error)}") from error
+        except Exception as error:  # whatever a damaged template, or an image it cannot take, makes it raise
+            raise InputError(f"the processor cannot take this image and prompt: {first_line(error)}") from error
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 dtype = self.model.dtype if value.is_floating_point() else None
@@ -127,12 +127,12 @@ class Prompts:
         return self.further_ids(prompt, num_images, [("user", [question])])
 
     def further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
-        """The ids of further turns, of text alone, of a conversation that began with pictures and `prompt`: what the
+        """The ids of further turns, of text alone, of a conversation that began with images and `prompt`: what the
         chat template puts between the model's first reply and its next one, the end of the reply's turn included."""
         for _, parts in turns:
             question = "".join(part or "" for part in parts)
             if not question.strip():
-                raise InputError("the question is empty; ask something about the picture")
+                raise InputError("the question is empty; ask something about the image")
             _check_text(self.processor, question, "question")
         first: Turn = ("user", [None] * num_images + [prompt])
         try:
@@ -178,7 +178,7 @@ class Prompts:
         """Raise InputError if a sequence of this length does not fit the model."""
         if self.window and length > self.window:
             raise InputError(
-                f"{what} {length} tokens, the model's window is {self.window}; shorten the text or make the picture"
+                f"{what} {length} tokens, the model's window is {self.window}; shorten the text or make the image"
                 " smaller"
             )
 
@@ -203,8 +203,8 @@ def one_answer(what: str, options: dict[str, Any]) -> None:
 def prompt_layout(
     ids: Tensor, adapter: Adapter, processor: Any, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
 ) -> TokenLayout:
-    """The layout of one prompt of a batch: its ids (no padding), its pictures' sizes (width, height), and which of
-    the batch's pictures is its first."""
+    """The layout of one prompt of a batch: its ids (no padding), its images' sizes (width, height), and which of
+    the batch's images is its first."""
     tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
     return TokenLayout.from_input_ids(ids.cpu(), adapter.image_token_id(processor), tilings, len(ids))
 
@@ -218,5 +218,5 @@ def _check_text(processor: Any, text: str, what: str) -> None:
         placeholder = getattr(processor, name, None)
         if placeholder and placeholder in text:
             raise InputError(
-                f"the {what} holds the placeholder {placeholder!r}; leave it out, pictures are added for you"
+                f"the {what} holds the placeholder {placeholder!r}; leave it out, images are added for you"
             )

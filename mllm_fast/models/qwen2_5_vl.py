@@ -22,6 +22,6 @@ class Qwen25VL(Adapter):
         frames, rows, cols = (int(n) for n in inputs["image_grid_thw"][index])
         merge = processor.image_processor.merge_size
         if frames != 1:
-            raise InputError(f"image {index} has {frames} frames; give one still picture")
+            raise InputError(f"image {index} has {frames} frames; give one still image")
         width, height = size
         return (Tile(rows // merge, cols // merge, (0.0, 0.0, float(width), float(height))),), (1, 1)

@@ -19,7 +19,7 @@ ONE_TO_TEN = {str(number): float(number) for number in range(1, 11)}
 def yes_probabilities(runner: ModelRunner, pictures: Sequence[list[Any]], prompts: Sequence[str]) -> Tensor:
     """P(yes) / (P(yes) + P(no)) by the first token of the answer to each prompt, float64 [prompts], in one batch.
 
-    pictures: of each prompt, as PIL images.
+    images: of each prompt, as PIL images.
 
     Raises:
         InputError: yes and no begin with the same token in this model's vocabulary.

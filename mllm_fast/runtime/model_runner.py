@@ -71,7 +71,7 @@ class ModelRunner:
         self.operators = OperatorCache(operator_bytes)
 
     def prepare(self, image: Images | None, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
-        """The processor's inputs for one sequence, on the model's device, and the pictures' sizes
+        """The processor's inputs for one sequence, on the model's device, and the images' sizes
         (width, height)."""
         pictures = self.prompts.load(image)
         return self.prompts.inputs([pictures], [prompt]), [picture.size for picture in pictures]

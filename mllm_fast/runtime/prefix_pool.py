@@ -2,7 +2,7 @@
 
 A stack holds prefixes of about one length in slots, right-aligned: a slot's first key is its `start`, and a slot that
 nobody reads in a pass starts behind its end, where the kernel skips it. A prefix that several sequences share lies
-there once. What was read stays in its slot until another needs it, so that the next question about a picture finds it.
+there once. What was read stays in its slot until another needs it, so that the next question about an image finds it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A context in the builder: the picture is read, and described among the other sequences of the batch."""
+"""A context in the builder: the image is read, and described among the other sequences of the batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ContextBuilder:
-    """One of them. `waiting`: who asks about the picture. `said`: the description so far."""
+    """One of them. `waiting`: who asks about the image. `said`: the description so far."""
 
     def __init__(self, vlm: VLM, key: str, spec: ContextSpec, samplers: SamplerCache):
         self.vlm, self.key, self.spec = vlm, key, spec
@@ -51,7 +51,7 @@ class ContextBuilder:
         self.waiting = [one for one in self.waiting if not dropped(one)]
 
     def begin(self) -> Prefill:
-        """Read the picture and say the first token; `done` if that is enough."""
+        """Read the image and say the first token; `done` if that is enough."""
         self.running = True
         vlm, spec = self.vlm, self.spec
         check_full_attention(vlm)

@@ -1,6 +1,6 @@
 """One thread that runs the model for all requests: sequences join and leave a batch between two passes.
 
-Between two passes at most one picture is read and one piece of other work is done, so that nobody who is being
+Between two passes at most one image is read and one piece of other work is done, so that nobody who is being
 answered waits for more than that. Nothing here waits for whoever reads the answers.
 """
 

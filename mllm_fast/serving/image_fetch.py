@@ -1,4 +1,4 @@
-"""Pictures that strangers send: as data URLs, or from hosts that the operator listed."""
+"""Images that strangers send: as data URLs, or from hosts that the operator listed."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ async def picture_bytes(url: str, settings: Settings) -> bytes:
     """The file behind a URL.
 
     Raises:
-        ServiceError: not a data URL of a picture; a host that is not listed, or not a public one; too large, too slow.
+        ServiceError: not a data URL of an image; a host that is not listed, or not a public one; too large, too slow.
     """
     if url[:5].lower() == "data:":
         return _from_data(url)
     if url[:8].lower().startswith(("http://", "https://")):
         if not settings.remote_hosts:
-            raise _refused("remote pictures are switched off here: send the picture as a data URL")
+            raise _refused("remote images are switched off here: send the image as a data URL")
         try:
             return await asyncio.wait_for(_fetched(url, settings), settings.remote_seconds)
         except TimeoutError:
-            raise _refused(f"the picture was not fetched within {settings.remote_seconds:g} s") from None
-    raise _refused('a picture is a data URL, "data:image/png;base64,..."')
+            raise _refused(f"the image was not fetched within {settings.remote_seconds:g} s") from None
+    raise _refused('an image is a data URL, "data:image/png;base64,..."')
 
 
 def _from_data(url: str) -> bytes:
     head, comma, body = url.partition(",")
     kind, *rest = head[5:].split(";")
     if not comma or not kind.lower().startswith("image/"):
-        raise _refused('a data URL of a picture is "data:image/png;base64,...", got another kind')
+        raise _refused('a data URL of an image is "data:image/png;base64,...", got another kind')
     if "base64" not in [one.strip().lower() for one in rest]:
         return unquote_to_bytes(body)
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise _refused("the picture's base64 is damaged") from None
+        raise _refused("the image's base64 is damaged") from None
 
 
 async def _fetched(url: str, settings: Settings) -> bytes:
@@ -55,11 +55,11 @@ async def _fetched(url: str, settings: Settings) -> bytes:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower().rstrip("."), parts.port
     except ValueError:
-        raise _refused("the picture's URL is not valid") from None
+        raise _refused("the image's URL is not valid") from None
     if parts.scheme.lower() != "https" or parts.username or port not in (None, 443):
-        raise _refused("a remote picture's URL begins with https://, without a port or a user's name")
+        raise _refused("a remote image's URL begins with https://, without a port or a user's name")
     if not any(host == one or (one.startswith(".") and host.endswith(one)) for one in settings.remote_hosts):
-        raise _refused(f"pictures from {host!r} are not allowed here; send the picture as a data URL")
+        raise _refused(f"images from {host!r} are not allowed here; send the image as a data URL")
     address = await _public_address(host)
     # the address that was checked is the one that is connected to: a name may mean another one a moment later
     target = httpx.URL(url).copy_with(host=address)
@@ -69,17 +69,17 @@ async def _fetched(url: str, settings: Settings) -> bytes:
             response = await client.send(request, stream=True)
             try:
                 if response.status_code != 200:
-                    raise _refused(f"the picture's host answered with {response.status_code}")
+                    raise _refused(f"the image's host answered with {response.status_code}")
                 found = bytearray()
                 async for part in response.aiter_bytes():
                     found += part
                     if len(found) > settings.remote_bytes:
-                        raise _refused(f"the remote picture has more than {settings.remote_bytes:,} bytes")
+                        raise _refused(f"the remote image has more than {settings.remote_bytes:,} bytes")
                 return bytes(found)
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
-            raise _refused(f"the picture cannot be fetched ({type(error).__name__})") from None
+            raise _refused(f"the image cannot be fetched ({type(error).__name__})") from None
 
 
 async def _public_address(host: str) -> str:

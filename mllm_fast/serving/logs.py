@@ -1,4 +1,4 @@
-"""Structured logs on stderr, a JSON object a line: never a picture, a prompt, an answer or a key."""
+"""Structured logs on stderr, a JSON object a line: never an image, a prompt, an answer or a key."""
 
 from __future__ import annotations
 

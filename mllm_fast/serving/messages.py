@@ -1,4 +1,4 @@
-"""What a request's messages mean: turns of text, and pictures in their places."""
+"""What a request's messages mean: turns of text, and images in their places."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Conversation:
 
     @property
     def spoken(self) -> list[Turn]:
-        """The turns without the pictures: what follows a context that holds these."""
+        """The turns without the images: what follows a context that holds these."""
         return [(role, [part for part in parts if part is not None]) for role, parts in self.turns]
 
 
@@ -29,7 +29,7 @@ def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation
     place for it; messages of one role that follow one another are one turn.
 
     Raises:
-        ServiceError: no question at the end, a picture in the assistant's or the system's words, too many pictures.
+        ServiceError: no question at the end, an image in the assistant's or the system's words, too many images.
     """
     system: list[str] = []
     turns: list[tuple[str, list[str | None]]] = []
@@ -41,7 +41,7 @@ def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation
                 parts.append(part if isinstance(part, str) else part.text)
                 continue
             if message.role != "user":
-                raise _refused(i, f"pictures are the user's to send, not the {message.role}'s")
+                raise _refused(i, f"images are the user's to send, not the {message.role}'s")
             urls.append(part.image_url.url)
             parts.append(None)
         if message.role in ("system", "developer"):
@@ -56,7 +56,7 @@ def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation
         if not any(part and part.strip() for part in parts):
             raise _refused(len(messages) - 1, f"a message of the {role} has no text")
     if len(urls) > max_pictures:
-        raise _refused(0, f"a request holds at most {max_pictures} pictures, got {len(urls)}")
+        raise _refused(0, f"a request holds at most {max_pictures} images, got {len(urls)}")
     if system:
         first = turns[0][1]
         at = next(i for i, part in enumerate(first) if part is not None)

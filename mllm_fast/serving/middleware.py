@@ -108,7 +108,7 @@ class RequestGuardMiddleware:
         return part
 
     def _too_large(self) -> ServiceError:
-        return ServiceError(413, f"a request has at most {self._max_body:,} bytes; send a smaller picture")
+        return ServiceError(413, f"a request has at most {self._max_body:,} bytes; send a smaller image")
 
 
 async def _send_error(error: ServiceError, send: Send) -> None:

@@ -23,7 +23,7 @@ from .responses import key_of, no_context
 from .schema import ChatRequest
 from .settings import Settings
 
-_MEMO = 4096  # pictures whose contexts' names are remembered
+_MEMO = 4096  # images whose contexts' names are remembered
 
 
 @dataclass
@@ -75,7 +75,7 @@ class RequestPreparer:
         settings = self.settings
         if request.context is not None:
             if asked.urls:
-                raise ServiceError(400, "give pictures or a context, not both", param="context")
+                raise ServiceError(400, "give images or a context, not both", param="context")
             key = key_of(request.context, tenant)
             found = await self.run(lambda: self.store.find(key, self.vlm))
             if found is None:
@@ -109,7 +109,7 @@ class RequestPreparer:
         return prepared
 
     def of_images(self, files: list[bytes], keep: Any, prompt: str, score: str, tenant: str) -> PreparedRequest:
-        """The context of some pictures, or how to make it."""
+        """The context of some images, or how to make it."""
         pictures = [self.image(one) for one in files]
         length = self.settings.describe_tokens
         about = {"keep": keep, "prompt": prompt, "score": score, "parts": "query+image", "max_new_tokens": length}
@@ -119,7 +119,7 @@ class RequestPreparer:
             return PreparedRequest(key, found)
         inputs, (layout,), _ = self.vlm.prompts.prepare([pictures], [prompt])
         kept_count(keep, len(layout.positions("image")))
-        self.vlm.prompts.check_window(layout.length + length, "the pictures and their description take")
+        self.vlm.prompts.check_window(layout.length + length, "the images and their description take")
         return PreparedRequest(key, spec=ContextSpec(inputs, layout, prompt, keep, score, length))
 
     def _after_context(
@@ -129,7 +129,7 @@ class RequestPreparer:
         source: Any = spec if context is None else context
         ids = self.vlm.prompts.further_ids(source.prompt, len(source.layout.images), asked.spoken)
         length = source.layout.length + len(ids) + count
-        self.vlm.prompts.check_window(length, "the pictures, the conversation and the longest answer take")
+        self.vlm.prompts.check_window(length, "the images, the conversation and the longest answer take")
         return PreparedRequest(key, context, spec, ids)
 
     def _whole(self, asked: Conversation, files: list[bytes], count: int) -> PreparedRequest:

@@ -2,8 +2,8 @@
 
     serve run mllm_fast.serving.ray_app:app model=llava-hf/llava-1.5-7b-hf gpus=1 max_replicas=8 store=s3://bucket/contexts
 
-An ingress speaks HTTP; replicas hold the model. Requests about one picture go to one replica, by consistent hashing of
-its pixels, where its context is in memory; when replicas come or go, few pictures move, and their contexts are read
+An ingress speaks HTTP; replicas hold the model. Requests about one image go to one replica, by consistent hashing of
+its pixels, where its context is in memory; when replicas come or go, few images move, and their contexts are read
 from the shared store. A request whose replica dies is asked again of another.
 """
 
@@ -43,8 +43,8 @@ from .settings import Settings
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 _TRIES = 5
-_MEMO = 4096  # pictures whose digests are remembered
-_DIGITS = 24  # of a context's id: what all contexts of the same pictures have in common
+_MEMO = 4096  # images whose digests are remembered
+_DIGITS = 24  # of a context's id: what all contexts of the same images have in common
 
 
 class Options(BaseModel):
@@ -197,7 +197,7 @@ class Remote:
         return await self._call("", "explain", request, tenant)
 
     async def _session(self, urls: tuple[str, ...], tenant: str) -> tuple[str, tuple[str, ...]]:
-        """What requests about these pictures have in common, and the URLs with the remote ones fetched."""
+        """What requests about these images have in common, and the URLs with the remote ones fetched."""
         if not urls:
             return "", ()
         key = tenant, hashlib.sha256("\n".join(urls).encode("utf-8", "surrogatepass")).digest()

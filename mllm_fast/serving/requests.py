@@ -31,7 +31,7 @@ class StoppingError(Exception):
 
 @dataclass(frozen=True)
 class ContextSpec:
-    """How a context is made: the pictures, as the processor gives them to the model, and the arguments of
+    """How a context is made: the images, as the processor gives them to the model, and the arguments of
     `VLM.compress`."""
 
     inputs: Any

@@ -69,7 +69,7 @@ class Scheduler:
         return [*self._queue, *running, *waiting]
 
     def admit(self) -> None:
-        """Give places to those who wait, in their order; read at most one picture."""
+        """Give places to those who wait, in their order; read at most one image."""
         with self._guard:  # who gave up, or waited too long, leaves the queue even while nobody gets a place
             self._queue = deque(one for one in self._queue if not dropped(one))
         prefilled = False

@@ -23,7 +23,7 @@ class _Strict(BaseModel):
 
 
 class ImageURL(_Strict):
-    """A picture: `url` is a data URL ("data:image/png;base64,...")."""
+    """An image: `url` is a data URL ("data:image/png;base64,...")."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
@@ -37,7 +37,7 @@ class TextPart(_Strict):
 
 
 class ImagePart(_Strict):
-    """A picture of a message."""
+    """An image of a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -71,11 +71,11 @@ class ChatRequest(_Strict):
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     keep: Keep | None = Field(
         None,
-        description="Image tokens that the picture's context keeps in each layer: a share (0.05), a count (29), or"
-        ' "off" to answer from the whole picture; the server\'s own setting if not given.',
+        description="Image tokens that the image's context keeps in each layer: a share (0.05), a count (29), or"
+        ' "off" to answer from the whole image; the server\'s own setting if not given.',
     )
     context: Annotated[str, Field(max_length=200)] | None = Field(
-        None, description="The id of a context, in place of pictures in the messages."
+        None, description="The id of a context, in place of images in the messages."
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -109,7 +109,7 @@ class ChatRequest(_Strict):
 
 
 class ContextRequest(_Strict):
-    """Pictures to be read and kept, before anybody asks about them."""
+    """Images to be read and kept, before anybody asks about them."""
 
     images: Annotated[list[ImageURL], Field(min_length=1, max_length=64)]
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1 << 31)] | None = None
@@ -122,14 +122,14 @@ class ExplanationRequest(_Strict):
 
     model: Annotated[str, Field(max_length=1000)] = ""
     messages: Annotated[list[Message], Field(min_length=1, max_length=2)] = Field(
-        description="One question, with its pictures; a system message may come before it."
+        description="One question, with its images; a system message may come before it."
     )
     answer: Annotated[str, Field(min_length=1, max_length=_TEXT)] | None = Field(
         None, description="The text to be explained in place of the model's own answer."
     )
     format: Literal["json", "png", "html", "safetensors"] = "json"
     token: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = Field(
-        None, description="The index of one token of the answer, for a picture of it alone."
+        None, description="The index of one token of the answer, for an image of it alone."
     )
     method: MethodName = "logprob"
     norm: Literal["frozen", "own"] = "frozen"

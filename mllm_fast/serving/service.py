@@ -92,10 +92,10 @@ class Service:
         return response_chunks(wanted, queue, words, tokenizer, lambda: self.engine.cancel(wanted))
 
     async def create(self, request: ContextRequest, tenant: str = "") -> ContextInfo:
-        """Read pictures and keep them."""
+        """Read images and keep them."""
         settings = self.settings
         if len(request.images) > settings.max_pictures:
-            raise ServiceError(400, f"a context holds at most {settings.max_pictures} pictures", param="images")
+            raise ServiceError(400, f"a context holds at most {settings.max_pictures} images", param="images")
         keep = request.keep if request.keep is not None else settings.keep
         if keep is None:
             raise ServiceError(400, "this server keeps no contexts by default: say how much to keep", param="keep")
@@ -105,7 +105,7 @@ class Service:
         return info_of(key, found)
 
     async def kept(self, pictures: list[Any], keep: float | int, tenant: str = "") -> Context:
-        """The context of some pictures, found or made."""
+        """The context of some images, found or made."""
         return (await self._made(pictures, keep, self.settings.prompt, self.settings.score, tenant))[0]
 
     async def _made(self, files: list[Any], keep: Any, prompt: str, score: str, tenant: str) -> tuple[Context, str]:

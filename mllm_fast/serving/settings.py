@@ -1,4 +1,4 @@
-"""What a server allows and how it reads pictures."""
+"""What a server allows and how it reads images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Settings:
 
     Attributes:
         keep: share or count of image tokens that a context keeps unless a request says so; None answers from whole
-            pictures ("off"). prompt, score, describe_tokens: see `VLM.compress`.
+            images ("off"). prompt, score, describe_tokens: see `VLM.compress`.
         max_batch: sequences decoded together. max_queue: that may wait for a place.
         max_tokens: most tokens of an answer that may be asked for. default_tokens: where a request does not say.
-        max_body: bytes of a request. max_pictures: of a request. max_pixels: of a picture.
+        max_body: bytes of a request. max_pictures: of a request. max_pixels: of an image.
         time_limit: seconds that an answer may take, the wait for a place included.
         store: a folder or fsspec URL; None keeps contexts in memory alone. memory_bytes, disk_bytes, storage: see
             `ContextStore`.
-        remote_hosts: whose pictures may be fetched by URL ("images.example.org", or ".example.org" with what is below
+        remote_hosts: whose images may be fetched by URL ("images.example.org", or ".example.org" with what is below
             it); none by default. remote_bytes, remote_seconds: most that a fetch may take.
     """
 
@@ -54,7 +54,7 @@ class Settings:
         if self.keep is not None:
             kept_count(self.keep, 1 << 62)
         if not self.prompt.strip():
-            raise InputError("prompt is empty; give what the model is asked first about every picture")
+            raise InputError("prompt is empty; give what the model is asked first about every image")
         least = {"memory_bytes": 0, "disk_bytes": 0}
         for one in fields(self):
             given = getattr(self, one.name)

@@ -1,4 +1,4 @@
-"""The tool in the browser: ask about a picture, and see which patches and heads made the model say each word.
+"""The tool in the browser: ask about an image, and see which patches and heads made the model say each word.
 
 Laid out with Gradio and mounted on the server. Everything that is chosen is a button, a slider or a radio button, so
 that the keyboard reaches it; maps go from dark to light in even steps, so that no colour vision is needed.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # and the browser keeps no pictures of who sat there before
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # and the browser keeps no images of who sat there before
 
 import gradio as gr
 import numpy as np
@@ -56,7 +56,7 @@ _CSS = """
 footer { display: none !important; }
 """
 _ABOUT = """### Which patches made the model say it?
-Ask about a picture. Every word comes with the patches that raised its probability; choose a word, a head or a layer to
+Ask about an image. Every word comes with the patches that raised its probability; choose a word, a head or a layer to
 see its map. Light is high. Knock attention out, or keep a few patches only, and see what the model still knows."""
 
 # once the file is there: the browser takes it as if its button had been pressed
@@ -109,14 +109,14 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
                     format="png",  # of the sample too, not a lossy one
                     image_mode="RGB",
                     sources=["upload", "clipboard"],
-                    label="Picture",
+                    label="Image",
                     height=320,
                     elem_id="picture",
                 )
                 question = gr.Textbox(label="Question", value="Describe the image.", max_lines=4, elem_id="question")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    sample = gr.Button("Sample picture", elem_id="sample")
+                    sample = gr.Button("Sample image", elem_id="sample")
                 with gr.Accordion("Knock attention out", open=False, elem_id="knockout"):
                     routes = gr.CheckboxGroup(list(ROUTES), label="What may not be looked at", elem_id="routes")
                     first = gr.Slider(0, last, 0, step=1, label="From layer", elem_id="first-layer")
@@ -144,7 +144,7 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
                 shown = gr.Image(
                     label="Map",
                     show_label=False,
-                    alt_text="The picture with the map of a word over it",
+                    alt_text="The image with the map of a word over it",
                     interactive=False,
                     format="png",
                     buttons=["download", "fullscreen"],
@@ -230,9 +230,9 @@ class Page:
     ) -> AsyncIterator[Outputs]:
         """Answer, in all ways that were asked for; each as it comes."""
         if picture is None:
-            raise _error("Give a picture first: upload one, paste one, or take the sample.")
+            raise _error("Give an image first: upload one, paste one, or take the sample.")
         if not (question or "").strip():
-            raise _error("Ask something about the picture.")
+            raise _error("Ask something about the image.")
         tool, hide = self._tool, gr.update(visible=False)
         found: Answered | None = None
         nothing: Outputs = (None, "", hide, hide, hide, hide, hide, hide, None, "", "", hide, hide, hide, hide)

@@ -1,4 +1,4 @@
-"""Who may read what through the browser tool: a picture, a map and a stream of events belong to one browser.
+"""Who may read what through the browser tool: an image, a map and a stream of events belong to one browser.
 
 Gradio gives a file to anyone who names its path, follows URLs that a request names, and has many routes that this tool
 never calls. This middleware stands before the mounted application. It passes the routes that the page uses, and no
@@ -94,7 +94,7 @@ class UISessionMiddleware:
             names += [body[key] for key in _NAMES if key in body]
             session = self._sessions.get(identity)
             if any(one not in (session.files if session else ()) for one in _named_files(body)):
-                await _not_found(send, "this file was not uploaded here, or was forgotten: upload the picture again")
+                await _not_found(send, "this file was not uploaded here, or was forgotten: upload the image again")
                 return
             # what was checked is what is read
             scope, receive = _replaced(scope, receive, json.dumps(body).encode())

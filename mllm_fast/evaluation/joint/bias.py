@@ -1,4 +1,4 @@
-"""Does the text change with what a picture seems to show? (arXiv 2405.14612, section 6.)
+"""Does the text change with what an image seems to show? (arXiv 2405.14612, section 6.)
 
 The vision embedding is changed until the detector sees one thing in place of another; beside it stand changes of the
 same norm that should do nothing.
@@ -58,20 +58,20 @@ class Swap(NamedTuple):
 
 
 class Bias(JointEvaluation):
-    """Rows of one picture, one a change of E and question: the answer, and how much of the description stayed.
+    """Rows of one image, one a change of E and question: the answer, and how much of the description stayed.
 
     Changes: "none"; the swap by each of `ways`; `controls` random ones of the same norm; and the neutral swap, of
-    things that have nothing to do with the question. Pictures of a second folder (group "second") are swapped the
+    things that have nothing to do with the question. Images of a second folder (group "second") are swapped the
     other way round.
 
     Args:
         swap, neutral: queries that lose and gain. size: of a change, in shares of E's norm.
-        questions: asked of every picture; of a generated scene, colour and shape of the swapped thing are asked.
+        questions: asked of every image; of a generated scene, colour and shape of the swapped thing are asked.
         values: answers and what they count for, of questions for a score.
     """
 
     name: ClassVar[str] = "bias"
-    title: ClassVar[str] = "What the text makes of what a picture seems to show"
+    title: ClassVar[str] = "What the text makes of what an image seems to show"
 
     def __init__(  # noqa: PLR0913
         self,
@@ -202,7 +202,7 @@ class Bias(JointEvaluation):
         )
         says.insert(
             0,
-            f"{len(rows)} pictures; every change has {self.settings['size']:.0%} of the embedding's norm. Swapped:"
+            f"{len(rows)} images; every change has {self.settings['size']:.0%} of the embedding's norm. Swapped:"
             f" {', '.join(self.swap.lower)} for {', '.join(self.swap.higher)}; neutral: {', '.join(self.neutral.lower)}"
             f" for {', '.join(self.neutral.higher)}.",
         )
@@ -223,7 +223,7 @@ class Bias(JointEvaluation):
 
 def effects(rows: dict[str, list[Row]]) -> list[Row]:
     """Each row but those of "none", with "picture" and "moved": what its answer changed by, 0 or 1 of a text, the
-    difference of a number; of pictures swapped the other way round (group "second") with its sign turned."""
+    difference of a number; of images swapped the other way round (group "second") with its sign turned."""
     found = []
     for picture, one in rows.items():
         before = {row["question"]: row["answer"] for row in one if row["change"] == NONE}
@@ -240,7 +240,7 @@ def effects(rows: dict[str, list[Row]]) -> list[Row]:
 
 
 def picture_means(rows: Sequence[Row]) -> list[float]:
-    """The mean effect in each picture: several random changes of one are not several pictures."""
+    """The mean effect in each image: several random changes of one are not several images."""
     by: dict[str, list[float]] = {}
     for row in rows:
         by.setdefault(row["picture"], []).append(row["moved"])
@@ -295,13 +295,13 @@ def swap_scenes(count: int, seed: int, lower: str, higher: str) -> Samples:
 
 
 def two_folders(folders: Sequence[Path], count: int | None = None) -> Samples:
-    """The pictures of one folder, or of two, the second of which are in the group "second"; of each the first `count`.
+    """The images of one folder, or of two, the second of which are in the group "second"; of each the first `count`.
 
     Raises:
-        InputError: more folders, one that is none, or one without pictures.
+        InputError: more folders, one that is none, or one without images.
     """
     if not 1 <= len(folders) <= 2:
-        raise InputError(f"give one folder of pictures, or two, got {len(folders)}")
+        raise InputError(f"give one folder of images, or two, got {len(folders)}")
     found: list[Sample] = []
     for folder, group in zip(folders, ("first", "second"), strict=False):
         listed = pictures(folder, count).list

@@ -1,5 +1,5 @@
 """A judge's score of a description, 1 to 10 (arXiv 2405.14612, section 4): a model behind an endpoint is shown the
-picture and the description."""
+image and the description."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 _SIDE = 512  # pixels of the longer side that the judge is shown, at most
 _INSTRUCTIONS = (
-    "You are shown a picture and a description of it. Say how well the description fits the picture, as a whole number"
+    "You are shown an image and a description of it. Say how well the description fits the image, as a whole number"
     " from 1 to 10: 10, all that matters is said and all that is said is true; 1, nothing of it is. Answer with the"
     " number alone."
 )
 
 
 class CaptionJudge:
-    """Asks a model that sees pictures."""
+    """Asks a model that sees images."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint

@@ -20,15 +20,15 @@ from .base import JointEvaluation, number_of, percent
 if TYPE_CHECKING:
     from ...vlm import VLM
 
-ERRS = 0.1  # share of absent classes called present from which on pictures count as hard
+ERRS = 0.1  # share of absent classes called present from which on images count as hard
 
 
 class Hallucination(JointEvaluation):
-    """A row a class and way to make a picture worse: whether it is there, P(yes) of the model with its own eyes ("own")
+    """A row a class and way to make an image worse: whether it is there, P(yes) of the model with its own eyes ("own")
     and through the joint model's ("joint"), and the detector's largest score.
 
-    classes: what is asked for. A picture has a class if all words of its name are in the name of one of its things.
-    strengths: how far pictures are made worse, 0 to 1, by each of `kinds`; 0: not at all.
+    classes: what is asked for. An image has a class if all words of its name are in the name of one of its things.
+    strengths: how far images are made worse, 0 to 1, by each of `kinds`; 0: not at all.
     """
 
     name: ClassVar[str] = "hallucination"
@@ -79,7 +79,7 @@ class Hallucination(JointEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
         ways = list(dict.fromkeys((row["kind"], row["strength"]) for row in every))
-        ways.sort(key=lambda way: (way[1] > 0, *way))  # pictures as they are first
+        ways.sort(key=lambda way: (way[1] > 0, *way))  # images as they are first
         by = {way: [row for row in every if (row["kind"], row["strength"]) == way] for way in ways}
         measured = {way: measure(part) for way, part in by.items()}
         hard = {}
@@ -99,7 +99,7 @@ class Hallucination(JointEvaluation):
         where = (
             f"Where the model says yes to {ERRS:.0%} or more of what is not there ({which})"
             if hard
-            else f"The model never says yes to {ERRS:.0%} of what is not there; over all pictures"
+            else f"The model never says yes to {ERRS:.0%} of what is not there; over all images"
         )
         says = [
             f"{where}, the detector's largest score tells what is there with an AUROC of {total['score']:.3f}; the"
@@ -107,13 +107,13 @@ class Hallucination(JointEvaluation):
         ]
         if total["threshold"] is not None:
             says.append(
-                f"A threshold of {total['threshold']:.2f}, chosen on one half of the pictures, keeps on the other half"
+                f"A threshold of {total['threshold']:.2f}, chosen on one half of the images, keeps on the other half"
                 f" {total['true_kept']:.1%} of what is there and flags {total['false_flagged']:.1%} of what is not; of"
                 f" the model's false yeses {total['false_yes_flagged']:.1%}."
             )
         columns = ["pictures", "false yes", "AUROC: box score", "P(yes), own eyes", "P(yes), joint"]
         table = Table(
-            "By how pictures were made worse; false yes: of what is not there, % (95 % interval)",
+            "By how images were made worse; false yes: of what is not there, % (95 % interval)",
             columns,
             [
                 [
@@ -128,7 +128,7 @@ class Hallucination(JointEvaluation):
             "scores",
             lambda figure: _draw(figure, chosen, total["threshold"]),
             "The detector's largest score and the model's P(yes), of what is there and of what is not"
-            + (f", on pictures made worse ({which})." if hard else "."),
+            + (f", on images made worse ({which})." if hard else "."),
             (9.0, 3.6),
         )
         return Report(self.name, self.title, says, [table], [chart], figures)

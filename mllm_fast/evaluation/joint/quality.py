@@ -32,11 +32,11 @@ _PRECISION = 0.9
 
 
 class JointQuality(JointEvaluation):
-    """Rows of one picture: an answer a question and model ("said" by "model", "truth" where it is known); how far W's
-    embeddings are from the language model's own; boxes, of pictures whose things are known; and a judge's scores of
+    """Rows of one image: an answer a question and model ("said" by "model", "truth" where it is known); how far W's
+    embeddings are from the language model's own; boxes, of images whose things are known; and a judge's scores of
     descriptions, 1 to 10.
 
-    joints: the folders of joint models, the first of which gives the boxes. question: what is asked of pictures that
+    joints: the folders of joint models, the first of which gives the boxes. question: what is asked of images that
     are not generated. classes: what the detector looks for, as things are named.
     """
 
@@ -190,13 +190,13 @@ class JointQuality(JointEvaluation):
         by = {name: [row for row in every if "distance" in row and row["model"] == name] for name in self.joints}
         figures["distance"] = {name: mean_and_error([row["distance"] for row in by[name]])[0] for name in by}
         return Table(
-            "W's embeddings and the language model's own, mean ± standard error over pictures",
+            "W's embeddings and the language model's own, mean ± standard error over images",
             ["joint model", "distance", "cosine"],
             [
                 [name, *(cell(mean_and_error([row[key] for row in by[name]]), 3) for key in ("distance", "cosine"))]
                 for name in by
             ],
-            "Distance: of 0 they are the same, at 1 W is as far off as the mean over the picture's tokens would be.",
+            "Distance: of 0 they are the same, at 1 W is as far off as the mean over the image's tokens would be.",
         )
 
     def _captions(self, every: list[Row], figures: dict[str, Any], says: list[str]) -> Table:

@@ -30,7 +30,7 @@ METHODS = {
 
 
 class Simulatability(JointEvaluation):
-    """A row a pair of words of one description that name different things of its picture: are their two maps told
+    """A row a pair of words of one description that name different things of its image: are their two maps told
     apart by where the things are? A map's fit to a thing: its mean over the thing's tokens less its mean over the
     others, in deviations; the better of the two ways round is the guess. The detector is asked for the word with what
     was said of it, "a photo of a red circle"."""
@@ -70,7 +70,7 @@ class Simulatability(JointEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         pairs = [row for one in rows.values() for row in one]
         if not pairs:
-            return self.nothing("No description named two things of its picture.")
+            return self.nothing("No description named two things of its image.")
         shares = {method: float(np.mean([row["right"][method] for row in pairs])) for method in METHODS}
         says = [
             f"{len(pairs)} pairs of words in {len(rows)} descriptions. Whose map is whose is told by gradient alignment"

@@ -53,11 +53,11 @@ class AttentionShare(Evaluation):
         image = spread["image"][1]
         top = int(image.argmax())
         says = [
-            f"Median over {len(samples)} pictures. The picture gets most attention in layer {top} ({image[top]:.0%} of"
+            f"Median over {len(samples)} images. The image gets most attention in layer {top} ({image[top]:.0%} of"
             f" it) and least in layer {int(image.argmin())} ({image.min():.0%})."
         ]
         if len(samples) < len(rows):
-            says.append(f"{len(rows) - len(samples)} pictures were answered with nothing, and are left out.")
+            says.append(f"{len(rows) - len(samples)} images were answered with nothing, and are left out.")
         table = Table(
             "Share of the generated tokens' attention, median (quartiles), %",
             ["layer", *TYPES],
@@ -71,7 +71,7 @@ class AttentionShare(Evaluation):
             "attention-share",
             lambda figure: _draw(figure, spread),
             "Share of the generated tokens' attention over layers, by type of token; bands span the quartiles of the"
-            " pictures.",
+            " images.",
         )
         return Report(self.name, self.title, says, [table], [chart], figures)
 

@@ -35,7 +35,7 @@ _LOOKS = (*COLORS[:6], "#999999", "#000000")
 
 @evaluation
 class Fidelity(WordEvaluation):
-    """A row a word that names an object of the picture, and method.
+    """A row a word that names an object of the image, and method.
 
     hit: the peak lies within `near` tokens of the object's mask. deletion: p(word) with the highest patches knocked out
     (image -> query and generated, in all layers), for each of SHARES; insertion: with all others knocked out. rank: the
@@ -91,13 +91,13 @@ class Fidelity(WordEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
         if not every:
-            return self.nothing("No word named an object of its picture.")
+            return self.nothing("No word named an object of its image.")
         by = {method: [row for row in every if row["method"] == method] for method in self.methods}
         found = {method: _summary(of) for method, of in by.items()}
         hit = {method: found[method]["hit"] for method in self.methods}
         ours, mean, best = hit["logprob"], hit["attention"], min(self.methods, key=lambda m: found[m]["deletion"][0])
         says = [
-            f"{len(by['logprob'])} words that name an object, of {len(rows)} pictures. The peak of the log-probability"
+            f"{len(by['logprob'])} words that name an object, of {len(rows)} images. The peak of the log-probability"
             f" map lies at the word's object in {ours[0]:.1%}, that of mean attention in {mean[0]:.1%}. With more and"
             " more of a map's highest patches knocked out the word's mean probability is"
             f" {found['logprob']['deletion'][0]:.2f} by the log-probability map,"

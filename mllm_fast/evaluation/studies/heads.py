@@ -1,4 +1,4 @@
-"""Which heads answer, and what they carry (arXiv 2411.10950, figures 3 to 5): a question about a picture, and the same
+"""Which heads answer, and what they carry (arXiv 2411.10950, figures 3 to 5): a question about an image, and the same
 one about a sentence."""
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ TOP = 10  # heads, and image tokens, that are looked at
 
 @evaluation
 class Heads(Evaluation):
-    """A row an object of a picture that has an attribute, and a noun that no other object there has.
+    """A row an object of an image that has an attribute, and a noun that no other object there has.
 
-    The visual question is asked of the picture, the textual one of `statement` alone, which holds the answer; the right
+    The visual question is asked of the image, the textual one of `statement` alone, which holds the answer; the right
     answer's first token is explained. visual, textual: log-probability increase of every head, [L][H]; second: that of
     another, text-only model for the textual question. right: would the model say so itself? held: the share of the
     (positive) increase of the ten best heads at the object's tokens, and at the statement's word; area: the object's
-    share of the picture.
+    share of the image.
 
     writes, layers, embedding: how well the right word can be read (1 / its rank among all words, and its logit less
     that of another attribute) from the best heads' writes from their best position, from the residual vector at the

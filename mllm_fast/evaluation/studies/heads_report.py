@@ -40,12 +40,12 @@ def report_of(
     embedding = _readable([row["embedding"] for row in rows])
     best = [f"{layer}.{head}" for layer, head in top(heads["visual"], 5)]
     says = [
-        f"{len(rows)} objects of {pictures} pictures. The right word comes first among all that the model might say in"
+        f"{len(rows)} objects of {pictures} images. The right word comes first among all that the model might say in"
         f" {right['visual']:.1%} of the visual and {right['textual']:.1%} of the textual questions. The heads that"
         f" matter most for visual questions are {', '.join(best)} (layer.head)."
         f"{''.join(_alike(*one) for one in shared)}",
         f"{_percent(held['visual'])} of the best heads' increase comes from the object's own tokens, {area:.1%} of the"
-        f" picture; of a textual question's {_percent(held['textual'])} from the word that is the answer. The ten best"
+        f" image; of a textual question's {_percent(held['textual'])} from the word that is the answer. The ten best"
         f" heads give {own:.2f} of their attention to the ten best image tokens, and {other:.2f} when the question"
         " names another object.",
     ]
@@ -69,7 +69,7 @@ def report_of(
         Chart(
             "heads",
             lambda figure: _draw_heads(figure, heads),
-            "Importance of every head, the largest being 1, for questions about a picture and for the same questions"
+            "Importance of every head, the largest being 1, for questions about an image and for the same questions"
             " about a sentence; below 0: it speaks against the right word.",
             (9.0, 4.2),
         ),

@@ -1,4 +1,4 @@
-"""What a description still names when the picture is knocked out (arXiv 2411.17491, figures 2e, 2f and 5)."""
+"""What a description still names when the image is knocked out (arXiv 2411.17491, figures 2e, 2f and 5)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class KnockoutSweep(Evaluation):
 
     Args:
         reference: what a description is compared with: "answer", the model's own without a knockout, as in the paper;
-            "truth", the objects that are known of the picture.
+            "truth", the objects that are known of the image.
         judge: of the objects; that of the generated scenes by default.
     """
 
     name: ClassVar[str] = "knockout-sweep"
-    title: ClassVar[str] = "What a description still names with the picture knocked out"
+    title: ClassVar[str] = "What a description still names with the image knocked out"
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
@@ -92,7 +92,7 @@ class KnockoutSweep(Evaluation):
         band = next(layers for _, layers in found if layers.startswith("except"))
         compared = "its own description without a knockout" if self.settings["reference"] == "answer" else "the truth"
         says = [
-            f"Objects that the model names, against {compared}, over {len(rows)} pictures. With the picture closed to"
+            f"Objects that the model names, against {compared}, over {len(rows)} images. With the image closed to"
             f" the generated tokens in all layers F1 is {everywhere['generated']:.2f}, closed to the query"
             f" {everywhere['query']:.2f}, closed to both {everywhere['query+generated']:.2f}; closed to both in all"
             f" layers {band}, {found['query+generated', band]['f1'][0]:.2f}.",
@@ -105,7 +105,7 @@ class KnockoutSweep(Evaluation):
         if tokens:
             says.append(f"The judge's answers took {cost(tokens, self.price)}.")
         table = Table(
-            "Objects named with image -> target knocked out, mean over pictures ± standard error",
+            "Objects named with image -> target knocked out, mean over images ± standard error",
             ["image -> target", "layers", *_FIGURES],
             [
                 [target or "nothing", layers or "-", *(_cell(means[figure]) for figure in _FIGURES)]
@@ -134,7 +134,7 @@ class KnockoutSweep(Evaluation):
         chart = Chart(
             "knockout-sweep",
             lambda figure: _draw(figure, found, band),
-            "F1 of the named objects when the picture is closed to the query, to the generated tokens or to both from a"
+            "F1 of the named objects when the image is closed to the query, to the generated tokens or to both from a"
             " layer on; on the right in all layers but the middle half. Bars are standard errors.",
         )
         labels = labels_csv(
@@ -160,7 +160,7 @@ def _truth(sample: Sample) -> str:
 
 
 def _mean(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Mean over pictures of each figure, and its standard error; pictures where it is not defined, and those that are
+    """Mean over images of each figure, and its standard error; images where it is not defined, and those that are
     unjudged, are left out."""
     each = [scores(row["tp"], row["fp"], row["fn"]) for row in rows if "unjudged" not in row]
     return {name: mean_and_error([v for one in each if (v := one[name]) is not None]) for name in _FIGURES}

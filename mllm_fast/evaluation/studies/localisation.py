@@ -24,11 +24,11 @@ BANDS = ("first third", "middle third", "last third", "all layers")
 
 @evaluation
 class Localisation(WordEvaluation):
-    """A row a word that names an object of the picture: does the peak of its map lie within one token of the mask?
+    """A row a word that names an object of the image: does the peak of its map lie within one token of the mask?
 
     The word's row is the one its noun's first token is predicted from. An object's mask is that of all things of its
     name; `near` widens it by so many tokens on every side. Maps: the attention of each layer, and of each third of the
-    layers, mean over heads; the log-probability increase of the ten best heads. `chance`: the share of the picture's
+    layers, mean over heads; the log-probability increase of the ten best heads. `chance`: the share of the image's
     tokens that would count.
     """
 
@@ -47,14 +47,14 @@ class Localisation(WordEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         words = [row for one in rows.values() for row in one]
         if not words:
-            return self.nothing("No word named an object of its picture.")
+            return self.nothing("No word named an object of its image.")
         chance = float(np.mean([row["chance"] for row in words]))
         layers = [mean_and_error([row["layers"][i] for row in words]) for i in range(len(words[0]["layers"]))]
         bands = {name: mean_and_error([row["bands"][name] for row in words]) for name in words[0]["bands"]}
         logprob = mean_and_error([row["logprob"] for row in words])
         best = int(np.argmax([mean for mean, _ in layers]))
         says = [
-            f"{len(words)} words that name an object, of {len(rows)} pictures. The highest token of a word's"
+            f"{len(words)} words that name an object, of {len(rows)} images. The highest token of a word's"
             f" log-probability map lies at its object in {logprob[0]:.1%}; that of its attention in"
             f" {layers[best][0]:.1%} in layer {best}, the best one, and in {bands['all layers'][0]:.1%} averaged over"
             f" all layers. Chance is {chance:.1%}."

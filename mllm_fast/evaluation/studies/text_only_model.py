@@ -44,7 +44,7 @@ class TextProcessor:
 
 
 def load_text_model(name: str, like: VLM) -> VLM:
-    """A causal language model of transformers, for prompts without pictures (image=None), in the device and dtype of
+    """A causal language model of transformers, for prompts without images (image=None), in the device and dtype of
     another model and with its chat template.
 
     Raises:

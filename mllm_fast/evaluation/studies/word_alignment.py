@@ -1,4 +1,4 @@
-"""Words of an answer that name an object of the picture, and where that object is."""
+"""Words of an answer that name an object of the image, and where that object is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Word:
-    """`token`: the first one of the noun of `name`. `hits`: the cells of the picture's grid that count as its object,
+    """`token`: the first one of the noun of `name`. `hits`: the cells of the image's grid that count as its object,
     bool [rows, cols]."""
 
     name: str
@@ -30,7 +30,7 @@ class Word:
 
 
 class WordEvaluation(Evaluation):
-    """What is measured word by word: the nouns of descriptions that name an object of the picture."""
+    """What is measured word by word: the nouns of descriptions that name an object of the image."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class WordEvaluation(Evaluation):
 
 
 def words_at_objects(ex: Explanation, judge: NounJudge, things: Sequence[Thing], near: int) -> list[Word]:
-    """The answer's words for objects that are in the picture, in their order.
+    """The answer's words for objects that are in the image, in their order.
 
     An object's mask is that of all `things` of its name, `near` tokens wider on every side.
     """
@@ -76,7 +76,7 @@ def cells(mask: np.ndarray, layout: ImageLayout) -> np.ndarray:
     """The cells of an image's grid with at least one pixel of a mask (bool [height, width]), bool [rows, cols]."""
     width, height = layout.size
     if mask.shape != (height, width):
-        raise InputError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {width} x {height}")
+        raise InputError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}")
     rows, cols = layout.grid
     left, top, right, bottom = layout.box
     y, x = np.nonzero(mask)

@@ -1,4 +1,4 @@
-"""Yes-or-no benchmarks on compressed pictures (arXiv 2411.17491, table 1 and figure 9; POPE, arXiv 2305.10355)."""
+"""Yes-or-no benchmarks on compressed images (arXiv 2411.17491, table 1 and figure 9; POPE, arXiv 2305.10355)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FULL, QUERY, READER = "full", "query alone", "description to LLM"
 
 
 class Way(NamedTuple):
-    """What is kept of a picture: the share of its tokens, and the parts, as `VLM.compress` takes them."""
+    """What is kept of an image: the share of its tokens, and the parts, as `VLM.compress` takes them."""
 
     keep: float
     parts: str
@@ -62,7 +62,7 @@ class Reader(Protocol):
 
 class YesNoBenchmark(Evaluation):
     """A row a question and way: what was said, whether it means yes (None: neither yes nor no), and the tokens that a
-    re-prompt reads. `reader`: one way more, the picture's description to a language model; "unanswered": why there is
+    re-prompt reads. `reader`: one way more, the image's description to a language model; "unanswered": why there is
     no answer of it."""
 
     def __init__(
@@ -111,14 +111,14 @@ class YesNoBenchmark(Evaluation):
         return _row(sample, READER, question, said, None) | {"paid": paid}
 
     def asides(self, rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
-        """The rows without those of a picture and way of which one is unanswered, so that all are of whole pictures;
+        """The rows without those of an image and way of which one is unanswered, so that all are of whole images;
         and what to say of that, and of what the reader took."""
         every = [(name, row) for name, one in rows.items() for row in one]
         says, paid = [], sum(row.get("paid", 0) for _, row in every)
         gone = {(name, row["way"]): row["unanswered"] for name, row in every if "unanswered" in row}
         if gone:
             why = next(iter(gone.values()))
-            says.append(f"{READER}: {len(gone)} of {len(rows)} pictures are left out, without an answer: {why}.")
+            says.append(f"{READER}: {len(gone)} of {len(rows)} images are left out, without an answer: {why}.")
         if paid:
             says.append(f"{READER}: its answers took {cost(paid, self.price)}.")
         return {name: [row for row in one if (name, row["way"]) not in gone] for name, one in rows.items()}, says
@@ -143,7 +143,7 @@ def meaning(said: str) -> bool | None:
 
 
 def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
-    """MME's figures of one way, in %: ACC, the share of right answers; ACC+, of pictures all of whose answers are
+    """MME's figures of one way, in %: ACC, the share of right answers; ACC+, of images all of whose answers are
     right; the share of answers that are neither yes nor no, which count as wrong; tokens of a re-prompt."""
     right = [[row["yes"] == row["truth"] for row in rows] for rows in samples]
     every = [row for rows in samples for row in rows]
@@ -185,7 +185,7 @@ class Mme(YesNoBenchmark):
     """Table 1 of arXiv 2411.17491: ACC and ACC+ of each way, per task and over all."""
 
     name: ClassVar[str] = "mme"
-    title: ClassVar[str] = "Yes-or-no questions, answered from what is left of a picture"
+    title: ClassVar[str] = "Yes-or-no questions, answered from what is left of an image"
     benchmark: ClassVar[str] = "mme"
 
     @classmethod
@@ -205,10 +205,10 @@ class Mme(YesNoBenchmark):
         each = {group: {way: accuracies(of(way, group)) for way in named} for group in groups}
         same = sum(len({row["truth"] for row in one}) == 1 for one in rows.values())
         tasks = f"{len(groups)} task{'s' * (len(groups) != 1)}"
-        says = [f"{len(rows)} pictures in {tasks}; answers that are neither yes nor no count as wrong."]
+        says = [f"{len(rows)} images in {tasks}; answers that are neither yes nor no count as wrong."]
         says += asides
         if same:
-            says.append(f"Both answers are the same for {same} pictures.")
+            says.append(f"Both answers are the same for {same} images.")
         columns = ["ACC", "ACC+", "neither", "tokens"]
         tables = [
             Table(
@@ -253,12 +253,12 @@ class Redundancy(YesNoBenchmark):
             tokens = mean_and_error([count for count in read if count is not None])[0]
             found[way] = *mean_and_error([100 * float(np.mean(one)) for one in right]), tokens
         says = [
-            f"{len(rows)} pictures: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
+            f"{len(rows)} images: {found[FULL][0]:.1f} % right with all image tokens ({found[FULL][2]:.0f} tokens a"
             f" re-prompt), {found[QUERY][0]:.1f} % with the query alone ({found[QUERY][2]:.0f}).",
             *asides,
         ]
         table = Table(
-            "Right answers, % ± standard error over pictures",
+            "Right answers, % ± standard error over images",
             ["kept", "right", "tokens a re-prompt"],
             [[way, cell((mean, error), 1), _number(tokens, 0)] for way, (mean, error, tokens) in found.items()],
         )
@@ -319,5 +319,5 @@ class Pope(YesNoBenchmark):
             [[name, *(_number(values[column]) for column in columns)] for name, values in found.items()],
             "An answer that is neither yes nor no counts as wrong, and not as yes.",
         )
-        says = [f"{sum(row['way'] == FULL for row in every)} questions about {len(rows)} pictures.", *asides]
+        says = [f"{sum(row['way'] == FULL for row in every)} questions about {len(rows)} images.", *asides]
         return Report(self.name, self.title, says, [table], [], {"samples": len(rows), "figures": found})

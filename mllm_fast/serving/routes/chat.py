@@ -25,7 +25,7 @@ router = APIRouter()
 
 @router.post(
     "/v1/chat/completions",
-    summary="Answer a conversation about pictures",
+    summary="Answer a conversation about images",
     response_model=None,
     responses={
         200: {

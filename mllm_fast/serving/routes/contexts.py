@@ -12,7 +12,7 @@ from .state import State, Tenant
 router = APIRouter(prefix="/v1/contexts")
 
 
-@router.post("", summary="Read pictures and keep what matters of them", status_code=201)
+@router.post("", summary="Read images and keep what matters of them", status_code=201)
 async def create(body: ContextRequest, state: State, tenant: Tenant) -> ContextInfo:
     return await state.backend.create(body, tenant)
 

@@ -59,7 +59,7 @@ def _answered(error: ServiceError) -> Response:
 
 
 def _plain(error: RequestValidationError) -> ServiceError:
-    """What pydantic found, in a line; never what was sent, which may be a picture."""
+    """What pydantic found, in a line; never what was sent, which may be an image."""
     found = error.errors()
     first = found[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]

@@ -1,0 +1,19 @@
+"""Old names of public attributes, which work for one release."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+
+def renamed(**names: str) -> Callable[[Any, str], Any]:
+    """A `__getattr__` that finds attributes by old names, old=new, with a DeprecationWarning."""
+
+    def find(self: Any, name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(f"{type(self).__name__}.{name} is called {names[name]} now", DeprecationWarning, stacklevel=2)
+        return getattr(self, names[name])
+
+    return find
