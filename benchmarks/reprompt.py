@@ -183,7 +183,7 @@ def questions(p: Problem, rounds: int) -> dict:
 
 def session_bytes(p: Problem, ctx: mf.Context) -> int:
     """Most bytes of the questions' own keys and values while `ask_many` runs."""
-    from mllm_fast.context import context as module
+    from mllm_fast.context import questions as module
 
     seen: list = []
     made = module.SharedPrefixDecoder

@@ -140,12 +140,12 @@ def test_two_threads_may_ask_at_once(vlm, ctx):
 
 
 def test_a_thousand_questions_take_the_memory_of_a_few(built, picture, monkeypatch):
-    from mllm_fast.context import context
+    from mllm_fast.context import questions as module
 
     vlm = mf.VLM(*built("llava"))
     ctx = vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query")
-    sizes, made = [], context.SharedPrefixDecoder
-    monkeypatch.setattr(context, "SharedPrefixDecoder", lambda *a: sizes.append(made(*a)) or sizes[-1])
+    sizes, made = [], module.SharedPrefixDecoder
+    monkeypatch.setattr(module, "SharedPrefixDecoder", lambda *a: sizes.append(made(*a)) or sizes[-1])
     answers = ctx.ask_many([QUESTIONS[i % 3] for i in range(1000)], max_new_tokens=1)
     assert len(answers) == 1000
     assert len(sizes) == 32

@@ -122,8 +122,9 @@ def test_a_ray_job_gives_the_same_rows(tmp_path):
 _RAY = """
 import json
 from pathlib import Path
-from mllm_fast.evaluation.attention_share import AttentionShare
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.studies.attention_share import AttentionShare
+from mllm_fast.evaluation.run import run
+from mllm_fast.evaluation.worker import ModelChoice
 from mllm_fast.evaluation.samples import Sample, Samples, scenes
 some = scenes(3)
 some = Samples([*some.list, Sample("gone", Path({gone!r}), ())], some.origin)
@@ -134,8 +135,9 @@ print(json.dumps(found))
 
 _ENDLESS = """
 from pathlib import Path
-from mllm_fast.evaluation.attention_share import AttentionShare
-from mllm_fast.evaluation.run import ModelChoice, run
+from mllm_fast.evaluation.studies.attention_share import AttentionShare
+from mllm_fast.evaluation.run import run
+from mllm_fast.evaluation.worker import ModelChoice
 from mllm_fast.evaluation.samples import scenes
 tell = lambda done, total: done and print(done, flush=True)
 model = ModelChoice(device="cpu", threads=1)

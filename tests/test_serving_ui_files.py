@@ -160,11 +160,11 @@ import asyncio, json, sys
 import httpx
 from starlette.routing import Mount
 import mllm_fast as mf
-from mllm_fast.serving.keys import ApiKeys
+from mllm_fast.serving.auth import ApiKeys
 from mllm_fast.serving.logs import Log
 from mllm_fast.serving.server import application
 from mllm_fast.serving.settings import Settings
-from mllm_fast.serving.tool import UIBackend
+from mllm_fast.serving.ui_backend import UIBackend
 from mllm_fast.serving.ui import mount
 
 log, keys, secret = Log(None), ApiKeys(), sys.argv[1]

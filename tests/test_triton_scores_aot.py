@@ -219,6 +219,6 @@ def test_weighted_values(dtype, width, aligned, capability):
     vector = 16 // dtype.itemsize if aligned else 1
     block = 1 << (width - 1).bit_length()
     constants = {"WIDTH": width, "BLOCK_N": weighted.BLOCK_N, "BLOCK_D": block, "VECTOR": vector}
-    kernel = compile_kernel(weighted.attend_dense, signature, constants, capability, weighted.WARPS, 3)
+    kernel = compile_kernel(weighted.weigh, signature, constants, capability, weighted.WARPS, 3)
     assert kernel.spills == 0
     assert kernel.shared <= SHARED[capability]
