@@ -1,7 +1,7 @@
-"""Kernels: tensors in, tensors out. Installed as `mllm_fast.kernels`; never imports transformers.
+"""Operators on tensors with backends in plain torch, C++ and Triton.
 
-Importing the package binds the ops; their backends (the compiled extension, Triton) are loaded by
-the first call that needs them.
+The package is installed as `mllm_fast.kernels` and never imports transformers. Importing it only binds the operators.
+Their backends (the compiled extension, Triton) are loaded by the first call that needs them.
 """
 
 from .dispatch import backend_report, wide_type

@@ -1,8 +1,9 @@
-"""From a tensor's device and dtype to the backend that computes: one rule for every op.
+"""Selection of the backend that computes an op, from the device and dtype of its tensors.
 
-An explicit choice is never replaced: it serves or it raises. Without a choice ("auto") the rule is: on a GPU the
-Triton kernels for the dtypes they have, on the CPU the compiled ones for theirs, elsewhere plain torch. A GPU machine
-without Triton is told so; it is not served by plain torch unless that is asked for.
+Every op follows one rule. A backend that the caller names is never replaced: it is used, or the call raises. With
+"auto", a GPU uses the Triton kernels and the CPU uses the compiled kernels, each for the dtypes they support; all other
+cases use plain torch. On a GPU without Triton, "auto" raises for these dtypes; the caller has to choose plain torch
+explicitly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
-# op -> backend -> dtypes; "torch" takes every floating dtype, and no entry means that plain torch serves alone
+# op -> backend -> dtypes; "torch" takes every floating dtype and is the only backend where there is no entry
 _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "knockout_attention": {
         "triton": (torch.float16, torch.bfloat16, torch.float32),
@@ -34,18 +35,18 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 
 
-# what the C++ kernel leaves to torch
+# op -> note in the report on the calls that the C++ kernel leaves to torch
 _LEFT = {"few_row_linear": "; it serves few rows of a large weight, torch the others"}
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """What sums of numbers of a floating type are made in: float32, of float64 that."""
+    """Return the dtype in which numbers of a floating dtype are summed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @cache
 def cpu_extension() -> tuple[ModuleType | None, str]:
-    """The compiled module and "", or None and the reason why it is not there."""
+    """Return the compiled module and "", or None and the reason why it is missing."""
     try:
         return importlib.import_module("._cpu", __package__), ""
     except ImportError as error:
@@ -54,7 +55,11 @@ def cpu_extension() -> tuple[ModuleType | None, str]:
 
 @cache
 def instruction_set() -> str:
-    """The best instruction set that the compiled kernels can use on this processor."""
+    """Return the best instruction set that the compiled kernels can use on this processor.
+
+    Raises:
+        RuntimeError: The compiled extension is missing.
+    """
     extension, reason = cpu_extension()
     if extension is None:
         raise RuntimeError(reason)
@@ -63,7 +68,7 @@ def instruction_set() -> str:
 
 @cache
 def triton_missing() -> str:
-    """Why Triton cannot be used at all; "" if it can. Imports it."""
+    """Import Triton and return the reason why it cannot be used, or "" if it can."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -72,16 +77,25 @@ def triton_missing() -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1, as the tests do)."""
+    """Return whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1, which the tests set)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache
 def choose(device: torch.device, dtype: torch.dtype, requested: str = "auto", *, op: str) -> str:
-    """The backend of `op` for operands on `device` of type `dtype`.
+    """Return the backend of `op` for operands on `device` of type `dtype`.
+
+    Args:
+        device: Device of the operands.
+        dtype: Dtype of the operands.
+        requested: One of `BACKENDS`; "auto" applies the rule of this module.
+        op: Name of the op.
+
+    Returns:
+        "triton", "cpu" or "torch".
 
     Raises:
-        ValueError: `requested` is unknown, or cannot serve this device and dtype; or the device is a GPU and
+        ValueError: `requested` is unknown, or it cannot serve this device and dtype, or the device is a GPU and
             Triton is missing.
     """
     if requested not in BACKENDS:
@@ -102,13 +116,13 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str = "auto", *,
 
 @cache
 def kernel_of(op: str, device: torch.device, dtype: torch.dtype, requested: str) -> ModuleType:
-    """The module that computes `op`: the backend that `choose` names, loaded when it is first needed."""
+    """Return the module that computes `op` with the backend that `choose` returns; the first call imports it."""
     backend = choose(device, dtype, requested, op=op)
     return importlib.import_module(f".{op}.{backend}_kernel", __package__)
 
 
 def _unfit(backend: str, device: torch.device, dtype: torch.dtype, op: str) -> str:
-    """Why a compiled backend cannot serve, "" if it can."""
+    """Return the reason why the backend "triton" or "cpu" cannot serve, or "" if it can."""
     accepted = _DTYPES[op].get(backend)
     if accepted is None:
         return f"{op} has no kernel of that kind"
@@ -122,7 +136,7 @@ def _unfit(backend: str, device: torch.device, dtype: torch.dtype, op: str) -> s
 
 
 def backend_report() -> dict[str, str]:
-    """What each op uses on this machine, and why: op name -> one line."""
+    """Return a dict from the name of each op to one line that says which backends it uses on this machine and why."""
     return {op: _report(op) for op in _DTYPES}
 
 

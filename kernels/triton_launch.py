@@ -1,8 +1,9 @@
-"""A Triton kernel launched again and again with the same sizes.
+"""Fast repeated launches of a Triton kernel with the same sizes.
 
-Triton looks at every argument of every launch to find the compiled kernel that fits: about 40 us of Python for a kernel
-of thirty arguments, once a layer and token. What it looks at are types, which integers are 1 or multiples of 16, and
-which addresses are multiples of 16. A caller whose key holds all of these keeps a `Launch` and skips the look.
+At every launch Triton inspects every argument to find the compiled kernel that fits. This takes about 40 us of Python
+for a kernel of thirty arguments, once per layer and token. Triton inspects the types, which integers are 1 or multiples
+of 16, and which addresses are multiples of 16. A caller that stores a `Launch` under a key with all of these skips the
+inspection.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Plan = TypeVar("Plan")
-_MOST = 4096  # plans held; decoding makes a new one every token
+_MOST = 4096  # plans to remember; decoding makes a new one for every token
 
 
 class Launch:
-    """`fn` with its grid, constants (its last parameters, in order) and compiler options."""
+    """A kernel `fn` with its grid, its constants and its compiler options.
+
+    The first call compiles the kernel, later calls launch the compiled kernel directly. The constants are the last
+    parameters of `fn`, in order.
+    """
 
     def __init__(self, fn: Any, grid: tuple[int, int, int], constants: dict[str, Any], options: dict[str, Any]):
         self.fn, self.grid, self.constants, self.options = fn, grid, constants, options
@@ -32,7 +37,7 @@ class Launch:
 
 
 def remembered(plans: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Plan:
-    """The plan of a key, made now if it is new; all are forgotten when they become many."""
+    """Return the plan of a key, and make it first if the key is new; at 4096 plans all of them are dropped."""
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= _MOST:

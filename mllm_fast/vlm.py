@@ -1,4 +1,4 @@
-"""VLM: a vision-language model and its processor."""
+"""VLM: a vision-language model with its processor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ from .runtime.trace import make_trace
 
 
 class VLM(ModelRunner):
-    """A vision-language model and its processor, ready to generate and to explain; built as `ModelRunner` is."""
+    """A vision-language model and its processor, ready to generate and to explain.
+
+    The arguments are those of `ModelRunner`.
+    """
 
     @classmethod
     def from_pretrained(
@@ -50,11 +53,15 @@ class VLM(ModelRunner):
         adapter: Adapter | type[Adapter] | None = None,
         **options: Any,
     ) -> VLM:
-        """Load "shapes" (the embedded model), a folder, or a hub id.
+        """Load a model and its processor.
 
-        `device`: the GPU if there is one, else the CPU; "auto" keeps what does not fit the GPU on the CPU and (with
-        `offload_folder`) on the disk, and reads it in layer by layer. `dtype`: float32 on the CPU, else bfloat16. Other
-        options go to transformers' `from_pretrained`.
+        Args:
+            name: "shapes" (the embedded model), a folder, or a hub id.
+            device: By default the GPU if there is one, or else the CPU. "auto" keeps the layers that do not fit the GPU
+                on the CPU and (with `offload_folder`) on the disk, and reads them in layer by layer.
+            dtype: By default float32 on the CPU and bfloat16 elsewhere.
+            max_pixels, backend, adapter: As in `ModelRunner`.
+            options: Further arguments of transformers' `from_pretrained`.
         """
         if device == "auto":
             device, options = None, {"device_map": "auto", "max_memory": one_gpu(), **options}
@@ -77,15 +84,19 @@ class VLM(ModelRunner):
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Answer | list[Answer]:
-        """Answer a prompt about one image, or about several.
+        """Answer a prompt about one image or several, or a list of prompts in one batch.
 
         Args:
-            image: an image, several for one prompt, or None for text alone; for a list of prompts a list as long, of
-                these.
-            prompt: the question, without the image placeholder; or a list of prompts, answered in one batch.
-            knockout: what may not attend to what; one `Knockout` or several.
-            attention_share: sum up where the generated tokens look, see `Answer`; for one answer a prompt.
-            max_new_tokens, options: as in transformers' `generate`; greedy unless `do_sample=True`.
+            image: An image, several images for one prompt, or None for text alone. For a list of prompts it is a list
+                of the same length, with one of these for each prompt.
+            prompt: The question, without the image placeholder, or a list of questions, which are answered in one
+                batch.
+            knockout: One `Knockout` or several, which say which tokens may not attend to which.
+            attention_share: Sum up where the generated tokens attend, see `Answer`. It needs one answer a prompt.
+            max_new_tokens, options: As in transformers' `generate`; greedy unless `do_sample=True`.
+
+        Returns:
+            An `Answer`, or a list of them for a list of prompts.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = self.prompts.pictures(image, prompt)
@@ -117,15 +128,18 @@ class VLM(ModelRunner):
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Explanation:
-        """Generate an answer, or force `answer`, and explain every token of it from that one pass.
+        """Generate an answer, or force `answer`, and explain every token of it from the same run.
 
         Args:
-            image: an image, several for one prompt, or None for a prompt of text alone.
-            prompt: the question, without the image placeholder.
-            answer: the text (or its token ids) to be explained in place of the model's own answer.
+            image: An image, several images for one prompt, or None for a prompt of text alone.
+            prompt: The question, without the image placeholder.
+            answer: A text (or its token ids) to explain in place of the model's own answer.
             norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
-            knockout: as in `generate`; the explanation is then of the model so impaired.
-            max_new_tokens, options: as in `generate`, for one sequence and one beam.
+            knockout: As in `generate`; the explanation is then that of the model with these knockouts.
+            max_new_tokens, options: As in `generate`, for one sequence and one beam.
+
+        Returns:
+            An `Explanation`.
         """
         check_norm(norm)
         pictures = self.prompts.load(image)
@@ -167,15 +181,16 @@ class VLM(ModelRunner):
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Stream:
-        """Answer token by token: an iterator of `Step`, one a token, each as it is generated.
+        """Answer token by token, as an iterator that yields a `Step` for each token when it is generated.
 
-        The model is touched only while a step is computed, so other calls may come between two steps, and closing
+        The model is used only while a step is computed, so other calls may run between two steps. Closing the stream
         early leaves nothing behind. `stream.knockout` may be set between steps.
 
         Args:
-            explain: record what a step's `heatmap`, `top_heads`, ... need.
-            norm, knockout, attention_share, max_new_tokens, options: as in `explain` and `generate`, for one
-                sequence and one beam.
+            image, prompt: As in `explain`.
+            explain: Record what `heatmap`, `top_heads` and other methods of a step need.
+            norm, knockout, attention_share, max_new_tokens, options: As in `explain` and `generate`, for one sequence
+                and one beam.
         """
         check_norm(norm)
         one_answer("stream", options)
@@ -198,24 +213,24 @@ class VLM(ModelRunner):
 
     @contextmanager
     def knocked_out(self, *knockouts: Knockout) -> Iterator[None]:
-        """Inside the block, whoever runs the model runs it under these knockouts.
+        """Run every call of the model inside the block under these knockouts.
 
-        That is the caller's own `model.generate`, a pipeline of transformers, an evaluation harness, or a loop with a
-        cache of its own. Which tokens are whose is read from each call's input ids: `generate` is given the prompt; a
-        call of the model by itself is a prompt where its cache is empty, and one generated token a sequence after that.
-        Batches with padding, beams and sampling work as in `generate`. Other threads wait for the model, and on
-        leaving, by exception too, the model is as it was.
+        The calls may come from the caller's own `model.generate`, a pipeline of transformers, an evaluation harness, or
+        a loop with its own cache. The segments of each call are read from its input ids. `generate` is given the
+        prompt. A direct call of the model is a prompt if its cache is empty, and one generated token a sequence after
+        that. Batches with padding, beams and sampling work as in `generate`. Other threads wait for the model. When the
+        block ends, also by an exception, the model is restored.
 
         Example:
             >>> with vlm.knocked_out(Knockout("image", "generated")):
             ...     output = vlm.model.generate(**inputs)
 
         Args:
-            knockouts: one `Knockout` or several.
+            knockouts: One `Knockout` or several.
 
         Raises:
-            InputError: no knockout, or one that does not fit the model; inside the block, a call whose input ids are
-                not known, or whose cache was filled outside.
+            InputError: There is no knockout, or one does not fit the model. Inside the block: the input ids of a call
+                are not known, or its cache was filled outside the block.
         """
         rules = as_rules(knockouts)
         if not rules:
@@ -225,7 +240,7 @@ class VLM(ModelRunner):
 
     @contextmanager
     def recording(self, *knockouts: Knockout, norm: str = "frozen") -> Iterator[Recorded]:
-        """Inside the block, what the caller's own calls of the model generate is recorded, to be explained.
+        """Record what the caller's own calls of the model generate inside the block, so that it can be explained.
 
         Example:
             >>> with vlm.recording() as recorded:
@@ -233,11 +248,11 @@ class VLM(ModelRunner):
             >>> recorded.explanation(image).save("why.html")
 
         Args:
-            knockouts: as in `knocked_out`; none by default.
+            knockouts: As in `knocked_out`; none by default.
             norm: "frozen" or "own", see `explain`.
 
-        Returns:
-            A `Recorded`, which explains the last call of the block, inside it or afterwards.
+        Yields:
+            A `Recorded`, which explains the last call of the block, inside the block or afterwards.
         """
         check_norm(norm)
         rules = as_rules(knockouts)
@@ -256,18 +271,21 @@ class VLM(ModelRunner):
         max_new_tokens: int = 64,
         **options: Any,
     ) -> Context:
-        """Read an image once and keep, of each layer, what was attended to (arXiv 2411.17491).
+        """Read an image once and keep, in each layer, only the tokens that matter most (arXiv 2411.17491).
 
         Args:
-            image: an image, or several.
-            keep: share of the image tokens (0.05), or how many (29), that each layer keeps.
-            prompt: what the model is asked first; its tokens, which have seen the image, are kept.
-            score: what an image token is kept for: "generated", the attention of the model's answer to the prompt;
-                "query", that of the prompt itself, which needs no answer; "key_norm", small keys (arXiv 2406.11430);
-                "random"; or another one that `pruning_score` added.
-            parts: "query+image"; "query", no image token; "image", no token of the prompt. What comes before the
-                image is always kept.
-            seed: of "random".
-            max_new_tokens, options: of the answer to the prompt, as in `generate`.
+            image: An image, or several.
+            keep: The share of the image tokens (0.05), or how many of them (29), that each layer keeps.
+            prompt: The first question to the model. Its tokens, which have seen the image, are kept.
+            score: How image tokens are chosen. "generated": by the attention of the model's answer to the prompt.
+                "query": by the attention of the prompt itself, which needs no answer. "key_norm": by small keys (arXiv
+                2406.11430). "random": at random. Or the name of a score that `pruning_score` added.
+            parts: Which parts are kept: "query+image"; "query", no image token; "image", no token of the prompt. The
+                tokens before the image are always kept.
+            seed: The seed for "random".
+            max_new_tokens, options: For the answer to the prompt, as in `generate`.
+
+        Returns:
+            A `Context`.
         """
         return compress(self, image, keep, prompt, score, parts, seed, max_new_tokens, **options)

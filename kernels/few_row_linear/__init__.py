@@ -1,8 +1,9 @@
-"""A linear layer of a few rows, as a decoder's step and a short question are:
+"""A linear layer for few rows, such as those of a decoding step or a short question.
 
     out = x weight^T + bias
 
-Reading the weight bounds it, not multiplying; what multiplies large matrices well reads it at half of memory's speed.
+The speed is limited by reading the weight, not by multiplying. Code that multiplies large matrices well reads the
+weight at half of the memory's speed.
 """
 
 from __future__ import annotations
@@ -15,31 +16,32 @@ from . import torch_kernel
 
 __all__ = ["few_row_linear", "worth_reading"]
 
-# up to here the C++ kernel won wherever it was measured; benchmarks/linear.py
+# up to this number of rows the C++ kernel was faster wherever it was measured; see benchmarks/linear.py
 _MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
-_LEAST_BYTES = 1 << 18  # a smaller weight stays in the caches, and torch is as fast
+_LEAST_BYTES = 1 << 18  # a smaller weight stays in the processor's caches, where torch is as fast
 
 
 def worth_reading(weight: Tensor) -> bool:
-    """Whether a weight is large enough for this op to matter."""
+    """Return whether a weight is large enough for this op to matter."""
     return weight.nbytes >= _LEAST_BYTES
 
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """x weight^T + bias, summed in float32 (float64 for float64).
+    """Compute x weight^T + bias, summed in float32 (float64 for float64).
 
     Args:
-        x: [..., k].
-        weight: [n, k], of x's type; or bfloat16 or float16 where x is wider, and then never widened as a whole.
-        bias: [n] of the weight's type, or None.
-        backend: "cpu", "torch" or "auto", which takes the C++ kernel for few rows and a large weight on the CPU where
-            no gradient is asked for, else torch; see `mllm_fast.kernels.dispatch`.
+        x: Input rows, [..., k].
+        weight: [n, k], in the dtype of `x`, or in bfloat16 or float16 where `x` is wider. A narrower weight is never
+            widened as a whole.
+        bias: [n] in the dtype of the weight, or None.
+        backend: "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`. "auto" uses the C++ kernel for few rows
+            and a large weight on the CPU if no gradient is needed, else torch.
 
     Returns:
-        [..., n] of x's type.
+        Output rows, [..., n], in the dtype of `x`.
 
     Raises:
-        ValueError: names the argument, what it got and what it takes.
+        ValueError: An argument is not valid. The message names the argument, what it got and what it takes.
     """
     _check(x, weight, bias)
     wants_grad = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))

@@ -1,4 +1,4 @@
-"""Hands the linear layer to the compiled extension. Same contract as `torch_kernel.linear`."""
+"""The linear layer in the compiled extension, with the same contract as `torch_kernel.linear`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ..dispatch import cpu_extension, instruction_set
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Tensor:
-    """See `few_row_linear`; the weight float32 or bfloat16, x of its type or float32. `isa` picks an instruction set
-    (tests), else the processor's best."""
+    """Compute `few_row_linear` for a weight in float32 or bfloat16 and `x` in the weight's dtype or float32.
+
+    `isa` selects an instruction set (for tests); None selects the best of the processor.
+    """
     columns, depth = weight.shape
     out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
     x, weight = x.contiguous(), weight.contiguous()

@@ -12,7 +12,7 @@ _CHUNK = 1 << 24  # elements of a weight that are widened at a time: 64 MiB of f
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `few_row_linear`."""
+    """Compute `few_row_linear` for any number of rows."""
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     if weight.is_cuda and (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16) and not torch.is_grad_enabled():
@@ -25,8 +25,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """x as the sum of three bfloat16, which hold its 24 bits: the weight is read as it is, and not widened. The tensor
-    cores' products are exact, their sums float32. A GPU alone."""
+    """Compute x weight^T on a GPU for float32 `x` and a bfloat16 weight, without widening the weight.
+
+    `x` is split into the sum of three bfloat16 numbers, which hold its 24 bits. The products of the tensor cores are
+    exact, and their sums are float32.
+    """
     rows = x.reshape(-1, x.shape[-1])
     parts = []
     for _ in range(3):
@@ -37,6 +40,6 @@ def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight that are widened together."""
+    """Return slices of the rows of a weight, one for each block of rows that is widened together."""
     step = max(1, _CHUNK // max(1, weight.shape[1]))
     return (slice(start, start + step) for start in range(0, len(weight), step))

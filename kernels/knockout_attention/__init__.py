@@ -1,13 +1,13 @@
-"""Causal attention under a segment mask (arXiv 2411.17491, equation 3), with its by-products.
+"""Causal attention under a segment mask (arXiv 2411.17491, equation 3).
 
     O_r = sum_k alpha_rk v_k,    alpha_r = softmax over the keys k that row r sees of scale q_r . k_k
 
-Row r sees key k if k is not after it, not left padding, and bit s_k of table[s_r] is 0, s the segment ids. A row
-that sees no key gives zeros. Blocks of keys that no row of a block sees are never read: the cost follows the
-work that is left, and no array of rows x keys is stored.
+Row r sees key k if k is not after r, k is not left padding, and bit s_k of table[s_r] is 0, where s are the segment
+ids. The output of a row that sees no key is zero. A block of keys that no row of a row block sees is never read, so the
+cost follows the pairs that remain. No array of rows x keys is stored.
 
-By-products of the same call: the log-sum-exp of each row's scores, and the attention mass of each key, the mean of
-alpha over chosen rows.
+The same call can return the log-sum-exp of each row's scores, and the attention mass of each key. The attention mass is
+the mean of alpha over chosen rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ HEAD_SIZES = (16, 256)
 
 
 class Attention(NamedTuple):
-    """output [B, H, R, D], a view of [B, R, H, D]; lse [B, H, R] or None; mass [B, H, N] or None."""
+    """The result of `knockout_attention`.
+
+    Attributes:
+        output: Attention output, [B, H, R, D], a view of [B, R, H, D].
+        lse: Log-sum-exp of the scores of each row, [B, H, R], or None.
+        mass: Attention mass of each key, [B, H, N], or None.
+    """
 
     output: Tensor
     lse: Tensor | None
@@ -36,9 +42,17 @@ class Attention(NamedTuple):
 
 
 def segment_table(rules: Iterable[tuple[int, int]], device: torch.device | str = "cpu") -> Tensor:
-    """The table of rules (source, target): rows of segment `target` may not see keys of segment `source`.
+    """Make the table of a set of rules, which block attention between segments.
 
-    Returns int32 [32]; bit s of entry t is set for the rule (s, t).
+    Args:
+        rules: Pairs (source, target). Rows of segment `target` may not see keys of segment `source`.
+        device: Device of the table.
+
+    Returns:
+        int32 [32]; bit s of entry t is set for the rule (s, t).
+
+    Raises:
+        ValueError: A segment id is not in 0 .. 31.
     """
     words = [0] * SEGMENTS
     for source, target in rules:
@@ -62,30 +76,31 @@ def knockout_attention(
     causal: bool = True,
     backend: str = "auto",
 ) -> Attention:
-    """Attention of the last R of N positions, R <= N. Inference only.
+    """Compute the attention of the last R of N positions, R <= N, under a segment mask. Inference only.
 
     Args:
-        query: [B, H, R, D], D from 16 to 256; float16, bfloat16 or float32 (plain torch: float64 too).
-        key, value: [B, Hkv, N, D], H a multiple of Hkv. Any strides but that of D, which is 1.
-        segments: id of each position, uint8 [B, N] (or [1, N] for all of the batch), 0 to 31; on a GPU they are
-            not checked. With `table`.
-        table: int32 [32]; see `segment_table`.
-        start: first position of each sequence that is not left padding, int32 [B].
-        scale: of the scores, D ** -0.5 by default.
-        lse: return the log-sum-exp of each row's scaled scores, natural; -inf for a row that sees no key.
-        mass: True, or the rows to count as bool [B, R]: return the mean of alpha over these rows. Rows that see
-            no key count as zeros; without any row the mass is 0.
-        causal: False: the rows come after all N positions, so that each sees every key but padding, and R is any
-            number: a prefix that several sequences share. Two such results are joined by their log-sum-exps
-            (`join`). Without segments and mass.
+        query: [B, H, R, D] with D from 16 to 256, in float16, bfloat16 or float32 (plain torch also takes float64).
+        key, value: [B, Hkv, N, D]; H is a multiple of Hkv. The stride of D is 1; the other strides are free.
+        segments: Segment id of each position, 0 to 31, uint8 [B, N], or [1, N] for the whole batch. The ids are not
+            checked on a GPU. `segments` and `table` are given together.
+        table: The blocked segments of each segment, int32 [32]; see `segment_table`.
+        start: First position of each sequence that is not left padding, int32 [B].
+        scale: Factor of the scores, D ** -0.5 by default.
+        lse: Whether to return the log-sum-exp (natural logarithm) of the scaled scores of each row. It is -inf for a
+            row that sees no key.
+        mass: Whether to return the mean of alpha over rows. True counts all rows, bool [B, R] selects the rows to
+            count. Rows that see no key count as zeros. The mass is 0 if no row is selected.
+        causal: If False, all rows come after all N positions, so that each row sees every key except padding, and R
+            is any number. This serves a prefix that several sequences share: `join` merges two results by their
+            log-sum-exps. It excludes `segments` and `mass`.
         backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
-        Attention(output, lse, mass); output in the operands' type, lse and mass in float32 (float64 for
-        float64), None where not asked for. Sums are accumulated in float32.
+        Attention(output, lse, mass). `output` has the dtype of the operands. `lse` and `mass` are float32 (float64
+        for float64), or None where they are not requested. Sums are accumulated in float32.
 
     Raises:
-        ValueError: names the argument, what it got and what it takes.
+        ValueError: An argument is not valid. The message names the argument, what it got and what it takes.
     """
     _check(query, key, value, segments, table, start, mass, causal)
     if scale is None:
@@ -97,19 +112,28 @@ def knockout_attention(
 
 
 def join(first: Attention, second: Attention) -> Tensor:
-    """The output [B, H, R, D] of rows whose keys were split over two calls with `lse=True`.
+    """Merge the results of two calls with `lse=True` that split the keys of the same rows between them.
 
-    With l the two log-sum-exps: O = sum_i exp(l_i - logaddexp(l_1, l_2)) O_i; zeros where neither has a key.
+    With the log-sum-exps l_1 and l_2 of the two calls:
+
+        O = sum_i exp(l_i - logaddexp(l_1, l_2)) O_i
+
+    Args:
+        first: Result for one part of the keys.
+        second: Result for the other part of the keys.
+
+    Returns:
+        The output over all keys, [B, H, R, D], with zeros for rows that see no key in either part.
     """
     logs = torch.stack([first.lse, second.lse])  # type: ignore[list-item]
-    logs = logs - logs.amax(0).clamp_min(torch.finfo(logs.dtype).min)  # no key at all: -inf stays, not NaN
+    logs = logs - logs.amax(0).clamp_min(torch.finfo(logs.dtype).min)  # -inf, not NaN, for a row without any key
     weights = logs.exp()
     weights = (weights / weights.sum(0).clamp_min(torch.finfo(logs.dtype).tiny))[..., None]
     return (weights[0] * first.output + weights[1] * second.output).to(first.output.dtype)
 
 
 def _check(query, key, value, segments, table, start, mass, causal) -> None:
-    """Few questions to torch: decoding comes here once a layer and token, each time with cold caches."""
+    """Check the arguments with few calls to torch: decoding runs this once per layer and token, with cold caches."""
     shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
     if not (
         len(shape) == len(key_shape) == len(value.shape) == 4
@@ -155,7 +179,7 @@ def _check(query, key, value, segments, table, start, mass, causal) -> None:
 
 
 def _check_each(query, key, value) -> None:
-    """What is wrong with the operands."""
+    """Raise the error that says what is wrong with the operands."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Hands knockout attention to the compiled extension. Same contract as `reference.attention`."""
+"""Knockout attention in the compiled extension, with the same contract as `reference.attention`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def attention(
     causal: bool = True,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.attention`; operands float32 or bfloat16. `isa` picks an instruction set (tests), else the
-    processor's best."""
+    """Compute `reference.attention` for operands in float32 or bfloat16.
+
+    `isa` selects an instruction set (for tests); None selects the best of the processor.
+    """
     batch, heads, rows, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     shape, strides = (batch, heads, rows, width), (rows * heads * width, width, heads * width, 1)
-    output = torch.empty_strided(shape, strides, dtype=query.dtype)  # a view of [B, R, H, D] without making one
+    output = torch.empty_strided(shape, strides, dtype=query.dtype)  # strides of a [B, R, H, D] array
     total = torch.empty(batch, heads, rows) if lse else None
     share = torch.zeros(batch, heads, keys) if mass is not False else None
     segment_stride = 0

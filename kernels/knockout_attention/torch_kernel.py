@@ -1,4 +1,4 @@
-"""Knockout attention in plain torch, a block of rows at a time: for dtypes and devices without a kernel."""
+"""Knockout attention in plain torch, one block of rows at a time, for dtypes and devices without a kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dispatch import wide_type
 from . import reference
 
-_BLOCK_ELEMENTS = 1 << 24  # of [B, H, rows, N], so 64 MiB of float32 at a time
+_BLOCK_ELEMENTS = 1 << 24  # elements of a block [B, H, rows, N], 64 MiB of float32
 
 
 def attention(
@@ -23,7 +23,7 @@ def attention(
     mass: bool | Tensor,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.attention`; computed in float32 or wider, grouped heads never repeated."""
+    """Compute `reference.attention` in float32 or wider, without repeating the key heads of grouped heads."""
     batch, heads, rows, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     wide = wide_type(query.dtype)
@@ -39,7 +39,7 @@ def attention(
     step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * keys))
     for first in range(0, rows, step):
         stop = min(first + step, rows)
-        last = keys - rows + stop if causal else keys  # keys after the block's last row are seen by none
+        last = keys - rows + stop if causal else keys  # no row of the block sees a later key
         ids = None if segments is None else segments[:, :last]
         seen = reference.visible(stop - first, last, ids, table, start, causal).to(query.device)
         seen = seen[:, None, None]

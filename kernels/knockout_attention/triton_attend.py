@@ -1,11 +1,14 @@
-"""The Triton kernels of the attention itself: `attend` goes through the key blocks that its rows see with an online
-softmax, `combine` puts together what several programs made of one row block. Which blocks segments and padding leave
-open each program finds itself (`survey`): a list in memory costs a launch, and every block's address a wait. What comes
-before the first product is paid by every program, in instructions fetched once: few of them, and divisions only for
+"""The Triton kernels of the attention itself.
+
+`attend` goes through the key blocks that its rows see, with an online softmax. `combine` merges the results of several
+programs for one row block. Each program finds out itself which blocks the segments and the padding leave open
+(`survey`), because a list in memory would cost a launch, and a wait for the address of every block. Every program pays
+for the instructions before its first product, which are fetched only once. So they are few, with divisions only for
 splits, packed rows and grouped heads.
 
-Rows of a program: m = 0 .. packed * R, query head m // R, position N - R + m % R. A prefill packs one head, a decode
-step all heads that share a key head, which fills the tensor cores' 16 rows and reads each key once.
+A program has the rows m = 0 .. packed * R, with query head m // R and position N - R + m % R. A prefill packs one head.
+A decoding step packs all heads that share a key head, which fills the 16 rows of the tensor cores and reads each key
+once.
 """
 
 from __future__ import annotations
@@ -20,42 +23,42 @@ INTERPRETED = tl.constexpr(interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SPLIT_TILE = tl.constexpr(16)
-ENTRIES = tl.constexpr(SEGMENTS)  # of a table
+ENTRIES = tl.constexpr(SEGMENTS)  # entries of a table
 
-# lengths change from call to call and must not compile a kernel anew
+# lengths change from call to call and must not make Triton compile a kernel again
 LENGTHS = ["rows", "keys", "before", "segment_stride", "splits"]
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):  # noqa: N803
-    """a @ b + acc (if not None) in float32; `PRECISION` tells how float32 operands are multiplied."""
-    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
+    """Compute a @ b + acc (if not None) in float32; `PRECISION` selects how float32 operands are multiplied."""
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def before_and_real(position, key, first):
-    """Which of the keys each row sees as far as causality and padding go, bool [rows, keys]."""
+    """Return which keys causality and padding let each row see, bool [rows, keys]."""
     return (key[None, :] <= position[:, None]) & (key >= first)[None, :]
 
 
 @triton.jit
 def unblocked(words, ids):
-    """Which of the keys each row sees as far as segments go, bool [rows, keys]; `words` are the rows' table entries."""
+    """Return which keys the segments let each row see, bool [rows, keys]; `words` are the table entries of the rows."""
     return ((words[:, None] >> ids[None, :]) & 1) == 0
 
 
 @triton.jit
 def first_bit(bits):
-    """Place of the lowest bit set in an int32 other than 0: the exponent of that power of two."""
+    """Return the place of the lowest set bit of a nonzero int32, which is the exponent of that power of two."""
     power = (bits & (0 - bits)).to(tl.float32)
     return ((power.to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
 
 @triton.jit
 def count_bits(bits):
-    """How many bits of an int32 are set: sums of two, four, then eight of them side by side."""
+    """Return the number of set bits of an int32, from sums of two, four and then eight bits side by side."""
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
@@ -73,8 +76,16 @@ def survey(
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
 ):
-    """Of key blocks base .. base + CHUNK those with a key, of first .. last, in a segment that is `free` (bits; one of
-    the rows sees it), and those with one that is `barred` (one does not), as bits of two int32."""
+    """Find the open and the barred key blocks among base .. base + CHUNK, for the keys first .. last.
+
+    Args:
+        free: Bits of the segments that at least one of the rows sees.
+        barred: Bits of the segments that at least one of the rows does not see.
+
+    Returns:
+        Two int32 with a bit for each block: the blocks with a key in a free segment, and those with a key in a barred
+        segment.
+    """
     at = tl.arange(0, CHUNK * BLOCK_N)
     key = base * BLOCK_N + at
     inside = (key >= first) & (key <= last)
@@ -82,7 +93,7 @@ def survey(
     bit = tl.where(inside, 1 << (at // BLOCK_N), 0)
     is_open = tl.where((segment & free) != 0, bit, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
     is_barred = tl.where((segment & barred) != 0, bit, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    both = tl.reduce_or(is_open | (is_barred << 32), 0)  # at once: the program waits three times in a reduction
+    both = tl.reduce_or(is_open | (is_barred << 32), 0)  # one reduction, because each makes the program wait 3 times
     return both.to(tl.uint32).to(tl.int32, bitcast=True), (both >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
 
 
@@ -115,8 +126,10 @@ def _step(
     EVEN_D: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """One block of keys: the running maximum [BLOCK_M] (base 2), sum [BLOCK_M] and output [BLOCK_M, BLOCK_D]. Blocks
-    with and without a mask go through one loop: between two the copies under way would have to end."""
+    """Add one block of keys to the running maximum [BLOCK_M] (base 2), sum [BLOCK_M] and output [BLOCK_M, BLOCK_D].
+
+    Blocks with and without a mask go through one loop. Between two loops the copies under way would have to end.
+    """
     n = tl.arange(0, BLOCK_N)
     base = block * BLOCK_N
     if DESCRIBED:  # zeros beyond the last key and the width
@@ -124,7 +137,7 @@ def _step(
         v = tl.reshape(value.load([batch, kv_head, base, 0]), [BLOCK_N, BLOCK_D])
     else:
         d = tl.arange(0, BLOCK_D)
-        row = tl.minimum(base + n, keys - 1).to(tl.int64)  # beyond the last key its own again, which no row sees there
+        row = tl.minimum(base + n, keys - 1).to(tl.int64)  # repeats the last key beyond the end, where no row sees it
         key_at = key + (row * key_stride)[:, None] + d[None, :]
         value_at = value + (row * value_stride)[:, None] + d[None, :]
         if EVEN_D:
@@ -134,14 +147,14 @@ def _step(
             k = tl.load(key_at, mask=(d < width)[None, :], other=0.0)
             v = tl.load(value_at, mask=(d < width)[None, :], other=0.0)
     scores = dot(q, tl.trans(k), None, PRECISION)
-    if (base + BLOCK_N - 1 > lowest) | (base < first):  # the diagonal, and the padding's end
+    if (base + BLOCK_N - 1 > lowest) | (base < first):  # blocks on the diagonal or at the end of the padding
         scores = tl.where(before_and_real(position, base + n, first), scores, float("-inf"))
     if HAS_SEGMENTS and barred:
         ids = tl.load(segments + base + n, mask=base + n < keys, other=0).to(tl.int32)
         scores = tl.where(unblocked(words, ids), scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    alpha = tl.exp2(scores * scale - safe[:, None])  # one fused multiply-add: the scale is positive
+    alpha = tl.exp2(scores * scale - safe[:, None])  # one fused multiply-add, as the scale is positive
     fade = tl.exp2(peak - safe)
     total = total * fade + tl.sum(alpha, 1)
     acc = dot(alpha.to(v.dtype), v, acc * fade[:, None], PRECISION)
@@ -191,20 +204,24 @@ def attend(  # long: one kernel, whose parts share registers
     EVEN_D: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """Grid (H / packed, row blocks * splits, B). Each split takes an even share of the key blocks and writes its own
-    normalised output [splits, B, R, H, D] and log-sum-exp [splits, B, H, R]; one split's are the result. `scale`
-    includes log2 e. `key` and `value` are descriptors of [B, Hkv, N, D] with blocks of [1, 1, BLOCK_N, BLOCK_D] if
-    DESCRIBED, which the chip's copy engine reads without the threads' help, else addresses."""
+    """Compute the attention of a block of rows, over the key blocks of one split.
+
+    The grid is (H / packed, row blocks * splits, B). Each split takes an even share of the key blocks and writes its
+    own normalised output [splits, B, R, H, D] and log-sum-exp [splits, B, H, R]. With one split these are the result.
+    `scale` includes log2 e. If DESCRIBED, `key` and `value` are descriptors of [B, Hkv, N, D] with blocks of
+    [1, 1, BLOCK_N, BLOCK_D], which the chip's copy engine reads without the help of the threads. Else they are
+    addresses.
+    """
     group, place, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batches, split, row_blocks = tl.num_programs(2), 0, tl.num_programs(1)
     if SPLIT:
         place, split, row_blocks = place // splits, place % splits, row_blocks // splits
-    row_block = row_blocks - 1 - place  # the rows with most keys first
+    row_block = row_blocks - 1 - place  # the rows with the most keys start first
 
     m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     real = m < packed * rows
-    if PACKED:  # of each head all rows
+    if PACKED:  # all rows of each head
         head, row, kv_head = group * packed + m // rows, m % rows, group
         lowest, highest = tl.minimum(before, keys - 1), keys - 1
     else:
@@ -226,7 +243,7 @@ def attend(  # long: one kernel, whose parts share registers
     if HAS_SEGMENTS:
         segments += wide * segment_stride
         own = tl.load(segments + position).to(tl.int32)
-        entries = tl.load(table + tl.arange(0, ENTRIES))  # all: those of the rows would wait for their segments
+        entries = tl.load(table + tl.arange(0, ENTRIES))  # all, as loading those of the rows would wait for segments
     query += wide * query_batch + head.to(tl.int64)[:, None] * query_head + row.to(tl.int64)[:, None] * query_row
     inside = real[:, None] if EVEN_D else real[:, None] & (d < width)[None, :]
     q = tl.load(query + d[None, :], mask=inside, other=0.0)
@@ -288,8 +305,11 @@ def combine(
     MAX_SPLITS: tl.constexpr,  # noqa: N803
     BLOCK_D: tl.constexpr,  # noqa: N803
 ):
-    """Grid (B * R * H). Outputs [splits, B, R, H, D] of several splits, weighted by their log-sum-exp
-    [splits, B, H, R], make the output [B, R, H, D] and the log-sum-exp [B, H, R]; all but the output float32."""
+    """Merge the results of several splits into the output [B, R, H, D] and the log-sum-exp [B, H, R].
+
+    The grid is (B * R * H). The outputs [splits, B, R, H, D] of the splits are weighted by their log-sum-exp
+    [splits, B, H, R]. Everything except the merged output is float32.
+    """
     at = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0).to(tl.int64)
     batch, row, head = at // (rows * heads), at // heads % rows, at % heads

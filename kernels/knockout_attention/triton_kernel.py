@@ -1,9 +1,11 @@
-"""Launches the Triton kernels of knockout attention. Same contract as torch_kernel.attention.
+"""The launches of the Triton kernels of knockout attention, with the same contract as `torch_kernel.attention`.
 
-float32 operands go through the tensor cores as three tf32 products each ("tf32x3"): 21 bits of each factor instead
-of 24. float16 and bfloat16 go directly. Everything is accumulated in float32. Where a chip has an engine that copies
-tiles, it reads 16-bit keys and values of a prefill; rows that do not begin at multiples of 16 bytes, and expanded ones,
-it cannot read: the threads do, as on other chips (on an H200 in 1.3 to 1.5 times the time).
+Products of float32 operands run on the tensor cores as three tf32 products each ("tf32x3"), with 21 bits of each factor
+instead of 24. float16 and bfloat16 operands are multiplied directly. Everything is accumulated in float32.
+
+On a chip with an engine that copies tiles, the engine reads the 16-bit keys and values of a prefill. It cannot read
+rows that do not begin at multiples of 16 bytes, nor expanded ones. The threads read these, as they do on other chips
+(on an H200 in 1.3 to 1.5 times the time).
 """
 
 from __future__ import annotations
@@ -24,16 +26,25 @@ from .triton_mass import mass as mass_of_keys
 
 KINDS = ("prefill", "described", "decode", "mass")
 MAX_SPLITS = 64
-_DECODE_ROWS = 32  # up to so many rows of a key head are packed into blocks of 16
-_SPLIT_BLOCKS = 2  # key blocks that a split has at least
-_OPTIONS = {"enable_fp_fusion": True}  # Triton's default is about to change, and warns
+_DECODE_ROWS = 32  # up to this many rows of a key head are packed into blocks of 16
+_SPLIT_BLOCKS = 2  # smallest number of key blocks of a split
+_OPTIONS = {"enable_fp_fusion": True}  # given explicitly, because Triton's default will change and it warns
 _LOG2E = 1 / math.log(2)
 
 
 class Config(NamedTuple):
-    """Tile of rows x keys, warps and pipeline stages of a kernel; chunk: blocks that a program looks at together before
-    it reads those that are open, at most 32; registers: that a thread may have. Without a limit the assembler may
-    spill a few bytes to fit one more program."""
+    """The tile sizes and the launch options of a kernel.
+
+    Attributes:
+        block_m: Rows of a tile.
+        block_n: Keys of a tile.
+        warps: Warps of a program.
+        stages: Pipeline stages.
+        precision: How float32 operands are multiplied.
+        chunk: Number of blocks, at most 32, that a program surveys together before it reads the open ones.
+        registers: Registers that a thread may have, or None. Without a limit the assembler may spill a few bytes to
+            fit one more program.
+    """
 
     block_m: int
     block_n: int
@@ -44,9 +55,9 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
-# by bytes of an operand and padded head size (up to): chosen so that no register spills and 99 KiB of shared memory
-# do on compute capability 8 and 12, 227 KiB on 9 and 10; tests/test_triton_attention_aot.py holds them to it. Among
-# these the fastest on an H200; see benchmarks/NOTES.md
+# kind -> bytes of an operand -> largest padded head size -> tile. No register spills, and 99 KiB of shared memory are
+# enough on compute capability 8 and 12, 227 KiB on 9 and 10, which tests/test_triton_attention_aot.py checks. Among
+# such tiles these are the fastest on an H200; see benchmarks/NOTES.md
 _TILES = {
     "prefill": {
         2: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 2)},
@@ -55,14 +66,14 @@ _TILES = {
     },
     "decode": {
         2: {128: Config(16, 32, 4, 4, registers=255), 256: Config(16, 32, 8, 3)},
-        4: {128: Config(16, 32, 4, 2, registers=255)},  # wider ones are served as a prefill's rows
+        4: {128: Config(16, 32, 4, 2, registers=255)},  # wider heads are served like the rows of a prefill
     },
     "mass": {
         2: {128: Config(64, 128, 8, 3), 256: Config(64, 64, 8, 2, registers=255)},
         4: {64: Config(32, 16, 8, 2, registers=255), 128: Config(16, 32, 8, 2), 256: Config(16, 32, 8, 2)},
     },
 }
-# keys and values of 16 bits that the copy engine reads, by the capability of chips that have one and 227 KiB
+# tiles of 16-bit keys and values that the copy engine reads, by the capability of chips with such an engine and 227 KiB
 _DESCRIBED = {
     9: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(128, 32, 8, 3, chunk=16)},
     10: {
@@ -71,13 +82,13 @@ _DESCRIBED = {
         256: Config(64, 32, 8, 3, registers=255),
     },
 }
-if RELEASE < (3, 9):  # compiled by these, the tiles above spill 8 to 32 bytes
+if RELEASE < (3, 9):  # with these releases the tiles above spill 8 to 32 bytes
     _TILES["mass"][4][256] = Config(16, 16, 8, 2, "ieee")
     _DESCRIBED[9][256] = Config(64, 32, 4, 3, chunk=16) if RELEASE == (3, 8) else Config(128, 16, 8, 3, chunk=16)
 
 
 def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind: str) -> Config:
-    """What serves operands of `dtype` on a GPU of this compute capability; `kind` is one of KINDS."""
+    """Return the config for operands of `dtype` on a GPU of this compute capability; `kind` is one of `KINDS`."""
     tiles = _DESCRIBED[capability[0]] if kind == "described" else _TILES[kind][dtype.itemsize]
     tile = next(tile for limit, tile in tiles.items() if head_size <= limit)
     if kind == "prefill" and dtype.itemsize == 2 and capability[0] == 10:
@@ -97,7 +108,7 @@ def attention(
     mass: bool | Tensor,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.attention`; lse and mass in float32."""
+    """Compute `reference.attention`, with lse and mass in float32."""
     with torch.cuda.device_of(query):  # Triton launches on the current device
         output, total = _attend(query, key, value, segments, table, start, scale, lse or mass is not False, causal)
         share = None
@@ -107,12 +118,12 @@ def attention(
 
 
 def split_count(programs: int, key_blocks: int, processors: int) -> int:
-    """Into how many parts the keys of each row block are cut, for two programs a multiprocessor."""
+    """Return the number of parts into which the keys of a row block are split, for two programs per multiprocessor."""
     return max(1, min(2 * processors // max(1, programs), key_blocks // _SPLIT_BLOCKS, MAX_SPLITS))
 
 
 class _Plan(NamedTuple):
-    """Of one set of sizes: the launches, the integers that they take, and how many parts of each row there are."""
+    """The launches for one set of sizes, the integers that they take, and the number of splits of each row."""
 
     attend: Launch
     combine: Launch | None
@@ -126,7 +137,7 @@ _PLANS: dict[Any, _Plan] = {}
 
 
 def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tuple[Tensor, Tensor | None]:
-    """Output [B, R, H, D] and, if `lse`, the log-sum-exp [B, H, R]."""
+    """Return the output [B, R, H, D] and the log-sum-exp [B, H, R], which is None unless `lse` is set."""
     batch, heads, rows, width = query.shape
     like = {"device": query.device, "dtype": torch.float32}
     output = torch.empty(batch, rows, heads, width, device=query.device, dtype=query.dtype)
@@ -136,7 +147,7 @@ def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tu
     sizes = (
         query.dtype, query.device, query.shape, key.shape, query.stride(), key.stride(), value.stride(),
         _segment_stride(segments), segments is None, start is None, lse, causal,
-        # what Triton compiles differently
+        # Triton compiles other code for these
         tuple(one is None or one.data_ptr() % 16 == 0 for one in (query, key, value, segments, table, start)),
     )  # fmt: skip
     plan = remembered(_PLANS, sizes, partial(_plan, query, key, value, segments, start, lse, causal))
@@ -184,19 +195,19 @@ def _plan(query, key, value, segments, start, lse, causal) -> _Plan:
 
 
 def is_describable(tensor: Tensor) -> bool:
-    """Whether the copy engine can read it: 16-bit, every row at a multiple of 16 bytes, nothing expanded."""
+    """Return whether the copy engine can read a tensor: 16-bit, each row at a multiple of 16 bytes, not expanded."""
     if tensor.element_size() != 2 or tensor.data_ptr() % 16 or tensor.numel() == 0:
         return False
     return all(stride > 0 and stride * 2 % 16 == 0 for stride in tensor.stride()[:3])
 
 
 def _described(tensor: Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    """Keys or values [B, Hkv, N, D] for the copy engine, in blocks of positions."""
+    """Return a descriptor of keys or values [B, Hkv, N, D] for the copy engine, in blocks of positions."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, block_n, block_d])
 
 
 def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
-    """The mean of alpha over the chosen rows, [B, H, N], from the log-sum-exp [B, H, R]."""
+    """Return the mean of alpha over the chosen rows, [B, H, N], computed from the log-sum-exp [B, H, R]."""
     batch, heads, rows, width = query.shape
     keys, per_kv = key.shape[2], heads // key.shape[1]
     tile = config(query.dtype, width, chip(query.device)[0], "mass")
@@ -216,5 +227,5 @@ def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
 
 
 def _segment_stride(segments: Tensor | None) -> int:
-    """Between sequences; 0 where all share one."""
+    """Return the stride between the segments of two sequences, or 0 if all sequences share one row of segments."""
     return 0 if segments is None or segments.shape[0] == 1 else segments.stride(0)

@@ -1,5 +1,8 @@
-"""The Triton kernel of the attention mass. One program owns a block of keys and goes through the row blocks that count
-for it: nothing is added atomically, the sum is the same each time."""
+"""The Triton kernel of the attention mass.
+
+One program owns a block of keys and goes through the row blocks that count for it. Nothing is added atomically, so the
+sum is the same every time.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,15 @@ def survey_rows(
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
 ):
-    """Of row blocks base .. base + CHUNK, and keys `key` .. `last` of segments `present` (bits): blocks of chosen rows
-    that all see all of the keys, and others with a chosen row that sees one, as far as segments, padding and the first
-    key tell; as bits of two int32."""
+    """Find the row blocks among base .. base + CHUNK that count for the keys `key` .. `last`.
+
+    `present` has a bit for each segment of these keys.
+
+    Returns:
+        Two int32 with a bit for each block. The first marks the blocks in which all rows are chosen and see all of the
+        keys. The second marks the other blocks that have a chosen row which may see a key, judged by the segments, the
+        padding and the first key.
+    """
     index = tl.arange(0, CHUNK)
     row = (base + index)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     position = keys - rows + row
@@ -49,7 +58,7 @@ def survey_rows(
 
 @triton.jit
 def _rows(query, query_row, row, rows, width, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):  # noqa: N803
-    """The queries of a block of rows."""
+    """Load the queries of a block of rows."""
     d = tl.arange(0, BLOCK_D)
     at = query + row.to(tl.int64)[:, None] * query_row + d[None, :]
     if MASKED:
@@ -94,9 +103,12 @@ def mass(  # long: one kernel, whose parts share registers
     EVEN_D: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """Grid (B * H, key blocks): output [B, H, N] = mean of alpha over the chosen rows (uint8 [B, R], of
-    which float32 [B] are `counted`), or over all, made again from the scores and the rows' log-sum-exp [B, H, R]; all
-    float32. `scale` includes log2 e."""
+    """Compute the mean of alpha over the chosen rows, or over all rows, as `output` [B, H, N].
+
+    The grid is (B * H, key blocks). alpha is computed again from the scores and the log-sum-exp [B, H, R] of the rows,
+    in float32. `chosen` is uint8 [B, R], and `counted`, float32 [B], is the number of chosen rows. `scale` includes
+    log2 e.
+    """
     batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     base = tl.program_id(1) * BLOCK_N
     offset = tl.arange(0, BLOCK_N)
@@ -115,14 +127,14 @@ def mass(  # long: one kernel, whose parts share registers
         segments += batch * segment_stride
         ids = tl.load(segments + n, mask=inside, other=0).to(tl.int32)
     present = tl.reduce_or(tl.where(inside, 1 << ids, 0), 0)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the rows at the end: once, not once a block
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the rows once at the end, not once per block
     above = tl.maximum(base - (keys - rows), 0) // BLOCK_M  # row blocks that end before these keys
     for low in range(above, (rows + BLOCK_M - 1) // BLOCK_M, CHUNK):
         whole_bits, partial_bits = survey_rows(
             chosen, segments, table, low, base, base + BLOCK_N - 1, first, present, rows, keys,
             HAS_CHOSEN, HAS_SEGMENTS, CHUNK, BLOCK_M,
         )  # fmt: skip
-        read = n < tl.where((whole_bits | partial_bits) != 0, keys, 0)  # a block that nobody sees stays unread
+        read = n < tl.where((whole_bits | partial_bits) != 0, keys, 0)  # a block that no row sees is not read
         key_at = key + offset[:, None] * key_row + d[None, :]
         k = tl.load(key_at, mask=read[:, None] & (d < width)[None, :], other=0.0)
         for _ in range(count_bits(whole_bits)):

@@ -1,14 +1,18 @@
-"""log p(token) before and after adding a write to the residual stream (arXiv 2411.10950, equation 6).
+"""The increase of log p(token) by a write to the residual stream (arXiv 2411.10950, equation 6).
 
     S(w) = log p(b | h + w) - log p(b | h),    p(. | x) = softmax(W_U norm(x))
 
-With the norm's scale r0 at h and r at h + w, the logits change by d = r W_U diag(g) w + (r - r0) a, where
-a = W_U diag(g) h, so that S = d_b - log sum_v p_v exp(d_v) with p at h: small numbers are subtracted
-before anything is exponentiated, and no array of rows x vocabulary is stored.
+The norm has the scale r0 at h and r at h + w. The logits change by
 
-Two ways, equal and tested to be. Direct: d from W_U and the write itself, 2 V d flops a row. Factored: a
-write w = O u of a head (u of d_head numbers) needs only M = W_U diag(g) O, which depends on weights alone:
-2 V d_head flops a row, and 2 V d d_head once for M unless it is cached.
+    d = r W_U diag(g) w + (r - r0) a,    a = W_U diag(g) h
+
+so that S = d_b - log sum_v p_v exp(d_v) with p at h. Small numbers are subtracted before anything is exponentiated,
+and no array of rows x vocabulary is stored.
+
+There are two ways to compute d, and tests hold their results equal. The direct way computes d from W_U and the write
+itself, with 2 V d flops per row. The factored way takes writes w = O u of a head, where u has d_head numbers. It needs
+only the operator M = W_U diag(g) O, which depends on the weights alone. It costs 2 V d_head flops per row, and
+2 V d d_head flops once for M unless M is cached.
 """
 
 from __future__ import annotations
@@ -44,49 +48,53 @@ def logprob_increase(
     keys: Sequence[Hashable] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The increase of log p(token) by each write: G groups of R writes, each group to one residual vector.
+    """Compute the increase of log p(token) by each write to the residual stream.
+
+    There are G groups of R writes. All writes of a group go to the same residual vector. Inference only: no gradient
+    flows.
 
     Args:
-        residual: h, [G, d]; or with `source`, [B, d]. Or a `Base` that was made of it, the tokens, norm and final,
-            which are then not given: calls that write to the same residual vectors make their logits once.
-        values: the writes [G, R, d]; or with `projection`, what it projects, [G, R, k].
-        tokens: b, the explained token of each residual vector, int64 [G] (or [B]).
-        unembedding: final norm and unembedding.
-        projection: O, [G, d, k], or G of [d, k], which are then read only where they are needed: a head's output
-            projection; the write is then O u.
-        norm: "own": the statistics of the final norm are those of h and of h + w themselves (equation 6);
-            "frozen": those of `final` (the paper's released notebook).
-        final: the final layer's output at the explained row, [G, d] (or [B, d]); needed for "frozen".
-        source: which residual vector each group writes to, int64 [G]: the heads of a layer share one, whose
-            logits are then made once.
-        way: "direct", "factored", or "auto" for the cheaper one by count of flops.
-        operators, keys: a cache of the factored way's operators, and the G keys there: a head's name and the
-            `weight_state` of its projection's weight.
+        residual: Residual vectors h, [G, d], or [B, d] with `source`. It can also be a `Base` made from the residual
+            vectors, tokens, norm and final; `tokens` and `final` are then omitted, and `norm` is not used. Calls that
+            write to the same residual vectors and share a `Base` compute their logits once.
+        values: Writes, [G, R, d]. With `projection`, the vectors u that it projects, [G, R, k].
+        tokens: Explained token b of each residual vector, int64 [G] (or [B]).
+        unembedding: Final norm and unembedding.
+        projection: Output projection O of the head of each group, [G, d, k], or a sequence of G tensors [d, k]. The
+            writes are then O u. The tensors of a sequence are read only where they are needed.
+        norm: "own" uses the statistics of h and of h + w in the final norm (equation 6). "frozen" uses the statistics
+            of `final` (the paper's released notebook).
+        final: Output of the final layer at the explained row, [G, d] (or [B, d]); required for "frozen".
+        source: Index of the residual vector that each group writes to, int64 [G]. The heads of a layer share one
+            residual vector, and its logits are then computed once.
+        way: "direct", "factored", or "auto" for the way with fewer flops.
+        operators, keys: Cache of the operators of the factored way, and the keys of the G operators in it. A key is
+            the name of a head and the `weight_state` of the weight of its projection.
         backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
-        S, [G, R], in float32, or float64 where the unembedding is float64; inference only, no gradient flows.
-        Exact to that precision, but that the factored way rounds its operator to the unembedding's dtype, and
-        that the Triton kernels round the scaled writes to it: tensor cores take both operands in one type. In
-        bfloat16 and float16 they take the log-sum-exp of small writes from its expansion, where a bound proves
-        the rest of it to be within another such rounding (`triton_moments`).
+        S, [G, R], in float32, or in float64 if the unembedding is float64. It is exact to that precision, except for
+        these roundings. The factored way rounds its operator to the dtype of the unembedding. The Triton kernels
+        round the scaled writes to that dtype, because tensor cores take both operands in one dtype. In bfloat16 and
+        float16 they compute the log-sum-exp of small writes from its expansion, where a bound proves that the rest is
+        within another such rounding (`triton_moments`).
 
     Raises:
-        ValueError: an unknown choice, shapes that do not fit, or a token outside the vocabulary.
+        ValueError: A choice is unknown, shapes do not fit, or a token is outside the vocabulary.
     """
     if unembedding is None:
         raise ValueError("unembedding is needed: the final norm and the unembedding")
-    if source is not None:  # first, as reading it waits for the GPU
+    if source is not None:  # checked first, because reading it waits for the GPU
         _check_source(source, len(residual.residual if isinstance(residual, Base) else residual))
     base = _base(residual, tokens, unembedding, norm, final, backend)
     _check(base, values, unembedding, projection, source, way, operators, keys)
     wide = base.residual.dtype
     kernel = kernel_of("logprob_increase", base.residual.device, unembedding.weight.dtype, backend)
-    own_mean = unembedding.kind == "layer" and base.norm == "own"  # is the write's own mean taken off it?
+    own_mean = unembedding.kind == "layer" and base.norm == "own"  # whether the norm subtracts the write's own mean
     made = None if projection is None else Operators(unembedding, projection, own_mean, operators, keys)
     if way == "auto":
         way = _cheaper_way(values, unembedding, made)
-    if way == "direct" or base.norm == "own":  # else the kernel reads them once, in whatever type they are
+    if way == "direct" or base.norm == "own":  # else the kernel reads them once, in any dtype
         values = values.to(wide)
     outward = None
     if projection is not None and (way == "direct" or base.norm == "own"):
@@ -113,11 +121,11 @@ def _base(residual, tokens, unembedding, norm, final, backend) -> Base:
 
 
 def _rescale(base: Base, values: Tensor, outward: Tensor | None, source: Tensor, unembedding: Unembedding) -> Tensor:
-    """r - r0 for each write, [G, R], with the norm's scale r0 at the residual vector and r after the write.
+    """Return r - r0 for each write, [G, R], with the norm's scale r0 at the residual vector and r after the write.
 
-    It is computed from the change of the mean square, not as a difference of two scales: for a small write the two
-    agree in all digits but the last. With a projection the change comes from the d_head x d_head Gram matrix, without
-    making the write.
+    It is computed from the change of the mean square. A difference of the two scales would lose precision, because for
+    a small write they agree in all digits but the last. With a projection the change comes from the d_head x d_head
+    Gram matrix, without computing the write.
     """
     h = unembedding.centred(base.residual)
     width = h.shape[-1]
@@ -135,8 +143,11 @@ def _rescale(base: Base, values: Tensor, outward: Tensor | None, source: Tensor,
 
 
 def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators | None) -> str:
-    """By flops a group: direct 2 R V d (and the projection); factored 2 R V k, and 2 V d k where the
-    operator is not at hand."""
+    """Return the way with fewer flops.
+
+    The direct way costs 2 R V d per group, and the projection. The factored way costs 2 R V k per group, and 2 V d k
+    for each operator that is not at hand.
+    """
     if operators is None:
         return "direct"
     groups, rows, depth = values.shape

@@ -1,4 +1,4 @@
-"""What the increase needs of the residual vectors themselves; calls that write to the same ones share it."""
+"""The part of the increase that depends on the residual vectors alone, shared by calls that write to the same ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from .unembedding import Unembedding
 
 
 class Base:
-    """B residual vectors, their explained tokens, and the logits there: scale * lean + offset, before the cap.
+    """B residual vectors with their explained tokens and their logits.
+
+    The logits before the soft cap are scale * lean + offset.
 
     Args:
-        residual: h, [B, d]. tokens: int64 [B]. norm, final, backend: as in `logprob_increase`.
+        residual: Residual vectors h, [B, d].
+        tokens: Explained token of each residual vector, int64 [B].
+        unembedding: Final norm and unembedding.
+        norm, final, backend: As in `logprob_increase`.
 
     Attributes:
-        scale: of the norm, [B]. lean: the change of the logits by the norm's scale, [B, V]. offset: what depends on no
-            residual vector, [V] or None. cap: the soft cap or None.
+        scale: Scale of the norm at each residual vector, [B].
+        lean: Change of the logits per unit of the norm's scale, [B, V].
+        offset: Part of the logits that does not depend on the residual vectors, [V], or None.
+        cap: The soft cap, or None.
 
     Raises:
-        ValueError: names the argument, what it got and what it takes.
+        ValueError: An argument is not valid. The message names the argument, what it got and what it takes.
     """
 
     def __init__(
@@ -43,42 +50,69 @@ class Base:
         h = self.residual
         if unembedding.kind == "layer":
             h = h - measured.mean(-1, keepdim=True)
-        plain = "torch" if backend == "torch" else "auto"  # the other choices have no linear layer of their own
+        plain = "torch" if backend == "torch" else "auto"  # the other backends have no linear layer of their own
         self.lean = unembedding.of_rows(h, plain)
         self.offset = unembedding.offset(wide, plain)
         self.cap = unembedding.softcap
 
     @cached_property
     def raw(self) -> Tensor:
-        """Logits before the cap, [B, V]."""
+        """The logits before the soft cap, [B, V]."""
         raw = self.scale[:, None] * self.lean
         return raw if self.offset is None else raw + self.offset
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """[B, V]."""
+        """The log-probabilities of all tokens at each residual vector, [B, V]."""
         logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
         return torch.log_softmax(logits, -1)
 
     def each(self, source: Tensor | None) -> Tensor:
-        """The residual vector of each group, int64 [G], where None stands for one after another."""
+        """Return the index of the residual vector of each group, int64 [G]; None stands for 0, 1, 2, ..."""
         return torch.arange(len(self.lean), device=self.lean.device) if source is None else source
 
     def scaled(self, values: Tensor, gain: Tensor | None, rescale: Tensor | None, source: Tensor) -> Tensor:
-        """Writes [G, R, k] as they change the logits: times the norm's scale after the write, and its gain."""
+        """Return the writes [G, R, k] times the norm's scale after the write and its gain.
+
+        Args:
+            values: Writes, [G, R, k].
+            gain: Gain of the norm, [k], or None.
+            rescale: Change of the norm's scale by each write, [G, R], or None for frozen statistics.
+            source: Residual vector of each group, int64 [G].
+
+        Returns:
+            The scaled writes, [G, R, k]; multiplied by the operands they are the change of the logits.
+        """
         after = self.scale[source, None]
         scaled = values * (after if rescale is None else after + rescale)[..., None]
         return scaled if gain is None else scaled * gain.to(scaled.dtype)
 
     def of(self, source: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """log_probs, lean, shift and raw of groups that write to the residual vectors `source` [G], as a kernel takes
-        them."""
+        """Return log_probs, lean, shift and raw of groups in the form that a kernel takes.
+
+        Args:
+            source: Residual vector of each group, int64 [G].
+            shift: Change of the norm's scale by each write, [G, R], or None for frozen statistics.
+
+        Returns:
+            The log-probabilities [G, V]; `lean` [G, V] and `shift` [G, R], or None for frozen statistics; the raw
+            logits [G, V], or None without a soft cap.
+        """
         lean = None if shift is None else self.lean[source]
         return self.log_probs[source], lean, shift, None if self.cap is None else self.raw[source]
 
     def explained(self, writes: Tensor, rows: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
-        """The change of the explained tokens' logits [G, R] by scaled writes [G, R, k]; rows: the operands' rows of
-        these tokens, [G, k]."""
+        """Return the change of the logits of the explained tokens by scaled writes.
+
+        Args:
+            writes: Scaled writes, [G, R, k]; see `scaled`.
+            rows: Row of the operand of each group at its explained token, [G, k].
+            shift: Change of the norm's scale by each write, [G, R], or None for frozen statistics.
+            source: Residual vector of each group, int64 [G].
+
+        Returns:
+            The change, [G, R].
+        """
         tokens = self.tokens[source]
         change = (writes @ rows.to(writes.dtype)[..., None])[..., 0]
         if shift is not None:

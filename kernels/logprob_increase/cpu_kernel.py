@@ -1,4 +1,4 @@
-"""Hands the increase to the compiled extension. Same contract as torch_kernel.increase."""
+"""The increase in the compiled extension, with the same contract as `torch_kernel.increase`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..dispatch import cpu_extension, instruction_set
 from .base import Base
 from .operators import Operators, held_together
 
-_MADE_BYTES = 1 << 26  # of operators outside the cache that one call keeps alive
+_MADE_BYTES = 1 << 26  # bytes of operators outside the cache that one call keeps alive
 
 
 def increase(
@@ -21,8 +21,10 @@ def increase(
     source: Tensor | None,
     isa: str | None = None,
 ) -> Tensor:
-    """See `torch_kernel.increase`; everything float32, the operands float32 or bfloat16, the writes of any type. `isa`
-    picks an instruction set (tests), else the processor's best."""
+    """Compute `torch_kernel.increase` in float32, for operands in float32 or bfloat16 and writes of any dtype.
+
+    `isa` selects an instruction set (for tests); None selects the best of the processor.
+    """
     values = values.to(torch.float32)
     out = torch.empty(values.shape[:2])
     if isinstance(operands, Tensor):
@@ -48,7 +50,7 @@ def _fill(
         return
     groups, rows, depth = values.shape
     vocab = len(operands[0])
-    # contiguous copies, where one is needed, live until the call is over
+    # these names keep contiguous copies alive until the call is over
     values, logs, scale, tokens = (one.contiguous() for one in (values, base.log_probs, base.scale, base.tokens))
     source = None if source is None else source.contiguous()
     gain = None if gain is None else gain.to(values.dtype).contiguous()

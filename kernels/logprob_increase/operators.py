@@ -1,4 +1,4 @@
-"""The operators M = W_U diag(g) O of the factored way, and a cache of them within a byte budget."""
+"""The operators M = W_U diag(g) O of the factored way, and a cache of operators with a budget in bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from .unembedding import Unembedding
 
 
 def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
-    """M [V, k] = W_U diag(g) O for a projection O [d, k], with O's columns centred if `centred` (a layer
-    norm with its own statistics takes the mean off). In the unembedding's dtype; computed in float32 or
-    wider. Stored as `with_longest` does."""
+    """Compute the operator M = W_U diag(g) O of a projection O.
+
+    Args:
+        unembedding: Final norm and unembedding, W_U and g.
+        projection: O, [d, k].
+        centred: Whether to centre the columns of O, because a layer norm with its own statistics subtracts the mean.
+
+    Returns:
+        M, [V, k], in the dtype of the unembedding, computed in float32 or wider and stored by `with_longest`.
+    """
     wide = wide_type(unembedding.weight.dtype)
     columns = projection.to(wide)
     if centred:
@@ -25,8 +32,18 @@ def make_operator(unembedding: Unembedding, projection: Tensor, centred: bool) -
 
 
 def with_longest(operator: Tensor, dtype: torch.dtype) -> Tensor:
-    """An operator [V, k] in `dtype`. If that has two bytes, so that tensor cores read it, and their count is even, so
-    that a float32 fits behind them, the length of its longest row is there, where `triton_moments` looks for it."""
+    """Store an operator in `dtype`, with the length of its longest row behind it where `triton_moments` reads it.
+
+    The length is stored if `dtype` has two bytes, so that tensor cores read it, and the number of elements is even, so
+    that a float32 fits behind them.
+
+    Args:
+        operator: [V, k].
+        dtype: Dtype of the result.
+
+    Returns:
+        The operator, [V, k], contiguous, in `dtype`. The length, a float32, follows its last element in memory.
+    """
     if dtype.itemsize != 2 or operator.numel() % 2:
         return operator.to(dtype).contiguous()
     room = torch.empty(operator.numel() + 2, dtype=dtype, device=operator.device)
@@ -37,17 +54,32 @@ def with_longest(operator: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Together(list[Tensor]):
-    """Operators of one call that are all at hand. table: their addresses on the device, once a kernel has put them
-    there; the next call for the same operators finds both."""
+    """The operators of one call, when all of them are at hand.
+
+    The next call for the same operators finds this list again, with its table.
+
+    Attributes:
+        table: The addresses of the operators on the device, or None until a kernel has put them there.
+    """
 
     table: Tensor | None = None
 
 
 class OperatorCache:
-    """Operators by key, at most `budget` bytes of them, least recently used out first.
+    """A cache of operators by key, which drops the least recently used ones first.
 
-    A key names a projection and the state of its weights (`weight_state`), so that an operator made before a
-    training step is not used after it; the state of the unembedding is added to it here.
+    A key names a projection and the state of its weights (`weight_state`), so that an operator made before a training
+    step is not used after it. The cache adds the state of the unembedding to the key.
+
+    Args:
+        budget: Largest size of all operators together, in bytes.
+
+    Attributes:
+        budget: Largest size of all operators together, in bytes.
+        nbytes: Current size of all operators together, in bytes.
+
+    Raises:
+        ValueError: `budget` is negative.
     """
 
     def __init__(self, budget: int):
@@ -56,7 +88,7 @@ class OperatorCache:
         self.budget = budget
         self.nbytes = 0
         self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
-        # the keys of the last call that found all: looking a thousand up takes longer than scoring some of them
+        # keys and operators of the last call that found all: a thousand lookups take longer than scoring some of them
         self._last: tuple[Sequence[Hashable], Together] | None = None
         self._lock = Lock()
 
@@ -65,12 +97,20 @@ class OperatorCache:
 
     @staticmethod
     def state(unembedding: Unembedding, centred: bool) -> Hashable:
-        """What else the operators are made of."""
+        """Return the part of a key that the cache adds: `centred` and the state of the unembedding's weights."""
         weights = [w for w in (unembedding.weight, unembedding.gain) if w is not None]
         return (centred, *map(weight_state, weights))
 
     def find(self, keys: Sequence[Hashable], state: Hashable) -> list[Tensor | None] | Together:
-        """The operators of keys, None where one is not in the cache; if all are there, together."""
+        """Return the operators of keys in a list, with None for each one that is not in the cache.
+
+        Args:
+            keys: Keys of the operators.
+            state: State of the unembedding; see `state`.
+
+        Returns:
+            A `Together` if all operators are in the cache, else a plain list.
+        """
         named = [*keys, state]
         with self._lock:
             if self._last is not None and self._last[0] == named:  # they are the most recent ones already
@@ -89,7 +129,17 @@ class OperatorCache:
             return self._last[1]
 
     def get(self, full: Hashable, unembedding: Unembedding, projection: Tensor, centred: bool) -> Tensor:
-        """The operator of a key and state, from the cache or made now; kept if it fits the budget at all."""
+        """Return the operator of a key and state, from the cache if it is there.
+
+        Otherwise the operator is computed, and stored if it alone fits the budget.
+
+        Args:
+            full: The key and the state of the unembedding; see `state`.
+            unembedding, projection, centred: As in `make_operator`.
+
+        Returns:
+            The operator, [V, k].
+        """
         with self._lock:
             operator = self._entries.get(full)
             self._last = None
@@ -114,10 +164,17 @@ class OperatorCache:
 
 
 class Operators:
-    """The operator of each group, made or taken from the cache when it is asked for.
+    """The operators of all groups, each taken from the cache or computed when it is indexed.
 
-    projection: O of each group, [G, d, k] or G of [d, k]. cache, keys: a cache and the G keys there, or neither.
-    dtype, nbytes: of one operator.
+    Args:
+        unembedding: Final norm and unembedding.
+        projection: Projection O of each group, [G, d, k] or G tensors [d, k].
+        centred: Whether to centre the columns of the projections; see `make_operator`.
+        cache, keys: A cache and the keys of the G operators in it, or None for both.
+
+    Attributes:
+        dtype: Dtype of an operator.
+        nbytes: Size of one operator in bytes.
     """
 
     def __init__(
@@ -131,7 +188,7 @@ class Operators:
         self.unembedding, self.projection, self.centred = unembedding, projection, centred
         self.cache, self.keys = cache, keys
         self.state = OperatorCache.state(unembedding, centred)
-        # those of the cache, until they are asked for: others that are made meanwhile may push them out of it
+        # operators from the cache, held until they are indexed: those that are made meanwhile may evict them
         self._found: list[Tensor | None] | Together = [None] * len(projection)
         if cache is not None and keys is not None:
             self._found = cache.find(keys, self.state)
@@ -155,21 +212,30 @@ class Operators:
 
     @property
     def together(self) -> Together | None:
-        """All of them, where none must be made."""
+        """All operators if none of them has to be made, else None."""
         return self._found if isinstance(self._found, Together) else None
 
     @property
     def to_make(self) -> int:
-        """How many are not at hand."""
+        """The number of operators that are not at hand."""
         return 0 if self.together is not None else sum(one is None for one in self._found)
 
     def at_hand(self, group: int) -> bool:
-        """Whether an operator need not be made."""
+        """Return whether the operator of a group is at hand and does not have to be made."""
         return self._found[group] is not None
 
 
 def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Runs of groups, and their operators: of those that must be made at most `most_made` bytes at a time."""
+    """Iterate over runs of consecutive groups with their operators.
+
+    Args:
+        operators: Operators of all groups.
+        most_made: Largest size in bytes of the operators that are made for one run. A run of one operator may exceed
+            it.
+
+    Yields:
+        The slice of the groups of a run, and the list of their operators.
+    """
     if operators.together is not None:
         yield slice(0, len(operators)), operators.together
         return
@@ -187,6 +253,6 @@ def held_together(operators: Operators, most_made: int) -> Iterator[tuple[slice,
 
 
 def weight_state(weight: Tensor) -> Hashable:
-    """What tells a weight, and its value after an in-place change, from any other."""
-    # an inference tensor keeps no version
+    """Return a value that tells a weight, and its value after an in-place change, from any other."""
+    # an inference tensor has no version counter
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version

@@ -1,5 +1,7 @@
-"""The definition of `logprob_increase`, written out: every logit of every row is stored. Runs in any
-dtype; in float64 it is the oracle of the tests."""
+"""The definition of `logprob_increase` in plain torch, which stores every logit of every row.
+
+It runs in any dtype. In float64 it is the reference of the tests.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ def logprob_increase(
     norm: str = "frozen",
     final: Tensor | None = None,
 ) -> Tensor:
-    """S(w) = log p(b | h + w) - log p(b | h), arXiv 2411.10950 equation 6. Arguments and result as
-    `mllm_fast.kernels.logprob_increase`."""
+    """Compute S(w) = log p(b | h + w) - log p(b | h) (arXiv 2411.10950, equation 6).
+
+    The arguments and the result are those of `mllm_fast.kernels.logprob_increase`.
+    """
     writes = values if projection is None else values @ projection.mT
     before = _log_prob(residual[:, None], tokens, unembedding, norm, final)
     after = _log_prob(residual[:, None] + writes, tokens, unembedding, norm, final)
@@ -28,7 +32,7 @@ def logprob_increase(
 
 
 def _log_prob(x: Tensor, tokens: Tensor, unembedding: Unembedding, norm: str, final: Tensor | None) -> Tensor:
-    """log p(token | x), x [G, R, d] -> [G, R]."""
+    """Return log p(token | x) for x [G, R, d], as [G, R]."""
     u = unembedding
     measured = x if norm == "own" else final[:, None]  # type: ignore[index]
     mean = measured.mean(-1, keepdim=True) if u.kind == "layer" else torch.zeros_like(measured[..., :1])

@@ -1,5 +1,7 @@
-"""The log-sum-exp in plain torch, a block of the vocabulary at a time: for machines without a compiler,
-for dtypes and devices that have no kernel of their own."""
+"""The increase in plain torch, one block of the vocabulary at a time.
+
+It serves machines without a compiler, and dtypes and devices that have no kernel of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from .base import Base
 from .operators import Operators
 
-_BLOCK_ELEMENTS = 1 << 20  # of [rows, block of words], so 4 MiB of float32 at a time
+_BLOCK_ELEMENTS = 1 << 20  # elements of a block [rows, words], 4 MiB of float32
 
 
 def increase(
@@ -22,9 +24,19 @@ def increase(
     shift: Tensor | None,
     source: Tensor | None,
 ) -> Tensor:
-    """S [G, R] of writes [G, R, k] of any type, times `gain` [k], to the residual vectors `source` [G], None for one
-    after another; `operands` is one for all groups, [V, k], or has one for each. shift [G, R]: the change of the norm's
-    scale, None for frozen statistics."""
+    """Compute the increase S of log p(token) by each write.
+
+    Args:
+        base: Residual vectors with their explained tokens and logits.
+        values: Writes, [G, R, k], in any floating dtype.
+        gain: Gain of the norm, [k], which multiplies the writes, or None.
+        operands: One operand for all groups, [V, k], or one operator for each group.
+        shift: Change of the norm's scale by each write, [G, R], or None for frozen statistics.
+        source: Residual vector of each group, int64 [G], or None for 0, 1, 2, ...
+
+    Returns:
+        S, [G, R].
+    """
     source = base.each(source)
     writes = base.scaled(values, gain, shift, source)
     if isinstance(operands, Tensor):
@@ -49,10 +61,19 @@ def log_sum_exp(
     raw: Tensor | None,
     cap: float | None,
 ) -> Tensor:
-    """log sum_v exp(base[g, v] + d), d = writes[g, r] . operand[v] + shift[g, r] lean[g, v]; with a cap,
-    d counts as cap (tanh((raw + d) / cap) - tanh(raw / cap)).
+    """Compute log sum_v exp(base[g, v] + d), d = writes[g, r] . operand[v] + shift[g, r] lean[g, v].
 
-    writes [G, R, k]; operand [V, k]; base, lean, raw [G, V]; shift [G, R]. Returns [G, R].
+    With a cap, d is replaced by cap (tanh((raw + d) / cap) - tanh(raw / cap)).
+
+    Args:
+        writes: [G, R, k].
+        operand: [V, k].
+        base, lean, raw: [G, V].
+        shift: [G, R].
+        cap: The soft cap, or None.
+
+    Returns:
+        The log-sum-exp, [G, R].
     """
     groups, rows, _ = writes.shape
     total = writes.new_full((groups, rows), -math.inf)

@@ -1,8 +1,8 @@
-"""The increase on a GPU, numerator and log-sum-exp in one kernel: all groups of the factored way in one launch.
+"""The increase on a GPU, with the numerator and the log-sum-exp in one kernel.
 
-Both operands of a product are in the unembedding's type: the writes are rounded to it, each row in units of its own
-power of two, so that small writes lose no more than large ones. float32 runs on the tensor cores too, as three
-products of tf32 (2^-21 or so, against 2^-24).
+All groups of the factored way run in one launch. Both operands of a product are in the dtype of the unembedding. The
+writes are rounded to it, each row in units of its own power of two, so that small writes lose no more precision than
+large ones. float32 runs on the tensor cores too, as three products of tf32 (2^-21 or so, against 2^-24).
 """
 
 from __future__ import annotations
@@ -21,14 +21,24 @@ from .operators import Operators, Together, held_together
 from .triton_rounding import rounded_writes
 
 _LOG2E = 1 / math.log(2)
-_MADE_BYTES = 1 << 30  # of operators outside the cache that one launch keeps alive
-_LEFT = 4  # a listed launch is cut for a quarter of its rows, as its list's length is known to the GPU alone
-BAND = 8  # blocks of rows, see triton_tiles.direct
+_MADE_BYTES = 1 << 30  # bytes of operators outside the cache that one launch keeps alive
+_LEFT = 4  # only the GPU knows how long a list of rows is, so a listed launch is split for a quarter of all rows
+BAND = 8  # blocks of rows; see triton_tiles.direct
 
 
 class Config(NamedTuple):
-    """Rows, words and depth of a tile; warps; pipeline stages; programs a multiprocessor gets, in about two waves;
-    registers a thread may have (without a limit the assembler may spill a few bytes to fit one more program)."""
+    """The tile sizes and the launch options of a kernel.
+
+    Attributes:
+        block_r: Rows of a tile.
+        block_v: Words of a tile.
+        block_k: Depth of a tile.
+        warps: Warps of a program.
+        stages: Pipeline stages.
+        programs: Programs that each multiprocessor gets, in about two waves.
+        registers: Registers that a thread may have, or None. Without a limit the assembler may spill a few bytes to
+            fit one more program.
+    """
 
     block_r: int
     block_v: int
@@ -42,19 +52,29 @@ class Config(NamedTuple):
 def config(
     dtype: torch.dtype, depth: int, way: str, capability: tuple[int, int], *, own: bool = False, cap: bool = False
 ) -> Config:
-    """Tile sizes for every GPU from sm_80 on, the fastest of these on an H200, such that no register spills; `own`, the
-    norm's own scale, and `cap` have vectors of words that take registers. tests/test_triton_scores_aot.py holds them to
-    it."""
+    """Return the tile sizes of a kernel for a GPU from sm_80 on.
+
+    No register spills with these sizes, which tests/test_triton_scores_aot.py checks. They are the fastest of such
+    sizes on an H200.
+
+    Args:
+        dtype: Dtype of the operands.
+        depth: Numbers of a write.
+        way: "direct" or "factored".
+        capability: Compute capability of the GPU.
+        own: Whether the norm has its own scale after each write, which needs vectors of words in registers.
+        cap: Whether there is a soft cap, which needs such vectors too.
+    """
     plain = not (own or cap)
     if way == "direct":
-        # a thread of sm_100 has a row of the tile, and so all of its words' vectors
+        # a thread of sm_100 holds a whole row of the tile, and so the vectors of all words of the tile
         rows = 64 if cap or (own and capability[0] == 10) else 128
         if dtype == torch.float32:
             return Config(rows, 32, 32, 8, 3, 2, registers=255) if own and cap else Config(rows, 64, 32, 8, 3, 2)
         return Config(rows, 128 if plain else 64, 64, 8, 3, 2)
-    if dtype == torch.float32:  # the three products need their operands in halves: shallow tiles
+    if dtype == torch.float32:  # the three products need their operands in halves, so the tiles are shallow
         return Config(128, 64, 32, 8, 3, 2)
-    if depth % 8:  # rows that no vector load can take
+    if depth % 8:  # no vector load can read these rows
         return Config(128, 32, 32, 8, 3, 2, 255 if RELEASE < (3, 7) else None)
     if depth > 256:
         return Config(128, 64, 64, 8, 3, 2)
@@ -64,7 +84,7 @@ def config(
 
 
 def block_k(depth: int) -> int:
-    """A tile's depth where it covers that of a head: a power of two that the tensor cores take."""
+    """Return the depth of a tile that covers the depth of a head, a power of two that the tensor cores take."""
     return max(16, triton.next_power_of_2(depth))
 
 
@@ -77,8 +97,10 @@ def increase(
     source: Tensor | None,
     splits: int | None = None,
 ) -> Tensor:
-    """See `torch_kernel.increase`; everything in float32. `splits` cuts the vocabulary so (tests), else as the GPU is
-    best filled."""
+    """Compute `torch_kernel.increase` in float32.
+
+    `splits` is the number of parts of the vocabulary (for tests); None selects the number that fills the GPU best.
+    """
     if not values.shape[0] * values.shape[1]:
         return values.new_empty(values.shape[:2])
     source = base.each(source)
@@ -87,7 +109,7 @@ def increase(
     if isinstance(operands, Tensor):
         return problem.direct(rounded, factor, operands, shift, source)
     out = torch.empty_like(factor)
-    # memory given back after a launch is used again in the stream's order
+    # memory freed after a launch may be reused at once, because the stream keeps the order
     for part, held in held_together(operands, _MADE_BYTES):
         lift = None if shift is None else shift[part]
         out[part] = problem.factored(rounded[part], factor[part], held, lift, source[part])
@@ -95,7 +117,7 @@ def increase(
 
 
 class _Problem:
-    """The vectors of B residual vectors in the kernels' units: bits, or multiples of the cap."""
+    """The vectors of words of B residual vectors, in the units of the kernels: bits, or multiples of the cap."""
 
     def __init__(self, base: Base, splits: int | None):
         self.base, self.splits = base, splits
@@ -109,7 +131,7 @@ class _Problem:
     def factored(
         self, rounded: Tensor, factor: Tensor, operators: list[Tensor], shift: Tensor | None, source: Tensor
     ) -> Tensor:
-        """S [G, R] of writes [G, R, k], `rounded` times `factor` [G, R], with an operator [V, k] for each group."""
+        """Return S [G, R] of writes `rounded` [G, R, k] times `factor` [G, R], with an operator [V, k] per group."""
         groups, rows, depth = rounded.shape
         dtype, vocab = operators[0].dtype, len(operators[0])
         plain = shift is None and self.base.cap is None
@@ -142,7 +164,7 @@ class _Problem:
         picked: Tensor,
         sums: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Small writes' parts of picked and sums; the list of the other rows [G, R], and their counts [G]."""
+        """Fill picked and sums for the small writes; return the list of the other rows [G, R] and its counts [G]."""
         groups, rows, depth = rounded.shape
         tile = triton_moments.config(chip(rounded.device)[0])
         sizes = {"DEPTH": depth, "BLOCK_K": block_k(depth), "enable_fp_fusion": True}
@@ -162,7 +184,7 @@ class _Problem:
         return order, counts
 
     def direct(self, rounded: Tensor, factor: Tensor, operand: Tensor, shift: Tensor | None, source: Tensor) -> Tensor:
-        """S [G, R] of writes [G, R, d], `rounded` times `factor` [G, R], with the operand [V, d]."""
+        """Return S [G, R] of the writes `rounded` [G, R, d] times `factor` [G, R], with the operand [V, d]."""
         depth, vocab = rounded.shape[2], len(operand)
         rows = factor.numel()
         tile = self._tile(operand.dtype, depth, "direct", rounded.device, shift)
@@ -170,7 +192,7 @@ class _Problem:
         splits, share = self._split(tile, min(blocks, BAND), vocab, rounded.device)
         picked = torch.empty_like(factor)
         sums = factor.new_empty(splits, *factor.shape)
-        # a block of rows goes through the residual vectors between its first and its last: sorted, they are few
+        # a block of rows goes through all residual vectors between its first and its last; sorting makes them few
         sorted_source, order = torch.sort(source, stable=True)
         place = order[:, None] * factor.shape[1] + torch.arange(factor.shape[1], device=factor.device)
         origin = sorted_source[:, None].expand_as(place).contiguous()
@@ -185,7 +207,7 @@ class _Problem:
     def _split(
         self, tile: Config | triton_moments.Config, programs: int, vocab: int, device: torch.device
     ) -> tuple[int, int]:
-        """How many shares of the vocabulary, and the words of each: whole tiles, and no share empty."""
+        """Return the number of shares of the vocabulary and the words of each: whole tiles, with no share empty."""
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         tiles = triton.cdiv(vocab, tile.block_v)
         wanted = self.splits or triton.cdiv(tile.programs * processors, programs)
@@ -215,7 +237,7 @@ class _Problem:
 
 
 def _addresses(operators: list[Tensor], device: torch.device) -> Tensor:
-    """int64 [G]."""
+    """Return the addresses of the operators on the device, int64 [G]."""
     if not isinstance(operators, Together):
         return torch.tensor([one.data_ptr() for one in operators], device=device)
     if operators.table is None:
@@ -224,6 +246,6 @@ def _addresses(operators: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _merged(picked: Tensor, sums: Tensor) -> Tensor:
-    """S from the explained word's change and the sums of the shares, both in bits."""
+    """Return S from the change of the explained word's logit and the sums of the shares, both in bits."""
     total = sums[0] if len(sums) == 1 else torch.logsumexp(sums / _LOG2E, 0) * _LOG2E
     return (picked - total) / _LOG2E

@@ -1,17 +1,17 @@
-"""Small writes without an exponential for each word: the log-sum-exp from two moments of the words' changes.
+"""The log-sum-exp of small writes from two moments of the words' changes, without an exponential for each word.
 
-With p at h, d_v the change of word v's logit by a write and b the explained word, the increase is
+With p at h, d_v the change of the logit of word v by a write, and b the explained word, the increase is
 
     S = d_b - log sum_v p_v exp(d_v) = -(m + log(1 + s / 2 + r)),   m = sum p (d - d_b),   s = variance of d under p
 
-by Taylor's theorem about the mean of d; with Lagrange's remainder |r| <= c exp(c) s / 6, where c bounds the distance of
-any d_v from the mean. The factored way has d_v = w . M_v, so that m = w . sum p (M_v - M_b) and the second moment,
-w^T (sum p (M_v - M_b) M_v^T) w, serve all writes w of a head; c is |w| max |M_v| and the mean's size. The sums over the
-words cost what as many writes cost as a write has numbers, less their exponentials.
+by Taylor's theorem about the mean of d. Lagrange's remainder is |r| <= c exp(c) s / 6, where c bounds the distance of
+any d_v from the mean. In the factored way d_v = w . M_v, so that the sums over the words in m = w . sum p (M_v - M_b)
+and in the second moment w^T (sum p (M_v - M_b) M_v^T) w serve all writes w of a head. c is |w| max |M_v| plus the
+size of the mean. If a write has k numbers, the sums over the words cost as much as k writes, less their exponentials.
 
-S errs by c exp(c) s / 6 at most, and where that is within one rounding of an operand, relative to the deviation
-sqrt(s), the write is done. The others are listed for `triton_tiles.factored`; NaN and infinity are among them. On top
-come the roundings of what is added up: p (M - M_b) is in the operands' type, as M and w are.
+The error of S is at most c exp(c) s / 6. A write is done if this is within one rounding of an operand, relative to the
+deviation sqrt(s). The other writes are listed for `triton_tiles.factored`; NaN and infinity are among them. The
+roundings of the summands come on top: p (M - M_b) is in the dtype of the operands, like M and w.
 """
 
 # ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
@@ -27,14 +27,21 @@ from .triton_rounding import INTERPRETED, round_to
 from .triton_tiles import dot
 
 _LN2, _LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-_MOST_DEPTH = 128  # of a head: the moments stay in registers
-LEAST_WORK = 1 << 27  # exponentials; of fewer the time is that of the launches, and these are two more
-BLOCK_R, WARPS = 32, 4  # of `expand`; with more Triton 3.6 cannot compile it for sm_100
+_MOST_DEPTH = 128  # largest depth of a head at which the moments stay in registers
+LEAST_WORK = 1 << 27  # exponentials; with fewer, launches take all the time, and the moments need two more of them
+BLOCK_R, WARPS = 32, 4  # for `expand`; with more, Triton 3.6 cannot compile it for sm_100
 
 
 class Config(NamedTuple):
-    """Words of a tile; warps; pipeline stages; registers a thread may have; programs a multiprocessor gets, in about
-    two waves."""
+    """The tile size and the launch options of `moments`.
+
+    Attributes:
+        block_v: Words of a tile.
+        warps: Warps of a program.
+        stages: Pipeline stages.
+        registers: Registers that a thread may have.
+        programs: Programs that each multiprocessor gets, in about two waves.
+    """
 
     block_v: int
     warps: int
@@ -44,22 +51,22 @@ class Config(NamedTuple):
 
 
 def config(capability: tuple[int, int]) -> Config:
-    """The tile of `moments` for a GPU of this compute capability."""
+    """Return the tile of `moments` for a GPU of this compute capability."""
     if capability[0] in (9, 10):
         return Config(64, 8, 4, 128, 4)
     return Config(32, 4, 4, 255, 4)  # both operands of the older products are in registers
 
 
 def serves(dtype: torch.dtype, depth: int, groups: int, rows: int, vocab: int) -> bool:
-    """Whether the moments are worth their making, for writes of a type whose rounding leaves room for the remainder."""
+    """Return whether the moments pay off, for writes in a dtype whose rounding leaves room for the remainder."""
     fits = dtype.itemsize == 2 and depth <= _MOST_DEPTH and depth % 8 == 0
     return fits and rows >= 2 * depth and groups * rows * vocab >= LEAST_WORK
 
 
 @triton.jit
 def _weighted(tile, explained, chance):
-    """chance (tile - explained), each step rounded to their type."""
-    if INTERPRETED:  # which would take the bit patterns of bfloat16 for numbers
+    """Return chance (tile - explained), with each step rounded to the dtype of the operands."""
+    if INTERPRETED:  # the interpreter would take the bit patterns of bfloat16 for numbers
         less = round_to(tile.to(tl.float32) - explained.to(tl.float32), tile.dtype)
         return round_to(less.to(tl.float32) * chance.to(tl.float32), tile.dtype)
     return (tile - explained) * chance
@@ -67,7 +74,7 @@ def _weighted(tile, explained, chance):
 
 @triton.jit(do_not_specialize=["groups", "vocab", "share"])
 def moments(
-    writes,  # for its type
+    writes,  # used for its dtype only
     operators,  # int64 [groups]: addresses of [vocab, DEPTH]
     source,  # int64 [groups]
     tokens,  # int64 [B]
@@ -76,14 +83,14 @@ def moments(
     second,  # [splits, groups, DEPTH, DEPTH]
     groups,
     vocab,
-    share,  # words a split, a multiple of BLOCK_V
+    share,  # words per split, a multiple of BLOCK_V
     DEPTH: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """sum p (M - M_b) and sum p (M - M_b) M^T over a share of the words."""
+    """Compute sum p (M - M_b) and sum p (M - M_b) M^T over a share of the words."""
     dtype: tl.constexpr = writes.dtype.element_ty
-    lift: tl.constexpr = 12 if dtype == tl.float16 else 0  # in bits: what is likely stays above float16's smallest
+    lift: tl.constexpr = 12 if dtype == tl.float16 else 0  # in bits; keeps likely words above float16's smallest number
     group = tl.program_id(0) % groups
     split = tl.program_id(0) // groups
     operator = tl.load(operators + group).to(tl.pointer_type(dtype))
@@ -108,14 +115,15 @@ def moments(
             tile = tl.load(at, mask=known[:, None], other=0.0)
         else:
             tile = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
-        # the next tile's, now: nothing else hides the wait for it
+        # the next tile's log-probabilities are loaded now, because nothing else hides the wait for them
         ahead = word + BLOCK_V
         later = tl.load(base + ahead, mask=ahead < stop, other=float("-inf"))
         chance = round_to(tl.exp2(level + lift), dtype)
         part = _weighted(tl.trans(tile), explained[:, None], chance[None, :])
         square += dot(part, tile)
-        # The narrowest product there is; its columns are the same. Used at once, so that it is waited for, and the one
-        # before it with it: Triton would let a product that is only added up run on while its tile is overwritten.
+        # This is the narrowest product there is; all its columns are equal. Using its result at once makes the program
+        # wait for it and for the product before it. Triton would let a product that is only added up run on while its
+        # tile is overwritten.
         mean += tl.max(dot(part, ones), 1)
         level = later
     back: tl.constexpr = 2.0**-12 if dtype == tl.float16 else 1.0
@@ -128,28 +136,30 @@ def moments(
 @triton.jit(do_not_specialize=["groups", "rows", "vocab", "splits", "shares"])
 def expand(  # long: one kernel, whose parts share registers
     writes,  # [groups, rows, DEPTH]
-    factor,  # [groups, rows]: what brings them back, in bits
-    operators,  # int64 [groups]: each with its longest row's length behind it
+    factor,  # [groups, rows]: factors that bring the writes back, in bits
+    operators,  # int64 [groups]: addresses of operators that have the length of their longest row behind them
     source,  # int64 [groups]
     tokens,  # int64 [B]
     first,  # [splits, groups, DEPTH]
     second,  # [splits, groups, DEPTH, DEPTH]
     picked,  # [groups, rows]
     sums,  # [shares, groups, rows]
-    order,  # int32 [groups, rows]: the rows that are left, from the first
-    counts,  # int32 [groups]: how many
+    order,  # int32 [groups, rows]: the rows that are left come first
+    counts,  # int32 [groups]: number of rows that are left
     groups,
     rows,
     vocab,
     splits,
     shares,
-    rounding,  # of an operand, relative
+    rounding,  # relative rounding of an operand
     DEPTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """All rows of a group: 0 as picked and -S as log2 of the sum, so that their difference is S, or a place in the
-    list."""
+    """Compute the increase of the small writes of a group, and list the rows of the others.
+
+    A small write gets 0 as picked and -S as log2 of the sum, so that their difference is S.
+    """
     group = tl.program_id(0)
     depth = tl.arange(0, BLOCK_K)
     inside = depth < DEPTH
@@ -180,15 +190,15 @@ def expand(  # long: one kernel, whose parts share registers
         spread = raw - m * centre
         spread = tl.where(spread < 0, 0.0, spread)  # NaN stays
         most = power * tl.sqrt(tl.sum(wide * wide, 1)) * longest + tl.abs(centre)
-        # the second moment is made of rounded numbers
+        # the second moment is a sum of rounded numbers, hence the allowance for their rounding
         deviation = tl.sqrt(spread + 4 * rounding * tl.abs(raw))
         small = fits & (most * tl.exp2(most * _LOG2E) * deviation <= 6 * rounding)
-        y = 0.5 * spread  # small: the logarithm's series keeps the digits
+        y = 0.5 * spread  # y is small, and the series of the logarithm keeps its digits
         change = m + y * (1 - y * (1 / 2 - y * (1 / 3 - y / 4)))
         tl.store(picked + place, tl.zeros_like(change), mask=small)
         kept = change * _LOG2E
         at = sums + place
-        for _ in range(0, shares):  # all of it in the first
+        for _ in range(0, shares):  # the first share gets the whole sum, the others -inf
             tl.store(at, kept, mask=small)
             kept = tl.zeros_like(kept) + float("-inf")
             at += groups * rows

@@ -1,5 +1,8 @@
-"""Writes as the products take them: scaled by the norm after them, rounded to the operands' type in units of each row's
-own power of two. One pass, where plain torch needs six."""
+"""The writes in the form that the matrix products take.
+
+The writes are scaled by the norm's scale after the write. Each row is then rounded to the dtype of the operands in
+units of its own power of two. This takes one pass, where plain torch needs six.
+"""
 
 # ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
 from __future__ import annotations
@@ -17,8 +20,8 @@ BLOCK_R, BLOCK_K, WARPS = 32, 128, 4
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 in a narrower type, to the nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:  # which cuts off
+    """Round float32 to the nearest number of a narrower dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
@@ -51,8 +54,10 @@ def round_rows(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """rounded = value * (after + shift) * gain / power, factor = power * unit, with the power of two that brings the
-    row's largest to between 1/2 and 1."""
+    """Compute rounded = value * (after + shift) * gain / power and factor = power * unit for each row.
+
+    `power` is the power of two that brings the largest number of the row to between 1/2 and 1.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     fits = row < count
     scale = tl.load(after + tl.load(source + row // rows, mask=fits, other=0), mask=fits, other=0.0)
@@ -64,7 +69,7 @@ def round_rows(
     for step in range(0, DEPTH, BLOCK_K):
         write = _scaled(at + step, gain + step + depth, fits, depth + step < DEPTH, scale, HAS_GAIN)
         size = tl.abs(write)
-        largest = tl.maximum(largest, tl.max(tl.where(size == size, size, float("inf")), 1))  # NaN as if without end
+        largest = tl.maximum(largest, tl.max(tl.where(size == size, size, float("inf")), 1))  # NaN counts as infinity
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 126
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
@@ -86,8 +91,22 @@ def rounded_writes(
     dtype: torch.dtype,
     unit: float,
 ) -> tuple[Tensor, Tensor]:
-    """Of values [G, R, k] in any type, gain [k], the norm's scale after the writes, after [B] + shift [G, R], of the
-    residual vector source int64 [G]: the writes in `dtype` [G, R, k] and what brings each row back, float32 [G, R]."""
+    """Scale the writes by the norm and round them to `dtype`, each row in units of its own power of two.
+
+    The norm's scale after a write is after[source] + shift.
+
+    Args:
+        values: Writes, [G, R, k], in any dtype.
+        gain: Gain of the norm, [k], or None.
+        after: Scale of the norm at each residual vector, [B].
+        shift: Change of the norm's scale by each write, [G, R], or None.
+        source: Residual vector of each group, int64 [G].
+        dtype: Dtype of the rounded writes.
+        unit: Number that multiplies the returned factors.
+
+    Returns:
+        The rounded writes, [G, R, k] in `dtype`, and the factor that brings each row back, float32 [G, R].
+    """
     groups, rows, depth = values.shape
     rounded = torch.empty(values.shape, dtype=dtype, device=values.device)
     factor = torch.empty(groups, rows, dtype=torch.float32, device=values.device)

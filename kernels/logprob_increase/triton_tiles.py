@@ -1,8 +1,9 @@
-"""The device code of `triton_kernel`: tiles of words against a block of writes, log-sum-exp as it goes.
+"""The device code of `triton_kernel`: products of tiles of words with a block of writes, and a running log-sum-exp.
 
-Everything is in powers of two, x = base + d in bits, so that no exponential needs a multiplication of its own. Each
-program has one block of writes and one share of the vocabulary; it leaves log2 of the sum over its share, and, if the
-explained token lies there, the d of that word: numerator and denominator come from the same products.
+All exponents are in powers of two, x = base + d in bits, so that no exponential needs a multiplication of its own. Each
+program has one block of writes and one share of the vocabulary. It writes log2 of the sum over its share. If the
+explained token lies in its share, it also writes the d of that word, so that the numerator and the denominator come
+from the same products.
 """
 
 # ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
@@ -14,14 +15,14 @@ import triton.language as tl
 from ..dispatch import interpreted
 
 _INTERPRETED = tl.constexpr(interpreted())
-# sums between these err by rounding alone: what is lost below 2 ** -126 is nothing beside them
+# sums between these limits err by rounding alone, because terms lost below 2 ** -126 are negligible beside them
 LEAST, MOST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)
-_MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)  # so that 2 ** (this z) = exp(-2 z)
+_MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)  # 2 ** (this * z) = exp(-2 z)
 
 
 @triton.jit
 def _tanh(z):
-    """To one or two roundings of 1; the same bits for the same z, so that a zero write changes nothing."""
+    """Return tanh(z), to one or two roundings of 1; equal z give equal bits, so that a zero write changes nothing."""
     power = tl.exp2(tl.abs(z) * _MINUS_2_LOG2E)
     size = (1 - power) / (1 + power)
     return tl.where(z < 0, -size, size)
@@ -29,8 +30,11 @@ def _tanh(z):
 
 @triton.jit
 def _change(products, factor, shift, lean, before, gain, OWN: tl.constexpr, CAP: tl.constexpr):
-    """d, in bits: products and factor give the write's part, shift lean that of the norm's scale. With a
-    cap, factor and shift come divided by it, before is the logit over the cap, and gain the cap in bits."""
+    """Return the change d of the logits, in bits.
+
+    `products` times `factor` is the part of the write, and `shift` times `lean` the part of the norm's scale. With a
+    cap, `factor` and `shift` are divided by the cap, `before` is the logit over the cap, and `gain` is the cap in bits.
+    """
     d = products * factor
     if OWN:
         d += shift * lean
@@ -41,7 +45,10 @@ def _change(products, factor, shift, lean, before, gain, OWN: tl.constexpr, CAP:
 
 @triton.jit
 def _products(left, right, fits, known, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """left [BLOCK_R, DEPTH] times right [DEPTH, BLOCK_V]: pointers to their first BLOCK_K columns and rows."""
+    """Compute left [BLOCK_R, DEPTH] times right [DEPTH, BLOCK_V].
+
+    `left` points to the first BLOCK_K columns, `right` to the first BLOCK_K rows.
+    """
     depth = tl.arange(0, BLOCK_K)
     products = tl.zeros([left.shape[0], right.shape[1]], tl.float32)
     for step in range(0, DEPTH, BLOCK_K):
@@ -58,22 +65,22 @@ def _products(left, right, fits, known, DEPTH: tl.constexpr, BLOCK_K: tl.constex
 
 @triton.jit
 def _column(products, column, BLOCK_V: tl.constexpr):
-    """The column of each row: that of the explained word; 0 where it is not in the tile."""
+    """Return the product of each row with its explained word, at `column`, or 0 where the tile does not hold it."""
     return tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == column, products, 0.0), 1)
 
 
 @triton.jit
 def _add(x, peak, total):
-    """The running maximum and the running sum of 2 ** (x - maximum), with a tile x more."""
+    """Return the running maximum and the running sum of 2 ** (x - maximum) after one more tile x."""
     new = tl.maximum(peak, tl.max(x, 1))
-    level = tl.where(new == float("-inf"), 0.0, new)  # a block of words that cannot be said
+    level = tl.where(new == float("-inf"), 0.0, new)  # the maximum is -inf if all words so far have probability 0
     total = total * tl.exp2(peak - level) + tl.sum(tl.exp2(x - level[:, None]), 1)
     return new, total
 
 
 @triton.jit
 def dot(a, b):
-    if _INTERPRETED:  # which would multiply the bit patterns of bfloat16
+    if _INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     if a.dtype == tl.float32:
         return tl.dot(a, b, input_precision="tf32x3")  # three products on the tensor cores: nearly float32
@@ -105,8 +112,10 @@ def _share(
     OWN: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Words start .. stop: the level, the sum of 2 ** (x - level), and the products of the explained word. The level is
-    `height`, or with CAREFUL each row's maximum."""
+    """Return the level, the sum of 2 ** (x - level), and the products of the explained word, over words start .. stop.
+
+    The level is `height`, or with CAREFUL the maximum of each row.
+    """
     depth = tl.arange(0, BLOCK_K)
     inside = depth < DEPTH
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -151,12 +160,12 @@ def factored(  # long: one kernel, whose parts share registers
     gain,
     picked,  # [groups, rows]
     sums,  # [splits, groups, rows]
-    order,  # int32 [groups, rows]: with LISTED the rows to do, from the first
-    counts,  # int32 [groups]: how many
+    order,  # int32 [groups, rows]: with LISTED, the rows to do come first
+    counts,  # int32 [groups]: with LISTED, the number of rows to do
     groups,
     rows,
     vocab,
-    share,  # words a split, a multiple of BLOCK_V
+    share,  # words per split, a multiple of BLOCK_V
     DEPTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -165,9 +174,12 @@ def factored(  # long: one kernel, whose parts share registers
     CAP: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Every group has an operand of its own. Where BLOCK_K covers its depth, the block of writes stays on the chip."""
+    """Compute the increase with an operator for each group.
+
+    The block of writes stays on the chip if BLOCK_K covers the depth.
+    """
     blocks = tl.cdiv(rows, BLOCK_R)
-    block = tl.program_id(0) % blocks  # fastest: the blocks of a group share its operand in the cache
+    block = tl.program_id(0) % blocks  # the fastest index, so that blocks of a group share its operator in the cache
     group = tl.program_id(0) // blocks % groups
     split = tl.program_id(0) // blocks // groups
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -189,17 +201,17 @@ def factored(  # long: one kernel, whose parts share registers
     scale = tl.load(factor + place, mask=fits, other=0.0)
     lift = tl.load(shift + place, mask=fits, other=0.0) if OWN else scale
     operator = tl.load(operators + group).to(tl.pointer_type(writes.dtype.element_ty))
-    operator = tl.multiple_of(operator, 16)  # memory of its own, see operators.make_operator
+    operator = tl.multiple_of(operator, 16)  # each operator has its own allocation; see operators.make_operator
     origin = tl.load(source + group)
     token = tl.load(tokens + origin).to(tl.int32)
     base += origin * vocab
     lean += origin * vocab
     before += origin * vocab
     if BLOCK_K < DEPTH:
-        write = scale  # unused: the block of writes is read again for each tile
-    # One level for all rows, in place of each row's running maximum: a third of the work beside the products. The
-    # share's first words say how high; where a row ends far from there the careful sum is made. With a cap the other
-    # work is large, and registers are few.
+        write = scale  # unused, because the block of writes is read again for each tile
+    # One level for all rows replaces the running maximum of each row: a third of the work beside the products. The
+    # first words of the share set the level. If a row ends far from it, the careful sum is made. With a cap the
+    # careful sum is always made, because the other work is large and registers are few.
     word = split * share + tl.arange(0, BLOCK_V)
     height = tl.max(tl.load(base + word, mask=word < vocab, other=float("-inf")), 0)
     height = tl.where(height == float("-inf"), 0.0, height)
@@ -208,7 +220,7 @@ def factored(  # long: one kernel, whose parts share registers
         min(split * share + share, vocab), vocab, CAP, DEPTH, BLOCK_R, BLOCK_V, BLOCK_K, OWN, CAP,
     )  # fmt: skip
     if not CAP:
-        near = (total >= LEAST) & (total <= MOST)  # not where it is NaN
+        near = (total >= LEAST) & (total <= MOST)  # false for NaN
         if tl.max((fits & ~near).to(tl.int32), 0) != 0:
             peak, total, found = _share(
                 write, left, operator, base, lean, before, scale, lift, gain, height, fits, token, split * share,
@@ -228,7 +240,7 @@ def direct(  # long: one kernel, whose parts share registers
     shift,  # [rows]
     operand,  # [vocab, DEPTH]
     order,  # int64 [rows]: the rows sorted by residual vector
-    source,  # int64 [rows], of the rows in that order
+    source,  # int64 [rows]: residual vectors of the rows in that order
     tokens,  # int64 [B]
     base,  # [B, vocab]
     lean,  # [B, vocab]
@@ -238,7 +250,7 @@ def direct(  # long: one kernel, whose parts share registers
     sums,  # [splits, rows]
     rows,
     vocab,
-    share,  # words a split, a multiple of BLOCK_V
+    share,  # words per split, a multiple of BLOCK_V
     splits,
     DEPTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -248,8 +260,8 @@ def direct(  # long: one kernel, whose parts share registers
     OWN: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """One operand for all rows, of any depth; the rows of a block may belong to several residual vectors."""
-    # BAND blocks of rows go through all shares before the next: what runs at a time then fits the cache
+    """Compute the increase with one operand of any depth for all rows; a block may mix several residual vectors."""
+    # BAND blocks of rows go through all shares before the next ones, so that concurrent programs fit the cache
     blocks = tl.cdiv(rows, BLOCK_R)
     start = tl.program_id(0) // (BAND * splits) * BAND
     height = min(blocks - start, BAND)
@@ -276,10 +288,10 @@ def direct(  # long: one kernel, whose parts share registers
         right = operand + word.to(tl.int64)[None, :] * DEPTH + depth[:, None]
         x = _products(left, right, fits, known, DEPTH, BLOCK_K)
         found += _column(x, token[:, None] - first, BLOCK_V)
-        # most often one; a gather of base by row instead would hold a second tile in registers
+        # most often there is one vector; a gather of base by row would hold a second tile in registers
         for vector in range(lowest, highest + 1):
             mine = origin == vector
-            at = vector * vocab + first  # one address, and not one a word
+            at = vector * vocab + first  # one address for all words
             level = tl.load(base + at + column, mask=known, other=float("-inf"))[None, :]
             slope = tl.load(lean + at + column, mask=known, other=0.0)[None, :] if OWN else level
             logit = tl.load(before + at + column, mask=known, other=0.0)[None, :] if CAP else level

@@ -1,4 +1,4 @@
-"""From a residual vector to log-probabilities: the final norm and the unembedding, as data."""
+"""The final norm and the unembedding, which turn a residual vector into log-probabilities, as data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from ..few_row_linear.torch_kernel import blocks
 
 @dataclass(frozen=True)
 class Unembedding:
-    """p(. | x) = softmax(cap(weight norm(x) + bias)).
+    """The final norm and the unembedding: p(. | x) = softmax(cap(weight norm(x) + bias)).
 
-    weight: [V, d]. gain, norm_bias: [d] or None; bias: [V] or None. kind: "rms" divides by the root mean
-    square, "layer" by the standard deviation after taking the mean off. eps: added to the mean square.
-    softcap: c in c tanh(logit / c), or None.
+    Attributes:
+        weight: Weight of the unembedding, [V, d].
+        gain: Gain of the norm, [d], or None.
+        norm_bias: Bias of the norm, [d], or None.
+        bias: Bias of the unembedding, [V], or None.
+        eps: Number that the norm adds to the mean square.
+        kind: "rms" divides by the root mean square. "layer" subtracts the mean and divides by the standard deviation.
+        softcap: The soft cap c in c tanh(logit / c), or None.
+
+    Raises:
+        ValueError: An attribute is not valid. The message names the attribute, what it got and what it takes.
     """
 
     weight: Tensor
@@ -42,16 +50,24 @@ class Unembedding:
                 raise ValueError(f"{name} has shape [{size}], got {tuple(tensor.shape)}")
 
     def centred(self, x: Tensor) -> Tensor:
-        """x [..., d] without what the norm takes off it: its mean, or nothing."""
+        """Return x [..., d] minus its mean for a layer norm, and x itself for an RMS norm."""
         return x if self.kind == "rms" else x - x.mean(-1, keepdim=True)
 
     def scale(self, x: Tensor) -> Tensor:
-        """What the norm multiplies x [..., d] by, but for the gain: [...]."""
+        """Return the factor by which the norm multiplies the centred x [..., d], without the gain, as [...]."""
         return torch.rsqrt(self.centred(x).square().mean(-1) + self.eps)
 
     def times(self, columns: Tensor) -> Tensor:
-        """weight diag(gain) columns, [V, d] x [d, n] -> [V, n], accumulated in float32 or wider; the
-        weight is widened a block of rows at a time, never as a whole."""
+        """Compute weight diag(gain) columns, accumulated in float32 or wider.
+
+        The weight is widened one block of rows at a time, never as a whole.
+
+        Args:
+            columns: [d, n].
+
+        Returns:
+            The product, [V, n].
+        """
         if self.gain is not None:
             columns = self.gain.to(columns.dtype)[:, None] * columns
         if self.weight.dtype == columns.dtype:
@@ -62,12 +78,20 @@ class Unembedding:
         return out
 
     def of_rows(self, rows: Tensor, backend: str = "auto") -> Tensor:
-        """The same of vectors [n, d], as [n, V]; backend as `few_row_linear` takes it."""
+        """Compute weight diag(gain) row for each of the rows [n, d], as [n, V]; `backend` as in `few_row_linear`."""
         rows = rows if self.gain is None else rows * self.gain.to(rows.dtype)
         return few_row_linear(rows, self.weight, backend=backend)
 
     def offset(self, dtype: torch.dtype, backend: str = "auto") -> Tensor | None:
-        """What does not depend on x: weight norm_bias + bias, [V], or None; backend as `few_row_linear` takes it."""
+        """Return the part of the logits that does not depend on x.
+
+        Args:
+            dtype: Dtype of the result.
+            backend: As in `few_row_linear`.
+
+        Returns:
+            weight norm_bias + bias, [V], or None if both biases are None.
+        """
         total = None
         if self.norm_bias is not None:
             total = few_row_linear(self.norm_bias.to(dtype), self.weight, backend=backend)

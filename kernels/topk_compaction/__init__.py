@@ -1,8 +1,9 @@
-"""Choose the most attended positions of each layer, gather their keys and values.
+"""Selection of the most attended positions of each layer, with their keys and values.
 
-Layer l keeps the `keep` candidates of largest mass (of equal ones the lower position), and every position that is
-always kept; in order of position, so that what follows them still comes after them. A cache of N positions becomes
-one of M; each kept row is read once, no other row at all.
+Each layer keeps the `keep` candidates with the largest attention mass, and every position that is always kept. Among
+candidates of equal mass the lower position wins. The kept positions stay in ascending order, so that causality holds
+for the tokens that follow. A cache of N positions becomes a cache of M positions. Each kept row is read once, and no
+other row is read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ __all__ = ["Compaction", "topk_compaction"]
 
 
 class Compaction(NamedTuple):
-    """positions int64 [L, M], ascending; keys and values [L, Hkv, M, D]."""
+    """The result of `topk_compaction`.
+
+    Attributes:
+        positions: The kept positions of each layer in ascending order, int64 [L, M].
+        keys: The keys at these positions, [L, Hkv, M, D].
+        values: The values at these positions, [L, Hkv, M, D].
+    """
 
     positions: Tensor
     keys: Tensor
@@ -37,24 +44,24 @@ def topk_compaction(
     always: Tensor | None = None,
     backend: str = "auto",
 ) -> Compaction:
-    """The kept positions of L layers, and their keys and values.
+    """Select the most attended positions of L layers and gather their keys and values.
 
     Args:
-        mass: float32 [L, N]; see `knockout_attention`. NaN counts as -inf.
-        keys, values: L tensors each, [Hkv, N, D], all of one shape, type and device. Any strides but that of D,
-            which is 1; they may differ between layers.
-        keep: how many candidates each layer keeps, 0 to their number.
-        candidates: which positions are chosen from, bool [N].
-        always: which positions are kept in any case, bool [N]; none of them a candidate.
-        backend: "triton", "torch" or "auto"; see `mllm_fast.kernels.dispatch`. There is no C++ kernel: this only
-            moves memory.
+        mass: Attention mass of each position, float32 [L, N]; see `knockout_attention`. NaN counts as -inf.
+        keys, values: L tensors each, [Hkv, N, D], all of one shape, dtype and device. The stride of D is 1; the other
+            strides are free and may differ between layers.
+        keep: Number of candidates that each layer keeps, from 0 to the number of candidates.
+        candidates: Mask of the positions to choose from, bool [N].
+        always: Mask of the positions that are kept in any case, bool [N]. None of them is a candidate.
+        backend: "triton", "torch" or "auto"; see `mllm_fast.kernels.dispatch`. There is no C++ kernel, because the op
+            only moves memory.
 
     Returns:
-        Compaction(positions, keys, values), M = keep + the number of positions that are always kept. Every backend
-        gives the same, bit for bit.
+        Compaction(positions, keys, values), where M is `keep` plus the number of positions that are always kept.
+        Every backend gives the same result, bit for bit.
 
     Raises:
-        ValueError: names the argument, what it got and what it takes.
+        ValueError: An argument is not valid. The message names the argument, what it got and what it takes.
     """
     count = _check(mass, keys, values, keep, candidates, always)
     kernel = kernel_of("topk_compaction", mass.device, keys[0].dtype, backend)
@@ -62,7 +69,7 @@ def topk_compaction(
 
 
 def _check(mass, keys, values, keep, candidates, always) -> int:
-    """M, if all is well."""
+    """Check the arguments and return M, the number of kept positions."""
     if mass.ndim != 2 or mass.shape[0] < 1 or mass.dtype != torch.float32:
         raise ValueError(f"mass is float32 [L, N] with L >= 1, got {mass.dtype} {_shape(mass)}")
     layers, positions = mass.shape
@@ -88,7 +95,7 @@ def _check(mass, keys, values, keep, candidates, always) -> int:
         if tensor.device != mass.device:
             raise ValueError(f"{name} is on {tensor.device}, mass on {mass.device}: move it there")
     either = torch.zeros_like(candidates) if always is None else always
-    # one copy from the device for all three
+    # all three counts in one copy from the device
     most, fixed, shared = torch.stack([candidates.sum(), either.sum(), (candidates & either).sum()]).tolist()
     if shared:
         raise ValueError(f"always has no position that is a candidate, got {shared}")

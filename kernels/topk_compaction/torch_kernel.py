@@ -1,4 +1,4 @@
-"""The definition of `topk_compaction`, in plain torch; also what the CPU uses."""
+"""The definition of `topk_compaction` in plain torch, which the CPU uses as well."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 def select(mass: Tensor, keep: int, candidates: Tensor, always: Tensor | None) -> Tensor:
-    """The kept positions of each layer, int64 [L, M], ascending."""
+    """Return the kept positions of each layer in ascending order, int64 [L, M]."""
     chosen_from = candidates.nonzero()[:, 0]
     mass = mass[:, chosen_from]
-    mass = torch.where(mass.isnan(), -torch.inf, mass) + 0.0  # no minus before zero: a GPU's sort may look at bits
-    # stable: of equal masses the lower position comes first
+    # "+ 0.0" turns -0.0 into 0.0, because a GPU's sort may compare bits
+    mass = torch.where(mass.isnan(), -torch.inf, mass) + 0.0
+    # the sort is stable, so that the lower position comes first among equal masses
     best = torch.sort(mass, dim=1, descending=True, stable=True).indices[:, :keep]
     kept = chosen_from[best]
     if always is not None:
@@ -30,7 +31,7 @@ def compact(
     always: Tensor | None,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and result as `mllm_fast.kernels.topk_compaction`; count: M."""
+    """Compute `mllm_fast.kernels.topk_compaction`, with the same arguments and result; `count` is M."""
     positions = select(mass, keep, candidates, always)
     heads, _, width = keys[0].shape
     out = [keys[0].new_empty(len(keys), heads, count, width) for _ in range(2)]

@@ -1,7 +1,7 @@
-"""The compaction on a GPU in three launches for all layers: rank, position, copy.
+"""The compaction on a GPU, in three launches for all layers: `rank`, `place` and `copy`.
 
-A candidate's rank is the number of candidates before it; it is kept if that is below `keep`. Counting needs no sort
-and no atomic, so the result is the same every time.
+The rank of a candidate is the number of candidates that are ahead of it. A candidate is kept if its rank is below
+`keep`. Counting needs no sort and no atomic operation, so the result is the same every time.
 """
 
 # ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_I, BLOCK_J = 128, 32  # candidates ranked by a program, and compared with at a time
+BLOCK_I, BLOCK_J = 128, 32  # positions that a program ranks, and positions that it compares them with at a time
 BLOCK_N = 1024  # positions whose kept flags are summed at a time
 BLOCK_M = 32  # rows copied by a program
 WARPS = 4
@@ -33,7 +33,7 @@ def rank(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Which positions stay."""
+    """Write which positions of each layer are kept."""
     layer = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mine = tl.load(mass + layer * positions + i, mask=i < positions, other=0.0)
@@ -54,7 +54,7 @@ def rank(
 
 @triton.jit(do_not_specialize=["positions", "count"])
 def place(kept, chosen, positions, count, BLOCK_N: tl.constexpr):
-    """chosen int64 [L, count]: the positions that stay, in order. kept int8 [L, N]."""
+    """Write the kept positions in ascending order to `chosen`, int64 [L, count], from the flags `kept`, int8 [L, N]."""
     layer = tl.program_id(0).to(tl.int64)
     before = 0
     for first in range(0, positions, BLOCK_N):
@@ -77,11 +77,11 @@ def copy(
     BLOCK_D: tl.constexpr,
     VECTOR: tl.constexpr,  # elements that every row's start is a multiple of
 ):
-    """The kept rows of every layer, head, key and value."""
+    """Copy the kept rows of the keys and values of every layer and head."""
     blocks = tl.cdiv(count, BLOCK_M)
     slot = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(0) // blocks % heads
-    which = (tl.program_id(0) // blocks // heads).to(tl.int64)  # of keys and values: 2 L
+    which = (tl.program_id(0) // blocks // heads).to(tl.int64)  # index among the 2 L key and value tensors
     layers = tl.num_programs(0) // blocks // heads // 2
     position = tl.load(chosen + which % layers * count + slot, mask=slot < count, other=0)
     start = tl.load(sources + which * 3).to(tl.pointer_type(gathered.dtype.element_ty))
@@ -130,7 +130,7 @@ def compact(
 
 
 def vector(tensors: Sequence[Tensor]) -> int:
-    """Elements that one load may take: those of 16 bytes where every row begins at a multiple of them, else 1."""
+    """Return how many elements one load may take: 16 bytes if every row starts at a multiple of 16 bytes, else 1."""
     size = tensors[0].element_size()
     for tensor in tensors:
         starts = tensor.data_ptr(), tensor.stride(0) * size, tensor.stride(1) * size, tensor.shape[2] * size

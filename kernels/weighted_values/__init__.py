@@ -1,9 +1,10 @@
-"""What each position hands to a head: its value, weighed by the attention that a row pays to it.
+"""The value of each position, weighted by the attention of one row.
 
     out[g, n] = alpha_n v_n,    alpha = softmax over the seen n of scale q . k_n
 
-for heads g of one row, by their keys and values in the cache, those of query heads that share a key head too. Summed
-over positions it is the head's output; each summand, projected, is a position's write to the residual stream.
+The heads g belong to one row. The keys and values come from the cache, and query heads may share a key head. The sum
+over the positions n is the output of head g. Each summand, projected, is the write of one position to the residual
+stream.
 """
 
 from __future__ import annotations
@@ -30,23 +31,24 @@ def weighted_values(
     seen: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """alpha_n v_n of some heads of one row, for its first `count` positions.
+    """Compute the weighted values alpha_n v_n of some heads of one row, for the first `count` positions.
 
     Args:
-        query: of the row, [L, H, D].
-        keys, values: L tensors each, [Hkv, N, D], H a multiple of Hkv; of query's type. Any strides but that of D,
-            which is 1; they may differ between layers.
-        heads: (layer, head) of each of G heads.
-        count: positions, 1 to N; what comes after them does not count.
-        scale: of the scores, a layer.
-        seen: which positions the row sees, a layer: bool [N] or None for all of them. At least one is seen.
+        query: Query of the row in each layer, [L, H, D].
+        keys, values: L tensors each, [Hkv, N, D], in the dtype of `query`; H is a multiple of Hkv. The stride of D is
+            1; the other strides are free and may differ between layers.
+        heads: The (layer, head) pairs of the G heads.
+        count: Number of positions, 1 to N; later positions are ignored.
+        scale: Factor of the scores of each layer.
+        seen: Mask of the positions that the row sees in each layer, bool [N], or None where it sees all. The row sees
+            at least one position.
         backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
-        [G, count, D] in float32 (float64 for float64), zeros where a position is not seen.
+        The weighted values [G, count, D] in float32 (float64 for float64), with zeros at positions that are not seen.
 
     Raises:
-        ValueError: names the argument, what it got and what it takes.
+        ValueError: An argument is not valid. The message names the argument, what it got and what it takes.
     """
     _check(query, keys, values, heads, count, scale, seen)
     kernel = kernel_of("weighted_values", query.device, query.dtype, backend)
@@ -54,7 +56,7 @@ def weighted_values(
 
 
 def _check(query, keys, values, heads, count, scale, seen) -> None:
-    """Few and cheap tests: a streamed explanation calls this once a token."""
+    """Check the arguments with few and cheap tests, because a streamed explanation calls this once per token."""
     if query.ndim != 3 or not query.dtype.is_floating_point:
         raise ValueError(f"query is floating [L, H, D], got {query.dtype} {list(query.shape)}")
     layers, each, width = query.shape

@@ -1,4 +1,4 @@
-"""Hands the weighted values to the compiled extension. Same contract as `torch_kernel.weighted_values`."""
+"""The weighted values in the compiled extension, with the same contract as `torch_kernel.weighted_values`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def weighted_values(
     seen: Sequence[Tensor | None],
     isa: str | None = None,
 ) -> Tensor:
-    """See `torch_kernel.weighted_values`; operands float32 or bfloat16. `isa` picks an instruction set (tests), else
-    the processor's best."""
+    """Compute `torch_kernel.weighted_values` for operands in float32 or bfloat16.
+
+    `isa` selects an instruction set (for tests); None selects the best of the processor.
+    """
     width = query.shape[2]
     out = torch.empty(len(heads), count, width)
     rows, each = query.contiguous(), query.shape[1]

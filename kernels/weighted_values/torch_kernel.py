@@ -1,4 +1,4 @@
-"""The definition of `weighted_values`, in plain torch; runs in any dtype and on any device."""
+"""The definition of `weighted_values` in plain torch, for any dtype and device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weighted_values(
     scale: Sequence[float],
     seen: Sequence[Tensor | None],
 ) -> Tensor:
-    """Arguments and result as `mllm_fast.kernels.weighted_values`; `seen` has an entry a layer."""
+    """Compute `mllm_fast.kernels.weighted_values` with the same arguments; `seen` has one entry per layer."""
     wide = wide_type(query.dtype)
     out = query.new_empty(len(heads), count, query.shape[2], dtype=wide)
     for g, (layer, head) in enumerate(heads):

@@ -1,4 +1,4 @@
-"""The weighted values on a GPU: a program a head, one pass over its keys and one over its values."""
+"""The weighted values on a GPU: one program per head, with one pass over its keys and one over its values."""
 
 # ruff: noqa: N803  constants of the compilation are written in capitals, as all Triton code does
 from __future__ import annotations
@@ -42,7 +42,7 @@ def weigh(
     stride = tl.multiple_of(tl.load(place + 2), VECTOR)
     seen_at = tl.load(place + 5)
     seen = seen_at.to(tl.pointer_type(tl.uint8))
-    masked = tl.where(seen_at != 0, count, 0)  # where there is no mask nothing of it is read
+    masked = tl.where(seen_at != 0, count, 0)  # without a mask nothing is read from `seen`
     scores += head * count
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -61,7 +61,7 @@ def weigh(
     values = tl.multiple_of(values, VECTOR * (element.primitive_bitwidth // 8))
     stride = tl.multiple_of(tl.load(place + 4), VECTOR)
     out += head * count * WIDTH
-    tl.debug_barrier()  # the scores may be read by other threads than wrote them
+    tl.debug_barrier()  # a score may be read by another thread than the one that wrote it
     for first in range(0, count, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         both = (n < count)[:, None] & inside[None, :]
@@ -79,7 +79,7 @@ def weighted_values(
     scale: Sequence[float],
     seen: Sequence[Tensor | None],
 ) -> Tensor:
-    """See `torch_kernel.weighted_values`."""
+    """Compute `torch_kernel.weighted_values`."""
     _, each, width = query.shape
     out = query.new_empty(len(heads), count, width, dtype=torch.float32)
     if not len(heads):
@@ -105,7 +105,7 @@ def weighted_values(
 
 
 def vector(places: Sequence[Sequence[int]], size: int) -> int:
-    """Elements that one load may take: those of 16 bytes where every row begins at a multiple of them, else 1."""
+    """Return how many elements one load may take: 16 bytes if every row starts at a multiple of 16 bytes, else 1."""
     starts = (start for _, k, k_stride, v, v_stride, _ in places for start in (k, k_stride * size, v, v_stride * size))
     return 1 if any(start % _VECTOR for start in starts) else _VECTOR // size
 

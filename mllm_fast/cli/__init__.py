@@ -1,4 +1,4 @@
-"""The command line, one file a command; `mllm-fast --help` lists them."""
+"""The command line `mllm-fast`. `mllm-fast --help` lists its commands."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line: the entry point `mllm-fast`."""
+    """Load the plugins and run the command line. This is the entry point `mllm-fast`."""
     from ..core.errors import InputError
     from ..core.plugins import load_plugins
 
     try:
-        load_plugins(_named(sys.argv[1:]))  # before the options are made, whose help lists what there is
+        load_plugins(
+            _named(sys.argv[1:])
+        )  # before the options are created, because their help lists the plugins' methods
     except InputError as error:
         print(f"mllm-fast: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -22,7 +24,7 @@ def main() -> None:
 
 
 def _named(arguments: list[str]) -> list[str]:
-    """The plugins that are named by `--plugin` before the command, or else by the environment."""
+    """Return the plugins named by `--plugin` before the command, or else by the variable MLLM_FAST_PLUGINS."""
     found = []
     while arguments and arguments[0].startswith("--plugin"):
         word = arguments.pop(0)

@@ -1,8 +1,9 @@
 """The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | serve |
 info`.
 
-stdout carries the result alone, progress and errors go to stderr; input that cannot be used ends with one line and exit
-code 2."""
+Only the result is written to stdout; progress and errors go to stderr. Invalid input ends the command with a one-line
+message and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +65,8 @@ def plugins(
         ),
     ] = None,
 ) -> None:
-    """Which image patches and attention heads made a vision-language model speak."""
-    load_plugins(plugin or ())  # `main` did, so that help knows them; this is for who calls `app`
+    """Load the plugins that the options name."""
+    load_plugins(plugin or ())  # `main` has loaded them for the help; this is for callers of `app`
 
 
 app.command()(context.compress)
@@ -109,7 +110,12 @@ def explain(  # long: the options of a command are its parameters
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about an image and show what made the model say each word."""
+    """Answer a question about an image and show what made the model say each word.
+
+    For each word, a table shows the attention heads that raised its probability most, and the best image patch.
+    --out writes the maps to a file.
+    --verify checks each map by knocking its patches out.
+    """
     from ..core.errors import check_choice
     from ..core.files import check_target
     from ..explain.export import ENDINGS, summary
@@ -196,7 +202,7 @@ def knockout(
 ) -> None:
     """Answer with and without a knockout, and show where the generated tokens look, layer by layer.
 
-    Without --block the three configurations of arXiv 2411.17491 are compared.
+    Without --block, the three knockouts of arXiv 2411.17491 are compared with the unchanged model.
     """
     from ..knockout.rule import configurations
     from . import knockout_report
@@ -224,7 +230,7 @@ def knockout(
 
 @app.command()
 def info(as_json: Json = False) -> None:
-    """Versions, devices, and what each operation will use on this machine, and why."""
+    """Show versions, devices, and which kernel each operation uses on this machine, and why."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -306,7 +312,7 @@ def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None
 
 
 def _best_patch(ex: Explanation, token: int, method: str) -> str:
-    """Where the map is highest, as "x 12-20, y 40-48"."""
+    """Return the patch where the map is highest, as "x 12-20, y 40-48" in pixels."""
     best, words = float("-inf"), ""
     for i, layout in enumerate(ex.layout.images):
         grid = ex.heatmap(token, method, image=i)
@@ -324,11 +330,11 @@ def _best_patch(ex: Explanation, token: int, method: str) -> str:
 
 
 def main() -> None:
-    """The entry point: as typer's, with one line and exit code 2 for input that cannot be used."""
+    """Run the commands. Invalid input ends with a one-line message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a letter still shows the rest
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show must not end the command
     try:
         app()
     except (InputError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`mllm-fast compress | ask | kept`: read an image once, ask it many questions."""
+"""The commands `mllm-fast compress | ask | kept`: read an image once and ask many questions about it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ def compress(  # long: the options of a command are its parameters
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Read an image once and write what is worth keeping of it to a file, for ask."""
+    """Read an image once and write a compressed context of it to a file.
+
+    The file stores the keys and values of the tokens worth keeping.
+    The command ask answers questions from it without reading the image again.
+    """
     from ..context.file_format import ENDINGS, STORAGES
     from ..core.files import check_target
 
@@ -122,7 +126,11 @@ def ask(
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
-    """Answer questions about an image from its context: one or several, a file of them, or a conversation."""
+    """Answer questions about an image from a context file that compress wrote.
+
+    Give questions as arguments, in a file with --questions, or one per line on stdin.
+    Without any question, a terminal starts a conversation, in which each question sees the earlier ones.
+    """
     asked = [*(questions or []), *(_lines(file) if file else [])]
     if file is not None and not asked:
         raise InputError(f"{file}: there is no question in it; write one a line")
@@ -213,7 +221,7 @@ def _context(
 
 
 def _converse(ctx: Context, max_new_tokens: int) -> None:
-    """A question a line until the end of input; each sees the earlier ones."""
+    """Answer one question per line until the end of input. Each question sees the earlier ones."""
     ERR.print("[dim]ask about the image; an empty line or Ctrl-D ends[/]", highlight=False)
     chat = ctx.chat()
     while True:

@@ -1,4 +1,4 @@
-"""The command `mllm-fast detect`: what a model says is there, against a detector's boxes."""
+"""The command `mllm-fast detect`: compare what a model says is in an image with a detector's boxes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,13 @@ def detect(  # long: the options of a command are its parameters
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Find hallucinations: the model's yes to a class, and every noun it writes, against the detector's best box."""
+    """Find hallucinations: compare what the model says is in an image with a detector's boxes.
+
+    The model is asked whether each class is in the image, and its yes is compared with the detector's best box.
+    Every noun of its answer to --prompt that the vocabulary knows is checked in the same way.
+    A yes or a noun is a hallucination if no box reaches --threshold.
+    --report measures many images.
+    """
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold is 0 to 1, got {threshold}")
     if report:

@@ -1,4 +1,4 @@
-"""The command `mllm-fast eval`: figures of the papers, on any model and on your own images."""
+"""The command `mllm-fast eval`: reproduce the papers' figures with any model, and with your own images."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def evaluate(  # long: the options of a command are its parameters
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
-    """Make a figure of the papers: rows (.jsonl), tables, charts and a page, in a folder."""
+    """Run an evaluation of the papers, on generated scenes or on your own images.
+
+    The folder --out gets the measured rows (.jsonl), tables, charts and a page with the report.
+    If a run is stopped, the same command goes on from the rows that are there.
+    """
     if name not in (*EVALUATIONS, "judges", "all"):
         raise InputError(f"the evaluation is one of {', '.join(EVALUATIONS)}, judges, or all, got {name!r}")
     if (name == "judges") != (labels is not None):
@@ -111,7 +115,7 @@ def evaluate(  # long: the options of a command are its parameters
     chosen = {one: EVALUATIONS.get(one) for one in (EVALUATIONS if name == "all" else (name,)) if one != "judges"}
     _check(name, chosen, images, masks, data)
     check_charts()
-    if ray:  # actors may live in another folder
+    if ray:  # actors may run in another working directory
         images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))
         out = out.resolve()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
@@ -155,7 +159,7 @@ def evaluate(  # long: the options of a command are its parameters
 def _check(
     name: str, chosen: dict[str, type[Evaluation]], images: Path | None, masks: Path | None, data: Path | None
 ) -> None:
-    """Raise InputError for choices that do not go together, before a model is loaded."""
+    """Raise InputError if the options contradict each other, before a model is loaded."""
     if name == "all" and (images is not None or data is not None):
         raise InputError("all runs on generated scenes; for your own images name one evaluation")
     kind = chosen.get(name)
@@ -172,7 +176,7 @@ def _check(
 
 
 def _endpoint(model: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:
-    """A judge of descriptions, and a reader of them, behind one endpoint."""
+    """Return a judge of descriptions and a reader of them, which use the same endpoint."""
     from ..evaluation.judges.endpoint import Endpoint
     from ..evaluation.judges.judge_endpoint import EndpointJudge
     from ..evaluation.judges.reader_endpoint import EndpointReader
@@ -184,7 +188,7 @@ def _endpoint(model: str, url: str | None, cache: Path) -> tuple[Judge, Endpoint
 def _agreement(
     labels: Path, words: NounJudge | None, judge: Judge | None, price: float | None
 ) -> tuple[Report, dict[str, Any]]:
-    """How far judges agree with people's labels."""
+    """Return a report on how far judges agree with people's labels."""
     from ..evaluation.judges.agreement import agreement_report, read_labels
     from ..evaluation.judges.judge import shapes_judge
 
@@ -197,7 +201,7 @@ def _agreement(
 def _samples(
     kind: type[Evaluation], images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
 ) -> Samples:
-    """The images that an evaluation runs on."""
+    """Return the samples that an evaluation runs on."""
     from ..evaluation.datasets import mme, pope, scene_pairs
 
     if data is not None:

@@ -1,4 +1,4 @@
-"""The commands `mllm-fast joint ...`: train a joint model, and measure it."""
+"""The commands `mllm-fast joint ...`: train a joint model and evaluate it."""
 
 from __future__ import annotations
 
@@ -71,8 +71,11 @@ def train(  # long: the options of a command are its parameters
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Train W from the detector's embeddings to the language model's, without labels. `accelerate launch -m
-    mllm_fast.cli joint train ...` uses all GPUs."""
+    """Train W, which maps the detector's image embeddings to the language model's, without labels.
+
+    If a run is stopped, the same command goes on from its last checkpoint.
+    To use all GPUs, start it with `accelerate launch -m mllm_fast.cli joint train ...`.
+    """
     with progress("loading the libraries"):
         from tqdm import tqdm
 
@@ -88,10 +91,10 @@ def train(  # long: the options of a command are its parameters
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
         vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
     width = vlm.text.config.hidden_size
-    if hidden is None:  # the paper's, for its models; LLaVA's projector is as wide as its language model
+    if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
     shape = AlignmentConfig(kind, owl.width, width, hidden, layers, heads)
-    first = int(os.environ.get("RANK", "0")) == 0  # of several processes one speaks
+    first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
     with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not (first and sys.stderr.isatty())) as shown:
 
         def tell(done: int, total: int, what: str) -> None:
@@ -135,7 +138,10 @@ def finetune(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Teach W and adapters of the language model (LoRA) to answer from the detector's embedding as from its own."""
+    """Fine-tune W and LoRA adapters of the language model to answer from the detector's image embedding.
+
+    The model learns to give the answers that it gives from its own image embedding.
+    """
     with progress("loading the libraries"):
         from tqdm import tqdm
 
@@ -192,7 +198,11 @@ def evaluate(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """What is lost through one vision embedding: answers, embeddings, boxes, and a judge's score of descriptions."""
+    """Measure what is lost when the detector and the language model share one vision embedding.
+
+    The report compares answers, embeddings and boxes.
+    With --judge-model it also compares a judge's scores of descriptions.
+    """
     with progress("loading the libraries"):
         from ..evaluation.joint.caption_score import CaptionJudge
         from ..evaluation.joint.quality import JointQuality
@@ -221,7 +231,10 @@ def pointing(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Does gradient alignment's heaviest pixel lie on the object that was asked about? On generated scenes."""
+    """Measure whether gradient alignment points at the object that a question is about.
+
+    On generated scenes, it counts how often the map's heaviest pixel lies in the object's box and on the object itself.
+    """
     with progress("loading the libraries"):
         from ..evaluation.joint.pointing import Pointing
     run_evaluation(
@@ -249,7 +262,11 @@ def simulatability(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Given the maps of two words, which is which? For gradient alignment, log-probability maps and mean attention."""
+    """Measure whether the maps of two words show which map belongs to which word.
+
+    The words name different objects of one image, and the guess is made by where the objects are.
+    Gradient alignment, log-probability maps and mean attention are compared.
+    """
     with progress("loading the libraries"):
         from ..evaluation.joint.simulatability import Simulatability
         from ..evaluation.judges.judge import NounJudge, read_vocabulary
@@ -291,7 +308,11 @@ def bias(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Does the text change when one thing is made to look like another? Beside random and neutral changes."""
+    """Measure how the text changes when one thing is made to look like another.
+
+    The image embedding is changed so that the queries of --lower lose and those of --raise gain.
+    Random changes of the same size and neutral changes are measured for comparison.
+    """
     with progress("loading the libraries"):
         from ..evaluation.joint.bias import Asked, Bias, Swap, swap_scenes, swapped_colors, two_folders
     if bool(neutral_lower) != bool(neutral_higher):
@@ -351,7 +372,7 @@ def run_evaluation(
 
 
 def _chart(curve: list[dict[str, Any]], path: Path) -> bool:
-    """Draw a training's validation curve; False where matplotlib is not there."""
+    """Draw the validation curve of a training. Return False if matplotlib is not installed."""
     from importlib.util import find_spec
 
     from ..core.files import write_whole

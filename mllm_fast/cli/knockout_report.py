@@ -1,4 +1,4 @@
-"""Answers under knockouts side by side, and the shares of attention over layers: as text, JSON and a chart."""
+"""Reports of the knockout command: answers side by side and shares of attention, as text, JSON and a chart."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..runtime.answer import Answer
 
 Rows = Sequence[tuple[str, Answer]]
 _ENDINGS = (".png", ".svg")
-# of Okabe and Ito's palette, which people who see few colours can tell apart
+# from Okabe and Ito's palette, which works for colour-blind readers
 _COLORS = {"system": "#999999", "image": "#D55E00", "query": "#0072B2", "generated": "#009E73"}
 _STYLES = {"system": ":", "image": "-", "query": "--", "generated": "-."}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def check_chart(path: Path) -> None:
-    """Raise InputError if no chart can be written there, before any work is done for it."""
+    """Raise InputError if no chart can be written to the path, before any work is done."""
     check_target(path, _ENDINGS)
     _pyplot()
 
@@ -42,8 +42,10 @@ def _pyplot() -> Any:
 
 
 def table(rows: Rows) -> Table:
-    """Each configuration's answer, and where the generated tokens look: the mean share of each type of token, and a
-    bar a layer, from the first to the last."""
+    """Return a table of each configuration's answer and of what its generated tokens attend to.
+
+    For each type of token it has the mean share of attention, and one bar per layer, from the first to the last.
+    """
     out = Table.grid(padding=(0, 2))
     out.add_column(justify="right", style="bold")
     out.add_column(overflow="fold")
@@ -63,12 +65,12 @@ def table(rows: Rows) -> Table:
 
 
 def _bars(values: list[float]) -> str:
-    """One character a layer: empty is 0, full is all attention."""
+    """Return one character per layer: a dot is no attention, a full block is all of it."""
     return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] if value > 0.005 else "·" for value in values)
 
 
 def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
-    """Everything, ready for JSON; shares are [layers][heads]."""
+    """Return all results, ready for JSON. The shares of attention are lists [layers][heads]."""
     answers: list[dict[str, Any]] = [
         {
             "knocked_out": label,
@@ -86,8 +88,11 @@ def _lists(share: dict[str, Tensor] | None) -> dict[str, list] | None:
 
 
 def save(rows: Rows, prompt: str, path: Path) -> None:
-    """A panel a configuration: the share of each type of token over layers, the mean over heads and, shaded, from
-    the quarter to three quarters of the heads."""
+    """Save a chart with one panel for each configuration.
+
+    A panel shows the share of attention of each type of token over the layers. The line is the mean over heads, and
+    the shaded area reaches from the first to the third quartile of the heads.
+    """
     plt = _pyplot()
     figure, panels = plt.subplots(
         1, len(rows), figsize=(max(6.0, 3.6 * len(rows)), 3.9), sharey=True, squeeze=False, layout="constrained"

@@ -1,4 +1,4 @@
-"""What the commands share: their options, loading the model, progress on stderr."""
+"""Shared parts of the commands: their options, loading a model, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ MaxPixels = Annotated[int, typer.Option(help="The largest image that is read, in
 
 
 def inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path], str]:
-    """The images and the prompt; the sample image if none is given."""
+    """Return the images and the prompt, with defaults: the sample image and a question about it."""
     if not images:
         return [SAMPLE], _SAMPLE_QUESTION if question is None else question
     return images, _QUESTION if question is None else question
 
 
 def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
-    """The model, with what is being loaded shown on stderr."""
+    """Load a model and show the progress on stderr."""
     with progress("loading the libraries"):
         from ..vlm import VLM
     with progress(f"loading {model}"):
@@ -67,7 +67,7 @@ def load(model: str, device: str | None, dtype: str | None, max_pixels: int, bac
 
 
 def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> JointModel:
-    """A joint model, with what is being loaded shown on stderr."""
+    """Load a joint model and show the progress on stderr."""
     with progress("loading the libraries"):
         from ..joint.model import JointModel
     with progress(f"loading {name}"):
@@ -76,7 +76,7 @@ def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Say on stderr what goes on, if somebody looks."""
+    """Show on stderr what the command is doing, if stderr is a terminal."""
     if ERR.is_terminal:
         with ERR.status(escape(what)):
             yield
@@ -85,7 +85,14 @@ def progress(what: str) -> Iterator[None]:
 
 
 def parse_keep(text: str) -> float | int:
-    """ "5%", "0.05" as a share, "29" as a count."""
+    """Parse the value of --keep.
+
+    Returns:
+        A share as a float, for "5%" or "0.05", or a count as an int, for "29".
+
+    Raises:
+        InputError: The text is neither.
+    """
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100

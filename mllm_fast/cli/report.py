@@ -1,4 +1,4 @@
-"""What the commands that measure share: a progress bar, and reports saved and printed."""
+"""Shared parts of the evaluation commands: samples, a progress bar, and saving and printing reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def publish(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
-    """Save the reports, and one page of several, and print them."""
+    """Save the reports and print them. Several reports also get a common page, report.html."""
     from ..core.files import write_whole
     from ..evaluation.report import plain, save, to_html
 
@@ -45,7 +45,7 @@ def publish(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bo
 
 @contextmanager
 def bar(name: str) -> Iterator[Progress]:
-    """A progress bar on stderr, if somebody looks."""
+    """Show a progress bar on stderr, if it is a terminal, and yield the function that updates it."""
     from tqdm import tqdm
 
     with tqdm(desc=name, unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
@@ -79,7 +79,17 @@ def _printed(table: Table) -> Printed:
 
 
 def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
-    """`count` generated scenes, or the images of a folder (all if it is None) with what is known of them."""
+    """Return generated scenes, or the images of a folder.
+
+    Args:
+        images: A folder of images; None generates scenes.
+        masks: The images' objects, as a .json file in COCO's format or a folder of .png masks.
+        count: How many scenes or images; None takes all images of the folder.
+        seed: The seed of the generated scenes.
+
+    Raises:
+        InputError: `count` is less than 1, or masks are given without images.
+    """
     from ..evaluation.samples import pictures, scenes
     from ..evaluation.segmentation import coco, mask_folder
 

@@ -1,4 +1,4 @@
-"""`mllm-fast serve`: an HTTP server that OpenAI's clients can talk to."""
+"""The command `mllm-fast serve`: an HTTP server for OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ def serve(  # long: the options of a command are its parameters
     max_pixels: MaxPixels = 25_000_000,
     quiet: Annotated[bool, typer.Option("--quiet", help="No log of requests.")] = False,
 ) -> None:
-    """Serve the model over HTTP: OpenAI's chat completions with contexts that are re-used, explanations, metrics."""
+    """Serve a model over HTTP with OpenAI's chat completions, contexts, explanations and metrics.
+
+    An image is read once, and later questions about it use its context.
+    Without API keys, everybody who reaches the address may use the server.
+    SIGINT (Ctrl-C) and SIGTERM stop it once the requests in progress are finished.
+    """
     needed = _NEEDED | ({"gradio": "ui"} if ui else {})
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:

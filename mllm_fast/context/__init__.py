@@ -1,4 +1,4 @@
-"""An image read once: its attended tokens kept, stored and asked again."""
+"""Contexts: read an image once, keep the tokens that were attended to, store them and ask about them again."""
 
 from .registry import pruning_score
 

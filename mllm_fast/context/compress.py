@@ -1,5 +1,7 @@
-"""Read an image once and keep what was attended to (arXiv 2411.17491): the tokens of the text, and of each layer the
-image tokens that the answer, or the question, looked at most."""
+"""Compress an image into a context: read it once and keep what was attended to (arXiv 2411.17491).
+
+Each layer keeps the text tokens and the image tokens that the answer, or the question, attended to most.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,19 @@ _EVERY = ("generated", "query", "key_norm", "random")
 
 @dataclass(frozen=True)
 class ScoredPrefill:
-    """An image and a prompt, read by the model once: contexts of any size are made from it.
+    """An image and a prompt that the model has read once, from which contexts of any size are made.
 
     Attributes:
-        keys, values: of the whole prompt, one [Hkv, N, D] a layer.
-        masses: "query" or "generated" -> the attention mass of those rows, float32 [L, N], as far as it was asked for.
-        position: of the next token, for the rotary embedding.
-        description: what the model said to the prompt, empty where no score needs it.
+        vlm: the model that read them.
+        layout: the prompt's segments and images.
+        input_ids: the prompt's token ids, on the CPU.
+        keys: the keys of the whole prompt, one tensor [Hkv, N, D] per layer.
+        values: the values of the whole prompt, one tensor [Hkv, N, D] per layer.
+        masses: for "query" and "generated", if requested, the attention mass of those rows, float32 [L, N].
+        position: the position of the next token, for the rotary embedding.
+        prompt: the prompt.
+        description: the model's answer to the prompt; empty if no score needs it.
+        images: the images.
         peak_nbytes: the most bytes of keys and values that were held at once.
     """
 
@@ -53,7 +61,7 @@ class ScoredPrefill:
     def context(
         self, keep: float | int = 0.05, score: str = "generated", parts: str = "query+image", seed: int = 0
     ) -> Context:
-        """See `VLM.compress`."""
+        """Make a context; see `VLM.compress`."""
         score = score_name(score)
         check_choice("parts", parts, PARTS)
         image = self.layout.positions("image")
@@ -71,7 +79,7 @@ class ScoredPrefill:
             keep=count,
             candidates=candidates.to(device),
             always=always.to(device),
-            backend="auto" if self.vlm.backend == "cpu" else self.vlm.backend,  # there is no C++ kernel of this op
+            backend="auto" if self.vlm.backend == "cpu" else self.vlm.backend,  # this operation has no C++ kernel
         )
         settings = {"keep": keep, "kept": count, "score": score, "parts": parts}
         if score == "random":
@@ -93,7 +101,7 @@ class ScoredPrefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole prefix's keys and values."""
+        """The bytes of the whole prefix's keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def _score(self, name: str, seed: int) -> Tensor:
@@ -131,11 +139,19 @@ def compress(
 def prefill_and_score(
     vlm: ModelRunner, image: Any, prompt: str, scores: Sequence[str] = _EVERY, max_new_tokens: int = 64, **options: Any
 ) -> ScoredPrefill:
-    """Read an image with a prompt, once for each score that the model must be watched for.
+    """Read an image with a prompt, once for each kind of rows that a score observes.
+
+    Args:
+        vlm: the model.
+        image: an image, or several.
+        prompt: what the model is asked first.
+        scores: the pruning scores that contexts may use later.
+        max_new_tokens: the most tokens of the model's answer to the prompt, for scores that observe it.
+        options: options of transformers' `generate`, for one sequence and one beam.
 
     Raises:
-        InputError: a score that is not known, a model whose layers do not all see the whole sequence, a description
-            without a token.
+        InputError: a score is unknown, a layer of the model does not see the whole sequence, or the model's answer has
+            no token to score by.
     """
     observed = {PRUNING_SCORES.get(score_name(score)).observes for score in scores}
     one_answer("compress", options)
@@ -146,7 +162,8 @@ def prefill_and_score(
     inputs, (layout,), _ = vlm.prompts.prepare([pictures], [prompt])
     watched: dict[str, Tensor] = {}
     description, peak = "", 0
-    for score in [one for one in OBSERVED if one and one in observed] or [""]:  # the others need no watching
+    # scores that observe no rows need one plain run
+    for score in [one for one in OBSERVED if one and one in observed] or [""]:
         watcher = AttendedTokens(layout, score, len(vlm.text.layers)) if score else None
         length = max_new_tokens if score == "generated" else 1
         settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}

@@ -1,4 +1,4 @@
-"""Context: what is kept of an image, to be asked again and again (image re-prompting, arXiv 2411.17491)."""
+"""Context: what is kept of an image, to ask questions about it many times (image re-prompting, arXiv 2411.17491)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Kept:
-    """Image tokens that a layer of a context keeps: `positions` in the uncompressed prefix (int64 [K], ascending), the
-    image each is of (`images`, int64 [K]), and the pixel box of each in it (`boxes`, float64 [K, 4], left, top,
-    right, bottom)."""
+    """The image tokens that one layer of a context keeps.
+
+    Attributes:
+        positions: the tokens' positions in the uncompressed prefix, int64 [K], ascending.
+        images: the index of each token's image, int64 [K].
+        boxes: the pixel box of each token in its image (left, top, right, bottom), float64 [K, 4].
+    """
 
     positions: Tensor
     images: Tensor
@@ -44,18 +48,26 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Keys and values of an image's prefix, of each layer those of the text and of the kept image tokens.
+    """Keys and values of an image's prefix: in each layer, those of the text tokens and of the kept image tokens.
 
-    Nothing changes a context: questions keep what is theirs beside it, and several threads may ask at once (the model
-    serves one at a time). Tokens keep their original positions, and a question stands where it would have stood after
-    the whole prefix.
+    A context never changes. Questions keep their own keys and values beside it, and several threads may ask at once
+    (the model serves one at a time). Tokens keep their original positions, and a question has the positions that it
+    would have after the whole prefix.
 
     Attributes:
-        keys, values: [L, Hkv, M, D]. positions: of the kept tokens in the uncompressed prefix, int64 [L, M], ascending.
-        layout, input_ids: of the uncompressed prefix (system, image and query tokens). position: of the next token, for
-            the rotary embedding. prompt: of the first turn. description: what the model said to it, if that was the
-            score. settings: keep, score and parts, and how many image tokens are kept. images: the images, where
-            they are at hand. peak_nbytes: most bytes of keys and values held while it was made, 0 if from a file.
+        vlm: the model that answers the questions.
+        keys: [L, Hkv, M, D].
+        values: [L, Hkv, M, D].
+        positions: the positions of the kept tokens in the uncompressed prefix, int64 [L, M], ascending.
+        layout: the layout of the uncompressed prefix (system, image and query tokens).
+        input_ids: the token ids of the uncompressed prefix.
+        position: the position of the next token, for the rotary embedding.
+        prompt: the prompt of the first turn.
+        description: the model's answer to the prompt, if the score needed one.
+        settings: keep, score and parts, and how many image tokens are kept.
+        images: the images, if they are available.
+        peak_nbytes: the most bytes of keys and values held at once while the context was made; 0 if it was read from a
+            file.
     """
 
     vlm: ModelRunner
@@ -81,32 +93,32 @@ class Context:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens kept in each layer, text included."""
+        """The number of tokens that each layer keeps, text included."""
         return self.keys.shape[2]
 
     @property
     def prefix_length(self) -> int:
-        """Tokens of the uncompressed system + image + query sequence."""
+        """The number of tokens in the uncompressed sequence (system, image and query)."""
         return self.layout.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values and positions."""
+        """The bytes of keys, values and positions."""
         return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes of the uncompressed prefix's keys and values."""
+        """The bytes of the uncompressed prefix's keys and values."""
         return (self.keys.nbytes + self.values.nbytes) // self.num_tokens * self.prefix_length
 
     @property
     def canvases(self) -> list[Any]:
-        """The images to draw upon: `images`, or grey ones of their sizes."""
+        """The images to draw on: `images`, or grey images of the same sizes."""
         return list(self.images) or [Image.new("RGB", image.size, (128, 128, 128)) for image in self.layout.images]
 
     @property
     def questions(self) -> Questions:
-        """What asks the model questions over this context."""
+        """The `Questions` object that asks the model over this context."""
         return Questions(
             self.vlm,
             self.keys,
@@ -119,7 +131,11 @@ class Context:
         )
 
     def kept(self, layer: int) -> Kept:
-        """The image tokens that a layer keeps."""
+        """Return the image tokens that a layer keeps.
+
+        Raises:
+            InputError: there is no such layer.
+        """
         count = len(self.positions)
         if not -count <= layer < count:
             raise InputError(f"layers are 0 to {count - 1}, got {layer}")
@@ -133,17 +149,37 @@ class Context:
         return Kept(torch.cat(chosen), torch.cat(owner), np.concatenate(boxes))
 
     def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
-        """Answer a question; options as in transformers' `generate`, for one sequence and one beam."""
+        """Answer a question.
+
+        Args:
+            question: the question.
+            max_new_tokens: the most tokens that the answer may have.
+            options: options of transformers' `generate`, for one sequence and one beam.
+
+        Returns:
+            The answer.
+        """
         return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
 
     def ask_many(
         self, questions: Sequence[str], *, max_new_tokens: int = 32, batch_size: int = _BATCH, **options: Any
     ) -> list[Answer]:
-        """Answer questions, `batch_size` at a time in one pass over one copy of the prefix: each as if asked alone (but
-        that questions sampled together draw from one stream of random numbers).
+        """Answer several questions, in batches over one copy of the prefix.
+
+        Each question is answered as if asked alone, except that questions sampled together draw from one stream of
+        random numbers.
+
+        Args:
+            questions: the questions.
+            max_new_tokens: the most tokens that each answer may have.
+            batch_size: how many questions are answered at a time.
+            options: as in `ask`.
+
+        Returns:
+            The answers, in the order of the questions.
 
         Raises:
-            InputError: no question, an empty one, or one too long for the model's window.
+            InputError: there is no question, or one is empty or too long for the model's window.
         """
         if isinstance(questions, str):
             raise InputError("ask_many takes a list of questions; for a single one call ask")
@@ -152,7 +188,7 @@ class Context:
         if batch_size < 1:
             raise InputError(f"batch_size is at least 1, got {batch_size}")
         ids = [self.questions.ids(question, max_new_tokens) for question in questions]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of one length waste no room
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths in a batch need less padding
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
@@ -161,7 +197,7 @@ class Context:
         return [answers[i] for i in range(len(ids))]
 
     def chat(self) -> Chat:
-        """A conversation over this context: each question sees the earlier ones and their answers."""
+        """Start a conversation over this context, in which each question sees the earlier questions and answers."""
         return Chat(self)
 
     def stream(
@@ -206,8 +242,10 @@ class Context:
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Explanation:
-        """Explain an answer, generated or given, against what is kept: the patches that were dropped have no score.
-        See `VLM.explain`; such an explanation cannot be verified."""
+        """Explain an answer, generated or given, over the kept tokens.
+
+        Image patches that were dropped have score 0. See `VLM.explain`; this explanation cannot be verified.
+        """
         vlm = self.vlm
         check_norm(norm)
         ids = self.questions.ids(question, max_new_tokens)
@@ -235,25 +273,34 @@ class Context:
     def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
         """Write the context to a .safetensors file, which appears whole or not at all.
 
-        storage: "full", the model's type; "int8", a quarter (of float32) with a small error: keys by channel, values by
-            token.
+        Args:
+            path: the file.
+            storage: "full" stores keys and values in the model's type. "int8" takes a quarter of the space of float32
+                with a small error; keys are scaled by channel, values by token.
 
-        Returns the relative errors (root mean square) of keys and values that int8 made, else nothing.
+        Returns:
+            With "int8" the relative errors (root mean square) of keys and values, otherwise an empty dict.
         """
         return file_format.save(vars(self), path, storage)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Context:
-        """Read a context that was saved. `images`: the images (or their files), if they are to be drawn upon.
+        """Read a saved context.
+
+        Args:
+            path: the file.
+            vlm: the model that the context was made with.
+            images: the images or their files, if they are to be drawn on.
 
         Raises:
-            InputError: no such file, not a context, a newer format, a damaged file, another model or type.
+            InputError: the file is missing, damaged, not a context or of a newer format, or the model or its type is
+                another.
         """
         return cls(**file_format.load(path, vlm, images))
 
 
 class _Asked:
-    """What a stream over a context needs to attach and to explain."""
+    """The source of a stream over a context: it attaches the recording and makes the traces."""
 
     def __init__(self, questions: Questions, session: SharedPrefixDecoder):
         self._questions = questions
@@ -267,18 +314,23 @@ class _Asked:
         return self._questions.trace(cache, record, 1, length)
 
     def close(self) -> None:
-        self._session = None  # steps that are still to be explained hold it
+        self._session = None  # steps that are not explained yet still hold it
 
 
 class Chat:
-    """A conversation over a context, for one thread. `turns`: the answers so far."""
+    """A conversation over a context, for use in one thread.
+
+    Attributes:
+        context: the context.
+        turns: the answers so far.
+    """
 
     def __init__(self, context: Context):
         self.context = context
         self.turns: list[Answer] = []
         self._session = context.questions.decoder(1)
         self._sequence = context.input_ids
-        self._unread: list[int] = []  # the last token said, which no pass has read yet
+        self._unread: list[int] = []  # the last answer token, which no forward pass has read yet
 
     def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
         """Answer a question that may refer to the earlier ones; options as in `Context.ask`."""
@@ -297,9 +349,9 @@ class Chat:
             stop = vlm.prompts.stop_ids(options)
             answer = answer_of(sequence, layout, vlm.processor.tokenizer, stop)
         except BaseException:
-            self._session.back(before)  # as if it had not been asked
+            self._session.back(before)  # restore the state before the question
             raise
-        # the last token was not read; a stop token is left to the template, which ends the turn in its own way
+        # the last token was not read; a stop token is dropped, since the chat template adds its own end of turn
         self._sequence, last = sequence[:-1], int(sequence[-1])
         self._unread = [] if last in stop else [last]
         self.turns.append(answer)

@@ -1,4 +1,4 @@
-"""An image of what a context keeps: one small image a layer, with the dropped tokens in the dark."""
+"""A figure of what a context keeps: one small image per layer, in which dropped patches are dark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIDE = 200
 
 
 def save_kept(ctx: Context, path: str | os.PathLike[str]) -> None:
-    """Write `draw_kept` as a .png, which appears whole or not at all."""
+    """Write the image of `draw_kept` to a .png file, which appears whole or not at all."""
     target = Path(path)
     check_target(target, ENDINGS)
     drawn = draw_kept(ctx)
@@ -29,7 +29,10 @@ def save_kept(ctx: Context, path: str | os.PathLike[str]) -> None:
 
 
 def draw_kept(ctx: Context) -> Image.Image:
-    """Every layer's kept image tokens as lit patches of the images, and below, how often each patch was kept."""
+    """Draw the image tokens that a context keeps.
+
+    Each layer has one cell, with the kept patches of the images lit. The last cell shows how often each patch is kept.
+    """
     layers = len(ctx.positions)
     entries = [(f"layer {i}", _lit(ctx, [i])) for i in range(layers)]
     entries.append((f"all {layers} layers together", _lit(ctx, range(layers))))
@@ -60,7 +63,7 @@ def draw_kept(ctx: Context) -> Image.Image:
 
 
 def _lit(ctx: Context, layers) -> Image.Image:
-    """The images one below the other, as bright as the share of these layers that keep each patch."""
+    """Draw the images below each other, each patch as bright as the share of these layers that keep it."""
     cells = []
     for i, (picture, where) in enumerate(zip(ctx.canvases, ctx.layout.images, strict=True)):
         scale = _SIDE / max(picture.size)
@@ -83,7 +86,10 @@ def _lit(ctx: Context, layers) -> Image.Image:
 
 
 def _cells(ctx: Context, layer: int, image: int) -> np.ndarray:
-    """1 in the cells of the grid whose token a layer keeps; a thumbnail's token lights the cells it covers."""
+    """Return 1 for the cells of an image's grid that a layer keeps, and 0 for the others.
+
+    A kept token of a thumbnail sets all cells that it covers.
+    """
     where = ctx.layout.images[image]
     kept = torch.isin(where.positions, ctx.positions[layer])
     return (where.to_grid(kept.double()) > 0).double().numpy()

@@ -1,9 +1,14 @@
-"""The file format of a context: safetensors, with everything a reader needs to refuse what does not fit.
+"""The file format of a context: safetensors, with all that a reader needs to refuse a file that does not fit.
 
-Tensors: keys, values [L, Hkv, M, D] in the model's type, or int8 with `keys_scale` [L, Hkv, 1, D] and `values_scale`
-[L, Hkv, M, 1] in float32; positions int32 [L, M]; input_ids int32 [N]. The metadata's entry "mllm_fast.context" is one
-JSON object (`_describe`), "mllm_fast.checksum" the checksum of that and of all tensors: it finds damage, it is no
-signature.
+Tensors:
+    keys, values: [L, Hkv, M, D] in the model's type, or int8.
+    keys_scale: float32 [L, Hkv, 1, D], with int8 only.
+    values_scale: float32 [L, Hkv, M, 1], with int8 only.
+    positions: int32 [L, M].
+    input_ids: int32 [N].
+
+The metadata entry "mllm_fast.context" is one JSON object (see `_describe`). The entry "mllm_fast.checksum" is the
+checksum of that object and of all tensors. It detects damage, but it is not a signature.
 """
 
 from __future__ import annotations
@@ -32,8 +37,8 @@ Fields = dict[str, Any]  # the attributes of a `Context`, by name
 VERSION = 1
 STORAGES = ("full", "int8")
 ENDINGS = (".safetensors",)
-_ROW = 8 * 512  # bytes that are summed together, as 64-bit words
-_PART = 256 * _ROW  # bytes that are summed while they are in the cache
+_ROW = 8 * 512  # bytes of one row: 512 words of 64 bits
+_PART = 256 * _ROW  # bytes summed at a time, few enough to stay in the CPU's cache
 
 
 def save(fields: Fields, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
@@ -48,7 +53,7 @@ def save(fields: Fields, path: str | os.PathLike[str], storage: str = "full") ->
 
 
 def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Fields:
-    """What `Context.load` builds a context from."""
+    """Return the fields that `Context.load` builds a context from."""
     description, tensors = read(path)
     _check_model(path, description, vlm)
     try:
@@ -66,8 +71,10 @@ def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] =
 
 
 def pack(fields: Fields, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
-    """A context as the tensors and the metadata of a file; and, of int8, the relative errors (root mean square) of keys
-    and values."""
+    """Return a context as the tensors and the metadata of a file, and the errors that int8 makes.
+
+    The errors are the relative errors (root mean square) of keys and values; with "full" there are none.
+    """
     tensors = {"positions": fields["positions"].int(), "input_ids": fields["input_ids"].int()}
     errors: dict[str, float] = {}
     for name, tensor, over in (("keys", fields["keys"], 2), ("values", fields["values"], 3)):
@@ -83,10 +90,10 @@ def pack(fields: Fields, storage: str) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file, checked against its checksum.
+    """Return the description and the tensors of a file, after checking its checksum.
 
     Raises:
-        InputError: no such file, no context file, one of a newer format, one cut off or changed.
+        InputError: the file is missing, not a context, of a newer format, cut off or changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -100,7 +107,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and copies of the tensors (which may lie in a mapped file) of a file's content; see `read`."""
+    """Return the description and copies of the tensors, given a file's content; see `read`.
+
+    The tensors are copied because they may lie in a memory-mapped file.
+    """
     text = metadata.get("mllm_fast.context")
     if text is None:
         raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
@@ -118,7 +128,7 @@ def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
 
 
 def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRunner) -> Fields:
-    """A context's fields, of a file that was read."""
+    """Return the fields of a context, given the content of a file."""
     device, dtype = device_of(vlm.model), vlm.model.dtype
     if description["storage"] == "int8":
         keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
@@ -146,9 +156,17 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
 
 
 def checksum(text: str, tensors: dict[str, Tensor], copies: dict[str, Tensor] | None = None) -> str:
-    """SHA-256 of the text, of the tensors' names, types and shapes, and of the sums of their bytes, read as 64-bit
-    words in rows of 512, by row and, 256 rows at a time, by column: as fast as memory, and no change of one place
-    leaves it as it was. `copies`: takes a copy of each tensor, made on the way; the sums are those of the copies."""
+    """Return a SHA-256 checksum of a description and its tensors, in hexadecimal.
+
+    The hash covers the text, the names, types and shapes of the tensors, and sums of their bytes. The bytes are read as
+    64-bit words in rows of 512. They are summed by row and, 256 rows at a time, by column. This runs at the speed of
+    memory, and a change in one place always changes a sum.
+
+    Args:
+        text: the description.
+        tensors: the tensors by name.
+        copies: if given, receives a copy of each tensor; the sums are then those of the copies.
+    """
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -208,7 +226,7 @@ def _check_model(path: Any, description: dict[str, Any], vlm: ModelRunner) -> No
 
 
 def _check_shapes(fields: Fields) -> None:
-    """Raise ValueError if a context's parts do not fit each other and the model."""
+    """Raise ValueError or TypeError if the parts of a context do not fit each other or the model."""
     model: ModelRunner = fields["vlm"]
     text, length, positions = model.text, len(fields["input_ids"]), fields["positions"]
     kv_heads = getattr(text.config, "num_key_value_heads", None) or text.num_heads
@@ -236,8 +254,11 @@ def _check_shapes(fields: Fields) -> None:
 
 
 def _to_int8(tensor: Tensor, over: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers and their scale: one a channel of the keys (over tokens), one a token of the values (over
-    channels), as these two spread (KIVI, arXiv 2402.02750)."""
+    """Return a tensor as int8 numbers and their scale.
+
+    The scale is the largest absolute value over the dimension `over`, divided by 127. Keys have one scale per channel
+    (over tokens) and values one per token (over channels), since this is how they vary (KIVI, arXiv 2402.02750).
+    """
     wide = tensor.float()
     scale = wide.abs().amax(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (wide / scale).round().to(torch.int8), scale

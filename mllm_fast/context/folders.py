@@ -1,4 +1,4 @@
-"""Folders of files that several processes fill and read: on this machine, or behind any URL that fsspec knows."""
+"""Folders of files that several processes write and read, on this machine or behind any URL that fsspec knows."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from ..core.files import TEMPORARY
 
 _ENDING = ".safetensors"
 _LOCKS = 256
-_OURS = re.compile(r"[0-9a-f]{64}\.safetensors")  # nothing else in a folder is counted or removed
-_FORGOTTEN = 24 * 3600  # seconds after which an unfinished file of a remote folder is nobody's
+_OURS = re.compile(r"[0-9a-f]{64}\.safetensors")  # other files in a folder are neither counted nor removed
+_FORGOTTEN = 24 * 3600  # age in seconds at which a remote folder's unfinished file counts as abandoned
 
 
 class Folder(Protocol):
-    """Files by key (hexadecimal digits), least recently used out first."""
+    """Files by key (hexadecimal digits), with a budget in bytes.
+
+    Over the budget, the least recently used files are removed first.
+    """
 
     def locked(self, key: str) -> Any:
-        """A context manager: who holds it is alone with the key, as far as the folder can tell."""
+        """Return a context manager that gives exclusive use of the key, as far as the folder can tell."""
 
     def reading(self, key: str) -> Any:
-        """A context manager that gives the path of the key's file, to be read inside, or None."""
+        """Return a context manager that yields the path of the key's file, to be read inside, or None."""
 
     def write(self, key: str, make: Callable[[Path], object]) -> None:
-        """Store what `make` writes to a path; not if it is larger than the budget."""
+        """Store the file that `make` writes to a path, unless it is larger than the budget."""
 
     def drop(self, key: str) -> None:
-        """Remove a file."""
+        """Remove a key's file."""
 
     def keys(self) -> list[str]:
-        """Of all files."""
+        """Return the keys of all files."""
 
 
 def open_folder(url: str, budget: int) -> Folder:
-    """The folder of a path or a URL, made if it is not there.
+    """Open the folder at a path or a URL, and create it if it does not exist.
 
     Raises:
-        InputError: it cannot be made, or not be written to; or fsspec does not know the URL.
+        InputError: the folder cannot be created or written to, or fsspec does not know the URL.
     """
     if "://" not in url or url.startswith("file://"):
         return LocalFolder(Path(url.removeprefix("file://")), budget)
@@ -52,13 +55,16 @@ def open_folder(url: str, budget: int) -> Folder:
 
 
 class LocalFolder:
-    """A folder on this machine. Files appear by renaming. Locks are the kernel's (flock): a process that is killed
-    leaves none behind, only an unfinished file, which the next one to tidy up removes."""
+    """A folder on this machine.
+
+    Files appear by renaming. Locks are the kernel's (flock), so a killed process leaves no lock behind. It can only
+    leave an unfinished file, which the next process that tidies up removes.
+    """
 
     def __init__(self, path: Path, budget: int):
         self.path = path = path.absolute()
         self.budget = budget
-        self._latest = 0  # the last time stamp given, so that a clock that is set back does not turn the order round
+        self._latest = 0  # the latest time stamp given: the order stays right if the clock is set back
         try:
             (path / "locks").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -85,11 +91,11 @@ class LocalFolder:
             yield None
             return
         except OSError:
-            pass  # a file of somebody else's can be read all the same
+            pass  # a file that another user owns cannot be stamped, but can be read
         yield path
 
     def write(self, key: str, make: Callable[[Path], object]) -> None:
-        """See `Folder`; only who holds the key's lock may call this."""
+        """See `Folder`. Only the holder of the key's lock may call this."""
         path = self._file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
@@ -109,7 +115,7 @@ class LocalFolder:
         return [path.stem for _, _, path in self.files()]
 
     def files(self) -> list[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of each file, least recently used first."""
+        """Return (time of last use, bytes, path) of each file, least recently used first."""
         found = []
         for path in self.path.glob(f"[0-9a-f][0-9a-f]/*{_ENDING}"):
             if not _OURS.fullmatch(path.name):
@@ -120,7 +126,7 @@ class LocalFolder:
         return sorted(found)
 
     def _tidy(self, keep: Path) -> None:
-        """Keep the budget, and remove what killed processes left."""
+        """Remove the least recently used files over the budget, and the unfinished files of killed processes."""
         with self._flock("tidy"):
             files = self.files()
             self._latest = max([self._latest, *(stamp for stamp, _, _ in files)])
@@ -133,7 +139,7 @@ class LocalFolder:
                         path.unlink()
                         total -= size
         for path in self.path.glob(f"[0-9a-f][0-9a-f]/{TEMPORARY}*"):
-            # its writer holds the key's lock as long as it lives
+            # a living writer still holds the key's lock
             with self._flock(f"{int(path.parent.name, 16):02x}", wait=False) as free:
                 if free:
                     with suppress(OSError):
@@ -148,12 +154,12 @@ class LocalFolder:
 
     @contextmanager
     def _flock(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock; without `wait` give False where another holds it."""
+        """Hold a lock and yield True; with `wait=False`, yield False if somebody else holds it."""
         import fcntl
 
         path = self.path / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have emptied the folder
-        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # whoever may read it may lock it
+        path.parent.mkdir(parents=True, exist_ok=True)  # another process may have emptied the folder
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # read permission is enough to lock it
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -162,13 +168,17 @@ class LocalFolder:
                 return
             yield True
         finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a child was forked meanwhile
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough if a child process was forked meanwhile
             os.close(handle)
 
 
 class RemoteFolder:
-    """A folder behind an fsspec URL. There are no locks: two processes may make the same file at once, and both write
-    the same; a file is put beside its place and moved there. The budget is kept by time of writing."""
+    """A folder behind an fsspec URL.
+
+    There are no locks: two processes may make the same file at once, and then both write the same content. A file is
+    uploaded under a temporary name and then moved to its place. Over the budget, the files written first are removed
+    first.
+    """
 
     def __init__(self, url: str, budget: int):
         import fsspec
@@ -191,7 +201,7 @@ class RemoteFolder:
 
     @contextmanager
     def reading(self, key: str) -> Iterator[Path | None]:
-        """See `Folder`: a copy on this machine."""
+        """See `Folder`. The path is that of a temporary copy on this machine."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{key}{_ENDING}"
             try:
@@ -213,13 +223,13 @@ class RemoteFolder:
                 self._fs.put_file(str(path), unfinished)
                 self._fs.mv(unfinished, self._file(key))
             except BaseException:
-                with suppress(Exception):  # whatever file systems raise
+                with suppress(Exception):  # remote file systems raise errors of any type
                     self._fs.rm_file(unfinished)
                 raise
         self._tidy(keep=key)
 
     def _tidy(self, keep: str) -> None:
-        """Keep the budget, and remove what killed processes left."""
+        """Remove the oldest files over the budget, and the unfinished files of killed processes."""
         self._fs.invalidate_cache()
         found = [(one["name"].rpartition("/")[2], one) for one in self._fs.ls(self._root, detail=True)]
         files = sorted((one for name, one in found if _OURS.fullmatch(name)), key=_written)
@@ -252,7 +262,7 @@ class RemoteFolder:
 
 
 def _written(info: dict[str, Any]) -> str:
-    """When a file was written, as file systems tell it."""
+    """Return the time a file was written, under the first name that the file system reports it by."""
     return next(
         (str(info[name]) for name in ("LastModified", "last_modified", "mtime", "created") if info.get(name)), ""
     )

@@ -1,4 +1,4 @@
-"""Questions over what a context keeps: their tokens, their passes, their answers."""
+"""Questions over a context: their token ids, forward passes and answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from ..runtime.trace import Trace
 
 @dataclass(frozen=True)
 class Questions:
-    """Asks a model questions over a prefix; the fields are those of a `Context`, `images` the layouts of its images."""
+    """Asks a model questions over a prefix.
+
+    The fields are those of a `Context`, except that `runner` is its model and `images` the layouts of its images.
+    """
 
     runner: ModelRunner
     keys: Tensor
@@ -35,12 +38,15 @@ class Questions:
     images: tuple[ImageLayout, ...]
 
     def trace(self, session: SharedPrefixDecoder, record: Recording, num_tokens: int, length: int) -> Trace:
-        """What explains tokens of one question in progress; `length`: of the whole sequence, as far as it was read."""
+        """Return the trace that explains tokens of the one question in progress.
+
+        `length` is the number of tokens of the whole sequence that were read so far.
+        """
         own = torch.arange(len(self.input_ids), length).expand(len(self.positions), -1)
         return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
 
     def answers(self, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[Answer]:
-        """The answers to questions of these ids, in one batch."""
+        """Return the answers to questions with these token ids, computed in one batch."""
         session = self.decoder(len(ids), max_new_tokens - 1)
         prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
         longest = max(map(len, prompts))
@@ -65,10 +71,13 @@ class Questions:
         max_new_tokens: int,
         options: dict[str, Any],
     ) -> Iterator[StepOutput | None]:
-        """The passes of some questions, `prompts` being their whole sequences, for logits processors."""
+        """Run the forward passes that answer some questions.
+
+        `prompts` are the whole sequences (prefix and question), for the logits processors.
+        """
         one_answer("a context's answer", options)
         rows = [prompt.flip(0) for prompt in prompts]
-        # a token that every sequence holds: processors that look which tokens there are see no other
+        # pad with a token that every sequence contains: some processors look at which tokens occur
         padding = int(self.input_ids[0])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).flip(1)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
@@ -78,27 +87,31 @@ class Questions:
         return self.runner.run(inputs, max_new_tokens, settings)
 
     def running(self) -> AbstractContextManager[None]:
-        """The model at hand, and left as it was."""
+        """Return a context manager that locks the model and restores its state afterwards."""
         return own_state(self.runner, [])
 
     def decoder(self, count: int, expected: int = 32) -> SharedPrefixDecoder:
-        """So many questions in progress."""
+        """Return a decoder for `count` questions at once."""
         return SharedPrefixDecoder(
             self.runner.text, self.keys, self.values, self.position, count, self.runner.backend, expected
         )
 
     def layout(self, length: int) -> TokenLayout:
-        """The layout of the prefix and a question."""
+        """Return the layout of a sequence of the prefix and a question, `length` tokens in all."""
         return TokenLayout(length, length, self.images)
 
     def ids(self, question: str, max_new_tokens: int) -> list[int]:
-        """The tokens of a question, behind the turns before it."""
+        """Return the token ids of a question that follows the first turn.
+
+        Raises:
+            InputError: the question is empty, or it and the longest answer do not fit the model's window.
+        """
         ids = self.runner.prompts.turn_ids(self.prompt, len(self.images), question)
         self.check_window(len(ids) + max_new_tokens)
         return ids
 
     def check_window(self, more: int) -> None:
-        """Raise InputError if so many more tokens do not fit the model's window."""
+        """Raise InputError if `more` tokens after the prefix do not fit the model's window."""
         self.runner.prompts.check_window(
             self.position + more, "the context's prefix, the question and the longest answer take"
         )

@@ -1,4 +1,4 @@
-"""Pruning scores: ways to say which image tokens a context keeps, each registered under a name."""
+"""Pruning scores: named functions that decide which image tokens a context keeps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _RENAMED = {"norm": "key_norm"}  # an old name works until 0.3
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt as the model read it, for a pruning score.
+    """A prompt as the model read it, the input of a pruning score.
 
     Attributes:
-        keys, values: of the whole prompt, one [Hkv, N, D] a layer.
+        keys: the keys of the whole prompt, one tensor [Hkv, N, D] per layer.
+        values: the values of the whole prompt, one tensor [Hkv, N, D] per layer.
         layout: the prompt's segments and images.
-        attention_mass: what the observed rows attend to, float32 [L, N], a mean over heads and rows; None for a score
-            that observes nothing.
-        seed: for scores that draw random numbers.
+        attention_mass: the attention that each token receives from the observed rows, float32 [L, N], averaged over
+            heads and rows. None if the score observes no rows.
+        seed: the seed for scores that draw random numbers.
     """
 
     keys: tuple[Tensor, ...]
@@ -43,11 +44,11 @@ class PruningScore:
     """One way to rank image tokens.
 
     Attributes:
-        name: as in `VLM.compress(score=...)` and `--score`.
-        meaning: what a token is kept for, in a few words.
+        name: the name, as in `VLM.compress(score=...)` and `--score`.
+        meaning: why a token is kept, in a few words.
         score: the function, Prefix -> [L, N].
-        observes: whose attention is summed while the prompt is read, "query", "generated" (the model's answer to the
-            prompt) or "" for nobody's.
+        observes: the rows whose attention is summed while the prompt is read: "query", "generated" (the model's answer
+            to the prompt) or "" (none).
     """
 
     name: str
@@ -66,19 +67,19 @@ PRUNING_SCORES: Registry[PruningScore] = Registry(
 def pruning_score(
     name: str, meaning: str, *, observes: str = ""
 ) -> Callable[[Callable[[Prefix], Tensor]], Callable[[Prefix], Tensor]]:
-    """Register a function as a pruning score, as a decorator.
+    """Register a function as a pruning score; use it as a decorator.
 
-    The function takes a `Prefix` and returns one number a layer and token, [L, N]. Of each layer the image tokens with
-    the largest numbers are kept; the numbers of other tokens do not matter.
+    The function takes a `Prefix` and returns one number per layer and token, [L, N]. In each layer the image tokens
+    with the largest numbers are kept. The numbers of other tokens do not matter.
 
-    An installed package registers one by an entry point of the group "mllm_fast.pruning_scores" whose name is the
-    score's.
+    An installed package can register a score by an entry point of the group "mllm_fast.pruning_scores" that has the
+    score's name.
 
     Args:
-        name: lower-case letters, digits, "-" and "_".
-        meaning: what a token is kept for, in a few words.
-        observes: "query" or "generated", if `Prefix.attention_mass` is needed. The latter makes the model answer the
-            prompt first.
+        name: the score's name, of lower-case letters, digits, "-" and "_".
+        meaning: why a token is kept, in a few words.
+        observes: "query" or "generated", if the function needs `Prefix.attention_mass`. With "generated" the model
+            answers the prompt first.
 
     Raises:
         InputError: the name is taken or malformed, or `observes` is unknown.
@@ -93,7 +94,7 @@ def pruning_score(
 
 
 def score_name(name: str) -> str:
-    """The name of a registered pruning score, also where an old name is given.
+    """Return the name of a registered pruning score; an old name is replaced by the new one, with a warning.
 
     Raises:
         InputError: there is no such score.

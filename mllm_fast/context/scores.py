@@ -1,4 +1,4 @@
-"""The pruning scores that come with the package, and how many tokens are kept."""
+"""The pruning scores that come with the package, and the number of tokens that a context keeps."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ PARTS = ("query+image", "query", "image")
 @pruning_score("generated", "attention of the model's answer to the prompt (arXiv 2411.17491)", observes="generated")
 @pruning_score("query", "attention of the prompt itself, which needs no answer", observes="query")
 def attention_mass(prefix: Prefix) -> Tensor:
-    """The attention mass that was observed."""
+    """Return the observed attention mass."""
     assert prefix.attention_mass is not None
     return prefix.attention_mass
 
 
 @pruning_score("key_norm", "small keys, which draw most attention (Devoto et al. 2024, arXiv 2406.11430)")
 def key_norm(prefix: Prefix) -> Tensor:
-    """Minus the L2 norm of each key, a mean over heads."""
+    """Return minus the L2 norm of each key, averaged over heads."""
     return torch.stack([-keys.float().norm(dim=-1).mean(0) for keys in prefix.keys])
 
 
 @pruning_score("random", "chance, to compare with")
 def random(prefix: Prefix) -> Tensor:
-    """Uniform numbers of the seed."""
+    """Return uniform random numbers drawn with the prefix's seed."""
     generator = torch.Generator().manual_seed(prefix.seed)
     return torch.rand(len(prefix.keys), prefix.layout.length, generator=generator)
 
 
 class AttendedTokens:
-    """Sums the attention mass of the rows that a score counts, over heads and passes."""
+    """Sums the attention mass that each prompt token receives, over heads and over the rows that a score counts."""
 
     def __init__(self, layout: TokenLayout, score: str, num_layers: int):
         self._length = layout.prompt_length
@@ -48,7 +48,7 @@ class AttendedTokens:
         self._counted = 0
 
     def wants(self, first_row: int, rows: int) -> bool | Tensor:
-        """Of `AttentionObserver`."""
+        """See `AttentionObserver.wants`."""
         self._counted = 1
         if self._generated or first_row >= self._length:
             return self._generated and first_row >= self._length
@@ -57,20 +57,27 @@ class AttendedTokens:
         return chosen[None] if self._counted else False
 
     def add(self, layer: int, mass: Tensor) -> None:
-        """Of `AttentionObserver`: the mass [1, H, N], a mean over the pass's counted rows."""
-        here = self._sum[layer].to(mass.device)  # moved once: a copy to the CPU at each token would wait for the GPU
+        """See `AttentionObserver.add`; `mass` [1, H, N] is the mean over the counted rows of the forward pass."""
+        # the sum moves once: copying the mass to the CPU at each token would wait for the GPU
+        here = self._sum[layer].to(mass.device)
         self._sum[layer] = here + self._counted * mass[0, :, : self._length].float().mean(0)
         self._rows[layer] += self._counted
 
     def mean(self) -> Tensor | None:
-        """float32 [L, N], over heads and counted rows; None if there was no such row."""
+        """Return the mean over heads and counted rows, float32 [L, N]; None if a layer has no counted row."""
         if not all(self._rows):
             return None
         return torch.stack([total.cpu() / rows for total, rows in zip(self._sum, self._rows, strict=True)])
 
 
 def kept_count(keep: float | int, total: int) -> int:
-    """How many of `total` tokens a `keep` means: a count (int), or a share of them (float), rounded up."""
+    """Return how many of `total` tokens `keep` stands for.
+
+    An int is a count. A float is a share of the tokens, and the result is rounded up.
+
+    Raises:
+        InputError: `keep` is no number or out of range.
+    """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise InputError(f"keep is a share between 0 and 1 (0.05), or a count of tokens (29), got {keep!r}")
     if isinstance(keep, int):

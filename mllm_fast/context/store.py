@@ -1,7 +1,8 @@
-"""A store of contexts: the same image with the same settings is compressed once, also by several processes.
+"""A store of contexts, in memory and in a folder that several processes may share.
 
-Contexts are found by content: a hash of the pixels, the prompt, the settings, the model and its processor. They are
-held in memory and in a folder, each up to a number of bytes, least recently used out first.
+The same image with the same settings is compressed only once. The store finds a context by its content: a hash of the
+pixels, the prompt, the settings, the model and its processor. Memory and folder each have a budget in bytes; the least
+recently used contexts are removed first.
 """
 
 from __future__ import annotations
@@ -31,21 +32,27 @@ if TYPE_CHECKING:
 
 _MEMORY_BYTES = 1 << 30
 _DISK_BYTES = 10 << 30
-_KEPT_NAMES = {"key_norm": "norm"}  # what stores of earlier releases were keyed by
-_PART = 24  # digits of a key's first and second part
+_KEPT_NAMES = {"key_norm": "norm"}  # keys use the older name, so stores of earlier releases stay valid
+_PART = 24  # length of a key's first and second part, in digits
 
 
 class ContextStore:
-    """Contexts in memory and, with `url`, in a folder that several processes may share.
+    """A store of contexts in memory and, with `url`, in a folder that several processes may share.
+
+    If the folder fails, the store issues a warning and a file may be missing, but every call still gets its answer.
 
     Args:
-        url: a folder, or any URL that fsspec knows ("s3://bucket/contexts"); None keeps contexts in memory alone. In a
-            folder on this machine two processes never compute the same context at once; elsewhere they may, and both
-            write the same.
-        memory_bytes, disk_bytes: budgets. A context larger than a budget is not kept there.
-        storage: of the files, "full" or "int8"; see `Context.save`.
+        url: a folder, or any URL that fsspec knows ("s3://bucket/contexts"). With None contexts are kept in memory
+            alone. In a folder on this machine two processes never compute the same context at once. At another URL they
+            may, and then both write the same file.
+        memory_bytes: the memory budget. A context that is larger is not kept in memory.
+        disk_bytes: the folder's budget. A context that is larger is not kept in the folder.
+        storage: how files store keys and values, "full" or "int8"; see `Context.save`.
 
-    `hits`, `misses`: contexts found, and computed. A folder that fails costs files and a warning, never an answer.
+    Attributes:
+        hits: how many contexts were found.
+        misses: how many contexts were computed.
+        nbytes: the bytes of all contexts in memory.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class ContextStore:
         self.memory_bytes = memory_bytes
         self.storage = storage
         self.hits = self.misses = 0
-        self.nbytes = 0  # in memory
+        self.nbytes = 0  # bytes in memory
         self._folder: Folder | None = None if url is None else open_folder(str(url), disk_bytes)
         self._held: OrderedDict[str, Context] = OrderedDict()
         self._guard = threading.Lock()
@@ -80,7 +87,10 @@ class ContextStore:
         parts: str = "query+image",
         **options: Any,
     ) -> Context:
-        """The context that `vlm.compress` makes of these arguments: found, or made now and kept."""
+        """Return the context that `vlm.compress` makes of these arguments.
+
+        It is found in the store, or else computed now and kept.
+        """
         score = score_name(score)
         check_choice("parts", parts, PARTS)
         kept_count(keep, 1 << 62)
@@ -95,11 +105,11 @@ class ContextStore:
                     made = compress(vlm, pictures, **settings)
                     found = self.keep(key, made)
                     self._write(key, made)
-        # what is held is held without the images, and for any VLM of the same model
+        # the store holds contexts without images, and shares them among all VLMs of the same model
         return replace(found, vlm=vlm, images=tuple(pictures))
 
     def held(self, key: str) -> Context | None:
-        """The context of a key if it is in memory; without its images."""
+        """Return the context of a key, without its images, if it is in memory."""
         with self._guard:
             found = self._held.get(key)
             if found is not None:
@@ -108,11 +118,11 @@ class ContextStore:
             return found
 
     def find(self, key: str, vlm: ModelRunner) -> Context | None:
-        """The context of a key, from memory or the folder; without its images."""
+        """Return the context of a key, without its images, from memory or from the folder; None if neither has it."""
         return self.held(key) or self._on_disk(key, vlm)
 
     def keep(self, key: str, made: Context) -> Context:
-        """Hold a context that was made elsewhere in memory; as it will be found again."""
+        """Put a newly computed context in memory, and return it as it will be found again."""
         found = self._stored_form(made)
         with self._guard:
             self.misses += 1
@@ -120,13 +130,13 @@ class ContextStore:
         return found
 
     def write(self, key: str, made: Context) -> None:
-        """Put such a context into the folder, if there is one."""
+        """Write a newly computed context to the folder, if there is one."""
         if self._folder is not None:
             with self._locks.alone(key):
                 self._write(key, made)
 
     def drop(self, key: str) -> bool:
-        """Remove a context from memory and from the folder; whether it was in one of them."""
+        """Remove a context from memory and from the folder, and return whether it was in one of them."""
         with self._guard:
             old = self._held.pop(key, None)
             self.nbytes -= 0 if old is None else old.nbytes
@@ -139,7 +149,7 @@ class ContextStore:
         return there
 
     def keys(self, tenant: str = "") -> list[str]:
-        """Of the contexts of a tenant, in memory and in the folder, sorted."""
+        """Return the sorted keys of all contexts of a tenant, in memory and in the folder."""
         with self._guard:
             found = set(self._held)
         if self._folder is not None:
@@ -148,14 +158,17 @@ class ContextStore:
         return sorted(key for key in found if key.endswith(tenant_digest(tenant)))
 
     def count(self) -> int:
-        """Contexts in memory."""
+        """Return the number of contexts in memory."""
         with self._guard:
             return len(self._held)
 
     def key(self, vlm: ModelRunner, images: list[Any], settings: dict[str, Any], tenant: str = "") -> str:
-        """The content's name, 64 hexadecimal digits: 24 of the images, 24 of everything, 16 of the `tenant`. Who asks
-        in another tenant never finds it, and nobody else can tell that it is there."""
-        # what decides how image and prompt are read, without reading them: a context that is held costs no more
+        """Return the key of some content: 64 hexadecimal digits.
+
+        The first 24 digits hash the images, the next 24 hash everything, and the last 16 hash the tenant. A request
+        from another tenant never finds the context and cannot tell that it is there.
+        """
+        # hash the settings that decide how image and prompt are processed, not the result: a hit skips processing
         processor = vlm.processor
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
         ids = processor.tokenizer(vlm.prompts.text(len(images), settings["prompt"])).input_ids
@@ -173,13 +186,13 @@ class ContextStore:
         return seen[:_PART] + digest.hexdigest()[:_PART] + tenant_digest(tenant)
 
     def clear(self) -> None:
-        """Forget what is in memory; files stay."""
+        """Remove all contexts from memory; files stay."""
         with self._guard:
             self._held.clear()
             self.nbytes = 0
 
     def _stored_form(self, context: Context) -> Context:
-        """A context as it will be found again: as int8 gives it back, without the images."""
+        """Return a context as it will be found again: without images, and with int8's rounding if the store uses it."""
         bare = replace(context, images=())
         if self.storage == "full":
             return bare
@@ -196,7 +209,7 @@ class ContextStore:
             try:
                 found = Context.load(path, vlm)
             except InputError as error:
-                if path.exists():  # else it was removed meanwhile, for the budget's sake
+                if path.exists():  # otherwise it was removed meanwhile to keep the budget
                     warnings.warn(f"a stored context is dropped and made again: {error}", stacklevel=3)
                     self._folder.drop(key)
         if found is None:
@@ -225,16 +238,19 @@ class ContextStore:
 
 
 class _KeyLocks:
-    """Locks by key, in this process and, in a folder on this machine, among all that use it."""
+    """Locks by key, within this process and, for a folder on this machine, among all processes that use it."""
 
     def __init__(self, folder: Folder | None):
         self._folder = folder
         self._guard = threading.Lock()
-        self._busy: dict[str, tuple[threading.Lock, int]] = {}  # of each key, and how many want it
+        self._busy: dict[str, tuple[threading.Lock, int]] = {}  # key -> its lock and how many threads use it
 
     @contextmanager
     def alone(self, key: str) -> Iterator[None]:
-        """Nobody else computes this key meanwhile, in this process or, in a folder here, in another."""
+        """Hold a key's lock, so that no other thread computes the key meanwhile.
+
+        For a folder on this machine, no other process computes it either.
+        """
         with self._guard:
             lock, waiting = self._busy.get(key, (threading.Lock(), 0))
             self._busy[key] = lock, waiting + 1
@@ -252,7 +268,10 @@ class _KeyLocks:
 
 
 def pictures_digest(pictures: list[Any], tenant: str = "") -> str:
-    """SHA-256 of pixels, in hexadecimal; keys of the same images and tenant begin with its first 24 digits."""
+    """Return the SHA-256 of the images' pixels and the tenant, in hexadecimal.
+
+    Keys of the same images and tenant begin with its first 24 digits.
+    """
     digest = hashlib.sha256(tenant_digest(tenant).encode())
     for picture in pictures:
         digest.update(f"{picture.mode} {picture.size} ".encode())
@@ -261,14 +280,17 @@ def pictures_digest(pictures: list[Any], tenant: str = "") -> str:
 
 
 def tenant_digest(tenant: str) -> str:
-    """The 16 digits that the keys of a tenant end with."""
+    """Return the 16 hexadecimal digits that all keys of a tenant end with."""
     return hashlib.sha256(f"scope {tenant}".encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _no_answer_lost(folder: Folder, what: str) -> Iterator[None]:
-    """A folder that fails (full, taken away, not ours, out of reach) costs the file and not the answer."""
+    """Turn an error of the folder into a warning, so that the call still gets its answer.
+
+    A folder may be full, deleted, owned by somebody else or out of reach.
+    """
     try:
         yield
-    except Exception as error:  # remote file systems raise what they like
+    except Exception as error:  # remote file systems raise errors of any type
         warnings.warn(f"the store {folder} could not be {what}: {error}", stacklevel=5)

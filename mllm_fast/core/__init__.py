@@ -1,1 +1,1 @@
-"""What every room uses and that knows no model: errors, files, images, the layout of a prompt's tokens."""
+"""Code that every part of the library uses and that knows no model: errors, files, images, token layouts."""

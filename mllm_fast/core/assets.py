@@ -1,4 +1,4 @@
-"""Files that the package carries: the embedded models and the sample image."""
+"""Paths of the files in the package: the embedded models and the sample image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images made worse: what makes a model see what is not there, and how far it can be trusted then."""
+"""Corrupted images, which make a model see what is not there and test how far it can be trusted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ KINDS = ("blur", "noise", "occlusion")
 
 
 def degrade(image: Image.Image, kind: str, strength: float, rng: np.random.Generator) -> Image.Image:
-    """An RGB image, worse by `strength`, 0 (unchanged) to 1.
+    """Return an RGB image that is corrupted with a given strength.
 
-    kind: "blur", Gaussian, of a radius up to 6 % of the shorter side; "noise", Gaussian, of up to 100 of 255 in every
-    channel; "occlusion", grey squares over up to 60 % of the image.
+    Args:
+        image: An RGB image.
+        kind: "blur", a Gaussian blur with a radius of up to 6 % of the shorter side; "noise", Gaussian noise of up to
+            100 of 255 in every channel; or "occlusion", grey squares over up to 60 % of the image.
+        strength: 0 (unchanged) to 1.
+        rng: The random number generator.
     """
     check_choice("kind", kind, KINDS)
     if strength <= 0:

@@ -1,4 +1,4 @@
-"""Old names of public attributes, which work for one release."""
+"""Deprecated names of public attributes, which work for one release."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 
 def renamed(**names: str) -> Callable[[Any, str], Any]:
-    """A `__getattr__` that finds attributes by old names, old=new, with a DeprecationWarning."""
+    """Return a `__getattr__` that finds attributes by their old names, with a DeprecationWarning.
+
+    Args:
+        names: The new name of each attribute, as old=new.
+    """
 
     def find(self: Any, name: str) -> Any:
         if name not in names:

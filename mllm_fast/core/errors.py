@@ -1,4 +1,4 @@
-"""The one exception for input that cannot be used."""
+"""The exception for input that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Says what was got, what is accepted and what to do. The command line prints it in one line and
-    exits with code 2."""
+    """Input that cannot be used. The message says what was got, what is accepted and what to do.
+
+    The command line prints the message in one line and exits with code 2.
+    """
 
 
 class EndsRunError(InputError):
-    """What no single image is to blame for: the next one would meet it as well."""
+    """An error that no single image causes, so the next image would fail as well."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, behind the error's name where that line says little."""
+    """Return the first line of another library's message, preceded by the name of the error if the line is short."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return line if len(line) > 20 else f"{type(error).__name__} {line}".strip()
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from .errors import InputError
 
-TEMPORARY = ".mllm-fast-"  # how the names of unfinished files begin
+TEMPORARY = ".mllm-fast-"  # prefix of the names of unfinished files
 
 
 def check_target(target: Path, endings: Sequence[str]) -> None:
-    """Raise InputError if nothing could be saved under this path, before any work is done for it."""
+    """Raise InputError if nothing can be saved under this path, before any work is done for it."""
     if target.suffix.lower() not in endings:
         raise InputError(f"{target}: the file's ending is one of {', '.join(endings)}, got {target.suffix or 'none'!r}")
     if target.is_dir():
@@ -28,17 +28,20 @@ def check_target(target: Path, endings: Sequence[str]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file completely or not at all."""
     with whole_file(path) as name:
         Path(name).write_bytes(content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[str]:
-    """The name of a temporary file beside the target, to be written inside; on leaving it is flushed to the disk and
-    takes the target's place, or is removed if something went wrong: no reader ever sees half a file."""
+    """Yield the name of a temporary file beside the target, which takes the target's place when the block ends.
+
+    Write the file inside the block. On leaving, it is flushed to the disk and replaces the target. If an exception is
+    raised, it is removed. So no reader ever sees half a file.
+    """
     name = str(path.parent / f"{TEMPORARY}{uuid.uuid4().hex}")
-    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the rights of any other new file
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the permissions of any other new file
     try:
         yield name
         with open(name, "rb+") as file:
@@ -53,7 +56,10 @@ def whole_file(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[None]:
-    """Frees the file that is replaced inside on a thread of its own: a large one takes as long as writing it."""
+    """Free the file that is replaced inside the block on a separate thread.
+
+    Freeing a large file takes as long as writing it.
+    """
     old = None
     with suppress(OSError):
         if os.name == "posix" and stat.S_ISREG(os.lstat(path).st_mode):  # elsewhere an open file cannot be replaced
@@ -61,5 +67,5 @@ def _replaced(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if old is not None:  # its last name is gone: what closes it frees it
+        if old is not None:  # the file has no name any more, so closing it frees it
             threading.Thread(target=os.close, args=(old,), name="mllm-fast-free").start()

@@ -1,4 +1,4 @@
-"""Images from files, as a person would see them: upright, 8-bit RGB."""
+"""Reading of images as a person would see them: upright, 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError, first_line
 
-MAX_PIXELS = 100_000_000  # about 300 MB once decoded; a limit that one can raise
-_pillow_limit = Lock()  # guards Pillow's global
+MAX_PIXELS = 100_000_000  # about 300 MB once decoded; callers can raise this limit
+_pillow_limit = Lock()  # guards Image.MAX_IMAGE_PIXELS, which is global
 
 ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray | bytes
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of files that strangers send, what Pillow reads safely
+_FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # formats that Pillow reads safely from untrusted files
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image from a path, a PIL image, an array uint8 [H, W, 3] or a file's bytes into an RGB image.
+    """Read an image into an upright 8-bit RGB image.
 
-    EXIF rotation is applied; transparent parts lie over white; 16-bit values are scaled to 8 bits.
+    EXIF rotation is applied. Transparent parts are laid over white. 16-bit values are scaled to 8 bits.
+
+    Args:
+        source: A path, a PIL image, an array uint8 [H, W, 3], or the bytes of a file.
+        max_pixels: The size of the largest image that is accepted, in pixels.
 
     Raises:
-        InputError: no such file, no image, a truncated one, or more than `max_pixels` pixels.
+        InputError: The file does not exist, is no image or is truncated, or has more than `max_pixels` pixels.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -66,8 +70,10 @@ def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[
 
 @contextmanager
 def _no_limit_of_its_own() -> Iterator[None]:
-    """Pillow refuses images beyond a limit that its callers cannot raise one by one; ours is checked before
-    anything is decoded."""
+    """Lift Pillow's limit on the image size inside the block.
+
+    Pillow's callers cannot raise the limit for a single image. Our own limit is checked before anything is decoded.
+    """
     with _pillow_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -77,7 +83,7 @@ def _no_limit_of_its_own() -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: palettes, alpha, CMYK, 16 bits and EXIF rotation read right."""
+    """Convert an image to upright 8-bit RGB; palettes, alpha, CMYK, 16 bits and EXIF rotation are handled."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         # Pillow would clip 16-bit values to 255
@@ -110,10 +116,10 @@ def _too_large(name: str, got: str, max_pixels: int) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder and of the folders in it, by name.
+    """Return the images of a folder and its subfolders, sorted by path.
 
     Raises:
-        InputError: no folder, or no image in it.
+        InputError: The folder does not exist, or holds no image.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder of images")

@@ -1,4 +1,4 @@
-"""Which position of the sequence is what, and which pixels each image token covers."""
+"""The layout of a sequence: the segment of each position, and the pixels that each image token covers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of
 
 @dataclass(frozen=True)
 class Tile:
-    """A grid of `rows` x `cols` image tokens, row by row, over `box` of the original image."""
+    """A grid of `rows` x `cols` image tokens, in row-major order, over `box` of the original image."""
 
     rows: int
     cols: int
     box: Box
 
     def token_boxes(self) -> np.ndarray:
-        """The pixel box of each token, float64 [rows * cols, 4]."""
+        """Return the pixel box of each token, float64 [rows * cols, 4]."""
         left, top, right, bottom = self.box
         x = np.linspace(left, right, self.cols + 1)
         y = np.linspace(top, bottom, self.rows + 1)
@@ -31,9 +31,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """One image of a prompt: the `positions` of its tokens (int64 [n]), the `size` (width, height) of the
-    original image, and its tiles in the order of the tokens. `canvas` counts the tiles that form one
-    image side by side, (rows, cols) of tiles; a thumbnail follows them where the family has one."""
+    """One image of a prompt.
+
+    Attributes:
+        positions: Positions of the image's tokens, int64 [n].
+        size: (width, height) of the original image.
+        tiles: The tiles in the order of their tokens.
+        canvas: How many tiles lie side by side to form the image, (rows, cols). In some architectures a thumbnail
+            follows them.
+    """
 
     positions: torch.Tensor
     size: tuple[int, int]
@@ -41,27 +47,27 @@ class ImageLayout:
     canvas: tuple[int, int] = (1, 1)
 
     def token_boxes(self) -> np.ndarray:
-        """The pixel box of each token in the original image, float64 [n, 4]."""
+        """Return the pixel box of each token in the original image, float64 [n, 4]."""
         return np.concatenate([tile.token_boxes() for tile in self.tiles])
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, cols) of the finest grid: the tiles of the canvas side by side."""
+        """(rows, cols) of the finest grid, which consists of the tiles of the canvas side by side."""
         return self.tiles[0].rows * self.canvas[0], self.tiles[0].cols * self.canvas[1]
 
     @property
     def box(self) -> Box:
-        """The part of the original image that the grid covers (a centre crop leaves a rest)."""
+        """The part of the original image that the grid covers; a centre crop leaves out the margins."""
         boxes = np.array([tile.box for tile in self.tiles[: self.canvas[0] * self.canvas[1]]])
         left, top = boxes[:, :2].min(0)
         right, bottom = boxes[:, 2:].max(0)
         return float(left), float(top), float(right), float(bottom)
 
     def to_grid(self, values: torch.Tensor) -> torch.Tensor:
-        """Token values [..., n] laid on the finest grid [..., rows, cols].
+        """Lay token values [..., n] on the finest grid [..., rows, cols].
 
-        A thumbnail's tokens cover several cells: each spreads its value over them by area, so that the sum
-        over the grid is the sum over the tokens.
+        A token of a thumbnail covers several cells. Its value is spread over them by area, so that the sum over the
+        grid equals the sum over the tokens.
         """
         lead = values.shape[:-1]
         down, across = self.canvas
@@ -80,13 +86,12 @@ class ImageLayout:
 
 
 def _spread(coarse: int, fine: int) -> torch.Tensor:
-    """[fine, coarse]: the share of each coarse interval that lies in each fine one; columns sum to 1."""
+    """Return the share of each coarse interval that lies in each fine one, [fine, coarse]; the columns sum to 1."""
     return torch.from_numpy(overlaps(np.linspace(0, 1, fine + 1), np.linspace(0, 1, coarse + 1)) * coarse)
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Lengths of the overlaps of the intervals between edges `a` and those between edges `b`: [len(a) - 1,
-    len(b) - 1]."""
+    """Return how much the intervals between two lists of edges overlap, [len(a) - 1, len(b) - 1]."""
     low = np.maximum(a[:-1, None], b[None, :-1])
     high = np.minimum(a[1:, None], b[None, 1:])
     return np.clip(high - low, 0, None)
@@ -94,10 +99,15 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The segments of one sequence. `length` counts every token, `prompt_length` those before the answer.
+    """The segments of one sequence.
 
-    Segments: "system" (before the first image), "image" ("image:0", "image:1", ... its parts), "query"
-    (prompt text after the first image), "generated".
+    The segments are "system" (before the first image), "image" (with "image:0", "image:1", ... as its parts), "query"
+    (prompt text after the first image) and "generated".
+
+    Attributes:
+        length: How many tokens the sequence has.
+        prompt_length: How many tokens precede the answer.
+        images: The layout of each image.
     """
 
     length: int
@@ -112,13 +122,18 @@ class TokenLayout:
         images: Sequence[tuple[tuple[int, int], tuple[Tile, ...], tuple[int, int]]],
         prompt_length: int | None = None,
     ) -> TokenLayout:
-        """Read from the ids: the k-th run of image tokens, as long as the k-th image's tiles say.
+        """Find the tokens of each image in the ids of a sequence.
+
+        The image tokens are assigned to the images in order. Each image gets as many as its tiles have.
 
         Args:
             input_ids: int64 [N], one sequence without padding.
-            image_token_id: the processor's image token.
-            images: for each image its (width, height), its tiles and its canvas.
-            prompt_length: tokens before the answer; all by default.
+            image_token_id: The processor's image token.
+            images: (width, height), tiles and canvas of each image.
+            prompt_length: How many tokens precede the answer; all by default.
+
+        Raises:
+            ValueError: The number of image tokens differs from that of the tiles.
         """
         where = (input_ids == image_token_id).nonzero()[:, 0].cpu()
         layouts, at = [], 0
@@ -139,9 +154,12 @@ class TokenLayout:
     def from_prompt_ids(
         cls, input_ids: torch.Tensor, image_token_id: int, lengths: Sequence[int] | None = None
     ) -> TokenLayout:
-        """Read from the ids of a prompt, int64 [N], alone; its images have no size and no tiles.
+        """Find the tokens of each image in the ids of a prompt alone; the images have no size and no tiles.
 
-        lengths: how many tokens each image has. By default each run of image tokens is an image.
+        Args:
+            input_ids: int64 [N], one prompt without padding.
+            image_token_id: The processor's image token.
+            lengths: How many tokens each image has. By default each run of image tokens is one image.
         """
         where = (input_ids == image_token_id).nonzero()[:, 0].cpu()
         if lengths is None:
@@ -153,7 +171,10 @@ class TokenLayout:
 
     @property
     def segments(self) -> dict[str, torch.Tensor]:
-        """Name -> positions, int64. Every position is in one of system, image, query, generated."""
+        """The positions of each segment, by name, int64.
+
+        Every position is in exactly one of "system", "image", "query" and "generated".
+        """
         image = torch.cat([i.positions for i in self.images]) if self.images else torch.empty(0, dtype=torch.long)
         first = int(image.min()) if len(image) else self.prompt_length
         prompt = torch.arange(self.prompt_length)
@@ -169,7 +190,7 @@ class TokenLayout:
         return named
 
     def positions(self, segment: str) -> torch.Tensor:
-        """Positions of a segment, int64."""
+        """Return the positions of a segment, int64."""
         segments = self.segments
         if segment not in segments:
             raise ValueError(f"segment is one of {', '.join(segments)}, got {segment!r}")

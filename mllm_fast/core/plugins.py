@@ -1,4 +1,4 @@
-"""Files and modules that a user names, imported so that they register what they add."""
+"""Import of the files and modules that a user names, which register what they add."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Import Python files ("my_methods.py") or modules ("my_package.methods"); what is imported already is not again.
+    """Import Python files ("my_methods.py") or modules ("my_package.methods"); each is imported only once.
 
     Raises:
-        InputError: no such file or module, one that cannot be imported, or a file whose name another module has.
+        InputError: A file or module does not exist or cannot be imported, or a file has the name of another module.
     """
     for name in names:
         name = str(Path(name).resolve()) if name.endswith(".py") else name
@@ -26,7 +26,7 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def loaded_plugins() -> dict[str, ModuleType]:
-    """What `load_plugins` imported: absolute path or module name -> module."""
+    """Return what `load_plugins` imported, as a dict from absolute path or module name to module."""
     return dict(_loaded)
 
 
@@ -37,13 +37,13 @@ def _import(name: str) -> ModuleType:
         raise InputError(f"the plugin {name} is not there; give a .py file, or the name of an installed module")
     module = path.stem if is_file else name
     if is_file:
-        # by its own name, so that worker processes find the classes that it defines
+        # imported under its own name, so that worker processes find the classes that it defines
         sys.path.insert(0, str(path.parent))
     try:
         found = import_module(module)
     except InputError:
         raise
-    except Exception as error:  # whatever the file raises
+    except Exception as error:  # a file can raise anything
         raise InputError(f"the plugin {name} cannot be imported: {first_line(error)}") from error
     finally:
         if is_file and found_elsewhere(module, path):
@@ -54,6 +54,6 @@ def _import(name: str) -> ModuleType:
 
 
 def found_elsewhere(module: str, path: Path) -> bool:
-    """Whether another module than this file has the name."""
+    """Return whether the module of this name is not the one in this file."""
     known = getattr(sys.modules.get(module), "__file__", None)
     return known is None or Path(known).resolve() != path

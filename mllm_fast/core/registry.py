@@ -1,4 +1,4 @@
-"""Extension points: things found by name, the package's own, a user's file's or an installed plugin's."""
+"""Extension points: a registry finds things by name, in the package, in a user's file or in an installed plugin."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Named things of one kind.
+    """A registry of named things of one kind.
 
-    Listing the names imports nothing. A thing's module is imported when the thing is first asked for, and registers it.
+    Listing the names imports nothing. The module of a thing is imported when the thing is first asked for, and
+    registers it.
 
     Args:
-        what: what they are, for messages, as in "heatmap method".
-        group: of the entry points by which an installed package offers more. The entry point's name is the thing's
-            name, and loading it registers the thing.
-        modules: the package's own, name -> the module that registers it.
+        what: What the things are, for messages, as in "heatmap method".
+        group: The group of entry points by which an installed package adds things. The name of the entry point is the
+            name of the thing, and loading it registers the thing.
+        modules: The module that registers each of the package's own things, by name.
     """
 
     def __init__(self, what: str, group: str, modules: Mapping[str, str]):
@@ -33,10 +34,15 @@ class Registry(Generic[T]):
         self._found: dict[str, T] = {}
 
     def register(self, name: str, thing: T, module: str) -> None:
-        """Add a thing; `module` is the name of the one that registers it.
+        """Add a thing.
+
+        Args:
+            name: The name of the thing.
+            thing: The thing.
+            module: The name of the module that registers it.
 
         Raises:
-            InputError: the name is taken, or is not lower-case letters, digits, "-" and "_".
+            InputError: The name is taken, or is not lower-case letters, digits, "-" and "_".
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
             raise InputError(f"the name of a {self.what} is lower-case letters, digits, '-' and '_', got {name!r}")
@@ -47,18 +53,18 @@ class Registry(Generic[T]):
         self._found[name] = thing
 
     def names(self) -> tuple[str, ...]:
-        """All names: the package's own first, then those that were registered, then those of installed plugins."""
+        """Return all names: those of the package first, then registered ones, then those of installed plugins."""
         return tuple(dict.fromkeys([*self._modules, *(one.name for one in _offered(self.group))]))
 
     def added(self) -> tuple[str, ...]:
-        """The names that do not come with the package."""
+        """Return the names that do not come with the package."""
         return tuple(name for name in self.names() if name not in self._own)
 
     def get(self, name: str) -> T:
-        """The thing of this name.
+        """Return the thing with this name.
 
         Raises:
-            InputError: there is none; the message lists what there is.
+            InputError: There is no such thing. The message lists the names that exist.
         """
         if name not in self._found:
             self._load(name)

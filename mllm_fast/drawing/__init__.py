@@ -1,1 +1,1 @@
-"""Pixels: heatmaps over images, boxes, lettering. Nothing here knows an explanation or a model."""
+"""Drawing of heatmaps over images, boxes and text. Nothing here depends on an explanation or a model."""

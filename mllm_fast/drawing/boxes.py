@@ -1,4 +1,4 @@
-"""Boxes of a detector drawn over an image, each with its label."""
+"""Drawing of a detector's boxes and their labels over an image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from PIL import Image, ImageDraw
 from ..core.layout import Box
 from .text import PAPER, font
 
-_GOOD, _BAD = (0, 114, 178), (213, 94, 0)  # of Okabe and Ito's palette
+_GOOD, _BAD = (0, 114, 178), (213, 94, 0)  # colours of the Okabe-Ito palette
 
 
 class Labelled(NamedTuple):
-    """`box`: left, top, right, bottom in pixels of the image. `good`: drawn as a whole line, else broken."""
+    """A box with its label.
+
+    Attributes:
+        box: Left, top, right, bottom in pixels of the image.
+        label: The text of the label.
+        good: Draw the outline solid and blue; otherwise dashed and orange.
+    """
 
     box: Box
     label: str
@@ -22,7 +28,10 @@ class Labelled(NamedTuple):
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], side: int = 640) -> Image.Image:
-    """The image, its longer side `side` pixels, with the boxes and their labels over it; the last one on top."""
+    """Return the image with boxes and labels drawn over it, scaled so that its longer side has `side` pixels.
+
+    The last box lies on top.
+    """
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
@@ -32,7 +41,13 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], side: int = 640)
 
 
 def put_boxes(drawn: Image.Image, boxes: Sequence[Labelled], scale: float) -> None:
-    """Draw boxes, in units of `scale` pixels, on an image; a label that would cover a later one is left out."""
+    """Draw boxes and labels on an image.
+
+    Args:
+        drawn: The image that is drawn on.
+        boxes: The boxes. A label that would cover the label of a later box is left out.
+        scale: The factor from the units of the boxes to pixels of `drawn`.
+    """
     draw = ImageDraw.Draw(drawn)
     letters = font(15)
     for box, _, good in boxes:
@@ -56,7 +71,7 @@ def _outline(draw: ImageDraw.ImageDraw, box: Box, color: tuple[int, int, int], w
     left, top, right, bottom = box
     if right < left or bottom < top:
         return
-    # a light line around the coloured one, so that it is seen on any ground
+    # a light line around the coloured one makes it visible on any background
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=PAPER)
     if whole:
         draw.rectangle((left, top, right, bottom), outline=color, width=2)

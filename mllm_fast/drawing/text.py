@@ -1,4 +1,4 @@
-"""Text in images: lines of one width, in Pillow's own font."""
+"""Drawing of text in images, in lines of limited width and in Pillow's own font."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ INK, FAINT, PAPER = (28, 28, 32), (110, 110, 118), (255, 255, 255)
 
 
 class Text:
-    """Wrapped text of one width."""
+    """Text that is wrapped to a given width."""
 
     class Line:
         def __init__(self, text: str, size: int, fill: tuple[int, int, int]):
@@ -19,7 +19,7 @@ class Text:
         self.width = width
 
     def wrap(self, text: str, size: int, fill: tuple[int, int, int]) -> list[Text.Line]:
-        """The lines of a text."""
+        """Return the lines of a text."""
         face, lines, line = font(size), [], ""
         for word in text.split():
             longer = f"{line} {word}".strip()
@@ -31,7 +31,7 @@ class Text:
         return [self.Line(shorten(one, face, self.width), size, fill) for one in lines]
 
     def put(self, draw: ImageDraw.ImageDraw, lines: list[Text.Line], y: int) -> int:
-        """Draw lines from `y` on; where the next would begin."""
+        """Draw lines from `y` downwards, and return the `y` of the next line."""
         for line in lines:
             draw.text((MARGIN, y), line.text, font=font(line.size), fill=line.fill)
             y += line.height
@@ -39,12 +39,12 @@ class Text:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, which is there on every machine."""
+    """Return Pillow's own font, which exists on every machine."""
     return ImageFont.load_default(size)
 
 
 def shorten(text: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text, cut off with an ellipsis if it is wider."""
+    """Return the text, cut off with an ellipsis if it is wider than `width`."""
     if face.getlength(text) <= width:
         return text
     while text and face.getlength(text + "\u2026") > width:

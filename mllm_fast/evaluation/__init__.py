@@ -1,4 +1,4 @@
-"""The papers' figures as commands, on any model and on your own images; see `mllm-fast eval`."""
+"""Evaluations that reproduce figures of papers on any model and on your own images; see `mllm-fast eval`."""
 
 from .registry import evaluation
 

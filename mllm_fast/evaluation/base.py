@@ -1,4 +1,4 @@
-"""What an evaluation is: rows for a sample, and a report from all rows."""
+"""The base class of all evaluations, which makes rows from each sample and a report from all rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What `mllm-fast eval` was asked; each evaluation takes what it knows.
+    """The options of `mllm-fast eval`. Each evaluation takes the options that it knows.
 
     Attributes:
-        prompt: what the model is asked. max_new_tokens: the longest answer.
-        words: the objects to look for, None for those of the generated scenes. judge: of descriptions, None likewise.
-        reader: a language model that answers from descriptions. price: of a million of its tokens, in dollars.
-        shares: of the image tokens that contexts keep. reference: what descriptions are compared with.
-        question, statement, second_model: of "heads".
+        prompt: The prompt for the model.
+        max_new_tokens: The largest number of tokens in an answer.
+        words: The vocabulary of objects to look for. None stands for that of the generated scenes.
+        judge: The judge of descriptions. None stands for that of the generated scenes.
+        reader: A language model that answers questions from descriptions.
+        price: The price of a million tokens of the judge or the reader, in dollars.
+        shares: The shares of the image tokens that contexts keep.
+        reference: What descriptions are compared with.
+        question, statement, second_model: Options of the evaluation "heads".
     """
 
     prompt: str = "Describe the image."
@@ -44,13 +48,14 @@ class EvaluationOptions:
 
 
 class Evaluation(ABC):
-    """One figure of a paper. Subclass it, and register it with `@evaluation`.
+    """An evaluation that reproduces one figure of a paper. Subclass it, and register it with `@evaluation`.
 
     Attributes:
-        name: as in `mllm-fast eval NAME`. title: of the report.
-        needs_masks: whether it must know where the objects of its images are.
-        benchmark: whose questions it asks, "mme" or "pope"; "" for an evaluation of images alone.
-        settings: plain JSON; they decide the rows together with the model and the sample.
+        name: The name, as in `mllm-fast eval NAME`.
+        title: The title of the report.
+        needs_masks: Whether the evaluation must know where the objects of its images are.
+        benchmark: The benchmark with the questions, "mme" or "pope"; "" for an evaluation of images alone.
+        settings: The settings, as plain JSON. Together with the model and the sample they decide the rows.
     """
 
     name: ClassVar[str]
@@ -61,45 +66,57 @@ class Evaluation(ABC):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        """The evaluation that the command line asks for; by default one without arguments."""
+        """Create the evaluation from the command line's options. By default it is created without arguments."""
         return cls()
 
     @abstractmethod
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
-        """The rows of one sample, plain JSON without NaN; the same whatever came before.
+        """Return the rows of one sample.
+
+        The rows do not depend on the samples that came before.
+
+        Returns:
+            The rows, as plain JSON without NaN.
 
         Raises:
-            InputError, OSError: the sample cannot be used. EndsRunError: nor can any other.
+            InputError, OSError: The sample cannot be used.
+            EndsRunError: No sample can be used.
         """
 
     @abstractmethod
     def findings(self, rows: dict[str, list[Row]]) -> Report:
-        """The report on the rows of the samples that could be used, one or more."""
+        """Return the report on the rows of the samples that could be used. There is at least one."""
 
     def report(self, rows: dict[str, list[Row]]) -> Report:
-        """The report on all samples, with why some could not be used."""
+        """Return the report on all samples, with the reasons why some could not be used."""
         failed = {name: one[0]["error"] for name, one in rows.items() if is_failed(one)}
         used = {name: one for name, one in rows.items() if name not in failed}
         found = self.findings(used) if used else self.nothing("No sample could be used.")
         return replace(found, failed=failed)
 
     def nothing(self, why: str) -> Report:
-        """A report without figures."""
+        """Return a report without figures that says why there are none."""
         return Report(self.name, self.title, [why], [], [], {})
 
 
 def is_failed(rows: Sequence[Row]) -> bool:
-    """Are these the rows of a sample that could not be used?"""
+    """Return whether the rows are those of a sample that could not be used."""
     return bool(rows) and "error" in rows[0]
 
 
 def is_open(rows: Sequence[Row]) -> bool:
-    """Is there a row of these that a judge or a reader gave no answer for?"""
+    """Return whether a judge or a reader gave no answer for at least one of the rows."""
     return any("unjudged" in row or "unanswered" in row for row in rows)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error, s / sqrt(n) with n - 1 in s; NaN where there are too few values for it."""
+    """Return the mean and its standard error.
+
+    The standard error is s / sqrt(n), where the standard deviation s divides by n - 1.
+
+    Returns:
+        The mean and the standard error. The mean is NaN without values, the error with fewer than two.
+    """
     array = np.asarray(values, float)
     if not len(array):
         return float("nan"), float("nan")

@@ -1,7 +1,7 @@
-"""Benchmarks of yes-or-no questions, read as they are published: MME (arXiv 2306.13394) and POPE (arXiv 2305.10355).
+"""Benchmarks of yes-or-no questions in their published formats: MME (arXiv 2306.13394) and POPE (arXiv 2305.10355).
 
-What does not fit the format (an image that is missing, a line without an answer, an image without its pair of
-questions) becomes a sample with a problem, which is counted and shown: never a silent skip.
+An entry that does not fit the format (an image that is missing, a line without an answer, an image without its pair of
+questions) becomes a sample with a problem. Such samples are counted and shown; none is skipped silently.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ _ANSWER = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
 
 
 def mme(folder: Path, count: int | None = None) -> Samples:
-    """MME's folder: one a task; in it images, and for each a text file of its name with two lines, question TAB
-    answer, side by side or in `images` and `questions_answers_YN`. The first `count` images of each task.
+    """Read the MME benchmark.
+
+    Each task has a folder. It holds images, and for each image a text file of the same name with two lines, question
+    TAB answer. The images and text files lie side by side, or in the folders `images` and `questions_answers_YN`.
+
+    Args:
+        folder: The folder of the benchmark.
+        count: The number of images to take from each task, in order; None takes all.
 
     Raises:
-        InputError: no folder, or no task in it.
+        InputError: The folder does not exist, or there is no task in it.
     """
     tasks = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = [sample for task in tasks for sample in _task(task)[:count]]
@@ -44,7 +50,7 @@ def _task(task: Path) -> list[Sample]:
 
 
 def _by_stem(task: Path, inner: str, endings: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Files of a task and of one folder in it, by their names without the ending."""
+    """Return the files of a task and of the folder `inner` in it, by their names without the ending."""
     places = [place for place in (task, task / inner) if place.is_dir()]
     found = (path for place in places for path in sorted(place.iterdir()) if path.suffix.lower() in endings)
     by_stem: dict[str, list[Path]] = {}
@@ -75,11 +81,18 @@ def _mme_sample(task: str, stem: str, pictures: list[Path], texts: list[Path]) -
 
 
 def pope(folder: Path, pictures: Path | None = None, count: int | None = None) -> Samples:
-    """POPE's files (..._random.json, ..._popular.json, ..._adversarial.json: a line of JSON a question, or one list) in
-    `folder`; their images in `pictures`, by default anywhere in it. The first `count` images of each file.
+    """Read the POPE benchmark.
+
+    The questions are in files (..._random.json, ..._popular.json, ..._adversarial.json). Each file has one line of JSON
+    for each question, or is one JSON list.
+
+    Args:
+        folder: The folder with the files of questions.
+        pictures: The folder of the images, which may lie anywhere in it. By default it is `folder`.
+        count: The number of images to take from each file, in order; None takes all.
 
     Raises:
-        InputError: no folder, no file of questions in it, or one of another form.
+        InputError: A folder does not exist, there is no file of questions, or a file has another format.
     """
     files = sorted(folder.rglob("*.json")) if folder.is_dir() else []
     if not files:
@@ -127,7 +140,7 @@ def _pope_sample(name: str, group: str, picture: Path | None, wanted: Path, entr
 
 
 def scene_pairs(count: int, seed: int = 0) -> Samples:
-    """Generated scenes, each with a question whose answer is yes and one whose answer is no."""
+    """Return generated scenes, each with one question to answer with yes and one to answer with no."""
     plain = scenes(count, seed)
     found = []
     for number, sample in enumerate(plain.list):

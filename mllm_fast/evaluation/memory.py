@@ -1,4 +1,4 @@
-"""How many bytes of tensors a call has alive at once."""
+"""Measure the peak memory of the tensors that a call makes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_iter
 
 
 def peak_tensor_bytes(run: Callable[[], object]) -> int:
-    """The most bytes alive at once of tensors made inside `run`, backward passes included, on any device.
+    """Return the largest number of bytes of tensors, made inside `run`, that are alive at once.
 
-    What was there before does not count, nor does scratch memory inside an operator.
+    Tensors on all devices and of backward passes count. Tensors from before the call and the scratch memory inside an
+    operator do not count.
     """
     with _Alive() as alive:
         run()
@@ -22,7 +23,7 @@ def peak_tensor_bytes(run: Callable[[], object]) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Sees every operator's output."""
+    """A dispatch mode that tracks the storages of every operator's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class _Alive(TorchDispatchMode):
             if storage._cdata not in given and storage._cdata not in self._alive:
                 self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                 self._held += storage.nbytes()
-        if self._held > self.peak:  # or so it seems: some may be gone
+        if self._held > self.peak:  # count again, since some storages may be freed by now
             self._alive = {key: one for key, one in self._alive.items() if not one[0].expired()}
             self._held = sum(size for _, size in self._alive.values())
             self.peak = max(self.peak, self._held)

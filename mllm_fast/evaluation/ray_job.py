@@ -1,4 +1,4 @@
-"""An evaluation's samples as a Ray Data job: on this machine's cores, or on the cluster that Ray is connected to."""
+"""Run an evaluation's samples as a Ray Data job, on this machine's cores or on the cluster that Ray is connected to."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from .worker import ModelChoice, rows_of
 def ray_rows(
     evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, workers: int
 ) -> Iterator[tuple[str, list[Row]]]:
-    """A sample's name and its rows, as they are made; `workers` actors, each with its own model: on a GPU of its own if
-    the model is on one, else on one core.
+    """Yield each sample's name and its rows as soon as they are made.
+
+    Args:
+        evaluation: The evaluation to run.
+        todo: The samples to run it on.
+        model: The model, which each actor loads for itself.
+        workers: The number of actors. Each has a GPU of its own if the model runs on a GPU, else one core.
 
     Raises:
-        EndsRunError: Ray is not there, or what no sample is to blame for.
+        EndsRunError: Ray is not installed, or there is an error that no sample is to blame for.
     """
     try:
         import ray
@@ -38,8 +43,10 @@ def ray_rows(
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        asked = ray.data.range(len(todo), override_num_blocks=len(todo))  # a block a sample: none waits for another
-        for module in loaded_plugins().values():  # a worker unpickles what they define before it can import them
+        asked = ray.data.range(len(todo), override_num_blocks=len(todo))  # one block per sample, so that none waits
+        for (
+            module
+        ) in loaded_plugins().values():  # a worker unpickles a plugin's objects before it can import the plugin
             ray.cloudpickle.register_pickle_by_value(module)
         worker: Any = _Worker
         made = asked.map(
@@ -49,7 +56,8 @@ def ray_rows(
             num_cpus=0 if gpu else 1,
             num_gpus=1 if gpu else 0,
         )
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # else each job's plan and progress; made with the data
+        # hides each job's plan and progress; set here because the logger is made with the dataset
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         for found in made.iter_rows():
             entry = json.loads(found["entry"])
             if "ends" in entry:
@@ -61,7 +69,7 @@ def ray_rows(
 
 
 class _Worker:
-    """One actor. Rows travel as JSON, so that they are what the other ways write."""
+    """An actor of the job. It returns rows as JSON, so that they equal the rows of a run without Ray."""
 
     def __init__(self, evaluation: Evaluation, model: ModelChoice, samples: Sequence[Sample]):
         self._evaluation, self._vlm, self._samples = evaluation, model.load(), samples
@@ -70,6 +78,6 @@ class _Worker:
         sample = self._samples[int(item["id"])]
         try:
             entry = {"sample": sample.name, "rows": rows_of(self._evaluation, self._vlm, sample)}
-        except EndsRunError as error:  # which Ray would wrap in pages of its own
+        except EndsRunError as error:  # Ray would wrap the exception in pages of its own text
             entry = {"ends": str(error)}
         return {"entry": json.dumps(entry, ensure_ascii=False, allow_nan=False)}

@@ -31,10 +31,10 @@ EVALUATIONS: Registry[type[Evaluation]] = Registry(
 
 
 def evaluation(cls: E) -> E:
-    """Register an `Evaluation` under its `name`, as a decorator of the class.
+    """Register an `Evaluation` under its `name`. Use it as a decorator of the class.
 
-    An installed package registers one by an entry point of the group "mllm_fast.evaluations" whose name is the
-    evaluation's.
+    An installed package registers an evaluation with an entry point in the group "mllm_fast.evaluations". The entry
+    point has the name of the evaluation.
     """
     EVALUATIONS.register(cls.name, cls, cls.__module__)
     return cls

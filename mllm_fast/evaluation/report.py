@@ -1,4 +1,4 @@
-"""A report: sentences, tables and charts, as one HTML page, as text and as JSON."""
+"""Reports made of sentences, tables and charts, written as one HTML page, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 from ..core.errors import InputError
 from ..core.files import write_whole
 
-# of Okabe and Ito's palette, which people who see few colours can tell apart
+# from the palette of Okabe and Ito, which people with colour blindness can tell apart
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_NUMBER = re.compile(r"[+\-−]?(\d|$)")  # and a dash where there is none
+_NUMBER = re.compile(r"[+\-−]?(\d|$)")  # a lone dash, for a missing number, matches too
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem"
     ";color:#1a1a1a;background:#fff}"
@@ -33,7 +33,7 @@ _STYLE = (
 
 
 def check_charts() -> None:
-    """Raise InputError if no chart can be drawn, before any work is done for one."""
+    """Raise InputError if no chart can be drawn. Call it before any work is done for a chart."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -42,7 +42,7 @@ def check_charts() -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` of cells; numbers as they are to be read, texts."""
+    """A table of a report. All cells are text, with numbers as they are to be shown."""
 
     title: str
     columns: Sequence[str]
@@ -50,13 +50,20 @@ class Table:
     note: str = ""
 
     def numeric(self, column: int) -> bool:
-        """Are its cells numbers? They are then set flush right."""
+        """Return whether all cells of a column are numbers, which are aligned to the right."""
         return all(_NUMBER.match(row[column]) for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`draw` is given a matplotlib Figure. `caption` says what is to be seen, for who cannot see it too."""
+    """A chart of a report.
+
+    Attributes:
+        name: The name of the file, without the ending.
+        draw: A function that draws into a matplotlib Figure.
+        caption: A description of the chart, also for readers who cannot see it.
+        size: The width and height in inches.
+    """
 
     name: str
     draw: Callable[[Any], None]
@@ -64,7 +71,7 @@ class Chart:
     size: tuple[float, float] = (8.5, 4.4)
 
     def png(self) -> bytes:
-        """Raises InputError without matplotlib."""
+        """Return the chart as a PNG. Raises InputError without matplotlib."""
         check_charts()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -79,7 +86,18 @@ class Chart:
 
 @dataclass(frozen=True)
 class Report:
-    """What one evaluation found. `says`: sentences; `figures`: the numbers, plain JSON."""
+    """What one evaluation found.
+
+    Attributes:
+        name: The name of the evaluation.
+        title: The title of the report.
+        says: The findings, as sentences.
+        tables: The tables.
+        charts: The charts.
+        figures: The numbers, as plain JSON.
+        failed: The reason why each sample that could not be used gave no rows.
+        files: The text of each file that is saved beside the report, by name.
+    """
 
     name: str
     title: str
@@ -92,8 +110,14 @@ class Report:
 
 
 def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """Write report.html, report.md, figures.json, the charts and the report's own files, each of which appears
-    whole. A file of the report's own that was changed since is kept: labels.csv, then labels.new.csv."""
+    """Write report.html, report.md, figures.json, the charts and the report's own files.
+
+    Each file appears only once it is complete. One of the report's own files (labels.csv) that is there with other
+    content is kept, and the new one is written beside it (labels.new.csv).
+
+    Returns:
+        The paths of the files.
+    """
     charts = {f"{chart.name}.png": chart.png() for chart in report.charts}
     page = to_html([(report, settings)], report.title)
     content = {
@@ -103,7 +127,7 @@ def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
         **{name: text.encode() for name, text in report.files.items()},
         "report.html": page.encode(),
     }
-    for name in report.files:  # somebody may have worked on it
+    for name in report.files:  # somebody may have edited it
         if (folder / name).exists() and (folder / name).read_bytes() != content[name]:
             content[f"{Path(name).stem}.new{Path(name).suffix}"] = content.pop(name)
     for name, data in content.items():
@@ -112,7 +136,7 @@ def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
 
 
 def plain(value: Any) -> Any:
-    """With None in place of NaN, which JSON does not have."""
+    """Replace NaN by None in a nested value, since JSON has no NaN."""
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -121,7 +145,13 @@ def plain(value: Any) -> Any:
 
 
 def cell(value: tuple[float, float], digits: int = 2, times: float = 1.0) -> str:
-    """A mean ± its standard error, as far as there are any."""
+    """Format a mean and its standard error as "mean ± error".
+
+    Args:
+        value: The mean and the standard error. An error that is NaN is left out; a mean that is NaN gives "-".
+        digits: The number of decimal places.
+        times: A factor for both numbers.
+    """
     mean, error = (times * one for one in value)
     if math.isnan(mean):
         return "-"
@@ -129,7 +159,7 @@ def cell(value: tuple[float, float], digits: int = 2, times: float = 1.0) -> str
 
 
 def to_markdown(report: Report) -> str:
-    """The sentences and the tables."""
+    """Return the sentences and the tables of a report as Markdown."""
     lines = [f"# {report.title}", "", *report.says, ""]
     for table in report.tables:
         lines += [f"**{table.title}**", "", _line(table.columns), _line(_rules(table))]
@@ -154,7 +184,7 @@ def _failures(report: Report) -> str:
 
 
 def to_html(reports: Sequence[tuple[Report, dict[str, Any]]], title: str) -> str:
-    """One page, with everything in it and nothing fetched, of several reports and their settings."""
+    """Return one HTML page of one or more reports and their settings. The page loads nothing from elsewhere."""
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',

@@ -1,4 +1,4 @@
-"""Telling true from false by a score: the area under the curve, and a threshold that is tested elsewhere."""
+"""Measures of how well a score tells true from false: the area under the ROC curve, and thresholds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import numpy as np
 
 
 def auroc(scores: Sequence[float], truth: Sequence[bool]) -> float:
-    """The chance that a true one has the higher score than a false one, ties counting half (the area under the receiver
-    operating characteristic); NaN without any of either."""
+    """Return the area under the receiver operating characteristic (AUROC).
+
+    It is the chance that a true sample has a higher score than a false one. Ties count half.
+
+    Returns:
+        The area, or NaN if there are no true samples or no false ones.
+    """
     values, true = np.asarray(scores, float), np.asarray(truth, bool)
     high, low = values[true], np.sort(values[~true])
     if not len(high) or not len(low):
@@ -20,7 +25,10 @@ def auroc(scores: Sequence[float], truth: Sequence[bool]) -> float:
 
 
 def best_threshold(scores: Sequence[float], truth: Sequence[bool]) -> float:
-    """The score from which on "true" is said with the largest balanced accuracy; halfway between two that are there."""
+    """Return the threshold with the largest balanced accuracy. A score at or above it means "true".
+
+    The candidates are the lowest score and the points halfway between two neighbouring scores.
+    """
     values, true = np.asarray(scores, float), np.asarray(truth, bool)
     edges = np.unique(values)
     cuts = np.concatenate([[edges[0]], (edges[1:] + edges[:-1]) / 2])
@@ -29,8 +37,13 @@ def best_threshold(scores: Sequence[float], truth: Sequence[bool]) -> float:
 
 
 class Tested(NamedTuple):
-    """A threshold, and on samples that did not choose it: of the true ones the share at or above it, of the false ones
-    the share below it."""
+    """A threshold, and how it does on samples that were not used to choose it.
+
+    Attributes:
+        threshold: The threshold.
+        true_kept: The share of the true samples with a score at or above the threshold.
+        false_flagged: The share of the false samples with a score below the threshold.
+    """
 
     threshold: float
     true_kept: float
@@ -38,7 +51,16 @@ class Tested(NamedTuple):
 
 
 def split_threshold(scores: Sequence[float], truth: Sequence[bool], first: Sequence[bool]) -> Tested | None:
-    """Chosen on the `first` split, tested on the other; None where a split lacks either kind."""
+    """Choose a threshold on one split of the samples, and test it on the other.
+
+    Args:
+        scores: A score for each sample.
+        truth: Whether each sample is true.
+        first: Whether each sample is in the first split, which chooses the threshold.
+
+    Returns:
+        The tested threshold, or None if a split lacks true samples or false ones.
+    """
     values, true, here = np.asarray(scores, float), np.asarray(truth, bool), np.asarray(first, bool)
     for part in (here, ~here):
         if not true[part].any() or true[part].all():

@@ -1,8 +1,8 @@
-"""The rows of an evaluation on disk: a line of JSON a sample, whole after a kill at any moment.
+"""The rows of an evaluation on disk, with one line of JSON for each sample. The file survives a kill at any moment.
 
-One process writes, each sample's line at once. What a kill cut off is a last line without its end: it is dropped before
-the file is used again, and every other sample is there once. `run.json` holds the settings the rows were made with: a
-folder of other settings is refused, not mixed.
+Only one process writes, and it writes a sample's whole line at once. A kill can leave a last line without its end. That
+line is dropped before the file is used again, and every other sample is there once. `run.json` holds the settings that
+the rows were made with. A folder with other settings is refused, so that rows are never mixed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..core.files import whole_file, write_whole
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: two runs into one folder are then not told apart
+except ImportError:  # not a POSIX system: nothing stops two runs from writing to one folder
     fcntl = None  # type: ignore[assignment]
 
 Row = dict[str, Any]
@@ -27,7 +27,12 @@ SETTINGS, ROWS = "run.json", "rows.jsonl"
 
 
 class Rows:
-    """The rows of one run in a folder, made if it is not there. `settings`: what decides the rows, plain JSON."""
+    """The rows of one run in a folder.
+
+    Args:
+        folder: The folder of the run. `open` creates it if it does not exist.
+        settings: The settings that decide the rows, as plain JSON.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
@@ -35,10 +40,10 @@ class Rows:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder for one run, closed to others until the end.
+        """Lock the folder for one run, as a context manager. Other runs cannot use it until the end.
 
         Raises:
-            InputError: another run holds it, or it has rows of other settings.
+            InputError: Another run holds the folder, or the folder has rows of other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as lock:
@@ -52,7 +57,7 @@ class Rows:
             yield
 
     def append(self, sample: str, rows: Sequence[Row]) -> None:
-        """Add a sample's rows, there for good once this returns."""
+        """Append a sample's rows to the file. They are stored once this returns."""
         line = json.dumps({"sample": sample, "rows": list(rows)}, ensure_ascii=False, allow_nan=False) + "\n"
         path = self.folder / ROWS
         with open(path, "ab", buffering=0) as file:
@@ -62,7 +67,7 @@ class Rows:
                 raise OSError(f"{path}: the disk is full; run again when there is room")
 
     def read(self) -> dict[str, list[Row]]:
-        """Sample -> its rows."""
+        """Return a dictionary from each sample's name to its rows."""
         try:
             lines = (self.folder / ROWS).read_bytes().splitlines()
         except FileNotFoundError:
@@ -100,10 +105,12 @@ class Rows:
 
 
 def write_parquet(rows: dict[str, list[Row]], path: Path) -> None:
-    """All rows as one table, a column "sample" first; the file appears whole.
+    """Write all rows as one Parquet table, with "sample" as its first column.
+
+    The file appears only once it is complete.
 
     Raises:
-        InputError: pyarrow is not there.
+        InputError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -111,14 +118,14 @@ def write_parquet(rows: dict[str, list[Row]], path: Path) -> None:
     except ImportError:
         raise InputError("Parquet needs pyarrow: pip install 'mllm-fast[parquet]'") from None
     flat = [{"sample": sample, **row} for sample, several in rows.items() for row in several]
-    columns = dict.fromkeys(name for row in flat for name in row)  # of rows that failed, too
+    columns = dict.fromkeys(name for row in flat for name in row)  # including those of rows that failed
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in flat])
     with whole_file(path) as name:
         parquet.write_table(table, name)
 
 
 def _mend(path: Path) -> None:
-    """Cut off a last line that a kill left without its end."""
+    """Cut off the last line if a kill left it without its end."""
     if not path.exists():
         return
     content = path.read_bytes()

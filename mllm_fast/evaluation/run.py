@@ -1,4 +1,4 @@
-"""Runs an evaluation over its samples: in this process or in several, and again from where it was killed."""
+"""Run an evaluation over its samples, in one process or in several. A run that was killed can be continued."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .worker import ModelChoice, begin, one, rows_of
 if TYPE_CHECKING:
     from ..vlm import VLM
 
-Progress = Callable[[int, int], None]  # samples done, of how many
+Progress = Callable[[int, int], None]  # the number of samples that are done, and of all samples
 
 
 def run(
@@ -34,16 +34,28 @@ def run(
     vlm: VLM | None = None,
     ray: bool = False,
 ) -> dict[str, list[Row]]:
-    """Make the rows that `folder` does not hold yet; all rows of the samples, in their order.
+    """Run an evaluation: make the rows that `folder` does not hold yet, and return all rows.
 
     A sample that cannot be used (an image that is missing or damaged, a prompt beyond the model's window) gives one
-    row {"error": why}, and is tried again by the next run, as is one without a judge's answer. Killed at any moment,
-    the next run goes on with what is missing; neither the number of processes nor `ray`, which makes them actors of a
-    Ray Data job, decides anything but the time. `vlm`: the model, if it is loaded already.
+    row {"error": why}. The next run tries such a sample again, and also a sample without a judge's answer. A run may
+    be killed at any moment; the next run then makes the rows that are missing.
+
+    Args:
+        evaluation: The evaluation to run.
+        samples: The samples to run it on. Their names must differ.
+        model: The model, which each process loads for itself.
+        folder: The folder of the rows.
+        processes: The number of processes. It changes the time, but no row.
+        progress: A function that is called with the number of samples that are done and of all samples.
+        vlm: The model, if it is loaded already.
+        ray: Whether the processes are actors of a Ray Data job. It changes the time, but no row.
+
+    Returns:
+        A dictionary from each sample's name to its rows, in the order of the samples.
 
     Raises:
-        InputError: the folder holds rows of other settings, or another run writes to it. EndsRunError: what would fail
-            every sample, which then leaves no row.
+        InputError: The folder holds rows of other settings, or another run writes to it.
+        EndsRunError: An error that would fail every sample. The sample then leaves no row.
     """
     if processes < 1:
         raise InputError(f"processes is at least 1, got {processes}")
@@ -75,7 +87,7 @@ def run(
 def _work(
     evaluation: Evaluation, todo: Sequence[Sample], model: ModelChoice, vlm: VLM, processes: int, ray: bool
 ) -> Iterator[tuple[str, list[Row]]]:
-    """A sample's name and its rows, as they are made."""
+    """Yield each sample's name and its rows as soon as they are made."""
     if ray and todo:
         yield from ray_rows(evaluation, todo, model, processes)
         return

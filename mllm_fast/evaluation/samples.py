@@ -1,4 +1,4 @@
-"""The images of an evaluation, and what is known of them."""
+"""The images of an evaluation, and what is known about them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from ..shapes.scenes import Scene, generate_scene
 
 
 class Area(Protocol):
-    """What a mask can be made of."""
+    """An area of an image that can make a mask."""
 
     def mask(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of an image: its name, and its mask or what one is made of when it is needed."""
+    """An object of an image.
+
+    Attributes:
+        name: The name of the object.
+        area: The mask, or an `Area` that makes the mask when it is needed.
+    """
 
     name: str
     area: np.ndarray | Area
 
     @property
     def mask(self) -> np.ndarray:
-        """bool [height, width]."""
+        """The mask of the object, bool [height, width]."""
         return self.area if isinstance(self.area, np.ndarray) else self.area.mask()
 
 
 @dataclass(frozen=True)
 class YesNo:
-    """A question, and whether its answer is yes."""
+    """A yes-or-no question, and whether its answer is yes."""
 
     text: str
     truth: bool
@@ -44,9 +49,16 @@ class YesNo:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. `name` tells it from the others of a run; `source`: the file, or the generated scene; `things`: the
-    objects that are known, None where nothing is known of them; `questions`: of a benchmark, and the `group` (task)
-    they belong to; `problem`: why it cannot be used, as far as its reader saw."""
+    """One image of an evaluation.
+
+    Attributes:
+        name: A name that no other sample of the run has.
+        source: The file, or the generated scene.
+        things: The known objects of the image, or None if nothing is known about them.
+        questions: The questions of a benchmark.
+        group: The group (task) of the benchmark that the questions belong to.
+        problem: The reason why the sample cannot be used, as found when it was read; "" for none.
+    """
 
     name: str
     source: Path | Scene
@@ -57,25 +69,28 @@ class Sample:
 
     @property
     def image(self) -> Image.Image | Path:
-        """As `VLM.generate` takes it."""
+        """The image, in a form that `VLM.generate` takes."""
         return self.source.image if isinstance(self.source, Scene) else self.source
 
     @property
     def scene(self) -> Scene | None:
-        """Of a generated image, for questions about it."""
+        """The scene of a generated image, for questions about it; None for a file."""
         return self.source if isinstance(self.source, Scene) else None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples, and where they come from, in plain JSON."""
+    """A list of samples, and their origin as plain JSON."""
 
     list: Sequence[Sample]
     origin: dict[str, Any]
 
 
 def scenes(count: int, seed: int = 0) -> Samples:
-    """Generated scenes; each depends on `seed` and its number alone, so that more of them begin with the same ones."""
+    """Return `count` generated scenes.
+
+    Each scene depends only on `seed` and its number, so a larger `count` begins with the same scenes.
+    """
     if count < 1:
         raise InputError(f"the number of scenes is at least 1, got {count}")
     return Samples([_scene(i, seed) for i in range(count)], {"scenes": seed})
@@ -87,10 +102,10 @@ def _scene(number: int, seed: int) -> Sample:
 
 
 def pictures(folder: Path, count: int | None = None) -> Samples:
-    """The images of a folder and of the folders in it, by name; the first `count` of them.
+    """Return the first `count` images of a folder and of the folders in it, in the order of their names.
 
     Raises:
-        InputError: no folder, or no image in it.
+        InputError: The folder does not exist, or there is no image in it.
     """
     found = image_files(folder)
     listed = [Sample(path.relative_to(folder).as_posix(), path) for path in found[:count]]

@@ -1,4 +1,4 @@
-"""Objects of images and their masks: from a file in COCO's format, or from a folder of PNGs."""
+"""Read the objects of images and their masks from a file in COCO's format or from a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from .samples import Sample, Samples, Thing
 
 @dataclass(frozen=True)
 class Polygons:
-    """A COCO segmentation of polygons, x, y, x, y, ... each; size (width, height)."""
+    """A COCO segmentation made of polygons.
+
+    Attributes:
+        size: The width and height of the image.
+        polygons: The corners of each polygon, x, y, x, y, ...
+    """
 
     size: tuple[int, int]
     polygons: Sequence[Sequence[float]]
@@ -33,7 +38,12 @@ class Polygons:
 
 @dataclass(frozen=True)
 class Runs:
-    """A COCO segmentation of run lengths, column by column, outside and inside in turn; size (width, height)."""
+    """A COCO segmentation made of run lengths.
+
+    Attributes:
+        size: The width and height of the image.
+        counts: The run lengths, column by column. Runs are outside and inside the object in turn.
+    """
 
     size: tuple[int, int]
     counts: Sequence[int]
@@ -46,7 +56,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """An image whose pixels that are not black are the object."""
+    """A mask in an image file. The pixels that are not black belong to the object."""
 
     path: Path
 
@@ -59,10 +69,15 @@ class MaskFile:
 
 
 def coco(file: Path, pictures: Path, count: int | None = None) -> Samples:
-    """The images that a file in COCO's format has objects for, the first `count` of them, to be found in `pictures`.
+    """Read the images that have objects in a file in COCO's format.
+
+    Args:
+        file: The file in COCO's format.
+        pictures: The folder of the images.
+        count: The number of images to take, in order; None takes all.
 
     Raises:
-        InputError: no such file, or one of another form.
+        InputError: The file does not exist, or it has another format.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -101,8 +116,12 @@ def _area(segmentation: Any, size: tuple[int, int]) -> Polygons | Runs:
 
 
 def _unpacked(text: str) -> list[int]:
-    """COCO's compressed run lengths: digits of five bits and one that says whether more follow, least first, the last
-    one's highest bit the sign; from the third number on, differences to the one two before."""
+    """Decode COCO's compressed run lengths.
+
+    Each letter holds a digit of five bits and a bit that says whether more digits follow, least significant first. The
+    highest bit of a number's last digit is its sign. From the fourth number on, each is a difference to the number two
+    places before it.
+    """
     counts: list[int] = []
     number = shift = 0
     for letter in text:
@@ -119,11 +138,16 @@ def _unpacked(text: str) -> list[int]:
 
 
 def mask_folder(folder: Path, pictures: Path, count: int | None = None) -> Samples:
-    """Images that have a folder of their name (without the ending) in `folder`, with a PNG an object, called as it
-    is: "dog.png"; several are "dog 1.png", "dog 2.png".
+    """Read the images that have a folder of masks.
+
+    Args:
+        folder: The folder of the masks. It holds a folder for each image, with the image's name without the ending. In
+            it is one PNG for each object, with the object's name: "dog.png", or "dog 1.png" and "dog 2.png" for two.
+        pictures: The folder of the images.
+        count: The number of images to take, in order; None takes all.
 
     Raises:
-        InputError: no folder, or none that fits an image.
+        InputError: A folder does not exist, or no image has a folder of masks.
     """
     for place in (folder, pictures):
         if not place.is_dir():

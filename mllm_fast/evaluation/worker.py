@@ -1,4 +1,4 @@
-"""What each process of a run does: load the model, make the rows of a sample."""
+"""The work of each process of a run: load the model, and make the rows of samples."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from .samples import Sample
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model that each process loads for itself; see `VLM.from_pretrained`. `threads`: torch's, or its own. `plugins`:
-    what a process imports first; see `load_plugins`."""
+    """A model that each process loads for itself; see `VLM.from_pretrained`.
+
+    Attributes:
+        name, device, dtype, backend: The arguments of `VLM.from_pretrained`.
+        threads: The number of torch threads; None leaves torch's default.
+        plugins: The plugins that a process imports first; see `load_plugins`.
+    """
 
     name: str = "shapes"
     device: str | None = None
@@ -28,11 +33,11 @@ class ModelChoice:
     plugins: tuple[str, ...] = ()
 
     def place(self) -> torch.device:
-        """Where it will be."""
+        """Return the device that the model will be on."""
         return parse_device(None if self.device == "auto" else self.device)
 
     def load(self) -> VLM:
-        """The model, read in."""
+        """Load the plugins and the model."""
         load_plugins(self.plugins)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -40,7 +45,7 @@ class ModelChoice:
 
 
 def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
-    """The rows of a sample, or the row that says why there are none."""
+    """Return the rows of a sample, or one row that says why there are none."""
     try:
         return evaluation.rows(vlm, sample)
     except EndsRunError:
@@ -53,12 +58,12 @@ _worker: tuple[Evaluation, VLM] | None = None
 
 
 def begin(evaluation: Evaluation, model: ModelChoice) -> None:
-    """What a worker process does first."""
+    """Prepare a worker process: load the model and keep it with the evaluation."""
     global _worker
     _worker = evaluation, model.load()
 
 
 def one(sample: Sample) -> tuple[str, list[Row]]:
-    """A sample's name and its rows, in a worker process."""
+    """Return a sample's name and its rows, in a worker process."""
     assert _worker is not None
     return sample.name, rows_of(*_worker, sample)

@@ -1,4 +1,4 @@
-"""Why a token was said: scores of heads and patches, heatmaps, their causal check, the logit lens."""
+"""Explanations of generated tokens: scores of heads and patches, heatmaps, causal checks and the logit lens."""
 
 from .registry import heatmap_method
 

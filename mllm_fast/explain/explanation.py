@@ -1,4 +1,4 @@
-"""Explanation: the scores of one answer, and what can be done with them."""
+"""Explanation: the scores of one answer, with the causal check, the logit lens and files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .verify import verify
 
 
 def nothing_generated(options: dict[str, Any]) -> None:
-    """Raise InputError for options of a generation where the answer is given."""
+    """Raise InputError if generation options are given together with an answer."""
     if options:
         raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
 
 
 class Explanation(Scores):
-    """Why each token of one answer was said: scores, heatmaps, their causal check, the logit lens, files."""
+    """Explains why each token of one answer was generated: scores, heatmaps, causal check, logit lens and files."""
 
     @classmethod
     def of(
@@ -39,7 +39,7 @@ class Explanation(Scores):
         norm: str,
         replay: Replay | None = None,
     ) -> Explanation:
-        """The explanation of an answer that a runner's model gave while it was recorded."""
+        """Build the explanation of an answer that a runner's model gave while it was recorded."""
         return cls(
             text_model=runner.text,
             operators=runner.operators,
@@ -62,16 +62,26 @@ class Explanation(Scores):
         heads: Heads = 10,
         method: str = DEFAULT,
     ) -> list[Verification]:
-        """The causal check of the maps: are the patches that a map calls high those that the word hangs on?
+        """Check causally whether a word depends on the patches that its map marks as high.
 
-        method, heads: the map that is checked, as in `heatmap`; a verdict is shown beside that map alone.
+        The highest `top` of the image's tokens are knocked out (image patches -> query and generated, in all layers).
+        The change of log p(token) is compared with the change for the same number of random patches, `controls` times,
+        and for the lowest patches. All variants run in one batch, over the explanation's own keys and values of the
+        tokens before the query.
 
-        The highest `top` of the image's tokens are knocked out (image patches -> query and generated, in all layers)
-        and the change of log p(token) is put beside that of the same number of random patches, `controls` times, and
-        of the lowest. All run in one batch over the explanation's own keys and values of what comes before the query.
+        Args:
+            top: the share of the image's tokens to knock out, between 0 and 1.
+            controls: how many random sets of patches to compare with.
+            tokens: the tokens to check, by index or text; all by default.
+            heads: the heads of the map, as in `heatmap`.
+            method: the method of the map, as in `heatmap`. A verdict is shown only with the map that was checked.
 
-        Returns one `Verification` a token (`tokens`: of these, by index or text; all by default), kept in
-        `verification`, which `save` shows.
+        Returns:
+            One `Verification` per token. They are also kept in `verification`, which `save` shows.
+
+        Raises:
+            InputError: an argument is out of range, the prompt has no image, or the explanation cannot run the model
+                again.
         """
         HEATMAP_METHODS.get(method)
         chosen = range(len(self.tokens)) if tokens is None else [self.token_index(token) for token in tokens]
@@ -88,22 +98,42 @@ class Explanation(Scores):
         space: str = "unembedding",
         k: int = 10,
     ) -> list[tuple[str, float]]:
-        """The k words that a recorded vector is closest to, [(word, value)], largest first (arXiv 2411.10950).
+        """Return the k words that a recorded vector is closest to (arXiv 2411.10950).
 
-        The vector: the residual input of `layer` at the token's row (`layer` = `num_layers`: what the last one gives);
-        with `head` what this head writes there; with `position` too, what it writes from that position.
+        Without `head` the vector is the residual input of `layer` at the token's row. With `head` it is what this head
+        writes there, and with `position` too, what the head writes from that position.
 
-        space: "unembedding": of a residual vector the log-probability of each word, through the final norm (the logit
-            lens); of a write the change of each word's logit, before any soft cap, under the final row's statistics.
-            "embedding": the dot product with each word's input embedding.
+        Args:
+            token: the answer token.
+            layer: the layer; without `head`, `num_layers` stands for the output of the last layer.
+            head: the head, if the vector is a write.
+            position: the position, if the vector is a write from one position.
+            space: "unembedding" or "embedding". With "unembedding" the values of a residual vector are the words'
+                log-probabilities after the final norm (the logit lens). Those of a write are the changes of the words'
+                logits, before any soft cap, under the statistics of the final row. With "embedding" they are dot
+                products with the words' input embeddings.
+            k: how many words to return.
+
+        Returns:
+            A list of (word, value), largest value first.
+
+        Raises:
+            InputError: there is no such token, layer, head, position or space, or k is below 1.
         """
         return logit_lens.project(self, self.token_index(token), layer, head, position, space, k)
 
     def save(self, path: str | os.PathLike[str], token: int | str | None = None, method: str = "logprob") -> None:
-        """Write the explanation: .png (one token's map, or a sheet of all), .html (one page to click
-        through), .json or .safetensors (all numbers). The file appears whole or not at all.
+        """Write the explanation to a file, which appears whole or not at all.
 
-        method: of the maps, as in `heatmap`; a page and numbers have those of "logprob" and "attention" as well.
+        Args:
+            path: the file. A .png shows one token's map, or a sheet of all tokens. A .html is one page to click
+                through. A .json or .safetensors file contains all numbers.
+            token: the token that a .png shows alone, or that a .html shows first, by index or text.
+            method: the method of the maps, as in `heatmap`. Pages and number files also contain the maps of "logprob"
+                and "attention".
+
+        Raises:
+            InputError: the file cannot be written, or there is no such token or method.
         """
         HEATMAP_METHODS.get(method)
         export.save(self, path, None if token is None else self.token_index(token), method)

@@ -1,4 +1,4 @@
-"""Save an explanation: .png, .html, .json, .safetensors. A file appears whole or not at all."""
+"""Save explanations as .png, .html, .json or .safetensors files, each of which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,27 +24,42 @@ from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
 from .scores import Scores
 
 _HEADS = 10
-_ALWAYS = ("logprob", "attention")  # maps that a page and numbers have anyway
-_PAGE_SIDE = 1024  # longest side of an image inside a page, pixels
+_ALWAYS = ("logprob", "attention")  # pages and number files always contain these maps
+_PAGE_SIDE = 1024  # longest side of an image in a page, in pixels
 
 
 def save(ex: Scores, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
-    """Write `ex` in the format that the file's ending names; `token` picks one token of a .png or .html."""
+    """Write an explanation in the format that the file's ending names.
+
+    Args:
+        ex: the explanation.
+        path: the file, with the ending .png, .html, .json or .safetensors.
+        token: the token that a .png shows alone, or that a .html shows first.
+        method: the heatmap method of the maps.
+    """
     target = Path(path)
     check_target(target, ENDINGS)
     write_whole(target, encoded(ex, target.suffix.lower().removeprefix("."), token, method))
 
 
 def encoded(ex: Scores, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
-    """The file that `save` writes; `kind`: "png", "html", "json" or "safetensors"."""
+    """Return the content of the file that `save` writes.
+
+    Args:
+        ex, token, method: as in `save`.
+        kind: "png", "html", "json" or "safetensors".
+    """
     if not ex.images and kind in ("png", "html"):
         raise InputError("an explanation of text alone has no image: save it as .json or .safetensors")
     return _FORMATS[f".{kind}"](ex, token, method)
 
 
 def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
-    """Everything of `ex` that is not an image, ready for JSON. `numbers=False` leaves out the scores of
-    all heads and positions and keeps the ten best heads of each token."""
+    """Return everything of an explanation that is not an image, ready for JSON.
+
+    With `numbers=False` the scores of all heads and positions are left out, and only the ten best heads of each token
+    are kept.
+    """
     segments = {name: positions.tolist() for name, positions in ex.layout.segments.items()}
     result: dict[str, Any] = {
         "question": ex.prompt,
@@ -115,7 +130,7 @@ def _json(ex: Scores, token: int | None, method: str) -> bytes:
 
 
 def _boxes(found: BoxWeights, k: int = _HEADS) -> dict[str, Any]:
-    """The k boxes of largest weight."""
+    """Return the k boxes of largest weight, ready for JSON."""
     best = [{"weight": weight, "score": score, "box": list(box)} for weight, score, box in found.best(k)]
     return {"query": found.query, "boxes": best, "note": found.note}
 
@@ -157,7 +172,7 @@ def _html(ex: Scores, token: int | None, method: str) -> bytes:
         "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": meaning},
     }
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    # inside a script element only "<" could end it
+    # only "<" could end the script element
     encoded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     title = html.escape(f"{ex.prompt} \u2192 {ex.text}")
     filled = {"__TITLE__": title, "__DATA__": encoded}
@@ -202,13 +217,13 @@ def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
 
 
 def _check(ex: Scores, token: int, method: str = DEFAULT, heads: Heads = _HEADS) -> dict[str, str] | None:
-    """The verdict of one map, if it was checked."""
+    """Return the verdict on one map, or None if the map was not checked."""
     check = ex.verified(token, method, heads)
     return None if check is None else {"verdict": check.verdict, "text": str(check)}
 
 
 def _page_extra(ex: Scores, token: int, method: str) -> dict[str, Any] | None:
-    """The maps of a method that a page does not have anyway, and the boxes behind them."""
+    """Return the maps of a method that a page does not show anyway, and the boxes behind them."""
     if method in _ALWAYS:
         return None
     images = range(len(ex.layout.images))

@@ -1,4 +1,4 @@
-"""Drawings of an explanation: heatmaps over the image, a colour bar, the words they belong to."""
+"""Figures of an explanation: heatmaps over the image, with a colour bar and the words that they explain."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .scores import Scores
 
 
 def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
-    """One token: each image and its map side by side, the colour bar, the question, the answer; of gradient alignment
-    the five boxes of largest weight as well."""
+    """Draw one token's maps.
+
+    Each image and its map are shown side by side, with the colour bar, the question and the answer. For gradient
+    alignment the five boxes of largest weight are drawn as well.
+    """
     maps = [token_map(ex, token, method, heads, i) for i in range(len(ex.images))]
     top = max(float(grid.max()) for grid, _, _ in maps)
     side = 420
@@ -67,7 +70,10 @@ def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob")
 
 
 def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Image:
-    """All tokens: a map each, all on one scale, so that a word that no patch raised stays bare."""
+    """Draw one map per token.
+
+    All maps share one scale, so the map of a word that no patch raised stays blank.
+    """
     side = 200
     layouts = ex.layout.images
     maps = [
@@ -116,7 +122,7 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
 def token_map(
     ex: Scores, token: int, method: str, heads: Heads, image: int = 0
 ) -> tuple[np.ndarray, Box, list[Labelled]]:
-    """A token's map of one image, the part of the image it lies over, and boxes to draw."""
+    """Return a token's map of one image, the box in the image that the map covers, and detector boxes to draw."""
     if method != ALIGNMENT:
         return ex.heatmap(token, method, heads, image).double().numpy(), ex.layout.images[image].box, []
     found = ex.box_weights(token, image=image)
@@ -128,7 +134,7 @@ def token_map(
 
 
 def _note(ex: Scores, method: str, heads: int) -> str:
-    """What the colours mean."""
+    """Return the caption that says what the colours mean."""
     meaning = HEATMAP_METHODS.get(method).meaning
     if method == "logprob":
         meaning = meaning.replace("the best", f"the {min(heads, ex.num_layers * ex.num_heads)} best")

@@ -1,5 +1,4 @@
-"""What a recorded vector says in words: its projection into the unembedding or the embedding space (arXiv 2411.10950,
-section 4)."""
+"""The logit lens: projects a recorded vector into the unembedding or embedding space (arXiv 2411.10950, section 4)."""
 
 from __future__ import annotations
 
@@ -57,8 +56,18 @@ def _write(scores: Scores, token: int, layer: int, head: int, position: int | No
 
 @torch.no_grad()
 def word_values(scores: Scores, token: int, vector: Tensor, space: str, write: bool = False) -> Tensor:
-    """What `project` ranks, of every word: [V] of a vector [d], float32, as precise as the model. `write`: it is no
-    residual vector but added to one."""
+    """Return the value of every word for a vector, by which `project` ranks the words.
+
+    Args:
+        scores: the explanation.
+        token: the token's index.
+        vector: the vector [d].
+        space: "unembedding" or "embedding".
+        write: whether the vector is a write, which is added to a residual vector, and not a residual vector itself.
+
+    Returns:
+        float32 [V], as precise as the model.
+    """
     text = scores.text_model
     if space == "embedding":
         table = weight_of(text.decoder.get_input_embeddings())  # type: ignore[operator]

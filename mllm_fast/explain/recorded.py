@@ -1,4 +1,4 @@
-"""Explanations of what the caller's own code made the model say."""
+"""Explanations of answers that the caller's own code generated with the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .replay import Replay
 
 
 class Recorded:
-    """What `VLM.recording` records: of the last call inside the block, what its explanation needs."""
+    """What `VLM.recording` records of the last call inside its block, to explain the answers of that call."""
 
     def __init__(self, runner: ModelRunner, rules: tuple[Knockout, ...], norm: str, calls: list[PatchedCall]):
         self._runner, self._rules, self._norm, self._calls = runner, rules, norm, calls
@@ -27,17 +27,18 @@ class Recorded:
     def explanation(
         self, image: Images | None, sequence: int = 0, *, output: Tensor | None = None, prompt: str | None = None
     ) -> Explanation:
-        """The explanation of one answer of the last call.
+        """Return the explanation of one answer of the last call.
 
         Args:
-            image: the image of that prompt, or several; None for text alone.
-            sequence: which prompt of the batch.
-            output: prompt and answer of every sequence as `generate` returns them, int64 [B, N]; for a loop of the
-                caller's own. By default what `generate` returned.
+            image: the image or images of that prompt, or None for text alone.
+            sequence: the index of the prompt in the batch.
+            output: prompt and answer of every sequence in the form that `generate` returns, int64 [B, N]. It is needed
+                if the caller runs a decoding loop of its own. By default it is what `generate` returned.
             prompt: the question, for captions; by default the text behind the image.
 
         Raises:
-            InputError: nothing was generated inside the block, or not one token a pass (beams, assisted decoding).
+            InputError: nothing was generated inside the block, or not one token per forward pass (beams, assisted
+                decoding).
         """
         if not self._calls:
             raise InputError("the model was not called inside the block")
@@ -68,7 +69,7 @@ class Recorded:
         trace = make_trace(
             call.record, call.cache, len(answer.token_ids), length, sequence if count > 1 else None, padding=pad
         )
-        alone = count == 1 and pad == 0  # of a batch a pass cannot be given again for one sequence
+        alone = count == 1 and pad == 0  # a pass over a batch cannot be run again for one of its sequences
         return Explanation.of(
             runner,
             trace,
@@ -81,6 +82,6 @@ class Recorded:
 
 
 def _question(positions: Sequence[int] | Tensor, ids: Tensor, tokenizer: object) -> str:
-    """The text behind the image."""
+    """Return the text behind the image."""
     chosen = ids.cpu()[torch.as_tensor(positions)].tolist()
     return tokenizer.decode(chosen, skip_special_tokens=True).strip()  # type: ignore[attr-defined]

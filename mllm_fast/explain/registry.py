@@ -1,4 +1,4 @@
-"""Heatmap methods: ways to say which image tokens a generated token depends on, each registered under a name."""
+"""Heatmap methods: named functions that say how far a generated token depends on each image token."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Heads = int | str | Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class HeatmapMethod:
-    """One way to draw a heatmap.
+    """One way to compute a heatmap.
 
     Attributes:
-        name: as in `Explanation.heatmap(method=...)` and `--method`.
-        meaning: what its numbers are, in a few words, for captions.
+        name: the name, as in `Explanation.heatmap(method=...)` and `--method`.
+        meaning: what the numbers mean, in a few words, for captions.
         attribution: the function, (scores, token, image, heads) -> [n].
-        needs_rerun: whether it runs the model again, which explanations by a stream or a context do not allow.
-        needs_detector: whether it is for explanations by a joint model alone.
+        needs_rerun: whether it runs the model again, which is not possible for explanations by a stream or a context.
+        needs_detector: whether it works only for explanations by a joint model.
     """
 
     name: str
@@ -58,19 +58,20 @@ HEATMAP_METHODS: Registry[HeatmapMethod] = Registry(
 def heatmap_method(
     name: str, meaning: str, *, needs_rerun: bool = False, needs_detector: bool = False
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function as a heatmap method, as a decorator.
+    """Register a function as a heatmap method; use it as a decorator.
 
     The function takes (scores, token, image, heads): a `Scores` (every `Explanation` is one), the token's index, the
-    image's `ImageLayout`, and what the caller gave as `heads`. It returns one number an image token, [n], in the order
-    of `image.positions`; a larger number means that the token depends more on that part of the image.
+    image's `ImageLayout`, and the caller's `heads`. It returns one number per image token, [n], in the order of
+    `image.positions`. A larger number means that the token depends more on that part of the image.
 
-    An installed package registers one by an entry point of the group "mllm_fast.heatmaps" whose name is the method's.
+    An installed package can register a method by an entry point of the group "mllm_fast.heatmaps" that has the method's
+    name.
 
     Args:
-        name: lower-case letters, digits, "-" and "_".
-        meaning: what the numbers are, in a few words, for captions.
-        needs_rerun: it runs the model again, through `scores.replay`.
-        needs_detector: it is for explanations by a joint model alone.
+        name: the method's name, of lower-case letters, digits, "-" and "_".
+        meaning: what the numbers mean, in a few words, for captions.
+        needs_rerun: whether it runs the model again, through `scores.replay`.
+        needs_detector: whether it works only for explanations by a joint model.
 
     Raises:
         InputError: the name is taken or malformed.
@@ -85,12 +86,12 @@ def heatmap_method(
 
 
 def methods_without_detector() -> tuple[str, ...]:
-    """The names of the methods that explain an answer of any model."""
+    """Return the names of the methods that can explain an answer of any model."""
     return tuple(name for name in HEATMAP_METHODS if not HEATMAP_METHODS.get(name).needs_detector)
 
 
 def map_name(method: str, heads: Heads = 10) -> str:
-    """A map in words, as a verdict or a column names it."""
+    """Return the name of a map in words, for verdicts and table columns."""
     if method != DEFAULT:
         return f"map {method!r}"
     if isinstance(heads, int):

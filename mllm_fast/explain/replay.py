@@ -1,4 +1,4 @@
-"""The explained sequence run again, for methods that need more than was recorded."""
+"""Run an explained sequence again, for methods that need more than was recorded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,18 @@ from ..runtime.hooks import OnWeights, Recording, model_lock, recording
 
 
 class Replay:
-    """What is needed to run an explained sequence, or its end, again: what each pass gave the decoder, and the
-    knockouts that were in force."""
+    """Runs an explained sequence, or its end, again.
+
+    It keeps the decoder's inputs in each recorded forward pass and the knockouts that applied.
+
+    Attributes:
+        text: the text part of the model.
+        layout: the layout of the whole sequence.
+        rules: the knockout rules that applied.
+        backend: the backend of the kernels.
+        embeds: the input embeddings, [1, N, d].
+        positions: the position ids, [..., 1, N], or None if a pass had none.
+    """
 
     def __init__(
         self, text: TextModel, record: Recording, layout: TokenLayout, rules: tuple[Knockout, ...], backend: str
@@ -35,11 +45,16 @@ class Replay:
         self._others = [(embeds.shape[:2], others) for embeds, others in zip(record.embeds, record.others, strict=True)]
 
     def arguments(self, start: int, stop: int, count: int = 1) -> dict[str, Any]:
-        """What the decoder was given at positions `start` .. `stop`, beside embeddings and cache, for `count` copies of
-        the sequence.
+        """Return the decoder's arguments for a range of positions, except the embeddings and the cache.
+
+        Args:
+            start: the first position.
+            stop: the position after the last.
+            count: how many copies of the sequence are run.
 
         Raises:
-            InputError: an argument has not one entry a position, and so cannot be cut; or not every pass had it.
+            InputError: an argument cannot be cut, as it does not have one entry per position, or a pass did not have
+                it.
         """
         span = slice(start, stop)
         found: dict[str, Any] = {"attention_mask": None, "position_ids": None}
@@ -52,7 +67,7 @@ class Replay:
 
     @cached_property
     def _whole(self) -> dict[str, Tensor]:
-        """The further arguments of all passes, each [1, N, ...]."""
+        """The further arguments of all passes, joined over the sequence, each [1, N, ...]."""
         names = dict.fromkeys(name for _, others in self._others for name in others)
         return {name: self._joined(name) for name in names if not (name == "attention_mask" and self._sees_all())}
 
@@ -60,7 +75,7 @@ class Replay:
         parts = []
         for shape, others in self._others:
             part = others.get(name)
-            # a mask's second side are the keys; a position has no part of it
+            # a mask's second dimension are the keys, so it cannot be cut by position
             if name == "attention_mask" or not isinstance(part, Tensor) or part.shape[:2] != shape:
                 raise InputError(
                     f"the model's decoder was given {name!r}, which cannot be given again for a part of the sequence:"
@@ -71,18 +86,21 @@ class Replay:
         return torch.cat(parts, 1)
 
     def _sees_all(self) -> bool:
-        """Whether the masks that were given close nothing, as for one sequence without padding."""
+        """Return whether the recorded masks hide nothing, as for one sequence without padding."""
         masks = [others.get("attention_mask") for _, others in self._others]
         return all(mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())) for mask in masks)
 
     def hidden_states(self, stop: int, on_weights: OnWeights | None = None, embeds: Tensor | None = None) -> Tensor:
-        """The final norm's output of the first `stop` positions, [stop, d], under the explanation's own knockouts.
+        """Return the final norm's output at the first `stop` positions, under the knockouts of the explanation.
 
         Args:
             stop: how many positions are run.
-            on_weights: called with each layer's number and attention weights, [1, H, stop, stop]; gradients flow only
-                where it is given.
-            embeds: input embeddings [stop, d] in place of those that were recorded.
+            on_weights: called with each layer's index and attention weights, [1, H, stop, stop]. Gradients flow only if
+                it is given.
+            embeds: input embeddings [stop, d] to use in place of the recorded ones.
+
+        Returns:
+            [stop, d].
         """
         text = self.text
         embeds = self.embeds[0, :stop] if embeds is None else embeds
@@ -93,11 +111,11 @@ class Replay:
 
     @torch.inference_mode()
     def layer_inputs(self, position: int) -> Tensor:
-        """The residual vector at one position as each layer reads it, and behind the last layer: [L + 1, d]."""
+        """Return the residual vector at one position before each layer and after the last one, [L + 1, d]."""
         found: list[Tensor] = []
         take = lambda _, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0, position])  # noqa: E731
         modules = [*self.text.layers, self.text.norm]
-        with model_lock(self.text):  # another thread's pass would be taken too
+        with model_lock(self.text):  # the hooks would also catch another thread's pass
             handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in modules]
             try:
                 self.hidden_states(position + 1)
@@ -108,9 +126,12 @@ class Replay:
 
     @contextmanager
     def differentiable(self, stop: int) -> Iterator[Tensor]:
-        """The input embeddings as a leaf [stop, d]: inside, gradients are on for it and off for the weights."""
+        """Yield the input embeddings as a leaf tensor [stop, d] that requires gradients.
+
+        Inside the block gradients are enabled for this tensor and disabled for the weights.
+        """
         with model_lock(self.text), torch.inference_mode(False), torch.enable_grad():
-            # what is read in layer by layer is another tensor each time
+            # list the weights once: an offloaded weight is a new tensor each time it is loaded
             parameters = (*self.text.decoder.parameters(), *self.text.head.parameters())
             weights = [weight for weight in parameters if weight.requires_grad and not weight.is_inference()]
             try:

@@ -1,7 +1,7 @@
-"""Scores: which heads and which positions raised the probability of each answer token.
+"""Scores of an answer: which heads and which positions raised the probability of each token.
 
 The scores are log-probability increases (arXiv 2411.10950, equation 6) of head writes and position writes. They are
-exact, and computed from the KV cache and two recorded vectors a layer and token.
+exact. They are computed from the key/value cache and two recorded vectors per layer and token.
 """
 
 from __future__ import annotations
@@ -34,18 +34,23 @@ def check_norm(norm: str) -> None:
 class Scores:
     """Scores and heatmaps of one answer.
 
-    A token is named by its index in `tokens`, or by its text where that is unique. This is what
-    heatmap methods, the causal check, the logit lens and the drawings read.
+    Methods take a token by its index in `tokens`, or by its text if that is unique. Heatmap methods, the causal check,
+    the logit lens and the drawings read this object.
 
     Attributes:
-        tokens, token_ids: the answer's tokens, as texts and ids. text: the whole answer.
-        layout, input_ids: of the whole sequence, answer included; int64 [N].
-        prompt: the question. images: the images, as PIL images. norm: "frozen" or "own".
-        trace: the recorded rows and the KV cache, a `Trace`.
+        tokens: the answer's tokens, as texts.
+        token_ids: the answer's tokens, as ids.
+        text: the whole answer.
+        layout: the layout of the whole sequence, answer included.
+        input_ids: the token ids of the whole sequence, answer included, int64 [N].
+        prompt: the question.
+        images: the images, as PIL images.
+        norm: "frozen" or "own".
+        trace: the recorded rows and the key/value cache, a `Trace`.
         text_model: the model's decoder layers, output projections, final norm and unembedding, a `TextModel`.
-        unembedding: the final norm and the unembedding as the kernels take them, an `Unembedding`.
-        decode: token ids -> text.
-        verification: what `verify` found, empty before.
+        unembedding: the final norm and the unembedding in the form that the kernels take, an `Unembedding`.
+        decode: a function from token ids to text.
+        verification: the results of the last `verify`; empty before.
     """
 
     def __init__(  # noqa: PLR0913
@@ -75,7 +80,8 @@ class Scores:
         self.decode = decode
         self.unembedding = text_model.unembedding()
         self.verification: list[Verification] = []
-        self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None  # of a joint model's explanation
+        # set only for explanations by a joint model
+        self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None
         self._replay = replay
         self._writes = WriteScores(text_model, self.unembedding, trace, answer.token_ids, norm, operators, backend)
         self._head_scores: Tensor | None = None
@@ -94,13 +100,20 @@ class Scores:
     @property
     @torch.no_grad()
     def head_scores(self) -> Tensor:
-        """Log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU."""
+        """The log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU."""
         if self._head_scores is None:
             self._head_scores = self._writes.heads()
         return self._head_scores
 
     def top_heads(self, token: int | str, k: int = 10) -> list[tuple[int, int, float]]:
-        """The k heads of largest score, [(layer, head, score)], largest first."""
+        """Return the k heads with the largest scores.
+
+        Returns:
+            A list of (layer, head, score), largest score first.
+
+        Raises:
+            InputError: there is no such token, or k is below 1.
+        """
         if k < 1:
             raise InputError(f"k is at least 1, got {k}")
         scores = self.head_scores[self.token_index(token)].flatten()
@@ -112,10 +125,15 @@ class Scores:
 
     @torch.no_grad()
     def position_scores(self, token: int | str, heads: Heads = 10) -> Tensor:
-        """Log-probability increase of each position's write, float32 [heads, positions], on the CPU.
+        """Return the log-probability increase of each position's write.
 
-        heads: a number (that many of the best), a list of (layer, head), or "all" (layer by layer).
-        positions: all of `input_ids`; those the token cannot see, and those a context dropped, have 0.
+        Args:
+            token: the answer token.
+            heads: a number (that many of the best heads), a list of (layer, head), or "all" (layer by layer).
+
+        Returns:
+            float32 [heads, positions], on the CPU, over all positions of `input_ids`. Positions that the token cannot
+            see, or that a context dropped, are 0.
         """
         index = self.token_index(token)
         wanted = _chosen_heads(self, index, heads)
@@ -129,8 +147,12 @@ class Scores:
 
     @torch.no_grad()
     def attention(self, token: int | str) -> Tensor:
-        """Attention of the token's row, float32 [layers, heads, positions], on the CPU; it sums to 1 over the
-        positions the row sees, the others have 0."""
+        """Return the attention weights of a token's row.
+
+        Returns:
+            float32 [layers, heads, positions], on the CPU. The weights sum to 1 over the positions that the row sees;
+            other positions are 0.
+        """
         index = self.token_index(token)
         alphas = [self.trace.attention(index, layer) for layer in range(self.num_layers)]
         each = range(self.num_layers)
@@ -138,19 +160,22 @@ class Scores:
         return self.trace.spread(torch.cat(alphas), layers, len(self.input_ids)).unflatten(0, (len(each), -1))
 
     def heatmap(self, token: int | str, method: str = DEFAULT, heads: Heads = 10, image: int = 0) -> Tensor:
-        """A heatmap over an image's tokens, float32 [rows, cols], in the shape of `layout.images[image].grid`.
+        """Return a heatmap over an image's tokens.
 
-        A thumbnail's tokens are spread over the cells they cover.
+        A thumbnail's tokens are spread over the cells that they cover.
 
         Args:
-            token: the answer token that is explained.
-            method: "logprob", the sum of the position scores of `heads`, or another registered method: "attention",
-                "rollout", "relevancy", "tam", "gradient-input", "random", "exhaustive", and those that
-                `heatmap_method` added. Most of them run the model again, which explanations by a stream or a context
-                do not allow. "relevancy" and "gradient-input" hold all layers' activations at once.
-                "gradient-alignment" is for explanations by a joint model, see `box_weights`.
-            heads: for "logprob", a number (that many of the best), a list of (layer, head), or "all".
-            image: which image, from 0.
+            token: the answer token to explain.
+            method: "logprob" (the sum of the position scores of `heads`), "attention", "rollout", "relevancy", "tam",
+                "gradient-input", "random", "exhaustive", or a method that `heatmap_method` added. Most of them run the
+                model again, which is not possible for explanations by a stream or a context. "relevancy" and
+                "gradient-input" hold the activations of all layers at once. "gradient-alignment" needs an explanation
+                by a joint model, see `box_weights`.
+            heads: for "logprob", a number (that many of the best heads), a list of (layer, head), or "all".
+            image: the index of the image, from 0.
+
+        Returns:
+            float32 [rows, cols], in the shape of `layout.images[image].grid`.
 
         Raises:
             InputError: there is no such token, method, head or image, or the method cannot explain this answer.
@@ -158,7 +183,11 @@ class Scores:
         return self.image_layout(image).to_grid(self.attribution(token, method, heads, image))
 
     def attribution(self, token: int | str, method: str = DEFAULT, heads: Heads = 10, image: int = 0) -> Tensor:
-        """What `heatmap` lays on the grid: one number an image token, float32 [n], on the CPU. Arguments as there."""
+        """Return the numbers that `heatmap` lays on the grid, one per image token; arguments as there.
+
+        Returns:
+            float32 [n], on the CPU.
+        """
         found = HEATMAP_METHODS.get(method)
         where = self.image_layout(image)
         values = found.attribution(self, self.token_index(token), where, heads)
@@ -171,10 +200,17 @@ class Scores:
         return values.float().cpu()
 
     def box_weights(self, token: int | str, query: str | None = None, image: int = 0) -> BoxWeights:
-        """How far the boxes of a detector agree with a token (gradient alignment, arXiv 2405.14612), for explanations
-        by `mllm_fast.joint.JointModel`.
+        """Return how far a detector's boxes agree with a token (gradient alignment, arXiv 2405.14612).
 
-        query: what the detector looks for, "a photo of a WORD" by default, with the token's own word.
+        The explanation must be one by `mllm_fast.joint.JointModel`.
+
+        Args:
+            token: the answer token to explain.
+            query: the text that the detector looks for; by default "a photo of a WORD" with the token's own word.
+            image: the index of the image, from 0.
+
+        Raises:
+            InputError: the explanation has no detector, or there is no such token or image.
         """
         if self.boxes_of is None:
             raise InputError(
@@ -186,10 +222,10 @@ class Scores:
 
     @property
     def replay(self) -> Replay:
-        """What is needed to run the sequence again.
+        """The `Replay` that runs the sequence again.
 
         Raises:
-            InputError: of explanations made by stream, or of a context.
+            InputError: the explanation was made by a stream or over a context.
         """
         if self._replay is None:
             raise InputError(
@@ -198,21 +234,27 @@ class Scores:
         return self._replay
 
     def verified(self, token: int, method: str = DEFAULT, heads: Heads = 10) -> Verification | None:
-        """What the last `verify` found for a token's map of this method (and, of "logprob", these heads); None if it
-        was not asked."""
+        """Return the last `verify` result for a token's map of this method.
+
+        For "logprob" the map must also be of the same heads. The result is None if the map was not checked.
+        """
         for one in self.verification:
             if one.token == token and one.method == method and (method != DEFAULT or one.heads == heads):
                 return one
         return None
 
     def forget(self) -> None:
-        """Drop the scores that were made, so that the next are made anew."""
+        """Drop all computed scores, so that they are computed again when needed."""
         self._head_scores = None
         self._writes.forget()
         self._position_scores = {}
 
     def token_index(self, token: int | str) -> int:
-        """The index of a token given by index (negative from the end) or by its text."""
+        """Return the index of a token that is given by its index (negative from the end) or by its text.
+
+        Raises:
+            InputError: there is no such token, or the text is not unique.
+        """
         if isinstance(token, str):
             found = [i for i, text in enumerate(self.tokens) if text.strip() == token.strip()]
             if len(found) == 1:
@@ -226,7 +268,7 @@ class Scores:
         return token % count
 
     def image_layout(self, image: int = 0) -> ImageLayout:
-        """The tokens and tiles of an image.
+        """Return the layout (tokens and tiles) of an image.
 
         Raises:
             InputError: there is no such image.

@@ -1,4 +1,7 @@
-"""An answer token by token: each can be explained as it appears, and knockouts may change between two of them."""
+"""Answers that are generated token by token.
+
+Each token can be explained as soon as it appears, and the knockouts may change between two tokens.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,27 @@ from .registry import Heads
 
 
 class Source(Protocol):
-    """What a stream computes with, where that is not the whole model over its own cache."""
+    """What a stream runs the model with, when it does not run the whole model over its own key/value cache."""
 
     def recording(self, rows: int) -> AbstractContextManager[Recording]:
-        """The model attached for one pass."""
+        """Return a context manager that attaches the recording to the model for one forward pass."""
 
     def trace(self, record: Recording, cache: Any, length: int) -> Trace:
-        """What explains one token, of a sequence of which `length` tokens were read."""
+        """Return the trace that explains one token, after `length` tokens of the sequence were read."""
 
     def close(self) -> None:
-        """Nothing more is computed."""
+        """Release the source; no forward pass follows."""
 
 
 class Step:
-    """One token, as it was generated.
+    """One generated token.
 
     Attributes:
-        token: its text; empty while a character of several tokens is unfinished. token_id: its id. index: its
-            place in the answer. text: the answer so far, without special tokens. log_prob: of the token, before any
-            sampling settings.
+        token: the token's text. It is empty while a character that spans several tokens is unfinished.
+        token_id: the token's id.
+        index: the token's place in the answer.
+        text: the answer so far, without special tokens.
+        log_prob: the token's log-probability, before any sampling settings.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Step:
 
     @property
     def explanation(self) -> Explanation:
-        """The explanation of this token alone, its index there 0; made when first asked for."""
+        """The explanation of this token alone, where its index is 0; computed on first access."""
         if self._explanation is None:
             if self._recorded is None:
                 raise InputError("this step was not recorded; call stream(..., explain=True)")
@@ -83,25 +88,28 @@ class Step:
         return self.explanation.head_scores[0]
 
     def top_heads(self, k: int = 10) -> list[tuple[int, int, float]]:
-        """As `Explanation.top_heads`."""
+        """See `Explanation.top_heads`."""
         return self.explanation.top_heads(0, k)
 
     def position_scores(self, heads: Heads = 10) -> Tensor:
-        """As `Explanation.position_scores`."""
+        """See `Explanation.position_scores`."""
         return self.explanation.position_scores(0, heads)
 
     def attention(self) -> Tensor:
-        """As `Explanation.attention`."""
+        """See `Explanation.attention`."""
         return self.explanation.attention(0)
 
     def heatmap(self, method: str = "logprob", heads: Heads = 10, image: int = 0) -> Tensor:
-        """As `Explanation.heatmap`."""
+        """See `Explanation.heatmap`."""
         return self.explanation.heatmap(0, method, heads, image)
 
 
 class Stream(Iterator[Step]):
-    """The steps of one answer; see `VLM.stream`. `knockout` may be set between steps; `answer` is what was said so
-    far. Use it as a context manager, or call `close`, to free the cache of a stream that is left early."""
+    """An iterator over the steps of one answer; see `VLM.stream`.
+
+    `knockout` may be set between steps. `answer` is the answer so far. To leave a stream early and free its key/value
+    cache, use it as a context manager or call `close`.
+    """
 
     def __init__(  # noqa: PLR0913
         self,
@@ -130,7 +138,8 @@ class Stream(Iterator[Step]):
         self._sequence: Tensor | None = None
         self._record: Recording | None = None
         self._state: list[Any] = []
-        self.first: AbstractContextManager[Any] = nullcontext()  # entered for the first pass, which reads the images
+        # entered for the first forward pass, which reads the images
+        self.first: AbstractContextManager[Any] = nullcontext()
         self._tokens = Detokenizer(vlm.processor.tokenizer)
         self._plain = Detokenizer(vlm.processor.tokenizer, skip_special_tokens=True)
         self._text = ""
@@ -141,7 +150,7 @@ class Stream(Iterator[Step]):
 
     @property
     def knockout(self) -> tuple[Knockout, ...]:
-        """The rules of the next step; set one, several, or None. What is in the cache stays as it was made."""
+        """The knockout rules of the next step: set one, several, or None. Cached keys and values do not change."""
         return self._rules
 
     @knockout.setter
@@ -153,7 +162,7 @@ class Stream(Iterator[Step]):
 
     @property
     def answer(self) -> Answer:
-        """What was said so far."""
+        """The answer so far."""
         sequence = torch.empty(0, dtype=torch.long) if self._sequence is None else self._sequence
         said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._stop_ids)
         if self._shares is None:
@@ -161,10 +170,10 @@ class Stream(Iterator[Step]):
         return replace(said, attention_share=self._shares.of(0, len(said.token_ids)))
 
     def begin(self, start: Callable[[], Iterator[Pass]]) -> None:
-        """Take what `start`, a call of `generate` with `one_sequence`, gives."""
+        """Start the stream on the passes of `start`, a call of `generate` with `one_sequence`."""
         with own_state(self._vlm, self._state):
             self._passes = start()
-            next(self._passes)  # to the first pause: nothing is computed before a step is asked for
+            next(self._passes)  # run to the first yield; nothing is computed before a step is requested
 
     def __next__(self) -> Step:
         if self._passes is None:
@@ -175,7 +184,7 @@ class Stream(Iterator[Step]):
             self.close()
             raise
         self._sequence = sequence
-        if done and token_id in self._stop_ids:  # a padding token may also be said, and generation goes on
+        if done and token_id in self._stop_ids:  # a padding token that is no stop token does not end the answer
             self.close()
             raise StopIteration
         token = self._tokens.push(token_id)
@@ -186,7 +195,7 @@ class Stream(Iterator[Step]):
         return step
 
     def _compute(self) -> Pass:
-        """One pass, with the model attached for as long as it takes."""
+        """Run one forward pass, with the recording attached to the model only during the pass."""
         vlm = self._vlm
         rows = 1 if self._explain else 0
         if self._source is not None:
@@ -203,7 +212,7 @@ class Stream(Iterator[Step]):
             return next(self._passes)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Free the cache; no more steps come."""
+        """Free the key/value cache and end the stream."""
         if self._passes is not None:
             self._passes.close()  # type: ignore[attr-defined]
             if self._source is not None:
@@ -217,7 +226,7 @@ class Stream(Iterator[Step]):
         self.close()
 
     def explanation_of(self, step: Step, record: Recording, cache: Any, sequence: Tensor) -> Explanation:
-        """The explanation of one step's token."""
+        """Return the explanation of one step's token."""
         length = self.layout.prompt_length + step.index
         layout = TokenLayout(length + 1, self.layout.prompt_length, self.layout.images)
         said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())

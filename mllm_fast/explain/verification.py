@@ -1,4 +1,4 @@
-"""The verdict of a causal check of a heatmap."""
+"""The result of a causal check of a heatmap."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from dataclasses import dataclass
 
 from .registry import DEFAULT, Heads, map_name
 
-_MOVED = 0.01  # nats
+_MOVED = 0.01  # smallest change that counts, in nats
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Changes of log p(token) when patches are knocked out, one a variant.
+    """The changes of log p(token) when sets of patches are knocked out.
 
-    token: its index. log_prob: with all patches. count: patches knocked out, of the image tokens' number `of`. top,
-    lowest: the change for the map's highest and lowest patches; random: for as many random ones, several times. method,
-    heads: of the map that was checked, as in `Explanation.heatmap`; the verdict is about no other map.
+    Attributes:
+        token: the token's index.
+        log_prob: log p(token) with all patches.
+        count: how many patches are knocked out.
+        of: how many image tokens there are.
+        top: the change without the map's highest patches.
+        lowest: the change without the map's lowest patches.
+        random: the changes without as many random patches, one per random set.
+        method: the method of the checked map, as in `Explanation.heatmap`. The verdict holds for no other map.
+        heads: the heads of the checked map, as in `Explanation.heatmap`.
     """
 
     token: int
@@ -30,17 +37,25 @@ class Verification:
 
     @property
     def moved(self) -> bool:
-        """Whether any of the variants changed log p(token) by a hundredth of a nat or more."""
+        """Whether any set of patches changes log p(token) by at least 0.01 nats."""
         return max(abs(change) for change in (self.top, self.lowest, *self.random)) >= _MOVED
 
     @property
     def passed(self) -> bool:
-        """True if the highest patches hurt the word, and more than the lowest and every random set did."""
+        """Whether the map passes the check.
+
+        Removing the highest patches must lower log p(token), and by more than removing the lowest or any random
+        patches.
+        """
         return self.moved and self.top < min(0.0, self.lowest, *self.random)
 
     @property
     def verdict(self) -> str:
-        """ "holds", "fails", or "open": no set of patches moves the word, so the map cannot be told right or wrong."""
+        """The verdict: "holds", "fails" or "open".
+
+        It is "open" if no set of patches changes the word's probability, so that the map can be called neither right
+        nor wrong.
+        """
         return "open" if not self.moved else "holds" if self.passed else "fails"
 
     def __str__(self) -> str:
@@ -59,5 +74,5 @@ class Verification:
 
 
 def fall(change: float) -> str:
-    """A change of log p as how much it falls, without a minus before zero."""
+    """Return a change of log p as text that says by how much it falls, without a minus sign before zero."""
     return f"{round(0.0 - change, 2) + 0.0:.2f}"

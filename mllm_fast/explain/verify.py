@@ -1,5 +1,8 @@
-"""The causal check of a heatmap: knock out the patches it calls high, and see whether the token's probability falls
-(the knockout of arXiv 2411.17491, applied to the heatmaps of arXiv 2411.10950)."""
+"""The causal check of a heatmap.
+
+It knocks out the patches that the heatmap marks as high, and tests whether the token's probability falls (the knockout
+of arXiv 2411.17491, applied to the heatmaps of arXiv 2411.10950).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .scores import Scores
 from .verification import Verification
 
 _SEED = 0
-_CACHE_BYTES = 1 << 30  # of the variants' caches at a time
+_CACHE_BYTES = 1 << 30  # limit for the caches of the variants that run in one batch
 
 
 @torch.inference_mode()
@@ -46,29 +49,40 @@ def verify(scores: Scores, token: int, top: float, controls: int, heads: Heads, 
 
 @torch.inference_mode()
 def log_probs(scores: Scores, token: int, variants: Sequence[Tensor]) -> Tensor:
-    """log p(token) with each set of patches (positions) knocked out, image patches -> query and generated in all
-    layers: float64 [len(variants)].
+    """Return log p(token) with each set of patches knocked out.
+
+    A knockout hides the patches from query and generated tokens in all layers.
+
+    Args:
+        scores: the explanation.
+        token: the token's index.
+        variants: the sets of patches, each a tensor of positions.
+
+    Returns:
+        float64 [len(variants)], on the CPU.
 
     Raises:
         InputError: the explanation keeps too little, see `Explanation.replay`.
     """
     scores.replay  # noqa: B018
     trace = scores.trace
-    # rows before the first one that a knockout touches are as they were
+    # rows before the first one that a knockout touches do not change, so they are not run again
     rows = torch.cat([scores.layout.positions("query"), scores.layout.positions("generated")])
     row = trace.rows[token]
     first = min(int(rows.min()), row)
     each = sum(k[:, : row + 1].nbytes for k in (*trace.keys, *trace.values))
     step = max(1, _CACHE_BYTES // each)
     parts = [_run(scores, variants[i : i + step], first, row) for i in range(0, len(variants), step)]
-    # where p is near 1 the differences of log p drown in float32
+    # float32 is too coarse for differences of log p when p is near 1
     logits = torch.cat(parts).double()
     return torch.log_softmax(logits, -1)[:, scores.token_ids[token]].cpu()
 
 
 def _run(scores: Scores, variants: Sequence[Tensor], first: int, row: int) -> Tensor:
-    """The logits at `row`, [len(variants), V]: positions first .. row run again, over the keys and values of those
-    before."""
+    """Return the logits at position `row`, [len(variants), V].
+
+    The positions from `first` to `row` are run again, over the cached keys and values of the positions before.
+    """
     replay, trace = scores.replay, scores.trace
     text, count = replay.text, len(variants)
     cache = DynamicCache()

@@ -1,4 +1,4 @@
-"""Log-probability increases (arXiv 2411.10950, equation 6) of what heads write, as a whole and position by position."""
+"""Log-probability increases (arXiv 2411.10950, equation 6) of head writes, as a whole and position by position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, weight
 from ..models.text_model import TextModel
 from ..runtime.trace import Trace
 
-_WRITE_ELEMENTS = 1 << 24  # of the writes handed to the kernel at a time: 64 MiB of float32
+_WRITE_ELEMENTS = 1 << 24  # limit of the writes handed to the kernel at a time: 64 MiB of float32
 
 
 @dataclass
@@ -20,8 +20,13 @@ class WriteScores:
     """Scores the writes of one recorded answer.
 
     Args:
-        text_model, unembedding: of the model. trace: what was recorded. token_ids: of the answer.
-        norm: "frozen" or "own". operators: a cache that makes repeated scores fast. backend: of the kernels.
+        text_model: the text part of the model.
+        unembedding: the model's final norm and unembedding.
+        trace: the recorded rows and the key/value cache.
+        token_ids: the token ids of the answer.
+        norm: "frozen" or "own".
+        operators: a cache that makes repeated scores fast.
+        backend: the backend of the kernels.
     """
 
     text_model: TextModel
@@ -34,7 +39,7 @@ class WriteScores:
     _logits: tuple[range, Base] | None = field(default=None, init=False, repr=False)
 
     def heads(self) -> Tensor:
-        """The score of every head's write at every token, float32 [tokens, layers, heads], on the CPU."""
+        """Return the score of every head's write at every token, float32 [tokens, layers, heads], on the CPU."""
         width = self.trace.residual.shape[-1]
         step = max(1, _WRITE_ELEMENTS // (len(self.text_model.layers) * self.text_model.num_heads * width))
         count = len(self.token_ids)
@@ -42,8 +47,18 @@ class WriteScores:
         return torch.cat(parts).float().cpu()
 
     def positions(self, index: int, heads: Sequence[tuple[int, int]], length: int) -> Tensor:
-        """The score of each position's write by some heads (layer, head) at one token, float32 [heads, length], on the
-        CPU; many rows a head, so the factored way where it pays."""
+        """Return the score of each position's write by some heads at one token.
+
+        There are many rows per head, so the kernel takes the factored way where it is faster.
+
+        Args:
+            index: the token's index in the answer.
+            heads: the heads, each (layer, head).
+            length: the length of the sequence that the scores are laid out over.
+
+        Returns:
+            float32 [heads, length], on the CPU.
+        """
         stop = self.trace.rows[index] + 1
         step = max(1, _WRITE_ELEMENTS // (stop * self.text_model.head_dim))
         base, first = self._base(range(index, index + 1))
@@ -71,7 +86,10 @@ class WriteScores:
         self._logits = None
 
     def _heads(self, tokens: range) -> Tensor:
-        """[len(tokens), L, H]: one row a head, so the direct way, all layers and heads in one call."""
+        """Return the scores of some tokens, [len(tokens), L, H].
+
+        There is one row per head, so this takes the direct way, with all layers and heads in one call.
+        """
         trace, count = self.trace, len(tokens)
         layers, num_heads = len(self.text_model.layers), self.text_model.num_heads
         device, wide = trace.residual.device, wide_type(trace.output.dtype)
@@ -86,8 +104,10 @@ class WriteScores:
         return scores.reshape(count, layers, num_heads)
 
     def _base(self, tokens: range) -> tuple[Base, int]:
-        """The logits at every layer's input to some tokens' rows, and which of its vectors is the first of them; made
-        once for the calls that follow each other."""
+        """Return the logits at every layer's input to some tokens' rows, and the index of the first of them.
+
+        The logits are kept, so that calls in succession compute them once.
+        """
         if self._logits is None or not (self._logits[0].start <= tokens.start and tokens.stop <= self._logits[0].stop):
             trace, layers = self.trace, len(self.text_model.layers)
             residual = trace.residual[tokens.start : tokens.stop].flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Who may not attend to whom: the rules a user writes and the tables the kernels read."""
+"""Attention knockouts: the rules that a user writes, and the tables that the kernels read."""

@@ -1,4 +1,4 @@
-"""Where generated tokens look: the share of attention by type of token (arXiv 2411.17491, figures 1 and A5)."""
+"""The share of generated tokens' attention by type of token (arXiv 2411.17491, figures 1 and A5)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ TYPES = ("system", "image", "query", "generated")
 
 
 class AttentionObserver(Protocol):
-    """What is told of the attention mass while the model runs."""
+    """An object that receives the attention mass while the model runs."""
 
     def wants(self, first_row: int, rows: int) -> bool | Tensor:
-        """Whether the mass of a pass of so many rows, the first at this position, is asked for: of all its rows, or
-        of those in a bool [B, rows]."""
+        """Return whether the observer wants the mass of a forward pass.
+
+        Args:
+            first_row: Position of the first row of the pass.
+            rows: How many rows the pass has.
+
+        Returns:
+            True for the mass of all rows, a bool [B, rows] for that of some rows, or False.
+        """
 
     def add(self, layer: int, mass: Tensor) -> None:
-        """The mass [B, H, N] of one pass."""
+        """Take the mass [B, H, N] of one forward pass."""
 
 
 class AttentionShares:
     """Sums the attention mass of every decoding pass by type of token, layer and head.
 
     Args:
-        layouts: of each sequence of the batch. padding: left padding of each. num_layers: of the model.
+        layouts: The layout of each sequence of the batch.
+        padding: The left padding of each sequence.
+        num_layers: How many layers the model has.
     """
 
     def __init__(self, layouts: Sequence[TokenLayout], padding: Sequence[int], num_layers: int):
@@ -40,23 +49,26 @@ class AttentionShares:
         self._passes: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
     def wants(self, first_row: int, rows: int) -> bool:
-        """Passes that read generated tokens alone."""
+        """Return True for passes that read only generated tokens."""
         return first_row >= self.prompt_length
 
     def add(self, layer: int, mass: Tensor) -> None:
-        """The mass [B, H, N] of one pass."""
+        """Add the mass [B, H, N] of one forward pass."""
         batch, heads, keys = mass.shape
         if self._types.device != mass.device:
             self._types = self._types.to(mass.device)
-        if self._types.shape[1] < keys:  # what comes after the prompt is generated; room for more
+        if self._types.shape[1] < keys:  # positions after the prompt are generated tokens; add spare ones
             fresh = self._types.new_full((batch, keys + 64 - self._types.shape[1]), TYPES.index("generated"))
             self._types = torch.cat([self._types, fresh], 1)
         types = self._types[:, None, :keys].expand(-1, heads, -1)
         self._passes[layer].append(mass.new_zeros(batch, heads, len(TYPES)).scatter_add_(2, types, mass))
 
     def of(self, sequence: int, tokens: int) -> dict[str, Tensor] | None:
-        """Type -> float32 [layers, heads] on the CPU, the mean over the first `tokens` passes of a sequence; None
-        where no generated token was read."""
+        """Return the attention shares of one sequence, a mean over its first `tokens` passes.
+
+        Returns:
+            A dict from the type of token to float32 [layers, heads] on the CPU, or None if no generated token was read.
+        """
         count = min(tokens, len(self._passes[0]))
         if count == 0:
             return None

@@ -1,7 +1,7 @@
-"""The rules of a call as the kernel reads them.
+"""The rules of a call in the form that the kernel reads.
 
-All sets of tokens that the rules name cut the sequence into at most 32 kinds of position. A kind is the segment id that
-the kernel sees, and each layer has a table that says which kinds are closed to which.
+The sets of tokens that the rules name divide the positions of the sequence into at most 32 kinds. The kernel sees the
+kind of a position as its segment id. Each layer has a table that says which kinds are closed to which.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from ..kernels import segment_table
 from .rule import Knockout, Layers, Tokens, as_rules, parse_layers
 
 _SEGMENTS = 32
-_ROOM = 256  # ids made ahead of the sequence, so that decoding rarely makes them anew
+_ROOM = 256  # spare ids after the sequence, so that decoding rarely has to make new ones
 
 
 @dataclass(frozen=True)
 class PerSequencePositions:
-    """Positions that differ from sequence to sequence of a batch, in place of a rule's source."""
+    """Positions that differ between the sequences of a batch, for use as a rule's source or target."""
 
     positions: tuple[tuple[int, ...], ...]
 
 
 class Plan:
-    """The rules of one batch of sequences, as the kernel takes them.
+    """The rules of one batch of sequences, in the form that the kernel reads.
 
     Args:
-        rules: each with a source and target of `Tokens` (or `PerSequencePositions`) and the layers.
-        layouts: of each sequence, its prompt at least.
-        num_layers: of the model.
-        padding: left padding of each sequence in the batch.
-        device: where the tensors live.
+        rules: The source and target (`Tokens` or `PerSequencePositions`) and the layers of each rule.
+        layouts: The layout of each sequence, or at least of its prompt.
+        num_layers: How many layers the model has.
+        padding: The left padding of each sequence in the batch.
+        device: The device of the tensors.
     """
 
     def __init__(
@@ -83,8 +83,10 @@ class Plan:
         self._last: tuple[tuple[int, int], Tensor] | None = None
 
     def segments(self, batch: int, keys: int) -> Tensor:
-        """Segment ids of the first `keys` positions, uint8 [batch or 1, keys]; a batch that is a multiple of the
-        plan's (beams, several answers) repeats each sequence."""
+        """Return the segment ids of the first `keys` positions, uint8 [batch or 1, keys].
+
+        A batch that is a multiple of the plan's (beams, several answers) repeats each sequence.
+        """
         if self._last is not None and self._last[0] == (batch, keys):
             return self._last[1]
         if self._made.shape[1] < keys or len(self._made) not in (1, batch):
@@ -106,11 +108,18 @@ def plan_of(
     device: torch.device | str = "cpu",
     window: int | None = None,
 ) -> Plan | None:
-    """The plan of some knockouts, None where there is none. `window`: positions the model has, None without end.
+    """Return the plan of some knockouts, or None if there is none.
+
+    Args:
+        knockouts: One knockout, several, or None.
+        layouts: The layout of each sequence, or at least of its prompt.
+        num_layers: How many layers the model has.
+        padding: The left padding of each sequence in the batch.
+        device: The device of the tensors.
+        window: How many positions the model has, or None for no limit.
 
     Raises:
-        InputError: an unknown segment, a layer or a position the model does not have, a rule that blocks a token from
-            itself.
+        InputError: A segment is unknown, the model lacks a layer or a position, or a rule blocks a token from itself.
     """
     rules = as_rules(knockouts)
     if not rules:
@@ -131,7 +140,7 @@ def _all_positions(one: Tokens | PerSequencePositions) -> Iterable[int]:
 
 
 def _mark(member: Tensor, one: Tokens | PerSequencePositions, sequence: int, layout: TokenLayout, pad: int) -> None:
-    """Mark in member [length + 1] the positions of a set, in one sequence."""
+    """Mark the positions of a set of tokens in one sequence, in `member` [length + 1]."""
     if not isinstance(one, str):
         positions = one.positions[sequence] if isinstance(one, PerSequencePositions) else one
         for p in positions:

@@ -1,4 +1,4 @@
-"""Attention knockout (arXiv 2411.17491): which tokens may not attend to which, in which layers."""
+"""The rules of attention knockout (arXiv 2411.17491): which tokens may not attend to which, in which layers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Layers = str | Iterable[int]
 
 @dataclass(frozen=True)
 class Knockout:
-    """Rows of `target` may not attend to keys of `source`, in `layers`.
+    """A rule: rows of `target` may not attend to keys of `source`, in `layers`.
 
     Args:
-        source, target: a segment ("system", "image", "image:1", "query", "generated"), several joined by "+"
-            ("query+generated"), or positions of the sequence, generated ones included.
-        layers: numbers of layers, or "all", "from 20", "until 20" (20 itself excluded), "except 20-40", "0-7,12".
+        source, target: A segment ("system", "image", "image:1", "query", "generated"), several segments joined by "+"
+            ("query+generated"), or positions of the sequence, those of generated tokens included.
+        layers: Layer numbers, or a text: "all", "from 20", "until 20" (20 itself excluded), "except 20-40", "0-7,12".
     """
 
     source: Tokens
@@ -32,13 +32,21 @@ class Knockout:
             value = getattr(self, name)
             if not isinstance(value, str):
                 try:
-                    object.__setattr__(self, name, tuple(index(i) for i in value))  # a range or a generator, kept
+                    object.__setattr__(self, name, tuple(index(i) for i in value))  # a generator can be read once only
                 except (TypeError, ValueError):
                     raise InputError(f"{name} of a knockout is a text or whole numbers, got {value!r}") from None
 
     @classmethod
     def parse(cls, text: str, layers: str = "all") -> Knockout:
-        """From "image->query", "5,9-12->generated" or "image->query@from 20"."""
+        """Make a knockout from a text such as "image->query", "5,9-12->generated" or "image->query@from 20".
+
+        Args:
+            text: The rule, with or without its layers.
+            layers: The layers of a rule that names none.
+
+        Raises:
+            InputError: The text has no source, target or "->".
+        """
         rule, at, own_layers = text.partition("@")
         source, arrow, target = rule.partition("->")
         if not arrow or not source.strip() or not target.strip():
@@ -63,7 +71,7 @@ def _spelled(tokens: Tokens) -> str:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """0,1,2,5 as "0-2,5"."""
+    """Return numbers as a text with ranges: 0, 1, 2, 5 as "0-2,5"."""
     found: list[list[int]] = []
     for n in sorted(set(numbers)):
         if found and n == found[-1][1] + 1:
@@ -74,7 +82,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def _numbers(text: str) -> list[int]:
-    """The numbers of "0-7,12"."""
+    """Return the numbers of a text such as "0-7,12"."""
     found: list[int] = []
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -85,10 +93,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def parse_layers(layers: Layers, num_layers: int) -> frozenset[int]:
-    """The layers that a rule names, of a model that has `num_layers`.
+    """Return the layers that a rule names, for a model with `num_layers` layers.
 
     Raises:
-        InputError: a layer the model does not have, or a text that is not understood.
+        InputError: The model does not have one of the layers, or the text is not understood.
     """
     every = range(num_layers)
     if not isinstance(layers, str):
@@ -121,7 +129,7 @@ def _check_layers(named: Iterable[int], num_layers: int, given: Layers) -> None:
 
 
 def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout, ...]:
-    """One, several or no knockouts as a tuple."""
+    """Return one, several or no knockouts as a tuple."""
     rules = () if knockouts is None else (knockouts,) if isinstance(knockouts, Knockout) else tuple(knockouts)
     for rule in rules:
         if not isinstance(rule, Knockout):
@@ -130,8 +138,10 @@ def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout,
 
 
 def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, list[Knockout]]]:
-    """What is compared with the model as it is: the given rules together, or the three configurations of
-    arXiv 2411.17491."""
+    """Return the configurations of a comparison, each a name and its knockouts; the first has no knockout.
+
+    The others are the given rules together, or, without rules, the three configurations of arXiv 2411.17491.
+    """
     if rules:
         return [("nothing", []), (" and ".join(str(rule).removesuffix("@all") for rule in rules), list(rules))]
     targets = ("generated", "query", "query+generated")

@@ -1,4 +1,4 @@
-"""What differs between architectures: where a model keeps its parts, and how its processor lays out an image."""
+"""The differences between architectures: where a model keeps its parts, and how its processor lays out an image."""
 
 from .adapter import Adapter
 from .architectures import architecture

@@ -1,4 +1,4 @@
-"""What differs between architectures: where a model keeps its parts, and how its processor lays out image tokens."""
+"""The differences between architectures: where a model keeps its parts, and how its processor lays out image tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ Tiling = tuple[tuple[Tile, ...], tuple[int, int]]  # tiles in token order, and (
 
 @dataclass(frozen=True)
 class FinalNorm:
-    """The final norm of a decoder: `kind` is "rms" or "layer", `gain` [d] its weight, `bias` [d] or None, `eps` the
-    number that is added to the mean square."""
+    """The parameters of a decoder's final norm.
+
+    Attributes:
+        kind: "rms" or "layer".
+        gain: The weight, [d].
+        bias: The bias, [d], or None.
+        eps: The number that is added to the mean square.
+    """
 
     kind: str
     gain: torch.Tensor
@@ -31,12 +37,13 @@ class Adapter:
     """One architecture. Subclass it, set what differs from the defaults, and register it with `@architecture`.
 
     Attributes:
-        model_type: as in the model's config.json.
-        text_types: `model_type` of the language models it may hold.
-        decoder, unembedding: dotted paths from the model to the decoder and to the unembedding.
-        attention: path from a decoder layer to its attention module. output: from there to the output projection.
-        state: dotted paths to what the model keeps about the current sequence outside the KV cache.
-        fixed_grid: whether every image gets the same number of tokens, as a joint model needs.
+        model_type: The model type in the model's config.json.
+        text_types: The `model_type` of each language model that the architecture may contain.
+        decoder, unembedding: Dotted paths from the model to the decoder and to the unembedding.
+        attention: Path from a decoder layer to its attention module.
+        output: Path from the attention module to the output projection.
+        state: Dotted paths to what the model keeps about the current sequence outside the KV cache.
+        fixed_grid: Whether every image gets the same number of tokens, as a joint model needs.
     """
 
     model_type: str = ""
@@ -49,11 +56,13 @@ class Adapter:
     fixed_grid: bool = False
 
     def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
-        """The tiles of an image's tokens.
+        """Return the tiles that the tokens of an image cover.
 
         Args:
-            processor: the model's processor. inputs: what it returned for the batch.
-            index: which image of the batch. size: (width, height) of the original image in pixels.
+            processor: The model's processor.
+            inputs: The processor's output for the batch.
+            index: Index of the image in the batch.
+            size: (width, height) of the original image in pixels.
 
         Returns:
             The tiles in the order of their tokens, and how many of them lie side by side, (rows, cols).
@@ -61,23 +70,31 @@ class Adapter:
         raise NotImplementedError(f"{type(self).__name__} does not say how image tokens lie: define tiles()")
 
     def image_token_id(self, processor: Any) -> int:
-        """The id of the token that stands for one piece of an image."""
+        """Return the id of the token that stands for one piece of an image."""
         return processor.image_token_id
 
     def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
-        """How many tokens each image has, of `tokens` image tokens that a call of the model was given with `inputs`;
-        None where other tokens stand between two images."""
+        """Return how many tokens each image has, or None if other tokens separate the images.
+
+        Args:
+            processor: The model's processor.
+            inputs: The arguments of a call of the model.
+            tokens: How many image tokens the call has in all.
+        """
         return None
 
     def image_features(self, embeddings: torch.Tensor) -> Any:
-        """Image embeddings [images, tokens, d] as the model's `get_image_features` returns them; for a fixed grid."""
+        """Return image embeddings [images, tokens, d] in the form of the model's `get_image_features`.
+
+        It is needed only for architectures with a fixed grid.
+        """
         return embeddings
 
     def final_norm(self, norm: nn.Module) -> FinalNorm:
-        """The parameters of the final norm.
+        """Return the parameters of the final norm.
 
         Raises:
-            InputError: it is neither a LayerNorm nor an RMSNorm with a weight and an epsilon.
+            InputError: The norm is neither a LayerNorm nor an RMSNorm with a weight and an epsilon.
         """
         module: Any = norm
         if isinstance(norm, nn.LayerNorm):
@@ -91,5 +108,5 @@ class Adapter:
 
 
 def detached(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A parameter without its gradient; None for None."""
+    """Return a parameter detached from the graph, or None for None."""
     return None if parameter is None else parameter.detach()

@@ -1,4 +1,4 @@
-"""The architectures that are known, by the model type in config.json."""
+"""The registry of known architectures, by the model type in config.json."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ARCHITECTURES: Registry[Adapter] = Registry(
 
 
 def architecture(adapter: type[Adapter]) -> type[Adapter]:
-    """Register an `Adapter` under its `model_type`, as a decorator of the class.
+    """Register an `Adapter` under its `model_type`; use it as a class decorator.
 
-    An installed package registers one by an entry point of the group "mllm_fast.architectures" whose name is the model
-    type.
+    An installed package registers an adapter by an entry point of the group "mllm_fast.architectures". The name of the
+    entry point is the model type.
     """
     if not adapter.text_types:
         raise InputError(f"{adapter.__name__}.text_types names the language models it may hold; it is empty")
@@ -30,10 +30,14 @@ def architecture(adapter: type[Adapter]) -> type[Adapter]:
 
 
 def adapter_for(model_type: str, has_vision: bool) -> Adapter:
-    """The adapter of a model type; `has_vision`, whether the model's config has a vision part, is for the message.
+    """Return the adapter of a model type.
+
+    Args:
+        model_type: The model type in config.json.
+        has_vision: Whether the model's config has a vision part. It only affects the error message.
 
     Raises:
-        InputError: the architecture is not known.
+        InputError: The architecture is not known.
     """
     if model_type not in ARCHITECTURES:
         hint = "" if has_vision else " (it has no vision part: a text-only model?)"
@@ -45,10 +49,10 @@ def adapter_for(model_type: str, has_vision: bool) -> Adapter:
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter of a model.
+    """Return the adapter of a model.
 
     Raises:
-        InputError: the architecture, or the language model inside it, is not known.
+        InputError: The architecture, or the language model inside it, is not known.
     """
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)

@@ -1,4 +1,4 @@
-"""Which model is it? A short name for a model's configuration and weights."""
+"""A fingerprint of a model: a short name for its configuration and weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from transformers import PreTrainedConfig
 from ..kernels import weight_state
 from .offload import stored_tensor
 
-_SAMPLES = 4096  # values of a large tensor that are looked at, evenly spaced
+_SAMPLES = 4096  # how many values of a large tensor are hashed, evenly spaced
 _VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "_attn_implementation", "attn_implementation")
 
 
 class _Seen(NamedTuple):
-    """The configuration as it was; the modules with their tensors; one value of each tensor as it is now and as it was
-    then; and the fingerprint."""
+    """What a fingerprint was computed from.
+
+    Attributes:
+        config: The configuration at that time.
+        modules: The modules and their tensors at that time.
+        values: One value of each tensor, as a view that shows its present value.
+        before: These values at that time, as bytes.
+        digest: The fingerprint.
+    """
 
     config: Any
     modules: _Modules
@@ -30,8 +37,10 @@ class _Seen(NamedTuple):
 
 
 class _Modules:
-    """A tree of modules as it was: who holds what under which name, and each tensor's state. It holds no module of the
-    tree's own root, which would then never be freed."""
+    """A snapshot of a tree of modules: which module holds what under which name, and the state of each tensor.
+
+    It holds no reference to the root module, which would then never be freed.
+    """
 
     def __init__(self, model: nn.Module):
         self._owners: list[tuple[ReferenceType[nn.Module], str, dict[str, Any]]] = []
@@ -67,15 +76,17 @@ _known: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256, in hexadecimal, of the configuration, and of each weight's name, shape, type and values; of a tensor of
-    more than 4,096 values as many of them, evenly spaced. A training step, merged adapters and quantisation show
-    there; a few edited rows of a large matrix may not.
+    """Return a fingerprint of a model: the SHA-256, in hexadecimal, of its configuration and weights.
 
-    Kept until the configuration, a weight, or the middle value of a weight is another one.
+    The hash covers the name, shape, type and values of each weight. Of a tensor with more than 4,096 values it covers
+    at least that many, evenly spaced. A training step, merged adapters and quantisation change the fingerprint. An edit
+    of a few rows of a large matrix may not.
+
+    The result is cached until the configuration, a weight, or the middle value of a weight changes.
     """
     settings = _settings(model.config)
     seen = _known.get(model)
-    # what is written by way of .data leaves no other trace than the values
+    # a write through .data changes nothing but the values
     if seen and seen.config == settings and seen.modules.unchanged() and _bytes(seen.values) == seen.before:
         return seen.digest
     config = json.dumps(_without(model.config.to_dict()), sort_keys=True, default=str)
@@ -96,7 +107,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _settings(value: Any) -> Any:
-    """A configuration's entries as they are now, to be compared later; `to_dict` takes four times as long."""
+    """Return a copy of a configuration's entries, to be compared later; `to_dict` takes four times as long."""
     if isinstance(value, PreTrainedConfig):
         value = vars(value)
     if isinstance(value, dict):
@@ -105,7 +116,7 @@ def _settings(value: Any) -> Any:
 
 
 def _bytes(values: list[torch.Tensor]) -> bytes:
-    """The values, with one copy from each device."""
+    """Return the values as bytes, with one copy from each device."""
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for value in values:
         groups.setdefault((value.device, value.dtype), []).append(value)
@@ -113,7 +124,7 @@ def _bytes(values: list[torch.Tensor]) -> bytes:
 
 
 def _without(config: Any) -> Any:
-    """The configuration without what does not tell one model from another."""
+    """Return a configuration without the entries that do not tell one model from another."""
     if isinstance(config, dict):
         return {name: _without(value) for name, value in config.items() if name not in _VOLATILE}
     return [_without(value) for value in config] if isinstance(config, (list, tuple)) else config

@@ -1,4 +1,4 @@
-"""InternVL: tiles of a canvas that fits the image's shape, and a thumbnail of the whole behind them."""
+"""InternVL: tiles of a canvas that fits the shape of the image, followed by a thumbnail of the whole image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .architectures import architecture
 
 @architecture
 class InternVL(Adapter):
-    """InternVL as transformers has it, with a Qwen2 or LLaMA language model."""
+    """InternVL as implemented in transformers, with a Qwen2 or LLaMA language model."""
 
     model_type = "internvl"
     text_types = ("qwen2", "llama")
@@ -27,7 +27,7 @@ class InternVL(Adapter):
         whole = (0.0, 0.0, float(width), float(height))
         if not crop or images.max_patches <= 1:
             return (Tile(side, side, whole),), (1, 1)
-        # the processor's own choice of canvas, from the module that makes it
+        # the function by which the processor itself chooses the canvas
         choose = sys.modules[type(images).__module__].get_optimal_tiled_canvas  # type: ignore[attr-defined]
         tile_size = (images.size["height"], images.size["width"])
         cols, rows = choose((height, width), tile_size, images.min_patches, images.max_patches)
@@ -42,7 +42,7 @@ class InternVL(Adapter):
 
 
 def _internvl_defaults(processor: Any) -> dict[str, Any]:
-    """What the processor asks of its image processor; older releases keep it elsewhere."""
+    """Return the processor's default arguments for its image processor; older releases keep them elsewhere."""
     found = getattr(processor, "images_kwargs", None)
     if found is None:
         from transformers.models.internvl import processing_internvl

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: one tile an image, resized and cropped to a square."""
+"""LLaVA 1.5: one tile per image, resized and cropped to a square."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Llava(Adapter):
         return (Tile(height // patch, width // patch, box),), (1, 1)
 
     def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
-        """As many tokens for every image: one may follow another directly."""
+        """Return the same number of tokens for every image; one image may directly follow another."""
         pixels = inputs.get("pixel_values")
         return None if pixels is None else [tokens // len(pixels)] * len(pixels)
 
     def image_features(self, embeddings: torch.Tensor) -> Any:
-        """One tensor an image."""
+        """Return one tensor per image."""
         return list(embeddings)
 
 
 def _cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of the original image that is left after "resize the short edge, crop the centre"."""
+    """Return the part of the original image that remains after "resize the short edge, crop the centre"."""
     width, height = size
     edge = images.size.get("shortest_edge") if getattr(images, "do_resize", False) else None
     if not getattr(images, "do_center_crop", False):
@@ -52,7 +52,7 @@ def _cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> t
         resized = (images.size["width"], images.size["height"])
     else:
         resized = (width, height)
-    # as transformers' center_crop: the odd pixel falls to the right and below
+    # like transformers' center_crop, which cuts the odd pixel off at the right and at the bottom
     left, top = (resized[0] - seen[0]) // 2, (resized[1] - seen[1]) // 2
     x, y = width / resized[0], height / resized[1]
     return left * x, top * y, (left + seen[0]) * x, (top + seen[1]) * y

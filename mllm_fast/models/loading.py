@@ -1,4 +1,7 @@
-"""Load a model and its processor: the embedded one, a folder, or a hub id; each failure in one line."""
+"""Loading of a model and its processor: the embedded one, a folder, or a hub id.
+
+Each failure is reported in one line.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """A torch dtype; by default float32 on the CPU and bfloat16 elsewhere."""
+    """Return a torch dtype; the default is float32 on the CPU and bfloat16 elsewhere."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, torch.dtype):
@@ -33,7 +36,7 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A torch device that is there; by default the first GPU, else the CPU."""
+    """Return a torch device that exists; the default is the first GPU, or else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -50,7 +53,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def model_folder(name: str) -> str:
-    """The embedded model's folder for its name, any other name unchanged ("./shapes" is a folder)."""
+    """Return the folder of the embedded model for its name, and any other name unchanged ("./shapes" is a folder)."""
     if name == EMBEDDED:
         return str(SHAPES_WEIGHTS)
     return name
@@ -59,10 +62,20 @@ def model_folder(name: str) -> str:
 def load_pretrained(
     name: str, device: torch.device, dtype: torch.dtype, adapted: bool = False, **options: Any
 ) -> tuple[Any, Any]:
-    """(model, processor) through transformers' Auto classes; `adapted`: the caller has an adapter for the model.
+    """Load a model and its processor through transformers' Auto classes.
+
+    Args:
+        name: "shapes" (the embedded model), a folder, or a hub id.
+        device: The device of the model, unless `options` has a `device_map`.
+        dtype: The dtype of the weights.
+        adapted: Whether the caller has an adapter for the model.
+        options: Further arguments of transformers' `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode, and the processor.
 
     Raises:
-        InputError: a folder with a file missing or damaged, a text-only model, an unknown architecture.
+        InputError: A file of the folder is missing or damaged, the model is text-only, or the architecture is unknown.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
@@ -94,8 +107,11 @@ def load_pretrained(
 
 
 def processor_class(config: Any) -> Any:
-    """The class that loads a model's processor, narrowed to its image side: transformers cannot build video processors
-    without torchvision, and with it asks for files that a model of images need not have."""
+    """Return the class that loads a model's processor, restricted to its image side.
+
+    Without torchvision transformers cannot build video processors. With it, transformers asks for files that an image
+    model need not have.
+    """
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -106,7 +122,7 @@ def processor_class(config: Any) -> Any:
 
 
 def image_side(cls: type) -> type:
-    """A processor class without its video processor, under the same name; the class itself if it has none."""
+    """Return a processor class without its video processor, under the same name, or the class itself if it has none."""
     names = [name for name in cls.get_attributes() if name != "video_processor"]  # type: ignore[attr-defined]
     if len(names) == len(cls.get_attributes()):  # type: ignore[attr-defined]
         return cls
@@ -124,7 +140,7 @@ def _check_folder(name: str, folder: Path) -> None:
         return
     if not (folder / "config.json").is_file():
         raise InputError(f"{name}: the folder has no config.json; give a folder that save_pretrained wrote")
-    with failures(f"{name}: config.json"):  # some versions of transformers do not say which file
+    with failures(f"{name}: config.json"):  # some versions of transformers do not name the file
         if not isinstance(json.loads((folder / "config.json").read_bytes()), dict):
             raise InputError(f"{name}: config.json does not describe a model; copy it again")
     if not any(folder.glob("*.safetensors")):
@@ -137,7 +153,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """An InputError inside is about the model of this name."""
+    """Prefix every InputError inside the block with the name of the model."""
     try:
         yield
     except InputError as error:
@@ -146,18 +162,21 @@ def _named(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failures(name: str) -> Iterator[None]:
-    """transformers' many exceptions for a model that cannot be loaded, as one line."""
+    """Turn transformers' many exceptions for a model that cannot be loaded into an InputError of one line."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged file makes the libraries raise
+    except Exception as error:  # a damaged file can make the libraries raise anything
         raise InputError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and notes of the libraries while a model loads: stdout and stderr are the caller's."""
+    """Silence the progress bars and messages of the libraries inside the block.
+
+    Stdout and stderr belong to the caller.
+    """
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on disk, or beside a GPU, and reads in layer by layer (`device_map`)."""
+"""Weights that accelerate keeps on the disk or the CPU and reads in layer by layer (`device_map`)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..core.errors import InputError
 
 
 def weight_of(module: Any) -> Tensor:
-    """A module's weight, read in if it is elsewhere; detached."""
+    """Return a module's weight, detached; an offloaded weight is read in."""
     if module.weight.device.type != "meta":
         return module.weight.detach()
-    from accelerate.utils import align_module_device  # whoever put it elsewhere has it
+    from accelerate.utils import align_module_device  # accelerate is installed, because it offloaded the weight
 
     with align_module_device(module):
         return module.weight.detach()
 
 
 def stored_tensor(model: Any, name: str) -> Tensor:
-    """A parameter or buffer of a model that is elsewhere, read in."""
+    """Return an offloaded parameter or buffer of a model, read in and detached."""
     from accelerate.utils import align_module_device
 
     prefix, _, own = name.rpartition(".")
@@ -32,7 +32,11 @@ def stored_tensor(model: Any, name: str) -> Tensor:
 
 
 def one_gpu() -> dict[int | str, int] | None:
-    """accelerate's `max_memory` for the first GPU, the CPU and the disk; None, its own choice, without a GPU."""
+    """Return accelerate's `max_memory` for the first GPU, the CPU and the disk.
+
+    Returns:
+        The memory by device, or None, which leaves the choice to accelerate, if there is no GPU or no accelerate.
+    """
     if not torch.cuda.is_available() or find_spec("accelerate") is None:
         return None
     from accelerate.utils import get_max_memory
@@ -41,7 +45,10 @@ def one_gpu() -> dict[int | str, int] | None:
 
 
 def check_one_device(model: Any) -> None:
-    """Raise InputError for a model whose layers compute on several devices: keys, masks and records lie on one."""
+    """Raise InputError for a model whose layers compute on several devices.
+
+    Keys, masks and recordings lie on one device.
+    """
     given = {place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
     places = {torch.device(f"cuda:{place}" if isinstance(place, int) else place) for place in given}
     if len({place for place in places if place.type != "cpu"}) > 1:
@@ -52,6 +59,9 @@ def check_one_device(model: Any) -> None:
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a module computes: its weights' device, or the one they are read to."""
+    """Return the device on which a module computes.
+
+    It is the device of the weights, or the one that offloaded weights are read to.
+    """
     device = module.device if hasattr(module, "device") else module.weight.device
     return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)

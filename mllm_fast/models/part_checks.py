@@ -1,6 +1,9 @@
-"""Whether the parts of a model compute what their weights say. Scores are made from weights: of the final norm, the
-unembedding and the output projections. A part that does something else on the way (an adapter that was not merged, a
-hook, a scale) would give wrong numbers, and nothing would show it."""
+"""A check that the parts of a model compute what their weights say.
+
+Scores are computed from the weights of the final norm, the unembedding and the output projections. A part that does
+something else as well (an adapter that was not merged, a hook, a scale) would make the scores wrong without any sign of
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from .offload import device_of, weight_of
 from .text_model import TextModel
 
 _ROWS = 4
-_WORDS = 8192  # of the unembedding, widened at a time
+_WORDS = 8192  # rows of the unembedding that are converted to float64 at a time
 
 
 @torch.inference_mode()
 def check_parts(text: TextModel) -> None:
-    """Run each part on random rows and compare with the arithmetic of its weights.
+    """Run each part on random rows, and compare the result with the arithmetic of its weights.
 
     Raises:
-        InputError: a part computes something else; its name, and by how much.
+        InputError: A part computes something else. The message has its name and the relative error.
     """
     parts = text.unembedding()
     draw = torch.Generator().manual_seed(0)
@@ -42,7 +45,7 @@ def check_parts(text: TextModel) -> None:
 
     read_in = False
     for number, output in enumerate(text.outputs):
-        if output.weight.device.type == "meta":  # one stands for all that are read in from elsewhere
+        if output.weight.device.type == "meta":  # check only one of the offloaded layers
             if read_in:
                 continue
             read_in = True
@@ -59,7 +62,7 @@ def _compare(name: str, module: Any, got: Tensor, wanted: Tensor) -> None:
         "scores are made from its weights. Merge adapters into the model (peft: model.merge_and_unload()), remove hooks"
         " from it, or use generate of transformers alone"
     )
-    if hasattr(module, "base_layer"):  # one that does nothing yet, too: it may be trained
+    if hasattr(module, "base_layer"):  # refuse even an adapter that changes nothing yet: it may be trained later
         raise InputError(f"the {name} ({kind}) has an adapter that is not merged, and {advice}")
     if got.shape != wanted.shape:
         raise InputError(
@@ -74,7 +77,7 @@ def _compare(name: str, module: Any, got: Tensor, wanted: Tensor) -> None:
 
 
 def _allowed(got: Tensor) -> float:
-    """The relative error that rounding may make: of the type, or of the products that torch may use in its place."""
+    """Return the relative error that rounding may cause, by the dtype or by products of lower precision."""
     eps = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float32).eps)  # norms of float64 work in float32
     if got.element_size() == 2:
         return 4 * eps

@@ -1,4 +1,4 @@
-"""From images and words to a model's inputs, and what ends its answers: the processor's side of a VLM."""
+"""The processor's side of a VLM: inputs from images and text, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from .adapter import Adapter
 from .offload import device_of
 
 Images = ImageSource | Sequence[ImageSource]
-Turn = tuple[str, list[str | None]]  # a role, and its parts: a text each, None for the next image
-_REPLY = "mllmfastreply"  # stands for an answer in a chat template, to find where it goes
+Turn = tuple[str, list[str | None]]  # a role and its parts: a text, or None for the next image
+_REPLY = "mllmfastreply"  # a placeholder answer that shows where the chat template puts an answer
 
 
 class Prompts:
     """Makes the inputs of one model.
 
     Args:
-        model, processor: as a `VLM` has them. adapter: of the model. config: of its text part.
-        max_pixels: largest image that is read.
+        model, processor: The model and its processor, as in `ModelRunner`.
+        adapter: The adapter of the model.
+        config: The config of the model's text part.
+        max_pixels: The size of the largest image that is accepted, in pixels.
     """
 
     def __init__(self, model: Any, processor: Any, adapter: Adapter, config: Any, max_pixels: int):
@@ -35,7 +37,7 @@ class Prompts:
         self.window: int | None = getattr(config, "max_position_embeddings", None)
 
     def load(self, image: Images | None) -> list[Any]:
-        """The images of one prompt; none for a prompt of text alone, where None is given."""
+        """Load the images of one prompt; None means a prompt of text alone and gives an empty list."""
         if image is None:
             return []
         many = image if isinstance(image, (list, tuple)) else [image]
@@ -44,7 +46,7 @@ class Prompts:
         return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
 
     def pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
-        """The images of each prompt."""
+        """Load the images of each prompt."""
         if isinstance(prompt, str):
             return [self.load(image)]
         if not prompt:
@@ -55,7 +57,7 @@ class Prompts:
         return [self.load(one) for one in image]
 
     def prepare(self, pictures: list[list[Any]], prompts: list[str]) -> tuple[Any, list[TokenLayout], list[int]]:
-        """The processor's inputs for a batch, and of each sequence the layout and the left padding."""
+        """Return the processor's inputs for a batch, the layout of each sequence and its left padding."""
         inputs = self.inputs(pictures, prompts)
         mask = inputs["attention_mask"].bool()
         padding = (~mask).sum(1).tolist()
@@ -67,11 +69,11 @@ class Prompts:
         return inputs, layouts, padding
 
     def text(self, num_images: int, prompt: str) -> str:
-        """A first turn with images, as the chat template spells it."""
+        """Return a first turn with images as the chat template formats it."""
         return self._spelled([("user", [None] * num_images + [prompt])])
 
     def inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
-        """The processor's inputs for a batch, on the model's device."""
+        """Return the processor's inputs for a batch, on the model's device."""
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the image")
@@ -83,7 +85,12 @@ class Prompts:
         )
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
-        """The processor's inputs for one conversation, its images in the order of their places, and the layout."""
+        """Return the processor's inputs for one conversation and its layout.
+
+        Args:
+            pictures: The images, in the order in which the turns refer to them.
+            turns: The turns of the conversation.
+        """
         for _, parts in turns:
             for part in parts:
                 _check_text(self.processor, part or "", "message")
@@ -102,7 +109,7 @@ class Prompts:
             inputs = self.processor(
                 images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
             )
-        except Exception as error:  # whatever a damaged template, or an image it cannot take, makes it raise
+        except Exception as error:  # a damaged template or an unusual image can make it raise anything
             raise InputError(f"the processor cannot take this image and prompt: {first_line(error)}") from error
         for name, value in inputs.items():
             if isinstance(value, Tensor):
@@ -112,7 +119,7 @@ class Prompts:
         return inputs
 
     def _spelled(self, turns: Sequence[Turn]) -> str:
-        """A conversation as the chat template spells it, up to the model's next words."""
+        """Return a conversation as the chat template formats it, up to where the model's next reply begins."""
         messages = [
             {
                 "role": role,
@@ -123,12 +130,20 @@ class Prompts:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def turn_ids(self, prompt: str, num_images: int, question: str) -> list[int]:
-        """`further_ids` of one question."""
+        """Return the token ids of a further turn with one question; see `further_ids`."""
         return self.further_ids(prompt, num_images, [("user", [question])])
 
     def further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
-        """The ids of further turns, of text alone, of a conversation that began with images and `prompt`: what the
-        chat template puts between the model's first reply and its next one, the end of the reply's turn included."""
+        """Return the token ids of further turns in a conversation that began with images and `prompt`.
+
+        These are the tokens that the chat template puts between the model's first reply and its next one. The end of
+        the reply's turn is included.
+
+        Args:
+            prompt: The text of the first turn.
+            num_images: How many images the first turn has.
+            turns: The further turns, of text alone.
+        """
         for _, parts in turns:
             question = "".join(part or "" for part in parts)
             if not question.strip():
@@ -137,7 +152,7 @@ class Prompts:
         first: Turn = ("user", [None] * num_images + [prompt])
         try:
             text = self._spelled([first, ("assistant", [_REPLY]), *turns])
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # a template can raise anything
             raise InputError(f"the chat template takes no further turn: {first_line(error)}") from error
         before, reply, turn = text.partition(_REPLY)
         if not reply or not turn.strip():
@@ -146,12 +161,12 @@ class Prompts:
         ids, lead = (tokenizer(one).input_ids for one in (before + turn, before))
         if lead and lead[-1] == tokenizer.eos_token_id:
             lead = lead[:-1]
-        if ids[: len(lead)] == lead:  # else the text is cut in another way there
+        if ids[: len(lead)] == lead:  # otherwise the tokenizer splits the text differently at this place
             return ids[len(lead) :]
         return tokenizer(turn, add_special_tokens=False).input_ids
 
     def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
-        """The ids of a given answer (its text, or ids), int64 [n], on the model's device."""
+        """Return the token ids of a given answer (its text, or ids), int64 [n], on the model's device."""
         if isinstance(answer, str):
             _check_text(self.processor, answer, "answer to be explained")
             ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
@@ -162,7 +177,7 @@ class Prompts:
         return torch.tensor(ids, device=device_of(self.model))
 
     def stop_ids(self, options: dict[str, Any]) -> set[int]:
-        """Ids that end an answer and are no part of it."""
+        """Return the ids that end an answer and are not part of it, padding included."""
         config = options.get("generation_config", self.model.generation_config)
         stop = options.get("eos_token_id", getattr(config, "eos_token_id", None))
         stop = self.processor.tokenizer.eos_token_id if stop is None else stop
@@ -170,12 +185,15 @@ class Prompts:
         return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
 
     def end_ids(self) -> set[int]:
-        """Ids at which the model ends an answer; `stop_ids` has the padding too, after which it goes on."""
+        """Return the ids at which the model ends an answer.
+
+        `stop_ids` also has the padding, after which generation continues.
+        """
         end = self.model.generation_config.eos_token_id
         return {*(end if isinstance(end, (list, tuple)) else [end])} - {None}
 
     def check_window(self, length: int, what: str) -> None:
-        """Raise InputError if a sequence of this length does not fit the model."""
+        """Raise InputError if a sequence of this length does not fit the model's context window."""
         if self.window and length > self.window:
             raise InputError(
                 f"{what} {length} tokens, the model's window is {self.window}; shorten the text or make the image"
@@ -187,8 +205,7 @@ _RUNS_ELSEWHERE = ("guidance_scale", "assistant_model", "prompt_lookup_num_token
 
 
 def one_answer(what: str, options: dict[str, Any]) -> None:
-    """Raise InputError for options that ask for several answers, and for those that read or run the sequence in a way
-    of their own."""
+    """Raise InputError for options of `generate` that ask for several answers, or that run the model in another way."""
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:
             raise InputError(
@@ -203,8 +220,16 @@ def one_answer(what: str, options: dict[str, Any]) -> None:
 def prompt_layout(
     ids: Tensor, adapter: Adapter, processor: Any, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
 ) -> TokenLayout:
-    """The layout of one prompt of a batch: its ids (no padding), its images' sizes (width, height), and which of
-    the batch's images is its first."""
+    """Return the layout of one prompt of a batch.
+
+    Args:
+        ids: Token ids of the prompt, without padding.
+        adapter: The adapter of the model.
+        processor: The model's processor.
+        inputs: The processor's output for the batch.
+        sizes: The size (width, height) of each image of the prompt.
+        first_image: Index of the prompt's first image among the images of the batch.
+    """
     tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
     return TokenLayout.from_input_ids(ids.cpu(), adapter.image_token_id(processor), tilings, len(ids))
 

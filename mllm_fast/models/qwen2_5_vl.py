@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: one tile an image, of a size that follows the image's."""
+"""Qwen2.5-VL: one tile per image, with a number of tokens that depends on the size of the image."""
 
 from __future__ import annotations
 

@@ -15,12 +15,24 @@ from ..kernels import Unembedding, weight_state
 from .adapter import Adapter, detached
 from .offload import weight_of
 
-_STACKED_BYTES = 1 << 25  # of the output projections of a model that keeps them together
+_STACKED_BYTES = 1 << 25  # output projections up to this size are kept together in one copy
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """The text part of one model, found through its adapter. Heads are query heads."""
+    """The text part of one model, found through its adapter.
+
+    Attributes:
+        adapter: The adapter of the model.
+        config: The config of the decoder.
+        decoder: The decoder.
+        layers: The decoder layers.
+        norm: The final norm.
+        head: The unembedding.
+        outputs: The output projection of each layer.
+        num_heads: The number of query heads.
+        head_dim: The size of a head.
+    """
 
     adapter: Adapter
     config: Any
@@ -35,12 +47,17 @@ class TextModel:
     _stacked: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def projection(self, layer: int, head: int) -> torch.Tensor:
-        """O_j: [hidden size, head dim], a view of the output projection's weight."""
+        """Return O_j, [hidden size, head dim], a view of the output projection's weight."""
         return self._of_heads(layer)[1][head]
 
     def projections(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """O_j of all heads, transposed, [layers, heads, head dim, hidden size], some layers at a time: of a small model
-        all of them, from one copy that is kept; else one after another."""
+        """Yield O_j of all heads, transposed, for one range of layers after another.
+
+        A small model yields all layers at once, from a copy that is cached. A larger one yields one layer at a time.
+
+        Yields:
+            The slice of layers, and their O_j as [layers, heads, head dim, hidden size].
+        """
         count = len(self.outputs)
         first: Any = self.outputs[0].weight
         elsewhere = any(output.weight.device.type == "meta" for output in self.outputs)
@@ -55,27 +72,30 @@ class TextModel:
         yield slice(0, count), self._stacked["weights"]
 
     def _of_heads(self, layer: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Kept while the weight stays where it is: of a small model, making views takes as long as using them."""
+        """Return the O_j of a layer, stacked and one by one.
+
+        They are cached while the weight stays in place: in a small model, making the views takes as long as using them.
+        """
         weight: Any = self.outputs[layer].weight
         kept = self._views.get(layer)
         if kept is not None and kept[0] is weight and kept[1] == weight.data_ptr():
             return kept[2:]
         whole = weight_of(self.outputs[layer]).unflatten(1, (self.num_heads, self.head_dim)).permute(1, 2, 0)
         each = [one.mT for one in whole]
-        if weight.device.type == "meta":  # read in: the last one alone is kept, its heads are asked for in turn
+        if weight.device.type == "meta":  # keep only the last offloaded layer: callers ask for its heads in turn
             for other in [i for i in self._views if self.outputs[i].weight.device.type == "meta"]:
                 del self._views[other]
         self._views[layer] = weight, weight.data_ptr(), whole, each
         return whole, each
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of the final norm's output [..., d]: [..., V]."""
+        """Return the logits [..., V] for the final norm's output [..., d]."""
         logits = self.head(hidden)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def unembedding(self) -> Unembedding:
-        """The final norm and the unembedding, views of the weights."""
+        """Return the final norm and the unembedding, as views of the weights."""
         norm = self.adapter.final_norm(self.norm)
         return Unembedding(
             weight=weight_of(self.head),
@@ -89,7 +109,11 @@ class TextModel:
 
 
 def text_model(model: nn.Module, adapter: Adapter) -> TextModel:
-    """The parts of `model` that the adapter names."""
+    """Return the text part of `model`, found by the paths in the adapter.
+
+    Raises:
+        InputError: An output projection is not a plain linear layer with weights of 16 bits or more.
+    """
     decoder: Any = attrgetter(adapter.decoder)(model)
     layers = tuple(decoder.layers)
     attention = [getattr(layer, adapter.attention) for layer in layers]

@@ -1,1 +1,1 @@
-"""Running a model: attention through the kernels, recording, decoding, likelihoods, batches."""
+"""Running a model: attention through the kernels, recording, decoding, answer probabilities and batches."""

@@ -1,4 +1,4 @@
-"""What a model said: the text, its tokens and their places in the sequence."""
+"""The answer of a model: its text, its tokens and their positions in the sequence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from .detokenizer import token_texts
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said. `token_ids` are the answer's, without the end-of-sequence token; `tokens` their
-    texts; `input_ids` (int64 [N]) the whole sequence, answer included; `layout` its segments.
+    """The answer of a model to one prompt.
 
-    `attention_share`: where it was asked for, the share of the generated tokens' attention that goes to each type
-    of token, "system", "image", "query", "generated" -> float32 [layers, heads], a mean over the generated tokens
-    that the model read; None if it read none.
+    Attributes:
+        text: The decoded answer, without special tokens.
+        token_ids: The token ids of the answer, without the end-of-sequence token.
+        tokens: The text of each of these tokens.
+        layout: The segments of the whole sequence.
+        input_ids: The whole sequence, prompt and answer, int64 [N].
+        attention_share: The share of the generated tokens' attention that goes to each type of token, if it was asked
+            for. It maps "system", "image", "query" and "generated" to float32 [layers, heads], a mean over the
+            generated tokens that the model read. It is None if the model read no generated token.
     """
 
     text: str
@@ -35,7 +40,14 @@ def answer_of(
     tokenizer: Any,
     stop_ids: set[int],
 ) -> Answer:
-    """The answer that follows the prompt in `sequence` (int64 [N], no padding before it)."""
+    """Return the answer that follows the prompt in a sequence.
+
+    Args:
+        sequence: Token ids of prompt and answer, int64 [N], without padding before the prompt.
+        prompt: The layout of the prompt.
+        tokenizer: The tokenizer of the model.
+        stop_ids: Token ids that end an answer; they are cut off its end.
+    """
     ids = sequence[prompt.prompt_length :].tolist()
     while ids and ids[-1] in stop_ids:
         ids.pop()

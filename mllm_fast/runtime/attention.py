@@ -1,4 +1,4 @@
-"""Which key each row sees, as a rule, and exact attention under it."""
+"""Masks that are kept as a rule, and exact attention under them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
 
 @dataclass
 class RowMask:
-    """Which keys each row sees, kept as a rule: a [rows, keys] array is made for a block of rows at a time.
+    """Which keys each row sees, kept as a rule.
 
-    rule: transformers' mask function of (batch, head, row, key) indices. padding: bool [B, N], or None
-    where no key is padding. start: int32 [B], where the padding is all on the left. Row i of the call is row
-    `offset + i` of the sequence.
+    A [rows, keys] array is made for one block of rows at a time. Row i of a call is row `offset + i` of the sequence.
+
+    Attributes:
+        rule: The mask function of transformers, of (batch, head, row, key) indices.
+        padding: bool [B, N], False where a key is padding. None if no key is padding.
+        rows, keys: How many rows and keys the call has.
+        offset: Position of the first row in the sequence.
+        key_offset: Position of the first key in the sequence.
+        device: The device of the arrays.
+        start: The first key of each sequence that is no padding, int32 [B], if all padding is on the left.
     """
 
     rule: Callable[..., Any]
@@ -50,16 +57,16 @@ class RowMask:
         return self.rule is causal_mask_function and padded and self.offset + self.rows == self.keys
 
     def contiguous(self) -> RowMask:
-        """What `generate` calls where it makes the mask itself, for a cache that can be compiled."""
+        """Raise InputError: `generate` calls this where it makes the mask for a static cache, which can be compiled."""
         raise InputError("a static cache is not supported here; leave cache_implementation at transformers' default")
 
     @property
     def ndim(self) -> int:
-        """The same in older releases of transformers."""
+        """Raise InputError like `contiguous`: older releases of transformers read this property instead."""
         return self.contiguous().ndim
 
     def block(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` as bool [B or 1, 1, stop - start, N], True where a key is seen."""
+        """Return which keys rows `start` to `stop` see, bool [B or 1, 1, stop - start, N], True where a key is seen."""
         row = torch.arange(start, stop, device=self.device)[:, None] + self.offset
         key = torch.arange(self.keys, device=self.device)[None, :] + self.key_offset
         batch = torch.arange(1 if self.padding is None else len(self.padding), device=self.device)
@@ -81,13 +88,13 @@ def row_mask(  # noqa: PLR0913
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> RowMask:
-    """The mask counterpart that transformers calls, once a forward pass."""
+    """Make the `RowMask` of a forward pass; transformers calls this once a forward pass, as its mask function."""
     if use_vmap:
         raise NotImplementedError("a mask rule that is not a function of indices alone is not supported here")
     padding, start = None, None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
-        padding = F.pad(padding, (0, kv_length - padding.shape[1]))  # a static cache's unused end
+        padding = F.pad(padding, (0, kv_length - padding.shape[1]))  # the unused end of a static cache
         if padding.all():
             padding = None
         elif not (padding[:, :-1] & ~padding[:, 1:]).any():
@@ -106,15 +113,25 @@ def attend(
     mass: bool | Tensor = False,
     backend: str = "auto",
 ) -> Attention:
-    """Exact attention, [B, H, R, D] x [B, Hkv, N, D] -> output [B, H, R, D] and, if asked for, the rows' mean
-    attention to each key [B, H, N] (of all rows, or of those in a bool [B, R]).
+    """Compute exact attention under a mask and knockouts.
 
-    `mask` may also be a ready 4-D mask, as transformers lets a caller pass one. `closed`: knockouts on top of
-    it. Rows that see no key give zeros. Causal attention goes to the kernel; any other rule (a sliding window)
-    and ready masks to torch's SDPA, a block of rows at a time.
+    Causal attention runs on the kernel. Any other rule (a sliding window) and ready masks run on torch's SDPA, one
+    block of rows at a time. Rows that see no key give zeros.
+
+    Args:
+        query: [B, H, R, D].
+        key, value: [B, Hkv, N, D].
+        mask: A `RowMask`, or a ready 4-D mask, as transformers lets a caller pass one.
+        scale: The factor of the scores.
+        closed: Segments and table of the knockouts, which apply on top of the mask.
+        mass: True for the mean attention of all rows to each key, or a bool [B, R] for the mean over these rows.
+        backend: The backend of the kernel.
+
+    Returns:
+        The output [B, H, R, D] and, if asked for, the mean attention to each key [B, H, N].
 
     Raises:
-        InputError: a kernel was asked for by name where only SDPA serves.
+        InputError: `backend` names a kernel, but only SDPA computes this attention.
     """
     fits = HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]
     if isinstance(mask, RowMask) and mask.left_padded and fits:
@@ -122,7 +139,7 @@ def attend(
         return knockout_attention(
             query, key, value, segments=segments, table=table, start=mask.start, scale=scale, mass=mass, backend=backend
         )
-    if mask is None:  # without a rule there would be no causality either
+    if mask is None:  # without a mask the attention would not be causal
         raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
     if backend in ("cpu", "triton"):
         raise InputError(
@@ -161,7 +178,10 @@ def attend_split(
     mass: bool = False,
     backend: str = "auto",
 ) -> Attention:
-    """Attention over a part of the keys, with the log-sum-exp that joins it to the rest; see `knockout_attention`."""
+    """Compute attention over a part of the keys.
+
+    The result has the log-sum-exp that joins it to attention over the other keys; see `knockout_attention`.
+    """
     if HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]:
         return knockout_attention(
             query, key, value, start=start, scale=scale, lse=True, mass=mass, causal=causal, backend=backend
@@ -175,10 +195,11 @@ def attend_split(
 
 
 def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
-    """Attention [1, H, T, D] of T rows whose keys lie in two places, joined by their log-sum-exps.
+    """Join the attention of T rows to keys in two places by the log-sum-exps, and return it as [1, H, T, D].
 
-    own: output [T, H, D] and log-sum-exp [T, H] over the rows' own keys. prefix: the same over their prefixes, as
-    `attend_split` gives it, [1, H, T, D] and [1, H, T].
+    Args:
+        own: Output [T, H, D] and log-sum-exp [T, H] over the rows' own keys.
+        prefix: Output [1, H, T, D] and log-sum-exp [1, H, T] over the rows' prefixes, as `attend_split` returns them.
     """
     output, total = own
     return join(Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None), prefix)
@@ -187,8 +208,11 @@ def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | None, scale: float, closed: Closed | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attend` with its weights as an array: output [B, H, R, D] and alpha [B, H, R, N], through which gradients
-    flow."""
+    """Compute the attention of `attend` with its weights as an array, through which gradients flow.
+
+    Returns:
+        The output [B, H, R, D] and the attention weights alpha [B, H, R, N].
+    """
     if mask is None:
         raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
     rows, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
@@ -197,7 +221,7 @@ def attend_dense(
     wide = wide_type(query.dtype)
     scores = query.to(wide) @ key.to(wide).mT * scale
     scores = scores if bias is None else scores + bias
-    # the lowest number in place of -inf: a row that sees nothing would have no gradient but NaN
+    # the lowest number in place of -inf, which would give NaN gradients for a row that sees no key
     alpha = torch.softmax(scores.masked_fill(~seen, torch.finfo(wide).min), -1).masked_fill(~seen, 0)
     return alpha.to(value.dtype) @ value, alpha
 
@@ -205,9 +229,14 @@ def attend_dense(
 def seen_by(
     mask: RowMask | Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows `start` to `stop` of `rows` as bool [B or 1, 1 or H, stop - start, keys], and what a ready float mask
-    adds to their scores. Causality is the mask's own affair: a ready mask, or another rule, may let a row see later
-    keys, and knockouts close only what they name."""
+    """Return which keys rows `start` to `stop` of `rows` see, and what a ready float mask adds to their scores.
+
+    The mask alone decides about causality: a ready mask or another rule may let a row see later keys. Knockouts close
+    only the pairs that they name.
+
+    Returns:
+        bool [B or 1, 1 or H, stop - start, keys], and the float mask of these rows, or None.
+    """
     bias = None
     if isinstance(mask, RowMask):
         seen = mask.block(start, stop)
@@ -223,5 +252,5 @@ def seen_by(
 
 
 def first_row(mask: RowMask | Tensor, rows: int, keys: int) -> int:
-    """Where among the keys the first row's own is; under a ready mask the rows are the last ones."""
+    """Return the position of the first row among the keys; under a ready mask the rows are the last keys."""
     return mask.offset - mask.key_offset if isinstance(mask, RowMask) else keys - rows

@@ -1,8 +1,9 @@
-"""Sequences decoded together that come and go between passes, each behind a prefix of its own or a shared one.
+"""Decoding of sequences that join and leave a batch between forward passes (continuous batching).
 
-The unread tokens of all sequences lie one after another in a sequence of one, without padding. Each attends to its
-prefix (`prefixes`) and to its own earlier tokens, kept here; the two are joined by their log-sum-exps. So a sequence is
-computed as if it were alone, whatever runs beside it (continuous batching, Yu et al. 2022, "Orca").
+Each sequence follows a prefix, its own or a shared one. The unread tokens of all sequences are concatenated into one
+row of input without padding. Each token attends to the prefix of its sequence (`prefix_pool`) and to the sequence's own
+earlier tokens, which are kept here. The two results are joined by their log-sum-exps. So a sequence is computed as if
+it were alone, whatever else is in the batch (Yu et al. 2022, "Orca").
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from .attention import attend_split, join_rows
 from .hooks import Recording, recording
 from .prefix_pool import Prefix, PrefixPool, SlotGroup
 
-_ROOM = 32  # own positions made ahead of what is there
-_IDLE_BYTES = 1 << 28  # of own positions that are kept while there is no row
+_ROOM = 32  # spare own positions that are allocated when a row runs out of them
+_IDLE_BYTES = 1 << 28  # own keys and values up to this size are kept while there is no row
 
 
 @dataclass(eq=False)
 class Row:
     """One sequence in progress.
 
-    unread: tokens that the next pass reads; at least one. position: of the first of them, for the rotary embedding.
-    length: own tokens read so far. mass: where the row's attention to its prefix is summed, float32 [L, M], a mean over
-    heads; None where nobody asks.
+    Attributes:
+        prefix: The prefix that the sequence follows.
+        position: Position of the first unread token, for the rotary embedding.
+        unread: Tokens that the next forward pass reads, at least one.
+        mass: The sum of the row's attention to its prefix, float32 [L, M], a mean over heads. None if it was not asked
+            for.
+        length: How many own tokens were read so far.
+        slot: Index of the row in the batch.
     """
 
     prefix: Prefix
@@ -43,8 +49,16 @@ class Row:
 
 @dataclass(eq=False)
 class _Part:
-    """The tokens of a pass that read one stack: `token` int64 [n] which, `place` int64 [n] where each lies in
-    [S, width]; `start` of the stack's slots. `watched`: rows whose mass is summed, one to a slot."""
+    """The tokens of a forward pass whose prefixes lie in one slot group.
+
+    Attributes:
+        stack: The slot group.
+        token: Which tokens of the pass these are, int64 [n].
+        place: Where each of them lies in a [S, width] array, int64 [n].
+        width: The largest number of tokens that read one slot.
+        start: The first key of each slot.
+        watched: The rows whose attention mass is summed, one a slot.
+    """
 
     stack: SlotGroup
     token: Tensor
@@ -55,10 +69,11 @@ class _Part:
 
 
 class Batch:
-    """Rows in progress. One thread alone may use it.
+    """The rows in progress. Only one thread may use it.
 
     Args:
-        text: the model. backend: of the kernels.
+        text: The text part of the model.
+        backend: The backend of the kernels.
     """
 
     def __init__(self, text: TextModel, backend: str = "auto"):
@@ -76,7 +91,7 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values: of the prefixes, and of the rows' own tokens."""
+        """Bytes of the keys and values of the prefixes and of the rows' own tokens."""
         return self._prefixes.nbytes + sum(tensor.nbytes for pair in self._own for tensor in pair)
 
     @torch.inference_mode()
@@ -89,11 +104,15 @@ class Batch:
         name: Hashable | None = None,
         watch: bool = False,
     ) -> Row:
-        """Add a row: it reads `ids`, from `position` on, in the next pass.
+        """Add a row, which reads `ids` in the next forward pass.
 
         Args:
-            keys, values: of the prefix, [L][Hkv, M, D]; copied. name: of one that several rows share: the same name
-                means the same prefix. watch: sum the attention mass; of a prefix without a name.
+            keys, values: Keys and values of the prefix, [L][Hkv, M, D]; they are copied.
+            position: Position of the first token of `ids`, for the rotary embedding.
+            ids: The first tokens of the row, at least one.
+            name: The name of a prefix that several rows share. The same name means the same prefix.
+            watch: Sum the row's attention mass. This needs a prefix without a name, and a row that reads one token at a
+                time.
         """
         if not ids:
             raise ValueError("a row reads at least one token")
@@ -107,7 +126,7 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
-        """Remove a row; the last one takes its slot."""
+        """Remove a row; the last row takes its slot."""
         last = self.rows.pop()
         if last is not row:
             count = last.length
@@ -127,19 +146,24 @@ class Batch:
         self._prefixes.forget(name)
 
     def prefix(self, row: Row) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values of a row's prefix, [L][Hkv, M, D], views."""
+        """Return views of the keys and values of a row's prefix, [L][Hkv, M, D] each."""
         stack, slot = row.prefix.stack, row.prefix.slot
         first = stack.room - row.prefix.length
         return tuple(k[slot, :, first:] for k in stack.keys), tuple(v[slot, :, first:] for v in stack.values)
 
     def recording(self) -> AbstractContextManager[Recording]:
-        """The model attached; `read` works inside."""
+        """Return a context manager that attaches the model to this batch; `read` works only inside it."""
         return recording(self._text, backend=self._backend, attention_fn=self._attend)
 
     @torch.inference_mode()
     def read(self) -> Tensor:
-        """One pass over the unread tokens of all rows: the logits after the last of each, [B, V], in the order of
-        `rows`. They are read then; give each row its next ones."""
+        """Run one forward pass over the unread tokens of all rows, and return the logits after the last token of each.
+
+        Afterwards no row has unread tokens: give each row its next ones before the next call.
+
+        Returns:
+            The logits, [B, V], in the order of `rows`.
+        """
         lengths = [len(row.unread) for row in self.rows]
         device = self._device
         self._plan(lengths)
@@ -163,7 +187,7 @@ class Batch:
         return self.rows[0].prefix.stack.keys[0].device
 
     def _plan(self, lengths: list[int]) -> None:
-        """Where the pass's T tokens lie, once for all layers."""
+        """Compute where the T tokens of the pass lie, once for all layers."""
         device = self._device
         ends, total = [], 0
         for count in lengths:
@@ -177,7 +201,7 @@ class Batch:
         places = [
             self._room - 1 - row.length - i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)
         ]
-        # a row that reads several tokens attends to them by `_first`
+        # `_first` computes the attention among own tokens of the rows that read several tokens
         several = [i for i, count in enumerate(lengths) if count > 1]
         starts = [
             self._room - row.length - 1 if count == 1 else self._room
@@ -246,7 +270,7 @@ class Batch:
         self._room = room
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of the pass's T tokens, query [1, H, T, D] and own key, value [1, Hkv, T, D] -> [1, H, T, D]."""
+        """Return the attention of the pass's T tokens, [1, H, T, D], where key and value are [1, Hkv, T, D]."""
         own_key, own_value = self._keep(layer, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
         count = len(self.rows)
@@ -255,7 +279,7 @@ class Batch:
             rows.new_empty(rows.shape[:2], dtype=wide_type(rows.dtype)),
         )
         if self._single:
-            # all slots in one call; of the rows that read several tokens nothing is seen
+            # all slots in one call; rows that read several tokens see no key here, their start is behind the end
             alone = rows[self._last][:, :, None]
             found = attend_split(
                 alone, own_key[:count], own_value[:count], self._starts, scale, causal=False, backend=self._backend
@@ -274,7 +298,7 @@ class Batch:
         for part in self._parts:
             stack = part.stack
             padded_rows = _padded(rows, part.token, part.place, len(stack.held), part.width)
-            # a single row after all keys sees what the last of them sees, which is the form that gives the mass
+            # only causal calls return the mass; a single row at the last key sees all keys, so the result is the same
             watched = bool(part.watched)
             found = attend_split(
                 padded_rows,
@@ -295,14 +319,17 @@ class Batch:
         return join_rows((output, total), prefix)
 
     def _watch(self, layer: int, row: Row, found: Attention, own: Tensor) -> None:
-        """Add a row's attention to its prefix: the call's is of the prefix alone, the rest went to own tokens."""
+        """Add a row's attention to its prefix, scaled by the share of its attention that went to the prefix.
+
+        `found` has the attention over the prefix alone; `own` is the log-sum-exp over the row's own tokens.
+        """
         slot = row.prefix.slot
         share = torch.sigmoid(found.lse[slot, :, 0] - own)  # type: ignore[index]
         mass = found.mass[slot, :, -row.prefix.length :]  # type: ignore[index]
         row.mass[layer] += (mass * share[:, None]).mean(0)  # type: ignore[index]
 
     def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the pass's keys and values [Hkv, T, D] beside the earlier ones; all of them, [S, Hkv, room, D]."""
+        """Store the keys and values [Hkv, T, D] of the pass, and return all of the layer, [S, Hkv, room, D] each."""
         count = len(self.rows)
         if layer == len(self._own):
             empty = key.new_zeros(max(4, count), key.shape[0], self._room, key.shape[2])
@@ -318,7 +345,7 @@ class Batch:
 
 
 def _padded(tokens: Tensor, which: Tensor, place: Tensor, count: int, width: int) -> Tensor:
-    """Tokens [T, H, D] laid out as [count, H, width, D], zeros between."""
+    """Lay out tokens [T, H, D] as [count, H, width, D], with zeros in the places that no token takes."""
     wide = tokens.new_zeros(count * width, *tokens.shape[1:])
     wide[place] = tokens[which]
     return wide.unflatten(0, (count, width)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Decoding loops: transformers' `generate` prepares logits processors and stopping criteria, these loops run them."""
+"""Decoding loops that use the logits processors and stopping criteria which transformers' `generate` prepares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .model_runner import ModelRunner
 from .sampling import next_tokens
 from .shared_prefix import SharedPrefixDecoder
 
-Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it was the last
+Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it is the last
 
 
 def one_sequence(
@@ -27,8 +27,13 @@ def one_sequence(
     generation_config: Any,
     **model_kwargs: Any,
 ) -> Iterator[Any]:
-    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares everything as for its own:
-    yields once before it begins, then a `Pass` after each."""
+    """Decode one sequence token by token, as a loop for transformers' `generate(custom_generate=...)`.
+
+    `generate` prepares the arguments as it does for its own loops.
+
+    Yields:
+        None once, before the first forward pass; then a `Pass` after each forward pass.
+    """
     yield None
     done, first = False, True
     while not done:
@@ -47,8 +52,12 @@ def one_sequence(
 
 @contextmanager
 def own_state(runner: ModelRunner, state: list[Any]) -> Iterator[None]:
-    """With the model at hand, and what it keeps of a sequence as `state` has it (empty: as it is): other calls may have
-    come between. `state` holds it afterwards, the model what it held before."""
+    """Hold the model's lock, and give the model the per-sequence state in `state` while the block runs.
+
+    The adapter's `state` names what the model keeps about a sequence. Other calls may have changed it since the last
+    block. On leaving, `state` holds the values of this sequence, and the model holds those it had before. An empty
+    `state` leaves the model's values as they are on entry.
+    """
     model, names = runner.model, runner.adapter.state
     with model_lock(runner.text), torch.inference_mode():
         outside = [attrgetter(name)(model) for name in names]
@@ -74,8 +83,11 @@ StepOutput = tuple[Tensor, Tensor, Tensor, Tensor]
 def decode_loop(
     session: SharedPrefixDecoder, ids: Sequence[Sequence[int]]
 ) -> Callable[..., Iterator[StepOutput | None]]:
-    """A decoding loop for transformers' `generate(custom_generate=...)`, which prepares logits processors and stopping
-    criteria as for its own: yields once before it begins, then what was said in each pass."""
+    """Return a loop that decodes several questions, for transformers' `generate(custom_generate=...)`.
+
+    `generate` prepares logits processors and stopping criteria as it does for its own loops. The loop yields None once
+    before the first forward pass, then a `StepOutput` after each.
+    """
 
     def loop(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
@@ -98,13 +110,13 @@ def decode_loop(
                 tokens = torch.where(unfinished.to(tokens.device), tokens, filler)
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)
             going_on = ~stopping_criteria(input_ids, ())
-            said, more = torch.stack([tokens, going_on.long()]).cpu()  # the one copy a pass
+            said, more = torch.stack([tokens, going_on.long()]).cpu()  # the only copy to the CPU in a pass
             unfinished = unfinished & more.bool()
             yield tokens, logits, input_ids, unfinished
             if not unfinished.any():
                 return
             going = unfinished[active]
-            if 2 * int(going.sum()) <= len(active):  # half of the rows have nothing more to say
+            if 2 * int(going.sum()) <= len(active):  # at least half of the rows are finished
                 session.keep(going.nonzero()[:, 0])
                 active = active[going]
             feed = said[active][:, None].tolist()

@@ -1,4 +1,4 @@
-"""Tokens to text while they come."""
+"""Incremental decoding of tokens to text."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ from typing import Any
 
 
 class Detokenizer:
-    """The text of one answer, token by token: what `push` and `finish` return, one after another, is the whole text.
+    """Turns the tokens of one answer into text, one token at a time.
 
-    A token is decoded with those before it, since spaces hang on them, but never with more than a few of them.
+    The texts that `push` and `finish` return, joined in order, are the whole text. A token is decoded together with a
+    few tokens before it, because its spaces depend on them.
 
     Args:
-        tokenizer: of the model. skip_special_tokens: leave out the tokens that are no text.
+        tokenizer: The tokenizer of the model.
+        skip_special_tokens: Leave out the special tokens.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = False):
         self.ids: list[int] = []
         self._tokenizer = tokenizer
         self._options = {"skip_special_tokens": True} if skip_special_tokens else {}
-        self._from = self._read = 0  # of the ids: where decoding begins, and what of them was turned into text
+        self._from = self._read = 0  # indices into ids: where decoding begins, and where unread tokens begin
 
     def push(self, token: int) -> str:
-        """Take a token; the text that it adds, empty while a character of several tokens is unfinished."""
+        """Add a token, and return the text that it adds.
+
+        The text is empty while a character of several tokens is incomplete.
+        """
         self.ids.append(token)
         before = self._decoded(self.ids[self._from : self._read])
         now = self._decoded(self.ids[self._from :])
@@ -32,7 +37,7 @@ class Detokenizer:
         return now[len(before) :] if now.startswith(before) else self._decoded(unread)
 
     def finish(self) -> str:
-        """No more tokens come; the text of an unfinished character."""
+        """End the answer, and return the text of an incomplete character, if there is one."""
         before = self._decoded(self.ids[self._from : self._read])
         rest = self._decoded(self.ids[self._from :])[len(before) :]
         self._from = self._read = len(self.ids)
@@ -43,8 +48,10 @@ class Detokenizer:
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token's own text, spaces included: what decoding it adds. Bytes of an unfinished character belong to the
-    token that finishes it."""
+    """Return the text that each token adds, spaces included.
+
+    The bytes of a character that spans several tokens belong to the token that completes it.
+    """
     words = Detokenizer(tokenizer)
     texts = [words.push(token) for token in ids]
     if texts:

@@ -1,10 +1,10 @@
-"""The one seam with transformers' attention.
+"""Context manager that runs a model's attention through this library and records forward passes.
 
-Inside `with recording(...)` the text part of a model runs on `masks.attend`, registered with transformers'
-AttentionInterface and AttentionMaskInterface. There knockouts take effect, the attention shares are summed, and a
-Recording takes what an explanation needs: of each explained row its query, its residual input to every layer and its
-input to the final norm. Keys and values stay where they are, in the KV cache. On leaving, by exception too, everything
-is as it was.
+Inside `with recording(...)` the text part of a model runs on `attention.attend`, which is registered with transformers'
+AttentionInterface and AttentionMaskInterface. There knockouts take effect and attention shares are summed. A
+`Recording` stores what an explanation needs: the query of each explained row, its residual input to every layer and its
+input to the final norm. Keys and values stay in the KV cache. When the block ends, also by an exception, the model is
+restored. No other module touches transformers' attention.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from ..models.text_model import TextModel
 from .attention import Closed, RowMask, attend, attend_dense, row_mask, seen_by
 from .linear import few_row_linears
 
-# arguments of a decoder that a replay makes itself, or that only say what it gives back
+# arguments of a decoder that a replay makes itself, or that only choose what the decoder returns
 _REPLAYED = (
     "input_ids", "inputs_embeds", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
     "return_dict", "output_attentions", "output_hidden_states",
 )  # fmt: skip
-_REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not computed here
+_REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not supported here
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
 OnWeights = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
 _names = itertools.count()
@@ -45,21 +45,34 @@ _locks_guard = threading.Lock()
 
 
 def model_lock(text: TextModel) -> threading.RLock:
-    """The lock of a model: its attention is patched for one thread at a time, and what another thread ran
-    meanwhile would be recorded as this one's. Every VLM of the same model shares it."""
+    """Return the lock of a model, which every VLM of the same model shares.
+
+    Only one thread at a time may patch the attention of a model. Otherwise the forward passes of another thread would
+    be recorded as those of this thread.
+    """
     with _locks_guard:
         return _locks.setdefault(text.norm, threading.RLock())
 
 
 @dataclass
 class Recording:
-    """Rows recorded of each forward pass: the last `rows` of it, [B, rows, ...] a pass.
+    """The last `rows` rows of each forward pass, [B, rows, ...] a pass.
 
-    residual, query, output: one list a layer; query [B, rows, H, D], rotated; output as query, what each head read.
-    final: inputs of the final norm. seen: for each pass the keys that the rows see, bool [B or 1, rows, N], or None for
-    plain causal attention. last: the position of each pass's last row, None where the caller's own mask does not tell.
-    embeds, positions: what each pass gave the decoder, [B, R, d] and [..., B, R] or None, of all its rows. others: the
-    further arguments of each pass that were given, by name; see `verify.Replay`.
+    Attributes:
+        rows: How many rows are recorded of each pass.
+        num_layers: How many layers the model has.
+        device: Where the recorded rows are stored.
+        residual: Residual input of each layer, one list of passes a layer.
+        query: Rotated queries, [B, rows, H, D], one list of passes a layer.
+        output: Outputs of the attention heads, in the shape of `query`, one list of passes a layer.
+        final: Inputs of the final norm, one a pass.
+        seen: Which keys the rows see, one list of passes a layer: bool [B or 1, rows, N], or None for plain causal
+            attention.
+        scale: The factor of the attention scores, one a layer.
+        last: Position of the last row of each pass, or None if the caller's own mask does not tell it.
+        embeds: Input embeddings of all rows of each pass, [B, R, d].
+        positions: Position ids of all rows of each pass, [..., B, R], or None.
+        others: Further arguments that the decoder got in each pass, by name; see `explain.replay.Replay`.
     """
 
     rows: int
@@ -84,13 +97,16 @@ class Recording:
         self.scale = [0.0] * self.num_layers
 
     def cut(self) -> Recording:
-        """What was recorded until now, as a record of its own; this one begins anew."""
+        """Return what was recorded until now as a separate recording, and clear this one."""
         past = copy(self)
         self.__init__(self.rows, self.num_layers, self.device)  # type: ignore[misc]
         return past
 
     def take(self, hidden: Tensor) -> Tensor:
-        """The recorded rows of [B, R, ...]; copied if there are others, so that the rest of the pass can be freed."""
+        """Return the recorded rows of [B, R, ...].
+
+        They are copied if the pass has other rows, so that the memory of those can be freed.
+        """
         rows = hidden if hidden.shape[1] == self.rows else hidden[:, -self.rows :].clone()
         return (rows.detach() if rows.requires_grad else rows).to(self.device)
 
@@ -124,19 +140,25 @@ def recording(
     attention_fn: AttentionFn | None = None,
     on_weights: OnWeights | None = None,
 ) -> Iterator[Recording]:
-    """Run the text part on `masks.attend` and record the last `rows` rows of every forward pass inside.
+    """Run the text part of a model on `attention.attend`, and record the last `rows` rows of every forward pass.
+
+    Only the text part is changed: vision towers use the same interface of transformers. The functions are registered
+    under a new name each time, so that several models do not conflict. Other threads wait for this model
+    (`model_lock`). Blocks for the same model cannot be nested.
 
     Args:
-        text: the text part of a model. rows: how many rows are recorded of each pass.
-        knockouts: who may not attend to whom. shares: told of the attention mass. backend: of the kernels.
-        attention_fn: called in place of `attend`, (layer, query, key, value, scale) -> output, for callers that keep
-            keys and values, and the rule of who sees whom, elsewhere.
-        on_weights: called with every layer's number and attention weights, through which gradients flow where they are
-            on.
+        text: The text part of a model.
+        rows: How many rows are recorded of each pass.
+        knockouts: The plan of the knockouts that apply.
+        shares: An observer that receives the attention mass.
+        backend: The backend of the kernels.
+        attention_fn: Called in place of `attend`, (layer, query, key, value, scale) -> output. It is for callers that
+            keep keys, values and the mask rule elsewhere.
+        on_weights: Called with the number and the attention weights of every layer. Gradients flow through the weights
+            if they are enabled.
 
-    Only the text part is touched: vision towers use the same interface of transformers. The name under
-    which the functions are registered is new each time, so that several models do not meet; other threads
-    wait for this model (`model_lock`). These blocks cannot be nested for one model.
+    Yields:
+        The `Recording`.
     """
     with model_lock(text):
         if str(text.config._attn_implementation).startswith("mllm_fast_"):
@@ -148,7 +170,7 @@ def recording(
 
 @dataclass
 class _Attachment:
-    """What is registered with transformers while a model is recorded; see `recording` for the fields."""
+    """The functions that are registered with transformers while a model is recorded; see `recording` for the fields."""
 
     text: TextModel
     rows: int
@@ -165,7 +187,7 @@ class _Attachment:
     def forward(
         self, module: nn.Module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
     ) -> tuple[Tensor, None]:
-        """The attention of one layer, as transformers calls it."""
+        """Compute the attention of one layer, as transformers calls it."""
         for refused in _REFUSED:
             if kwargs.get(refused) is not None:
                 raise NotImplementedError(f"attention with {refused!r} is not supported by mllm-fast")
@@ -190,11 +212,11 @@ class _Attachment:
         return output.contiguous(), None
 
     def _closed(self, layer: int, batch: int, keys: int, mask: RowMask | Tensor | None) -> Closed | None:
-        """What is knocked out in a layer."""
+        """Return segments and table of the knockouts in a layer, or None if it has none."""
         table = None if self.knockouts is None else self.knockouts.tables[layer]
         if self.knockouts is None or table is None:
             return None
-        # of the positions that the keys have: a sliding window's begin later
+        # keep only the positions of the keys: with a sliding window they do not begin at 0
         before = mask.key_offset if isinstance(mask, RowMask) else 0
         return self.knockouts.segments(batch, before + keys)[:, before:], table
 
@@ -216,9 +238,9 @@ class _Attachment:
         self.record.residual[layer].append(self.record.take(hidden))
 
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Record what a pass gave the decoder."""
+        """Record the arguments that the decoder gets in a pass."""
         embeds = kwargs.get("inputs_embeds")
-        if embeds is None:  # a model without eyes
+        if embeds is None:  # a text-only model gets token ids
             embeds = self.text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])  # type: ignore[operator]
         self.record.embeds.append(embeds)
         self.record.positions.append(kwargs.get("position_ids"))
@@ -229,7 +251,7 @@ class _Attachment:
 
     @contextmanager
     def attached(self) -> Iterator[Recording]:
-        """The model runs on `forward`, and is recorded if rows are asked for."""
+        """Run the model on `forward` inside the block, and record it if `rows` is not 0."""
         text, record = self.text, self.record
         name = f"mllm_fast_{next(_names)}"
         before = text.config._attn_implementation

@@ -1,4 +1,4 @@
-"""What transformers calls a model's KV cache: `cache` since 5.24, `past_key_values` before."""
+"""The name of the KV cache in transformers: `cache` since 5.24, `past_key_values` before."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what a model, or `generate`, returned."""
+    """Return the cache from the output of a model or of `generate`."""
     return output[CACHE]

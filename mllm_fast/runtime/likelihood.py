@@ -1,4 +1,4 @@
-"""How likely is an answer? Probabilities of given answers, and numbers read as their expectation."""
+"""Probabilities of given answers, and numeric answers as an expectation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ ONE_TO_TEN = {str(number): float(number) for number in range(1, 11)}
 
 
 def yes_probabilities(runner: ModelRunner, pictures: Sequence[list[Any]], prompts: Sequence[str]) -> Tensor:
-    """P(yes) / (P(yes) + P(no)) by the first token of the answer to each prompt, float64 [prompts], in one batch.
+    """Return P(yes) / (P(yes) + P(no)) by the first token of the answer to each prompt, computed in one batch.
 
-    images: of each prompt, as PIL images.
+    Args:
+        runner: The model.
+        pictures: The PIL images of each prompt.
+        prompts: The prompts.
+
+    Returns:
+        float64 [prompts], on the CPU.
 
     Raises:
-        InputError: yes and no begin with the same token in this model's vocabulary.
+        InputError: Yes and no begin with the same token in this model's vocabulary.
     """
     inputs, _, _ = runner.prompts.prepare([list(one) for one in pictures], list(prompts))
     output = runner.run(inputs, 1, {"output_logits": True, "return_dict_in_generate": True})
     logits = output.logits[0].double()
     ids = {name: {int(runner.prompts.answer_ids(word)[0]) for word in words} for name, words in YES_NO.items()}
-    neither = ids["yes"] & ids["no"]  # such as the unknown word
+    neither = ids["yes"] & ids["no"]  # such as the unknown token
     if neither in (ids["yes"], ids["no"]):
         raise InputError("this model's vocabulary does not tell yes from no by their first token")
     yes, no = (logits[:, sorted(ids[name] - neither)].logsumexp(-1) for name in ("yes", "no"))
@@ -36,11 +42,12 @@ def yes_probabilities(runner: ModelRunner, pictures: Sequence[list[Any]], prompt
 
 
 def answer_probabilities(runner: ModelRunner, pictures: list[Any], prompt: str, answers: Sequence[str]) -> Tensor:
-    """The probability that the answer begins with each of these texts, float64 [answers]; that of "1" does not count
-    "10" where both are given.
+    """Return the probability that the answer begins with each of the given texts, float64 [answers].
+
+    The probability of "1" excludes that of "10" if both are given.
 
     Raises:
-        InputError: fewer than two answers, or two of the same tokens.
+        InputError: Fewer than two different answers are given, or two of them have the same tokens.
     """
     if len(set(answers)) < 2:
         raise InputError(f"give at least two different answers, got {list(answers)}")
@@ -60,7 +67,7 @@ def answer_probabilities(runner: ModelRunner, pictures: list[Any], prompt: str, 
         found.append(steps.sum().exp().cpu())
     whole = torch.stack(found)
     longer = [[j for j, other in enumerate(ids) if len(other) > len(one) and other[: len(one)] == one] for one in ids]
-    # of those that go on from another, each counts once, at its nearest beginning
+    # an answer that continues others is subtracted once, from the longest of them
     direct = [[j for j in later if not any(j in longer[k] for k in later)] for later in longer]
     return torch.stack([(whole[i] - whole[later].sum()).clamp_min(0) for i, later in enumerate(direct)])
 
@@ -68,8 +75,19 @@ def answer_probabilities(runner: ModelRunner, pictures: list[Any], prompt: str, 
 def expectation(
     runner: ModelRunner, pictures: list[Any], prompt: str, values: Mapping[str, float] = ONE_TO_TEN
 ) -> float:
-    """The number that an answer stands for, as its expectation over the answers that are possible: what is asked for a
-    score from 1 to 10 seldom moves by a whole digit."""
+    """Return a numeric answer as its expectation over the possible answers.
+
+    The expectation is finer than the answer itself: a score from 1 to 10 seldom moves by a whole digit.
+
+    Args:
+        runner: The model.
+        pictures: The PIL images of the prompt.
+        prompt: The prompt, which asks for a number.
+        values: The possible answers and the number that each stands for.
+
+    Raises:
+        InputError: The model gives none of the answers any probability.
+    """
     probabilities = answer_probabilities(runner, pictures, prompt, list(values))
     total = float(probabilities.sum())
     if not total > 0:
@@ -78,7 +96,7 @@ def expectation(
 
 
 def _log_probs(runner: ModelRunner, inputs: Any, ids: list[int]) -> Tensor:
-    """log p of every token at each step of an answer, float64 [len(ids), V]."""
+    """Return log p of every token at each step of an answer, float64 [len(ids), V]."""
     sequence = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([ids[:-1]])], 1)
     runner.prompts.check_window(sequence.shape[1], "the prompt and the answer take")
     extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}

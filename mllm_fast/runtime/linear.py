@@ -1,8 +1,8 @@
-"""The one seam with transformers' linear layers.
+"""Context manager that runs a model's large linear layers on `few_row_linear`.
 
-Inside `with few_row_linears(text)` the large ones of a model's text part, its head among them, compute on
-`few_row_linear`: a decoder's step reads every weight, and torch reads them at half of memory's speed. On leaving, by
-exception too, everything is as it was.
+Inside `with few_row_linears(text)` the large linear layers of the text part, the head included, compute on
+`few_row_linear`. A decoding step reads every weight, and torch reads them at half of the memory's speed. When the block
+ends, also by an exception, the layers are restored. No other module touches transformers' linear layers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ _found: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Linear]]] = wea
 
 @contextmanager
 def few_row_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
-    """`backend` as of the attention: "torch" and "triton" leave the layers as they are. For one thread at a time, as
-    `attention.model_lock` sees to."""
+    """Run the large linear layers of a model on `few_row_linear` inside the block.
+
+    It is for one thread at a time, which `hooks.model_lock` ensures.
+
+    Args:
+        text: The text part of the model.
+        backend: The backend, as for the attention. "torch" and "triton" leave the layers unchanged.
+    """
     changed = []
     if backend in ("auto", "cpu"):
         for layer in _large(text):
-            if "forward" not in vars(layer):  # whoever put one there goes on
+            if "forward" not in vars(layer):  # a layer that someone else patched stays as it is
                 vars(layer)["forward"] = partial(_forward, layer)
                 changed.append(layer)
     try:
@@ -50,7 +56,7 @@ def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
 
 
 def _large(text: TextModel) -> list[nn.Linear]:
-    """Looked for once a model: of a small one, the walk takes as long as a layer."""
+    """Return the large linear layers, found once a model: in a small one the search takes as long as a layer."""
     known = _found.get(text.decoder)
     if known is None:
         layers = [one for one in (*text.decoder.modules(), text.head) if type(one) is nn.Linear]

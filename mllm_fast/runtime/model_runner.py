@@ -1,4 +1,4 @@
-"""ModelRunner: a model, its processor and its parts, and the ways in which they are run."""
+"""ModelRunner: a model with its processor and parts, and the ways to run it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..models.text_model import text_model
 from .hooks import Recording, model_lock, recording
 from .kv_cache import cache_of
 
-_OPERATOR_BYTES = 1 << 30  # budget of the cached operators, unless the caller gives another
+_OPERATOR_BYTES = 1 << 30  # default budget of the operator cache
 
 Knockouts = Knockout | Sequence[Knockout] | None
 
@@ -34,16 +34,16 @@ class ModelRunner:
     """A model loaded with transformers and its processor, ready to be run and recorded.
 
     Args:
-        model: an image-text-to-text model whose architecture is known (`mllm-fast info` lists them), or for which
-            `adapter` is given.
-        processor: the model's processor, with a chat template.
-        max_pixels: the largest image that is read, in pixels.
-        operator_bytes: the budget of the operator cache that makes repeated explanations fast.
-        backend: the kernels' backend, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
-        adapter: where the model keeps its parts, for an architecture that is not registered.
+        model: An image-text-to-text model. Its architecture is a known one (`mllm-fast info` lists them), or `adapter`
+            is given.
+        processor: The model's processor, with a chat template.
+        max_pixels: The size of the largest image that is accepted, in pixels.
+        operator_bytes: The budget of the operator cache, which makes repeated explanations fast.
+        backend: The kernels' backend, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
+        adapter: Says where the model keeps its parts, for an architecture that is not registered.
 
     Raises:
-        InputError: the architecture is not supported, or the backend unknown or of no use on the model's device.
+        InputError: The architecture is not supported, or the backend is unknown or does not work on the model's device.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ModelRunner:
     ):
         self.adapter = find_adapter(model) if adapter is None else adapter() if isinstance(adapter, type) else adapter
         check_one_device(model)
-        try:  # a choice that cannot serve is refused here, not by the first call that needs it
+        try:  # refuse an unusable backend here rather than at the first call that needs it
             choose(device_of(model), model.dtype, backend, op="knockout_attention")
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -71,15 +71,18 @@ class ModelRunner:
         self.operators = OperatorCache(operator_bytes)
 
     def prepare(self, image: Images | None, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
-        """The processor's inputs for one sequence, on the model's device, and the images' sizes
-        (width, height)."""
+        """Prepare one sequence for the model.
+
+        Returns:
+            The processor's inputs, on the model's device, and the size (width, height) of each image.
+        """
         pictures = self.prompts.load(image)
         return self.prompts.inputs([pictures], [prompt]), [picture.size for picture in pictures]
 
     def plan(
         self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None
     ) -> Plan | None:
-        """The plan of some knockouts for sequences of these layouts; None where there is no knockout."""
+        """Return the plan of some knockouts for sequences of these layouts, or None if there is no knockout."""
         return plan_of(knockout, layouts, len(self.text.layers), padding, device_of(self.model), self.prompts.window)
 
     def run(
@@ -90,7 +93,14 @@ class ModelRunner:
         plan: Plan | None = None,
         shares: AttentionShares | None = None,
     ) -> Any:
-        """transformers' `generate`, greedy unless asked to sample; `plan` and `shares` as in `recording`."""
+        """Run transformers' `generate`; it is greedy unless `options` ask for sampling.
+
+        Args:
+            inputs: The processor's inputs.
+            max_new_tokens: The most tokens to generate, at least 1.
+            options: Further arguments of `generate`.
+            plan, shares: The arguments `knockouts` and `shares` of `recording`.
+        """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is at least 1, got {max_new_tokens}")
         settings = {"do_sample": False, **options}
@@ -104,7 +114,11 @@ class ModelRunner:
                 return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
 
     def run_forced(self, inputs: Any, sequence: Tensor, plan: Plan | None) -> tuple[Recording, Any]:
-        """One pass over prompt and answer; the last token's own row is not needed."""
+        """Run one forward pass over prompt and answer, without the last token, whose row is not needed.
+
+        Returns:
+            The recording of the rows that predict the answer, and the KV cache.
+        """
         count = len(sequence) - inputs["input_ids"].shape[1]
         extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         if "mm_token_type_ids" in extra:

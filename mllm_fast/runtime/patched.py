@@ -1,7 +1,8 @@
-"""The model patched for whoever runs it inside a with block: the caller's own `generate`, a pipeline, a harness.
+"""The patched model inside a `with` block, for code that runs the model itself.
 
-What a call of the model may see is read from its input ids. `generate` says what the prompt is; a call of the model by
-itself is a prompt where its cache is empty, and one generated token a sequence where its cache was filled here.
+This is the caller's own `generate`, a pipeline or an evaluation harness. The segments of a call are read from its input
+ids. `generate` is given the prompt. A direct call of the model is a prompt if its cache is empty. If its cache was
+filled inside the block, it is one generated token a sequence.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ _CACHES = dict.fromkeys((CACHE, "cache", "past_key_values"))
 
 @dataclass
 class PatchedCall:
-    """One prompt, or a batch of them, and what was generated from it.
+    """One prompt, or a batch of prompts, and what was generated from it.
 
     Attributes:
-        input_ids: of the prompts, int64 [B, N]. inputs: everything that the call was given.
-        layouts, padding: of each prompt, without its padding, and how many tokens of padding precede it.
-        record: what was recorded. cache: the KV cache. sequences: what `generate` returned, [B', N'], or None.
+        input_ids: Token ids of the prompts, int64 [B, N].
+        inputs: All keyword arguments of the call.
+        layouts: The layout of each prompt, without its padding.
+        padding: How many padding tokens precede each prompt.
+        plan: The plan of the knockouts, or None.
+        record: The recorded rows.
+        cache: The KV cache.
+        sequences: The sequences that `generate` returned, [B', N'], or None.
+        seen_ids: Input ids of the last pass without a cache.
     """
 
     input_ids: Tensor
@@ -44,11 +51,11 @@ class PatchedCall:
     record: Recording
     cache: Any = None
     sequences: Tensor | None = None
-    seen_ids: Tensor | None = field(default=None, repr=False)  # of the last pass without a cache
+    seen_ids: Tensor | None = field(default=None, repr=False)  # of the last pass without a KV cache
 
 
 class _Patch:
-    """Follows the calls of one model; stands for a `Plan` in `recording`: that of the call at hand."""
+    """Follows the calls of one model. In `recording` it takes the place of a `Plan`, that of the current call."""
 
     def __init__(self, runner: ModelRunner, rules: Sequence[Knockout], calls: list[PatchedCall]):
         self.runner = runner
@@ -64,11 +71,11 @@ class _Patch:
 
     @property
     def tables(self) -> list[Tensor | None]:
-        """Of `Plan`."""
+        """The tables of the current call; see `Plan`."""
         return self._plan().tables
 
     def segments(self, batch: int, keys: int) -> Tensor:
-        """Of `Plan`."""
+        """Return the segment ids of the current call; see `Plan.segments`."""
         return self._plan().segments(batch, keys)
 
     def _plan(self) -> Plan:
@@ -80,7 +87,7 @@ class _Patch:
         return self._current.plan
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate`, with the prompt noted."""
+        """Run the model's `generate`, and note its prompt."""
         given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._current = self._begin(given, kwargs)
         self._generating = True
@@ -93,7 +100,7 @@ class _Patch:
             self._generating, self._current = False, None
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A call of the model begins: find out which prompt it belongs to."""
+        """Find the prompt that a call of the model belongs to, before the call runs."""
         if self._generating:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -114,7 +121,7 @@ class _Patch:
         self._current = call
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """A call of the model ended: note its cache."""
+        """Note the cache of a call of the model after it ran."""
         call = self._current
         if call is None:
             return
@@ -129,7 +136,7 @@ class _Patch:
             self._current = None
 
     def _goes_on(self, ids: Any) -> PatchedCall | None:
-        """The call that this pass without a cache continues, by one token a sequence."""
+        """Return the call that a pass without a cache continues by one token a sequence, or None."""
         call = self._uncached
         before = None if call is None else call.seen_ids
         if not isinstance(ids, Tensor) or before is None or ids.shape != (len(before), before.shape[1] + 1):
@@ -158,11 +165,11 @@ class _Patch:
         for call in self.calls:
             call.record = past
         call = PatchedCall(ids, dict(inputs), tuple(layouts), tuple(padding), plan, self.record)
-        self.calls[:] = [call]  # the last one alone: the caches of all of them would fill the memory
+        self.calls[:] = [call]  # only the last call: the caches of all calls would fill the memory
         return call
 
     def _layouts(self, rows: Sequence[Tensor], inputs: dict[str, Any]) -> list[TokenLayout]:
-        """The layouts of a call's prompts, each without padding."""
+        """Return the layouts of a call's prompts, each without padding."""
         counts = [int((row == self._image_token).sum()) for row in rows]
         lengths = self.runner.adapter.image_lengths(self.runner.processor, inputs, sum(counts))
         if lengths is None:
@@ -183,10 +190,12 @@ class _Patch:
 
 @contextmanager
 def patched(runner: ModelRunner, rules: Sequence[Knockout], rows: int = 0) -> Iterator[list[PatchedCall]]:
-    """Inside, whoever runs the model runs it under these knockouts, and the last `rows` rows of each pass are recorded.
+    """Run every call of the model inside the block under these knockouts, and record the last `rows` rows of each pass.
 
-    Other threads wait for the model; on leaving, by exception too, it is as it was. Yields a list that holds the last
-    call, from its beginning on.
+    Other threads wait for the model. When the block ends, also by an exception, the model is restored.
+
+    Yields:
+        A list that holds the last call, from the moment it begins.
     """
     calls: list[PatchedCall] = []
     model: Any = runner.model

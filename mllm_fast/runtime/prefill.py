@@ -1,4 +1,4 @@
-"""Read a prompt, once: the keys and values of its tokens, and what the model would say next."""
+"""Prefill: the keys and values of a prompt's tokens, and the logits of the next token."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from .model_runner import ModelRunner
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt as it was read.
+    """The result of the forward pass over a prompt.
 
-    keys, values: of all its tokens, one [Hkv, N, D] a layer. layout, input_ids (int64 [N], on the CPU): of the prompt.
-    position: of the next token, for the rotary embedding. logits: of the next token, [V].
+    Attributes:
+        keys, values: Keys and values of all tokens of the prompt, one [Hkv, N, D] a layer.
+        layout: The layout of the prompt.
+        input_ids: Token ids of the prompt, int64 [N], on the CPU.
+        position: Position of the next token, for the rotary embedding.
+        logits: Logits of the next token, [V].
     """
 
     keys: tuple[Tensor, ...]
@@ -33,7 +37,14 @@ class Prefill:
 
 
 def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None) -> Prefill:
-    """One pass over a processor's inputs for one sequence; `watcher` as in `recording`."""
+    """Run one forward pass over the processor's inputs for one sequence.
+
+    Args:
+        runner: The model.
+        inputs: The processor's inputs.
+        layout: The layout of the prompt.
+        watcher: An observer that receives the attention mass, as `shares` of `recording`.
+    """
     state: list[Any] = []
     with own_state(runner, state), recording(runner.text, 1, shares=watcher, backend=runner.backend) as record:
         output = runner.model(**inputs, use_cache=True, logits_to_keep=1)
@@ -50,7 +61,7 @@ def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Atte
 
 
 def check_cache(cache: Any, length: int) -> None:
-    """Raise InputError for a cache that does not hold all keys and values as they are."""
+    """Raise InputError for a cache that does not hold the keys and values of all `length` tokens as tensors."""
     for layer in cache.layers:
         keys = getattr(layer, "keys", None)
         if not isinstance(keys, Tensor) or keys.shape[-2] < length or not isinstance(layer.values, Tensor):
@@ -61,17 +72,20 @@ def check_cache(cache: Any, length: int) -> None:
 
 
 def next_position(record: Recording, length: int) -> int:
-    """Of the token after the prompt, for the rotary embedding, from what the first pass gave the decoder."""
+    """Return the position of the token after the prompt, for the rotary embedding.
+
+    It follows from the position ids that the decoder got in the first forward pass, or is `length` if it got none.
+    """
     given = record.positions[0] if record.positions else None
     if given is None:
         return length
-    if given.ndim == 3 and len(given) == 4:  # three axes, behind a row that only makes masks
+    if given.ndim == 3 and len(given) == 4:  # the first row is only for masks, the other three are the axes
         given = given[1:]
     return int(given[..., -1].max()) + 1
 
 
 def check_full_attention(runner: ModelRunner) -> None:
-    """Raise InputError where a layer does not see the whole sequence: there a dropped token would move the window."""
+    """Raise InputError if a layer has sliding-window attention, in which dropping a token would move the window."""
     kinds = set(getattr(runner.text.config, "layer_types", None) or ["full_attention"])
     window = getattr(runner.text.config, "sliding_window", None)
     if kinds != {"full_attention"} or (window and getattr(runner.text.config, "use_sliding_window", True)):

@@ -1,8 +1,9 @@
-"""PrefixPool of different sequences side by side, so that one kernel call a layer reads them all.
+"""A pool of prefixes that lie side by side, so that one kernel call a layer reads them all.
 
-A stack holds prefixes of about one length in slots, right-aligned: a slot's first key is its `start`, and a slot that
-nobody reads in a pass starts behind its end, where the kernel skips it. A prefix that several sequences share lies
-there once. What was read stays in its slot until another needs it, so that the next question about an image finds it.
+A slot group holds prefixes of similar length in slots, right-aligned. The first key of a slot is its `start`. The start
+of a slot that nobody reads in a pass is behind the slot's end, where the kernel skips it. A prefix that several
+sequences share is stored once. A shared prefix stays in its slot until another prefix needs the slot, so that the next
+question about the same image finds it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_LEAST = 16  # lengths are rounded up to a multiple of this, and of a quarter of the power of two below them
+_LEAST = 16  # lengths are rounded up to a multiple of this, or of a quarter of the power of two below if larger
 
 
 @dataclass(eq=False)
 class Prefix:
-    """A prefix in its slot. `users`: sequences that hold it. `used`: when it was last taken, a counter."""
+    """A prefix in its slot.
+
+    Attributes:
+        stack: The slot group.
+        slot: Index of the slot in the group.
+        length: How many tokens the prefix has.
+        name: The name under which it is shared, or None.
+        users: How many sequences use it.
+        used: When it was last acquired, as a counter.
+    """
 
     stack: SlotGroup
     slot: int
@@ -30,8 +40,13 @@ class Prefix:
 
 @dataclass(eq=False)
 class SlotGroup:
-    """keys, values: one [S, Hkv, room, D] a layer. `start`: first key of each slot, int32 [S]; `room` of an empty
-    one. `held`: what lies in each slot."""
+    """Slots for prefixes of similar length.
+
+    Attributes:
+        room: How many keys fit in a slot.
+        keys, values: One [S, Hkv, room, D] a layer.
+        held: The prefix in each slot, or None.
+    """
 
     room: int
     keys: list[Tensor] = field(default_factory=list)
@@ -43,14 +58,14 @@ class SlotGroup:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def put(self, slot: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Lay a prefix [L][Hkv, M, D] into a slot."""
+        """Copy the keys and values of a prefix, [L][Hkv, M, D], into a slot."""
         first = self.room - keys[0].shape[1]
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
             self.keys[layer][slot, :, first:] = key
             self.values[layer][slot, :, first:] = value
 
     def grow(self, count: int, like: Sequence[Tensor]) -> None:
-        """Make it `count` slots."""
+        """Enlarge the group to `count` slots; `like` has one tensor [Hkv, M, D] a layer."""
         before = len(self.held)
         for tensors in (self.keys, self.values):
             for layer, one in enumerate(like):
@@ -63,7 +78,10 @@ class SlotGroup:
         self.held += [None] * (count - before)
 
     def starts(self, slots: Sequence[int], device: torch.device) -> Tensor:
-        """`start` of a pass in which these slots are read, int32 [S]."""
+        """Return the first key of each slot for a pass that reads the given slots, int32 [S].
+
+        It is `room` for all other slots.
+        """
         starts = [self.room] * len(self.held)
         for slot in slots:
             one = self.held[slot]
@@ -72,7 +90,7 @@ class SlotGroup:
 
 
 class PrefixPool:
-    """Stacks of prefixes, shared ones found by name. Not for several threads at once."""
+    """A pool of slot groups, in which shared prefixes are found by name. Only one thread may use it."""
 
     def __init__(self) -> None:
         self._stacks: dict[tuple[tuple[bool, bool], int], SlotGroup] = {}
@@ -81,14 +99,19 @@ class PrefixPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, of those in use and of the others."""
+        """Bytes of all slots, used and unused."""
         return sum(stack.nbytes for stack in self._stacks.values())
 
     def acquire(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], name: Hashable | None = None, exclusive: bool = False
     ) -> Prefix:
-        """A prefix [L][Hkv, M, D] in its slot; what has the same name is taken to be the same. Give it back. `apart`:
-        in a stack of such alone."""
+        """Return a prefix in its slot; give it back with `release`.
+
+        Args:
+            keys, values: Keys and values of the prefix, [L][Hkv, M, D].
+            name: The name of a shared prefix. The same name means the same prefix.
+            exclusive: Put the prefix in a slot group that holds only exclusive ones.
+        """
         self._clock += 1
         found = self._named.get(name) if name is not None else None
         if found is None:
@@ -105,17 +128,17 @@ class PrefixPool:
         return found
 
     def release(self, prefix: Prefix) -> None:
-        """One sequence fewer needs it."""
+        """Give back a prefix on behalf of one sequence."""
         prefix.users -= 1
         stack = prefix.stack
         if prefix.users or prefix.name is not None:
             return
         stack.held[prefix.slot] = None
-        if not any(stack.held):  # nobody will find these again
+        if not any(stack.held):  # drop the empty group: its unnamed prefixes will not be asked for again
             self._stacks = {key: one for key, one in self._stacks.items() if one is not stack}
 
     def forget(self, name: Hashable) -> None:
-        """A name that will not be asked for again; who reads it goes on."""
+        """Drop a name that will not be asked for again; sequences that use the prefix keep it."""
         found = self._named.pop(name, None)
         if found is not None:
             found.name = None
@@ -127,7 +150,7 @@ class PrefixPool:
         room = -(-length // step) * step
         key = kind, room
         if key not in self._stacks:
-            for other, stack in list(self._stacks.items()):  # room for the new one
+            for other, stack in list(self._stacks.items()):  # free idle groups to make room for the new one
                 if not any(one is not None and one.users for one in stack.held):
                     for one in stack.held:
                         if one is not None:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: as transformers' `generate` would, for one sequence or for many at once."""
+"""Sampling of the next token as transformers' `generate` does it, for one sequence or for many at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from .model_runner import ModelRunner
 def next_tokens(
     logits: Tensor, input_ids: Tensor | None, processors: Any, sample: bool, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The next token of each sequence, int64 [B].
+    """Return the next token of each sequence, int64 [B].
 
     Args:
-        logits: of the next tokens, float32 [B, V]. input_ids: the sequences so far, [B, N], for the processors.
-        processors: transformers' logits processors; empty or None for none.
-        sample: draw from the probabilities, with `generator`; else the likeliest token.
+        logits: Logits of the next tokens, float32 [B, V].
+        input_ids: The sequences so far, [B, N], for the processors.
+        processors: Transformers' logits processors; empty or None for none.
+        sample: Draw from the probabilities; otherwise take the likeliest token.
+        generator: The random number generator for the draw.
     """
     scores = processors(input_ids, logits) if processors else logits
     if sample:
@@ -30,7 +32,13 @@ def next_tokens(
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0: the likeliest token. `seed`: of the random numbers, any if None."""
+    """The sampling settings of a request.
+
+    Attributes:
+        temperature: The temperature; 0 takes the likeliest token.
+        top_p: Nucleus sampling, the probability mass of the tokens that are kept.
+        seed: The seed of the random numbers; None for a random one.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -39,37 +47,47 @@ class Sampling:
 
 @dataclass(eq=False)
 class Sampler:
-    """Chooses the tokens of one sequence. `processors`: transformers' own, of the model's generation settings too."""
+    """Chooses the tokens of one sequence.
+
+    Attributes:
+        processors: Transformers' logits processors, those of the model's generation settings included.
+        sample: Draw from the probabilities; otherwise take the likeliest token.
+        ids: Token ids of the whole sequence so far.
+        generator: The random number generator for the draw.
+    """
 
     processors: Any
     sample: bool
-    ids: list[int]  # of the whole sequence so far
+    ids: list[int]  # the whole sequence so far
     generator: torch.Generator | None = field(default=None, repr=False)
 
     @property
     def plain(self) -> bool:
-        """Whether the likeliest token is all there is to it."""
+        """Whether the sampler simply takes the likeliest token."""
         return not self.sample and not self.processors
 
     def choose(self, logits: Tensor) -> int:
-        """The next token after the logits [V]."""
+        """Return the next token for the logits [V]."""
         ids = torch.tensor([self.ids], device=logits.device) if self.processors else None
         return int(next_tokens(logits[None].float(), ids, self.processors, self.sample, self.generator))
 
 
 class SamplerCache:
-    """Makes samplers; what transformers prepares for one set of settings is kept."""
+    """Makes samplers, and caches the logits processors that transformers prepares for each set of settings."""
 
     def __init__(self, runner: ModelRunner):
         self._runner = runner
         self._known: dict[tuple[float, float], Any] = {}
 
     def make(self, ids: Sequence[int], sampling: Sampling) -> Sampler:
-        """A sampler of the sequence that begins with `ids`. Prepared by `generate`, which needs the model's lock."""
+        """Return a sampler for the sequence that begins with `ids`.
+
+        `generate` prepares the logits processors, which needs the model's lock.
+        """
         key = sampling.temperature, sampling.top_p
         processors = self._known.get(key)
         if processors is None:
-            # whose rule depends on where the prompt ends must know the prompt
+            # processors that depend on the sequence are made for each prompt: they may need to know where it ends
             processors = self._prepared(torch.tensor([[1]]), sampling)
             if all(_stateless(one) for one in processors):
                 self._known[key] = processors
@@ -85,7 +103,7 @@ class SamplerCache:
         ids = ids.to(self._runner.model.device)
         options: dict[str, Any] = {"custom_generate": _prepared_only}
         if sampling.temperature:
-            # no other filter than those that were asked for
+            # apply only the filters that were asked for
             options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return next(self._runner.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1, options))
 
@@ -95,5 +113,5 @@ def _prepared_only(model: Any, input_ids: Tensor, logits_processor: Any, *_: Any
 
 
 def _stateless(processor: Any) -> bool:
-    """Of these the outcome hangs on the scores alone."""
+    """Return whether the outcome of a processor depends on the scores alone."""
     return type(processor).__name__ in ("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper")

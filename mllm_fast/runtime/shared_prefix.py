@@ -1,8 +1,8 @@
-"""Questions over one prefix: a forward pass for many of them, over a single copy of what they share.
+"""Decoding of many questions over one shared prefix, in joint forward passes.
 
-The tokens of all questions lie one after another in a sequence of one, without padding. Each attends to the prefix,
-whose keys and values are read where they are, and to its own question's keys, kept here; the two are joined by their
-log-sum-exps. So a question is computed as if it were asked alone.
+The tokens of all questions are concatenated into one row of input without padding. Each token attends to the prefix,
+whose keys and values are read in place, and to the keys of its own question, which are kept here. The two results are
+joined by their log-sum-exps. So a question is computed as if it were asked alone.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from .attention import attend_split, join_rows
 from .hooks import Recording, recording
 from .trace import Trace, trace_of
 
-_ROOM = 32  # positions made ahead of what is there, at most
+_ROOM = 32  # the most positions that are allocated ahead
 
 
 class SharedPrefixDecoder:
     """B questions in progress, over the keys and values of a prefix.
 
     Args:
-        text: the model. backend: of the kernels.
-        keys, values: of the prefix, [L, Hkv, M, D] (or a sequence of L); only read.
-        position: of the first token after the prefix, for the rotary embedding; more than M where tokens were
-            dropped.
-        count: B. expected: tokens that are likely to be read after the first ones, which get room at once.
+        text: The text part of the model.
+        keys, values: Keys and values of the prefix, [L, Hkv, M, D] or a sequence of L tensors; they are only read.
+        position: Position of the first token after the prefix, for the rotary embedding. It is more than M if tokens
+            were dropped.
+        count: The number of questions B.
+        backend: The backend of the kernels.
+        expected: How many tokens are likely to be read after the first ones. Space for them is allocated at once.
     """
 
     def __init__(
@@ -45,21 +47,26 @@ class SharedPrefixDecoder:
         self.text = text
         self.backend = backend
         self.keys, self.values = keys, values
-        self.length = 0  # own positions of the longest question; shorter ones begin later
+        self.length = 0  # own positions of the longest question; shorter questions begin later
         self._next = torch.full((count,), position)
         self._start: Tensor | None = None
         self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [B, room, Hkv, D]
-        self._rows = torch.empty(0, dtype=torch.long)  # of the pass at hand: where its tokens lie in [B, longest]
+        self._rows = torch.empty(0, dtype=torch.long)  # where the tokens of the current pass lie in [B, longest]
         self._longest = 0
         self._room = min(expected, _ROOM)
 
     def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
-        """The model attached to this session; `read` works inside, and records the last `rows` rows."""
+        """Return a context manager that attaches the model to this session and records the last `rows` rows.
+
+        `read` works only inside it.
+        """
         return recording(self.text, rows, backend=self.backend, attention_fn=self.attend)
 
     def read(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Add tokens to every question, as many to each after the first time; the logits after the last of each,
-        [B, V]."""
+        """Add tokens to every question, and return the logits after the last token of each, [B, V].
+
+        After the first call, every question takes the same number of tokens.
+        """
         lengths = torch.tensor([len(one) for one in ids])
         self._longest = int(lengths.max())
         gap = self._longest - lengths
@@ -84,7 +91,17 @@ class SharedPrefixDecoder:
         return self.text.logits(hidden[0, lengths.cumsum(0).to(self._device) - 1])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of the pass's T tokens, query [1, H, T, D] and own key, value [1, Hkv, T, D] -> [1, H, T, D]."""
+        """Return the attention of the pass's T tokens in one layer.
+
+        Args:
+            layer: The number of the layer.
+            query: Queries of the tokens, [1, H, T, D].
+            key, value: Their own keys and values, [1, Hkv, T, D].
+            scale: The factor of the scores.
+
+        Returns:
+            [1, H, T, D].
+        """
         count, longest = len(self._next), self._longest
         own_key, own_value = (self._add(layer, i, one[0].transpose(0, 1)) for i, one in enumerate((key, value)))
         rows = query[0].transpose(0, 1)  # [T, H, D]
@@ -102,23 +119,29 @@ class SharedPrefixDecoder:
         return join_rows((output, total), shared)
 
     def mark(self) -> tuple[int, Tensor]:
-        """Where the questions are, for `back`."""
+        """Return the current state of the questions, for `back`."""
         return self.length, self._next
 
     def back(self, mark: tuple[int, Tensor]) -> None:
-        """Forget what was read since a mark."""
+        """Forget the tokens that were read since a mark."""
         self.length, self._next = mark
 
     def keep(self, questions: Tensor) -> None:
-        """Go on with some of the questions alone, int64 [B']; only while none is read."""
+        """Continue with only some of the questions, int64 [B']; not to be called during `read`."""
         self._next = self._next[questions]
         chosen = questions.to(self._device)
         self._start = None if self._start is None else self._start[chosen]
         self._own = [(k[chosen], v[chosen]) for k, v in self._own]
 
     def trace(self, record: Recording, num_tokens: int, length: int, positions: Tensor) -> Trace:
-        """What explains `num_tokens` tokens of a session of one question, of which `length` own positions count:
-        `positions` [L, M + length] are those of the keys in the whole sequence."""
+        """Return the trace that explains the last `num_tokens` tokens of a session with one question.
+
+        Args:
+            record: The recorded rows.
+            num_tokens: How many tokens are explained.
+            length: How many of the own positions count.
+            positions: Positions of the keys in the whole sequence, [L, M + length].
+        """
         keys, values = (
             [
                 torch.cat([given, own[i][0, :length].transpose(0, 1)], 1)
@@ -139,7 +162,7 @@ class SharedPrefixDecoder:
         return self.keys[0].device
 
     def _add(self, layer: int, which: int, rows: Tensor) -> Tensor:
-        """Put the pass's keys (or values) [T, Hkv, D] beside the earlier ones: all of them, [B, Hkv, length, D]."""
+        """Store the pass's keys (or values) [T, Hkv, D], and return all of the layer, [B, Hkv, length, D]."""
         count = len(self._next)
         if layer == len(self._own):
             empty = rows.new_zeros(count, self.length + self._room, *rows.shape[1:])

@@ -1,4 +1,4 @@
-"""What one answer left behind: the recorded rows and the KV cache, as the explanation reads them."""
+"""Trace: the recorded rows and the KV cache of one answer, in the form that explanations use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ from .hooks import Recording
 
 @dataclass(frozen=True)
 class Trace:
-    """One sequence. T explained rows, L layers, H query heads, N cached positions.
+    """The recording of one sequence, with T explained rows, L layers, H query heads and N cached positions.
 
-    residual [T, L, d]: h, each layer's input at the row. query [T, L, H, D], rotated. output [T, L, H, D]:
-    sum_p alpha_jp v_jp of every head, what the output projection reads. final [T, d]: the last
-    layer's output at the row. keys, values: one [Hkv, N, D] a layer. rows: the position of each explained
-    row; a row sees keys up to itself, and where `seen` has an entry for its layer (bool [T, N]),
-    only those. scale: of the attention, one a layer. positions: where the keys lie in the whole sequence, int64 [L, N];
-    None where the cache holds all of it.
+    A row sees the keys up to its own position. If `seen` has an entry for the layer, it sees only the keys marked
+    there.
+
+    Attributes:
+        residual: h, the input of each layer at the row, [T, L, d].
+        query: Rotated queries, [T, L, H, D].
+        output: sum_p alpha_jp v_jp of every head, the input of the output projection, [T, L, H, D].
+        final: Output of the last layer at the row, [T, d].
+        keys, values: One [Hkv, N, D] a layer.
+        rows: The position of each explained row.
+        seen: Which keys the rows see, one bool [T, N] or None a layer.
+        scale: The factor of the attention scores, one a layer.
+        positions: Positions of the keys in the whole sequence, int64 [L, N]; None if the cache holds the whole
+            sequence.
     """
 
     residual: Tensor
@@ -38,15 +46,23 @@ class Trace:
     positions: Tensor | None = None
 
     def spread(self, values: Tensor, layers: Sequence[int], length: int) -> Tensor:
-        """Numbers [n, N'] of the first keys of n layers, laid out over a sequence of `length`: float32 [n, length], on
-        the CPU, 0 where no key is."""
+        """Spread values over the keys of some layers over the whole sequence.
+
+        Args:
+            values: Values of the first N' keys of n layers, [n, N'].
+            layers: The n layers.
+            length: The length of the sequence.
+
+        Returns:
+            float32 [n, length], on the CPU, 0 at positions without a key.
+        """
         values, count = values.float().cpu(), values.shape[1]
         if self.positions is None:
             return torch.constant_pad_nd(values, (0, length - count))
         return torch.zeros(len(values), length).scatter_(1, self.positions[list(layers), :count], values)
 
     def attention(self, token: int, layer: int) -> Tensor:
-        """alpha of one row: float32 or wider [H, N'], N' = its position + 1."""
+        """Return the attention weights alpha of one row, float32 or wider [H, N'], where N' is its position + 1."""
         stop = self.rows[token] + 1
         keys = self.keys[layer][:, :stop]
         query = self.query[token, layer]
@@ -60,7 +76,13 @@ class Trace:
         return torch.softmax(scores, -1)
 
     def position_values(self, token: int, heads: Sequence[tuple[int, int]], backend: str = "auto") -> Tensor:
-        """alpha_jp v_jp of some heads, (layer, head) each, for every position of one row: [len(heads), N', D]."""
+        """Return alpha_jp v_jp of some heads for every position that one row can see, [len(heads), N', D].
+
+        Args:
+            token: Index of the row.
+            heads: (layer, head) pairs.
+            backend: The backend of the kernel.
+        """
         seen = [None if mask is None else mask[token] for mask in self.seen]
         return weighted_values(
             self.query[token],
@@ -77,14 +99,19 @@ class Trace:
 def make_trace(
     record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int | None = None, padding: int = 0
 ) -> Trace:
-    """Join a recording with the cache that the same passes filled.
+    """Join a recording with the cache that the same forward passes filled.
 
-    `num_tokens` rows are explained, the first at position `prompt_length` - 1, of the sequence `batch_index`
-    of a batch, behind `padding` tokens that are left out; None where there is one sequence.
+    Args:
+        record: The recorded rows.
+        cache: The KV cache.
+        num_tokens: How many rows are explained. The first one is at position `prompt_length` - 1.
+        prompt_length: How many tokens the prompt has, without padding.
+        batch_index: Index of the sequence in its batch; None if there is one sequence.
+        padding: How many padding tokens precede the sequence. They are left out.
 
     Raises:
-        InputError: the passes were not one a token (beams, chunks, guidance, assisted decoding), or the cache
-            does not hold every position (a sliding window, an offloaded or quantised one).
+        InputError: The passes did not generate one token each (beams, chunks, guidance, assisted decoding), or the
+            cache does not hold every position (a sliding window, an offloaded or quantised cache).
     """
     rows = range(prompt_length - 1, prompt_length - 1 + num_tokens)
     length = rows[-1] + 1
@@ -119,7 +146,7 @@ def trace_of(
     batch_index: int = 0,
     padding: int = 0,
 ) -> Trace:
-    """Join a recording of as many rows as `rows` with keys and values, one [Hkv, N, D] a layer; see `Trace`."""
+    """Join a recording of `len(rows)` rows with keys and values, one [Hkv, N, D] a layer; see `Trace`."""
     count, length = len(rows), keys[0].shape[1]
     return Trace(
         residual=_rows(record.residual, batch_index, count),
@@ -136,7 +163,7 @@ def trace_of(
 
 
 def _check_passes(record: Recording, rows: Sequence[int], one_sequence: bool) -> None:
-    """The recorded rows, pass after pass, must be those of the explained tokens."""
+    """Raise InputError unless the recorded rows are those of the explained tokens, pass after pass."""
     recorded: list[int | None] = []
     for last, hidden in zip(record.last, record.final, strict=True):
         count = hidden.shape[1]
@@ -151,7 +178,7 @@ def _check_passes(record: Recording, rows: Sequence[int], one_sequence: bool) ->
 
 
 def _rows(layers: list[list[Tensor]], batch_index: int, count: int) -> Tensor:
-    """The first rows of one sequence, [count, L, ...], of the passes [B, rows, ...] of each layer."""
+    """Return the first `count` rows of one sequence, [count, L, ...], from the passes [B, rows, ...] of each layer."""
     joined = [passes[0] if len(passes) == 1 else torch.cat(passes, 1) for passes in layers]
     if len(joined[0]) > 1:
         joined, batch_index = [one[batch_index : batch_index + 1] for one in joined], 0
@@ -159,7 +186,7 @@ def _rows(layers: list[list[Tensor]], batch_index: int, count: int) -> Tensor:
 
 
 def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int, padding: int) -> Tensor | None:
-    """The masks of the passes as one [T, N], or None if every row sees all before it."""
+    """Return the masks of the passes as one bool [T, N], or None if every row sees all keys before it."""
     if all(one is None for one in passes):
         return None
     rows: list[Tensor] = []

@@ -1,1 +1,1 @@
-"""Contexts behind an HTTP interface: `mllm-fast serve`, a tool in the browser, a Ray Serve application."""
+"""The HTTP server `mllm-fast serve`, the browser tool, and the Ray Serve application."""

@@ -29,12 +29,19 @@ def create_app(
     start: Callable[[], Awaitable[None]] | None = None,
     stop: Callable[[], None] | None = None,
 ) -> FastAPI:
-    """The application.
+    """Create the FastAPI application of the server.
 
     Args:
-        backend: answers the requests. keys: who may ask. metrics, log: what is told of them.
-        ready: whether requests are taken.
-        start, stop: called when the application starts and stops.
+        backend: Answers the requests.
+        keys: The API keys that are accepted.
+        metrics: Counts the requests for Prometheus.
+        log: Writes one line for each request.
+        ready: Returns whether the server takes requests.
+        start: Awaited when the application starts.
+        stop: Called when the application stops.
+
+    Returns:
+        The application, with all routes, the middleware and the error handlers.
     """
 
     @asynccontextmanager

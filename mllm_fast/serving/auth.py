@@ -1,4 +1,4 @@
-"""Bearer keys: who may ask, and whose contexts are whose."""
+"""API keys, sent as bearer tokens: they decide who may use the server and which contexts belong to whom."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ _SHORTEST = 16
 
 
 class ApiKeys:
-    """ApiKeys that are accepted; without any, everybody is, and all share their contexts. Only digests are held."""
+    """The API keys that the server accepts.
+
+    Without any key, everybody is accepted and all clients share their contexts. Only digests of the keys are stored.
+
+    Args:
+        keys: The accepted keys, each of at least 16 printable ASCII characters without spaces.
+
+    Raises:
+        InputError: A key is too short or has other characters.
+    """
 
     def __init__(self, keys: Iterable[str] = ()):
         self._digests = []
@@ -26,8 +35,14 @@ class ApiKeys:
 
     @classmethod
     def find(cls, path: Path | None = None) -> ApiKeys:
-        """From a file, a key a line (# begins a comment), and from the variable MLLM_FAST_API_KEYS (commas between
-        them)."""
+        """Read the keys from a file and from the environment variable MLLM_FAST_API_KEYS.
+
+        Args:
+            path: A file with one key per line; # begins a comment. In the variable, commas separate the keys.
+
+        Raises:
+            InputError: The file cannot be read, or a file is given and neither it nor the variable has a key.
+        """
         lines = os.environ.get(VARIABLE, "").split(",")
         if path is not None:
             try:
@@ -44,11 +59,15 @@ class ApiKeys:
         return bool(self._digests)
 
     def tenant(self, key: str | None) -> str | None:
-        """Whose contexts a key opens, a text that does not tell the key; None if it is not accepted."""
+        """Return the tenant that a key belongs to.
+
+        Returns:
+            A text that does not reveal the key; "" if the server has no keys; None if the key is not accepted.
+        """
         if not self._digests:
             return ""
         given = _digest(key or "")
-        # all are compared, each in constant time: how long it takes tells nothing
+        # every key is compared in constant time, so that the duration reveals nothing
         accepted = [hmac.compare_digest(given, one) for one in self._digests]
         return given if any(accepted) else None
 

@@ -1,4 +1,4 @@
-"""What answers the requests of the HTTP interface."""
+"""The interface between the HTTP routes and the service that answers their requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .settings import Settings
 
 
 class Backend(Protocol):
-    """What answers the requests; see `service.Service`."""
+    """The methods that the HTTP routes call; `service.Service` documents them."""
 
     name: str
     settings: Settings

@@ -1,4 +1,4 @@
-"""From the engine's events to the chunks of a response."""
+"""Turn the engine's events into the chunks of a response."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ from .schema import Details, Usage
 async def response_chunks(
     wanted: Generation, queue: asyncio.Queue[Any], words: AnswerDetokenizer, tokenizer: Any, cancel: Callable[[], None]
 ) -> AsyncIterator[ResponseChunk]:
-    """The chunks of an answer, from the engine's events; `cancel`: nobody waits for more."""
+    """Yield the chunks of an answer, made from the engine's events.
+
+    Args:
+        wanted: The generation that the engine runs.
+        queue: The queue that receives the engine's events.
+        words: Turns the tokens into text and finds the stop words.
+        tokenizer: The model's tokenizer, for the texts of the log-probabilities.
+        cancel: Called when no more events are needed.
+
+    Raises:
+        ServiceError: The engine reported a failure.
+    """
     usage, info, logs = Usage(), None, []
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Connections that never become requests: a bound on them, and on how long they may wait."""
+"""Limits on connections that have not sent a request: how many there may be, and how long each may wait."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-_RESERVED = 256  # descriptors for the store, the model and the answers under way
+_RESERVED = 256  # file descriptors for the store, the model and the requests in progress
 
 
 class Connections:
-    """The connections of a server that have not sent a whole request. Beyond `most` the oldest of them is closed for
-    a new one, so that somebody who opens thousands and says nothing keeps nobody out."""
+    """The connections of a server that have not yet sent the headers of a request.
+
+    When there are more than `most`, the oldest one is closed. A client that opens thousands of silent connections
+    therefore cannot keep other clients out.
+
+    Args:
+        most: The largest number of such connections. By default it follows from the number of file descriptors that
+            the process may open, less 256, and is 64 to 4096.
+        seconds: How long a connection may take to send the headers.
+    """
 
     def __init__(self, most: int | None = None, seconds: float = 15.0):
         self.most = most or max(64, min(4096, raise_descriptors() - _RESERVED))
@@ -23,7 +31,7 @@ class Connections:
         self._waiting: OrderedDict[int, asyncio.Transport] = OrderedDict()
 
     def opened(self, key: int, transport: asyncio.Transport) -> None:
-        """A new one."""
+        """Register a new connection, and close the oldest one if there are too many."""
         self._waiting[key] = transport
         if len(self._waiting) > self.most:
             _, oldest = self._waiting.popitem(last=False)
@@ -31,18 +39,18 @@ class Connections:
             oldest.abort()
 
     def settled(self, key: int) -> None:
-        """It sent a request, or is gone."""
+        """Forget a connection that sent a request or was closed."""
         self._waiting.pop(key, None)
 
     def late(self, key: int) -> None:
-        """Its time is over."""
+        """Close a connection that has waited too long."""
         transport = self._waiting.pop(key, None)
         if transport is not None:
             self.closed += 1
             transport.abort()
 
     def protocol(self) -> type[HttpToolsProtocol]:
-        """uvicorn's protocol, watched."""
+        """Return uvicorn's HTTP protocol class, extended to report its connections to this object."""
         connections = self
 
         class Watched(HttpToolsProtocol):
@@ -65,7 +73,7 @@ class Connections:
 
 
 def raise_descriptors() -> int:
-    """As many file descriptors as this process may have; how many that is."""
+    """Raise the limit of open file descriptors to the most that this process may have, and return that limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

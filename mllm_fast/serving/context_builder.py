@@ -1,4 +1,7 @@
-"""A context in the builder: the image is read, and described among the other sequences of the batch."""
+"""Build a context inside the engine.
+
+A prefill reads the image. The description, if the score needs one, is then decoded with the other rows of the batch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,21 @@ if TYPE_CHECKING:
 
 
 class ContextBuilder:
-    """One of them. `waiting`: who asks about the image. `said`: the description so far."""
+    """Builds one context.
+
+    Args:
+        vlm: The model.
+        key: The context's key in the store.
+        spec: How the context is made.
+        samplers: Makes the sampler of the description.
+
+    Attributes:
+        waiting: The generations that wait for the context.
+        said: The token ids of the description so far.
+        row: The builder's row in the batch, or None.
+        running: Whether the image was read.
+        done: Whether the description is complete.
+    """
 
     def __init__(self, vlm: VLM, key: str, spec: ContextSpec, samplers: SamplerCache):
         self.vlm, self.key, self.spec = vlm, key, spec
@@ -39,19 +56,28 @@ class ContextBuilder:
 
     @property
     def plain(self) -> bool:
-        """Whether the likeliest token is said next."""
+        """Whether the description takes the most likely token at each step (greedy decoding)."""
         return self._chooser is not None and self._chooser.plain
 
     def choose(self, logits: Tensor) -> int:
-        """The next token of the description."""
+        """Return the next token of the description."""
         return self._chooser.choose(logits)  # type: ignore[union-attr]
 
     def drop_cancelled(self, dropped: Callable[[Generation], bool]) -> None:
-        """Who does not wait any more."""
+        """Remove the generations that no longer wait."""
         self.waiting = [one for one in self.waiting if not dropped(one)]
 
     def begin(self) -> Prefill:
-        """Read the image and say the first token; `done` if that is enough."""
+        """Run the prefill and take the first token of the description.
+
+        `done` is set if the context needs no more tokens.
+
+        Returns:
+            The prefill's result.
+
+        Raises:
+            InputError: The score needs a description, and no token of one can be read.
+        """
         self.running = True
         vlm, spec = self.vlm, self.spec
         check_full_attention(vlm)
@@ -71,19 +97,23 @@ class ContextBuilder:
         return first
 
     def joined(self, row: Row) -> None:
-        """It goes on in the batch, which has the keys and values now."""
+        """Continue as a row of the batch, which now stores the keys and values."""
         self.row = row
         self._first = replace(self._first, keys=(), values=())  # type: ignore[type-var]
 
     def take(self, token: int) -> bool:
-        """A token of the description; whether it goes on."""
+        """Add a token to the description, and return whether the description goes on."""
         self.said.append(token)
         self._chooser.ids.append(token)  # type: ignore[union-attr]
         self.done = token in self._stop or len(self.said) >= self.spec.max_tokens
         return not self.done
 
     def context(self, prefix: tuple[Sequence[Tensor], Sequence[Tensor]] | None) -> Context:
-        """The context, from the keys and values of the whole prefix."""
+        """Return the finished context.
+
+        Args:
+            prefix: The keys and values of the whole prefix, from the batch; None takes those of the prefill.
+        """
         first, spec = self._first, self.spec
         assert first is not None
         keys, values = (first.keys, first.values) if prefix is None else prefix

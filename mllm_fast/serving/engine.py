@@ -1,7 +1,8 @@
-"""One thread that runs the model for all requests: sequences join and leave a batch between two passes.
+"""The engine: one thread that runs the model for all requests (continuous batching).
 
-Between two passes at most one image is read and one piece of other work is done, so that nobody who is being
-answered waits for more than that. Nothing here waits for whoever reads the answers.
+Rows join and leave the batch between two forward passes. Between two passes the engine reads at most one image and
+does one piece of a side task, which bounds the delay of the answers in progress. The engine never waits for the
+readers of the answers.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Runs generations and side tasks.
+    """Runs generations and side tasks in one thread.
 
     Args:
-        vlm: the model. max_batch: sequences decoded together.
-        max_queue: how many may wait for a place, side tasks included.
-        keep_context: told of each context that was made, with its key, by the engine's thread; must not wait. Returns
-            the context as it will be found again. held: a context that was kept, by its key.
+        vlm: The model.
+        max_batch: The largest number of sequences that are decoded together.
+        max_queue: The largest number of requests that may wait for a place, side tasks included.
+        keep_context: Called by the engine's thread with the key of each new context and the context. It must not
+            block. It returns the context in the form in which the store will return it later.
+        held: Returns the stored context of a key, or None.
+
+    Raises:
+        InputError: `max_batch` or `max_queue` is less than 1.
     """
 
     def __init__(
@@ -52,34 +58,35 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the engine's thread."""
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the engine takes requests."""
         return self._thread.is_alive() and not self._stopping
 
     @property
     def waiting(self) -> int:
-        """Generations and side tasks without a place."""
+        """The number of generations that wait for a place in the batch, and of side tasks."""
         return self.scheduler.waiting + len(self._tasks)
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
+        """The number of sequences in the batch."""
         return len(self.scheduler.members)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values in the batch."""
+        """The size of the keys and values in the batch, in bytes."""
         return self.scheduler.batch.nbytes
 
     def submit(self, wanted: Generation | SideTask) -> None:
-        """Take a generation or a side task; its sink is told how it goes.
+        """Queue a generation or a side task. Its sink receives the events.
 
         Raises:
-            BusyError: too many wait. StoppingError: the engine is about to stop.
+            BusyError: The queue is full.
+            StoppingError: The engine is stopping.
         """
         with self._wake:
             if not self.alive:
@@ -93,18 +100,24 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, wanted: Generation | SideTask) -> None:
-        """Nobody waits for it any more: its place is free before the next pass."""
+        """Cancel a generation or a side task. Its place is free before the next forward pass."""
         wanted.cancelled = True
         with self._wake:
             self._wake.notify()
 
     def forget(self, key: str) -> None:
-        """A context that was deleted: the next question about it makes it anew."""
+        """Drop a deleted context from the batch, so that the next question about it builds it again."""
         self._forgotten.append(key)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Refuse what comes, finish what there is; whether all was finished within `timeout` seconds. What is left is
-        told that the engine stopped."""
+        """Refuse new work, finish the work in progress, and stop the thread.
+
+        Args:
+            timeout: How many seconds the work in progress may take; None waits without a limit.
+
+        Returns:
+            Whether all work was finished in time. Unfinished work receives a `FailureEvent`.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -130,7 +143,7 @@ class Engine:
                 self.scheduler.admit()
                 self.scheduler.run_pass()
                 self._run_task()
-        except BaseException as error:  # nobody is left waiting, and no more is taken
+        except BaseException as error:  # nobody is left waiting, and no new request is taken
             self._stopping = True
             self._fail_all(error)
             raise
@@ -142,7 +155,7 @@ class Engine:
             one.sink(FailureEvent(error))
 
     def _run_task(self) -> None:
-        """One piece of the side task whose turn it is."""
+        """Run one piece of the side task that is next in turn."""
         with self._wake:
             task = self._tasks.popleft() if self._tasks else None
         if task is None:

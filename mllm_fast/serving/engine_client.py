@@ -1,4 +1,4 @@
-"""From an event loop to the engine's thread: generations and side tasks are submitted, their events awaited."""
+"""Submit generations and side tasks from an event loop to the engine's thread, and await their events."""
 
 from __future__ import annotations
 
@@ -14,19 +14,31 @@ from .requests import FailureEvent, FinishEvent, Generation, SideTask
 
 
 class EngineClient:
-    """Used in one event loop. time_limit: seconds that a side task may take, its wait included."""
+    """A client of the engine, for use in one event loop.
+
+    Args:
+        engine: The engine.
+        time_limit: How many seconds a side task may take, its wait in the queue included.
+    """
 
     def __init__(self, engine: Engine, time_limit: float):
         self.engine, self.time_limit = engine, time_limit
         self._events: EventQueue | None = None
 
     def start(self) -> None:
-        """Begin to work, in the running event loop."""
+        """Start the engine, and deliver its events to the running event loop."""
         self._events = EventQueue(asyncio.get_running_loop())
         self.engine.start()
 
     async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
-        """What the pieces of some work give, each made by the engine's thread between two passes."""
+        """Run a side task in the engine's thread, and yield what its iterator yields.
+
+        Args:
+            make: Makes the iterator. The engine's thread advances it by one piece between two forward passes.
+
+        Raises:
+            ServiceError: The task failed, too many requests wait, or the server is stopping.
+        """
         queue, sink = self.open_queue()
         work = SideTask(make, sink, time.monotonic() + self.time_limit)
         self.submit(work)
@@ -39,17 +51,17 @@ class EngineClient:
             self.engine.cancel(work)
 
     async def last(self, make: Callable[[], Iterator[Any]]) -> Any:
-        """The last of what the pieces of some work give, None if there was none."""
+        """Run a side task as `run` does, and return the last piece, or None if there was none."""
         found: Any = None
         async for piece in self.run(make):
             found = piece
         return found
 
     def submit(self, wanted: Generation | SideTask) -> None:
-        """Hand it to the engine.
+        """Queue a generation or a side task in the engine.
 
         Raises:
-            ServiceError: too many wait, or the server is stopping.
+            ServiceError: Too many requests wait, or the server is stopping.
         """
         try:
             self.engine.submit(wanted)
@@ -57,7 +69,7 @@ class EngineClient:
             raise service_error(error) from None
 
     def open_queue(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
-        """A queue of events, and the sink that fills it from the engine's thread."""
+        """Return a queue of events, and the sink that fills it from the engine's thread."""
         if self._events is None:
             raise RuntimeError("start the service first")
         return self._events.open()

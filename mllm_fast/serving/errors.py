@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them."""
+"""Errors in the form that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import InputError, first_line
 from .requests import BusyError, StoppingError
 
-_FRAMES = 8  # of a traceback that are logged
+_FRAMES = 8  # how many frames of a traceback are logged
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -25,7 +25,16 @@ _KINDS = {
 
 
 class ServiceError(Exception):
-    """What a request is answered with where it cannot be served."""
+    """An error that is sent as the answer to a request.
+
+    Args:
+        status: The HTTP status.
+        message: The text for the client.
+        code: A short name of the error, for programs.
+        param: The field of the request that is wrong.
+        retry_after: After how many seconds the client may try again; 0 sends no Retry-After header.
+        where: Where the server itself failed. It is only logged, never sent.
+    """
 
     def __init__(
         self,
@@ -40,14 +49,14 @@ class ServiceError(Exception):
         super().__init__(status, message, code, param, retry_after, where)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after = retry_after
-        self.where = where  # of an error that is the server's own, for the log alone
+        self.where = where  # where the server itself failed, only for the log
 
-    def __reduce__(self) -> tuple[Any, ...]:  # it may cross processes
+    def __reduce__(self) -> tuple[Any, ...]:  # Ray pickles errors between processes
         return _made_again, (self.status, self.message, self.code, self.param, self.retry_after, self.where)
 
     @property
     def body(self) -> dict[str, Any]:
-        """As OpenAI spells it."""
+        """The JSON body, in OpenAI's format."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -64,7 +73,10 @@ def _made_again(
 
 
 def service_error(error: BaseException) -> ServiceError:
-    """Whatever went wrong, as an answer. What the server is to blame for is told in general words alone."""
+    """Convert any exception into a `ServiceError`.
+
+    A failure of the server itself is described to the client in general words only.
+    """
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, BusyError):
@@ -80,6 +92,6 @@ def service_error(error: BaseException) -> ServiceError:
 
 
 def _place(error: BaseException) -> str:
-    """Which lines it came through, innermost first; not its message, which may hold what somebody sent."""
+    """Return the lines of the traceback, innermost first, without the message, which may contain a client's data."""
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))

@@ -1,4 +1,4 @@
-"""From the engine's thread to an event loop: events of one pass wake the loop once."""
+"""Hand events from the engine's thread to an event loop. Events that arrive together wake the loop once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any
 
 
 class EventQueue:
-    """Hands events to queues of one event loop. Nobody waits for a reader: a queue grows by what an answer has."""
+    """Hands events from another thread to queues of one event loop.
+
+    The sender never waits for a reader. A queue grows to at most the number of events of its answer.
+
+    Args:
+        loop: The event loop that reads the queues.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
@@ -18,7 +24,7 @@ class EventQueue:
         self._waiting: list[tuple[asyncio.Queue[Any], Any]] = []
 
     def open(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
-        """A queue, and what puts events into it from another thread."""
+        """Return a queue, and a function that puts events into it from another thread."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
         return queue, lambda event: self._post(queue, event)
 
@@ -27,7 +33,7 @@ class EventQueue:
             self._waiting.append((queue, event))
             first = len(self._waiting) == 1
         if first:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            with suppress(RuntimeError):  # the loop is closed, so nobody reads the events
                 self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:

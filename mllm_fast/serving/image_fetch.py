@@ -1,4 +1,4 @@
-"""Images that strangers send: as data URLs, or from hosts that the operator listed."""
+"""Read the images of untrusted requests, from data URLs or from hosts that the operator allowed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ _TRANSLATED = [
 
 
 async def picture_bytes(url: str, settings: Settings) -> bytes:
-    """The file behind a URL.
+    """Return the bytes of the image file that a URL names.
+
+    Args:
+        url: A data URL, or an https URL of an allowed host.
+        settings: The allowed hosts, and the limits of size and time.
 
     Raises:
-        ServiceError: not a data URL of an image; a host that is not listed, or not a public one; too large, too slow.
+        ServiceError: The URL is no data URL of an image, its host is not allowed or not public, or the image is too
+            large or takes too long.
     """
     if url[:5].lower() == "data:":
         return _from_data(url)
@@ -61,7 +66,7 @@ async def _fetched(url: str, settings: Settings) -> bytes:
     if not any(host == one or (one.startswith(".") and host.endswith(one)) for one in settings.remote_hosts):
         raise _refused(f"images from {host!r} are not allowed here; send the image as a data URL")
     address = await _public_address(host)
-    # the address that was checked is the one that is connected to: a name may mean another one a moment later
+    # connect to the checked address itself: the name may resolve to another one a moment later
     target = httpx.URL(url).copy_with(host=address)
     async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=settings.remote_seconds) as client:
         request = client.build_request("GET", target, headers={"Host": host}, extensions={"sni_hostname": host})
@@ -95,7 +100,7 @@ async def _public_address(host: str) -> str:
 
 def _public(address: str) -> bool:
     one = ipaddress.ip_address(address.partition("%")[0])
-    # an IPv6 address that stands for an IPv4 one may stand for a private one
+    # an IPv6 address that stands for an IPv4 address may stand for a private one
     return (
         one.is_global
         and not one.is_multicast

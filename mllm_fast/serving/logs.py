@@ -1,4 +1,4 @@
-"""Structured logs on stderr, a JSON object a line: never an image, a prompt, an answer or a key."""
+"""Structured logs on stderr, one JSON object per line. They never contain images, prompts, answers or keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any, TextIO
 
 
 class Log:
-    """Writes events. `stream`: stderr by default; None writes nothing."""
+    """Writes events as JSON lines.
+
+    Args:
+        stream: Where the lines go, stderr by default; None writes nothing.
+    """
 
     def __init__(self, stream: TextIO | None = sys.stderr):
         self._stream = stream

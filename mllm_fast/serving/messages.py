@@ -1,4 +1,4 @@
-"""What a request's messages mean: turns of text, and images in their places."""
+"""Convert the messages of a request into turns of text and images."""
 
 from __future__ import annotations
 
@@ -12,24 +12,36 @@ from .schema import Message, TextPart
 
 @dataclass(frozen=True)
 class Conversation:
-    """`turns`: of the user and of the assistant by turns, the last one the user's; None in them stands for the next of
-    `urls`."""
+    """A conversation about images.
+
+    Attributes:
+        turns: The turns, alternately of the user and of the assistant. The last one is the user's. In a turn, None
+            stands for the next image of `urls`.
+        urls: The URLs of the images, in the order in which they appear.
+    """
 
     turns: tuple[Turn, ...]
     urls: tuple[str, ...]
 
     @property
     def spoken(self) -> list[Turn]:
-        """The turns without the images: what follows a context that holds these."""
+        """The turns without the images, as they follow a context that already contains the images."""
         return [(role, [part for part in parts if part is not None]) for role, parts in self.turns]
 
 
 def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation:
-    """Read a request's messages. What the system says stands before the user's first words, since not every model has a
-    place for it; messages of one role that follow one another are one turn.
+    """Convert the messages of a request into a conversation.
+
+    System messages are put before the user's first text, because not every model has a system turn. Consecutive
+    messages of one role become one turn.
+
+    Args:
+        messages: The messages of the request.
+        max_pictures: The largest number of images.
 
     Raises:
-        ServiceError: no question at the end, an image in the assistant's or the system's words, too many images.
+        ServiceError: The conversation does not begin and end with the user, a turn has no text, an image is in a
+            message of the assistant or the system, or there are too many images.
     """
     system: list[str] = []
     turns: list[tuple[str, list[str | None]]] = []

@@ -1,4 +1,4 @@
-"""What Prometheus asks for."""
+"""Metrics of the server, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """Counts of one application; `service`: whose engine and store are looked at when somebody asks."""
+    """The metrics of one application.
+
+    Args:
+        service: The service whose engine and store are read at each scrape. None reports the requests only.
+    """
 
     def __init__(self, service: Service | None = None):
         self._registry = CollectorRegistry()
@@ -41,12 +45,12 @@ class Metrics:
             self._registry.register(_Looking(service))
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _Looking(Collector):
-    """Reads the engine's and the store's own numbers."""
+    """Reads the counters of the engine and of the store at each scrape."""
 
     def __init__(self, service: Service):
         engine, store = service.engine, service.store

@@ -1,4 +1,4 @@
-"""What stands before every route: bodies that are too large or too slow, answers to what went wrong, logs, counts."""
+"""Middleware for all routes: it limits the size and duration of request bodies, answers errors, logs and counts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ _BODY_SECONDS = 60.0
 
 
 class RequestGuardMiddleware:
-    """ASGI middleware. It knows nothing of what the routes do.
+    """ASGI middleware that guards every request. It does not depend on the routes.
 
     Args:
-        app: what it stands before. max_body: bytes of a request's body; `body_seconds`: how long it may take to come.
+        app: The application behind the middleware.
+        max_body: The largest body of a request, in bytes.
+        log: Writes one line for each request.
+        metrics: Counts the requests.
+        body_seconds: How many seconds a body may take to arrive.
     """
 
     def __init__(self, app: App, max_body: int, log: Log, metrics: Metrics, body_seconds: float = _BODY_SECONDS):
@@ -44,7 +48,7 @@ class RequestGuardMiddleware:
 
         async def answer(message: Message) -> None:
             nonlocal status
-            if refused and not status:  # whoever read the body may have made another error of it
+            if refused and not status:  # the reader of the body may have turned it into another error
                 raise refused[0]
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -58,13 +62,13 @@ class RequestGuardMiddleware:
             found = service_error(refused[0] if refused else error)
             if found.where:
                 facts["error"] = found.where
-            if status:  # the answer was begun: all that is left is to end it
+            if status:  # the answer has begun, so it can only be broken off
                 raise
             refused.clear()
             await _send_error(found, answer)
         finally:
             seconds = time.perf_counter() - began
-            # of a page that is mounted, the parts do not matter
+            # a mounted application counts as one route
             route = scope.get("root_path") or getattr(scope.get("route"), "path", None) or "other"
             self._metrics.requests.labels(route, str(status)).observe(seconds)
             if not (scope.get("root_path") and status < 400):
@@ -84,7 +88,7 @@ class RequestGuardMiddleware:
                 raise self._too_large()
 
     def _bounded(self, receive: Receive, refused: list[ServiceError]) -> Receive:
-        """The body's parts, counted, and not waited for forever; why it is not read on stands in `refused`."""
+        """Wrap `receive` with the limits of size and time, and record in `refused` why a body was not read further."""
         total, done = 0, False
         until = time.monotonic() + self._body_seconds
 
@@ -114,7 +118,7 @@ class RequestGuardMiddleware:
 async def _send_error(error: ServiceError, send: Send) -> None:
     body = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in (408, 413):  # the rest of the body stays unread
         headers.append((b"connection", b"close"))
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

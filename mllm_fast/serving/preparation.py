@@ -1,4 +1,4 @@
-"""From a request to what the engine needs: images read, prompts tokenized, contexts found."""
+"""Prepare requests for the engine: read images, tokenize prompts, and find contexts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,21 @@ from .responses import key_of, no_context
 from .schema import ChatRequest
 from .settings import Settings
 
-_MEMO = 4096  # images whose contexts' names are remembered
+_MEMO = 4096  # how many images' context keys are remembered
 
 
 @dataclass
 class PreparedRequest:
-    """What the engine needs of a request."""
+    """The parts of a request that the engine needs.
+
+    Attributes:
+        key: The context's key in the store.
+        context: The context, if it exists already.
+        spec: How to make the context, if it does not exist.
+        ids: The token ids that follow the context.
+        inputs: The processor's output for a prompt that is read whole, without a context.
+        layout: The layout of such a prompt.
+    """
 
     key: str = ""
     context: Context | None = None
@@ -39,7 +48,13 @@ class PreparedRequest:
 
 
 class RequestPreparer:
-    """Prepares requests, one at a time beside the event loop: tokenizers and processors are not made for several."""
+    """Prepares requests in one thread beside the event loop, because tokenizers and processors are not thread-safe.
+
+    Args:
+        vlm: The model.
+        settings: The limits and defaults of the service.
+        store: The store of contexts.
+    """
 
     def __init__(self, vlm: ModelRunner, settings: Settings, store: ContextStore):
         self.vlm, self.settings, self.store = vlm, settings, store
@@ -47,15 +62,15 @@ class RequestPreparer:
         self._memo: OrderedDict[tuple[Any, ...], str] = OrderedDict()
 
     async def run(self, do: Callable[[], Any]) -> Any:
-        """What `do` gives, in the preparer's thread."""
+        """Call `do` in the preparer's thread and return its result."""
         return await in_pool(self.pool, do)
 
     def image(self, file: Any) -> Any:
-        """An image that a request brought."""
+        """Decode the image file of a request."""
         return load_image(file, self.settings.max_pixels)
 
     def generation(self, prepared: PreparedRequest, count: int, deadline: float) -> Generation:
-        """What the engine is asked; its sink is still to be set."""
+        """Return the generation for the engine. The caller still has to set its sink."""
         return Generation(
             sink=lambda _: None,
             stop_ids=self.vlm.prompts.end_ids(),
@@ -71,7 +86,19 @@ class RequestPreparer:
         )
 
     async def chat(self, asked: Conversation, request: ChatRequest, tenant: str, count: int) -> PreparedRequest:
-        """Find what a request is about, in this thread where it is at hand."""
+        """Prepare a chat request.
+
+        A request whose context is in memory and whose key is remembered is prepared in the event loop's own thread.
+
+        Args:
+            asked: The conversation of the request.
+            request: The request.
+            tenant: The tenant whose contexts may be used.
+            count: The largest number of tokens of the answer.
+
+        Raises:
+            ServiceError: The request cannot be answered.
+        """
         settings = self.settings
         if request.context is not None:
             if asked.urls:
@@ -102,14 +129,14 @@ class RequestPreparer:
             return self._after_context(made.key, made.context, made.spec, asked, count)
 
         prepared = await self.run(prepare)
-        if not any(url[:5].lower() != "data:" for url in asked.urls):  # what is behind another URL may change
+        if not any(url[:5].lower() != "data:" for url in asked.urls):  # the image at another URL may change
             self._memo[memo] = prepared.key
             while len(self._memo) > _MEMO:
                 self._memo.popitem(last=False)
         return prepared
 
     def of_images(self, files: list[bytes], keep: Any, prompt: str, score: str, tenant: str) -> PreparedRequest:
-        """The context of some images, or how to make it."""
+        """Find the context of some images, or return how to make it."""
         pictures = [self.image(one) for one in files]
         length = self.settings.describe_tokens
         about = {"keep": keep, "prompt": prompt, "score": score, "parts": "query+image", "max_new_tokens": length}
@@ -125,7 +152,7 @@ class RequestPreparer:
     def _after_context(
         self, key: str, context: Context | None, spec: ContextSpec | None, asked: Conversation, count: int
     ) -> PreparedRequest:
-        """The turns that follow a context."""
+        """Tokenize the turns that follow a context."""
         source: Any = spec if context is None else context
         ids = self.vlm.prompts.further_ids(source.prompt, len(source.layout.images), asked.spoken)
         length = source.layout.length + len(ids) + count
@@ -133,14 +160,14 @@ class RequestPreparer:
         return PreparedRequest(key, context, spec, ids)
 
     def _whole(self, asked: Conversation, files: list[bytes], count: int) -> PreparedRequest:
-        """A prompt that is read whole."""
+        """Prepare a prompt that is read whole, without a context."""
         inputs, layout = self.vlm.prompts.conversation([self.image(one) for one in files], asked.turns)
         self.vlm.prompts.check_window(layout.length + count, "the conversation and the longest answer take")
         return PreparedRequest(inputs=inputs, layout=layout)
 
 
 async def in_pool(pool: ThreadPoolExecutor, do: Callable[[], Any]) -> Any:
-    """What `do` gives, in a thread of a pool; what goes wrong is an error of the service's."""
+    """Call `do` in a thread of the pool and return its result. Any exception becomes a `ServiceError`."""
     try:
         return await asyncio.get_running_loop().run_in_executor(pool, do)
     except Exception as error:

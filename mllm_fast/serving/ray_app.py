@@ -1,10 +1,11 @@
-"""The same interface on many machines: a Ray Serve application.
+"""A Ray Serve application with the same HTTP interface, for many machines.
 
     serve run mllm_fast.serving.ray_app:app model=llava-hf/llava-1.5-7b-hf gpus=1 max_replicas=8 store=s3://bucket/contexts
 
-An ingress speaks HTTP; replicas hold the model. Requests about one image go to one replica, by consistent hashing of
-its pixels, where its context is in memory; when replicas come or go, few images move, and their contexts are read
-from the shared store. A request whose replica dies is asked again of another.
+Ingresses serve HTTP, and replicas run the model. All requests about one image go to the same replica, which has its
+context in memory; consistent hashing of the image's pixels selects the replica. When replicas are added or removed,
+only a few images move, and their contexts are read from the shared store. If a replica dies, its requests are sent
+again to another one.
 """
 
 from __future__ import annotations
@@ -44,15 +45,27 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 _TRIES = 5
 _MEMO = 4096  # images whose digests are remembered
-_DIGITS = 24  # of a context's id: what all contexts of the same images have in common
+_DIGITS = 24  # how many first digits of the id all contexts of the same images of a tenant share
 
 
 class Options(BaseModel):
-    """Arguments of the application: those of `VLM.from_pretrained`, of `Settings`, and of the deployment.
+    """The arguments of the application. Besides those below, all fields of `Settings` are accepted.
 
-    name: what requests call the model. gpus, cpus: of a replica. min_replicas, max_replicas, target: autoscaling keeps
-    about `target` requests under way at each replica. ingresses: processes that speak HTTP. api_keys: a file of keys on
-    the ingresses' machines; MLLM_FAST_API_KEYS may hold some too.
+    Attributes:
+        model: The model, see `VLM.from_pretrained`.
+        name: The name by which requests call the model; `model` by default.
+        device: See `VLM.from_pretrained`.
+        dtype: See `VLM.from_pretrained`.
+        backend: See `VLM.from_pretrained`.
+        gpus: The number of GPUs of a replica.
+        cpus: The number of CPUs of a replica.
+        min_replicas: The smallest number of replicas.
+        max_replicas: The largest number of replicas.
+        target: How many requests in progress autoscaling aims at for each replica.
+        ingresses: The number of processes that serve HTTP.
+        api_keys: A file of API keys on the machines of the ingresses. The environment variable MLLM_FAST_API_KEYS may
+            have more.
+        log: Whether to log the requests.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -73,7 +86,11 @@ class Options(BaseModel):
 
     @property
     def settings(self) -> Settings:
-        """What is left, as the service's settings."""
+        """The remaining arguments, as the settings of the service.
+
+        Raises:
+            InputError: An argument is unknown or out of range.
+        """
         known = {one.name: one for one in fields(Settings)}
         given = dict(self.model_extra or {})
         unknown = sorted(set(given) - set(known))
@@ -82,13 +99,17 @@ class Options(BaseModel):
                 f"unknown options {', '.join(unknown)}; there are {', '.join([*type(self).model_fields, *known])}"
             )
         for name, value in given.items():
-            if isinstance(value, str):  # as the command line gives them
+            if isinstance(value, str):  # `serve run` passes texts
                 given[name] = _parsed(name, value)
         return Settings(**given)
 
 
 def app(options: Options | dict[str, Any]) -> serve.Application:
-    """The application, for `serve run` (whose arguments come as a dictionary of texts) and for `serve.run`."""
+    """Create the application, for `serve run` or `serve.run`.
+
+    Args:
+        options: The arguments. `serve run` passes them as a dictionary of texts.
+    """
     options = options if isinstance(options, Options) else Options(**options)
     settings = options.settings
     replicas = Replica.options(  # type: ignore[attr-defined]
@@ -107,7 +128,13 @@ def app(options: Options | dict[str, Any]) -> serve.Application:
 
 @serve.deployment(health_check_period_s=5, graceful_shutdown_timeout_s=60)
 class Replica:
-    """A model and its service. What goes wrong is returned, not raised, so that it comes as what it is."""
+    """A replica: a model and its service.
+
+    Its methods return errors instead of raising them, so that Ray does not wrap them.
+
+    Args:
+        options: The fields of `Options`.
+    """
 
     def __init__(self, options: dict[str, Any]):
         given = Options(**options)
@@ -119,7 +146,7 @@ class Replica:
         self._started = False
 
     async def chat(self, request: dict[str, Any], tenant: str) -> AsyncIterator[ResponseChunk | ServiceError]:
-        """The pieces of an answer."""
+        """Yield the chunks of an answer, or a `ServiceError` as the last one."""
         await self._start()
         try:
             pieces = await self._service.chat(ChatRequest.model_validate(request), tenant)
@@ -129,7 +156,7 @@ class Replica:
             yield service_error(error)
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """What another method of the service gives, or a ServiceError."""
+        """Call another method of the service, and return its result or a `ServiceError`."""
         await self._start()
         try:
             return await getattr(self._service, method)(*arguments)
@@ -137,7 +164,11 @@ class Replica:
             return service_error(error)
 
     async def check_health(self) -> None:
-        """Raises where the replica is to be replaced."""
+        """Check that the engine runs.
+
+        Raises:
+            RuntimeError: The engine has stopped. Ray Serve then replaces the replica.
+        """
         if self._started and not self._service.engine.alive:
             raise RuntimeError("the engine has stopped")
 
@@ -153,7 +184,13 @@ class Replica:
 
 
 class Remote:
-    """The service of all replicas, as one: see `app.Backend`."""
+    """A `backend.Backend` that forwards the requests to the replicas.
+
+    Args:
+        handle: The handle of the replicas.
+        name: The name by which requests call the model.
+        settings: The limits and defaults of the service.
+    """
 
     def __init__(self, handle: DeploymentHandle, name: str, settings: Settings):
         self.name, self.settings = name, settings
@@ -161,8 +198,11 @@ class Remote:
         self._memo: OrderedDict[tuple[str, bytes], str] = OrderedDict()
 
     async def chat(self, request: ChatRequest, tenant: str) -> AsyncIterator[ResponseChunk]:
-        """See `Service.chat`. An answer that would come out the same again is asked again of another replica where the
-        first one dies in its midst; one that was drawn at random without a seed, as long as nothing of it was sent."""
+        """Answer a chat request, see `Service.chat`.
+
+        If the replica dies, the request is sent again to another one. An answer that is sampled without a seed cannot
+        be repeated, so it is requested again only if nothing of it was sent yet.
+        """
         urls = conversation(request.messages, self.settings.max_pictures).urls
         if request.context is not None:
             session = request.context[4 : 4 + _DIGITS]
@@ -171,7 +211,7 @@ class Remote:
         content = request.model_dump(exclude_none=True) | {"messages": _with_urls(request.messages, urls)}
         same_again = not request.temperature or request.seed is not None
         pieces = self._pieces(content, tenant, session, same_again)
-        first = await anext(pieces)  # a refusal is told before a stream begins
+        first = await anext(pieces)  # an error is raised before the stream begins
         return _behind(first, pieces)
 
     async def create(self, request: ContextRequest, tenant: str) -> ContextInfo:
@@ -185,7 +225,7 @@ class Remote:
         return await self._call(_of_id(identity), "context", identity, tenant, kept)
 
     async def contexts(self, tenant: str) -> list[str]:
-        """See `Service.contexts`: those of the shared store, and of one replica's memory."""
+        """Return the ids of a tenant's contexts in the shared store and in one replica's memory."""
         return await self._call("", "contexts", tenant)
 
     async def delete(self, identity: str, tenant: str) -> None:
@@ -197,7 +237,7 @@ class Remote:
         return await self._call("", "explain", request, tenant)
 
     async def _session(self, urls: tuple[str, ...], tenant: str) -> tuple[str, tuple[str, ...]]:
-        """What requests about these images have in common, and the URLs with the remote ones fetched."""
+        """Return the session id of all requests about these images, and the URLs with remote images as data URLs."""
         if not urls:
             return "", ()
         key = tenant, hashlib.sha256("\n".join(urls).encode("utf-8", "surrogatepass")).digest()
@@ -258,7 +298,12 @@ class Remote:
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Speaks HTTP."""
+    """An ingress: it serves HTTP and forwards the requests to the replicas.
+
+    Args:
+        handle: The handle of the replicas.
+        options: The fields of `Options`.
+    """
 
     def __init__(self, handle: DeploymentHandle, options: dict[str, Any]):
         given = Options(**options)
@@ -291,7 +336,7 @@ def _of_id(identity: str) -> str:
 
 
 def _with_urls(messages: list[Message], urls: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The messages with other URLs in the places of theirs."""
+    """Return the messages as dictionaries, with their image URLs replaced in order."""
     left = list(urls)
     changed = [message.model_dump(exclude_none=True) for message in messages]
     for message in changed:
@@ -306,7 +351,7 @@ def _no_replica() -> ServiceError:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """A setting from text."""
+    """Convert the text of a setting to its type."""
     if name == "keep":
         return None if text == "off" else (int(text) if text.isdigit() else float(text))
     if name == "remote_hosts":

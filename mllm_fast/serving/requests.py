@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it tells of it."""
+"""Requests to the engine, and the events with which it reports on them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ if TYPE_CHECKING:
     from ..context.context import Context
 
 
-_TOP = 20  # log-probabilities that can be asked for
+_TOP = 20  # the most log-probabilities per token that can be requested
 
 
 class BusyError(Exception):
-    """The queue is full."""
+    """Raised when the engine's queue is full."""
 
 
 class StoppingError(Exception):
-    """Nothing new is begun."""
+    """Raised when the engine is stopping and takes no new requests."""
 
 
 @dataclass(frozen=True)
 class ContextSpec:
-    """How a context is made: the images, as the processor gives them to the model, and the arguments of
-    `VLM.compress`."""
+    """How to make a context.
+
+    Attributes:
+        inputs: The processor's output for the images and the prompt.
+        layout: The layout of the prompt.
+        prompt, keep, score, max_tokens: See `VLM.compress`; `max_tokens` is its `max_new_tokens`.
+    """
 
     inputs: Any
     layout: TokenLayout
@@ -44,7 +49,13 @@ class ContextSpec:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token: its id, its log-probability and the likeliest ones [(id, log-probability)], as far as asked for."""
+    """The engine generated a token.
+
+    Attributes:
+        token: The id of the token.
+        log_prob: Its log-probability, or 0 if none was requested.
+        top: The most likely tokens, as (id, log-probability), as many as were requested.
+    """
 
     token: int
     log_prob: float = 0.0
@@ -53,21 +64,27 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class FinishEvent:
-    """No more tokens: "stop" or "length"."""
+    """The generation or side task has ended. The reason is "stop" or "length"."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class FailureEvent:
-    """No more tokens, because of an error."""
+    """The generation or side task has ended with an error."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class PrefillEvent:
-    """The prompt was read. `cached`: from a context that was there; `prompt_tokens`: of the whole sequence."""
+    """The prompt was read.
+
+    Attributes:
+        prompt_tokens: The number of tokens of the whole prompt.
+        cached: How many of them came from a context that existed already.
+        context: The context, for a question about one.
+    """
 
     prompt_tokens: int
     cached: int = 0
@@ -79,15 +96,29 @@ Event = PrefillEvent | TokenEvent | FinishEvent | FailureEvent
 
 @dataclass(eq=False)
 class Generation:
-    """One answer that is wanted.
+    """A request for one answer.
 
-    Args:
-        sink: told of every event, by the engine's thread; must not wait.
-        key, context, spec, ids: of a question about a context: its name in the store, the context if it is there, how
-            to make it if it is not, and the tokens of the turns behind it.
-        inputs, layout: of a prompt that is read whole.
-        log_probs: how many of the likeliest tokens to report, None for no log-probability at all.
-        deadline: by `time.monotonic`.
+    A question about a context sets `key`, `ids`, and `context` or `spec`. A prompt that is read whole sets `inputs` and
+    `layout` instead.
+
+    Attributes:
+        sink: Called with every event by the engine's thread. It must not block.
+        stop_ids: The token ids that end the answer.
+        max_tokens: The largest number of tokens of the answer.
+        sampling: How tokens are sampled.
+        key: The context's key in the store.
+        context: The context, if it exists already.
+        spec: How to make the context, if it does not exist.
+        ids: The token ids of the turns after the context.
+        inputs: The processor's output for a prompt that is read whole.
+        layout: The layout of such a prompt.
+        log_probs: How many of the most likely tokens to report; None reports no log-probabilities.
+        deadline: The time, by `time.monotonic`, after which the generation is dropped.
+        cancelled: Whether nobody waits for the answer any more.
+        cached: Whether the context existed already.
+        count: The number of tokens generated so far.
+        row: The generation's row in the batch, or None.
+        sampler: Chooses the next token.
     """
 
     sink: Callable[[Event], None]
@@ -109,7 +140,7 @@ class Generation:
     sampler: Sampler | None = field(default=None, repr=False)
 
     def emit(self, token: int, logits: Tensor) -> bool:
-        """Tell of a token; whether there is to be another."""
+        """Send a token to the sink, and return whether the generation goes on."""
         if token in self.stop_ids:
             self.sink(FinishEvent("stop"))
             return False
@@ -130,8 +161,15 @@ class Generation:
 
 @dataclass(eq=False)
 class SideTask:
-    """Anything else that runs the model, a piece at a time: `pieces` is made and advanced by the engine's thread.
-    `sink` is told of what each piece gives, then of FinishEvent or FailureEvent."""
+    """Other work that runs the model, one piece at a time between two forward passes.
+
+    Attributes:
+        make: Makes the iterator of pieces. The engine's thread calls it.
+        sink: Called with each piece, then with a `FinishEvent` or a `FailureEvent`. It must not block.
+        deadline: The time, by `time.monotonic`, after which the task is dropped.
+        cancelled: Whether nobody waits for the task any more.
+        pieces: The iterator, once it was made.
+    """
 
     make: Callable[[], Iterator[Any]]
     sink: Callable[[Any], None]
@@ -141,7 +179,7 @@ class SideTask:
 
 
 def dropped(wanted: Generation | SideTask) -> bool:
-    """Whether nobody waits for it any more, or it came too late, which it is told."""
+    """Return whether a request was cancelled or is past its deadline. If it is late, its sink receives the error."""
     if not wanted.cancelled and time.monotonic() > wanted.deadline:
         wanted.cancelled = True
         wanted.sink(FailureEvent(TimeoutError()))

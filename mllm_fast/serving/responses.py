@@ -1,4 +1,4 @@
-"""What a service gives back: parts of answers, and what there is to know of a context."""
+"""Results of the service: chunks of answers, and descriptions of contexts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ CONTEXT_ID = re.compile(r"ctx-([0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class ResponseChunk:
-    """A part of an answer: `text` that is new, the log-probabilities of its tokens, and with the last one `finish`
-    ("stop" or "length") and the `usage`."""
+    """A part of an answer.
+
+    Attributes:
+        text: The new text.
+        logprobs: The log-probabilities of its tokens, in OpenAI's format.
+        finish: In the last chunk, why the answer ended: "stop" or "length".
+        usage: In the last chunk, the token counts.
+        context: In the last chunk, the context that was used, if any.
+    """
 
     text: str = ""
     logprobs: tuple[dict[str, Any], ...] = ()
@@ -29,7 +36,12 @@ class ResponseChunk:
 
 
 def key_of(identity: str, tenant: str) -> str:
-    """The store's key behind an id; of another tenant's contexts nothing is told, not even that they are there."""
+    """Return the store's key of a context id.
+
+    Raises:
+        ServiceError: The id is not valid or belongs to another tenant. Both give the same error, so that a client
+            cannot find out whether another tenant's context exists.
+    """
     match = CONTEXT_ID.fullmatch(identity)
     if match is None or not match[1].endswith(tenant_digest(tenant)):
         raise no_context(identity)

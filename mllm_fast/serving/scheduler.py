@@ -1,4 +1,4 @@
-"""Who is in the batch: sequences join and leave it between two passes."""
+"""The scheduler: it decides which sequences are in the batch. They join and leave between two forward passes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,22 @@ if TYPE_CHECKING:
 
 
 class Scheduler:
-    """Used by the engine's thread alone, but for `add`, `waiting` and `everyone`.
+    """Admits generations and context builders to the batch and runs the forward passes.
+
+    Only the engine's thread uses it, except for `add`, `waiting` and `everyone`.
 
     Args:
-        vlm: the model. max_batch: sequences decoded together. guard: the lock of the queue.
-        keep_context, held: as `Engine` takes them.
+        vlm: The model.
+        max_batch: The largest number of sequences that are decoded together.
+        guard: The lock of the queue.
+        keep_context: See `Engine`.
+        held: See `Engine`.
+
+    Attributes:
+        passes: The number of forward passes so far.
+        tokens: The number of tokens decoded in them.
+        batch: The keys and values of the sequences that are decoded.
+        members: The generations and context builders in the batch.
     """
 
     def __init__(
@@ -50,27 +61,27 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Generations without a place."""
+        """The number of generations that wait for a place in the batch or for their context."""
         return len(self._queue) + sum(len(one.waiting) for one in list(self._builders.values()))
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any generation waits or runs."""
         return bool(self._queue or self.members or self._builders)
 
     def add(self, wanted: Generation) -> None:
-        """Put a generation at the end of the queue, whose lock the caller holds."""
+        """Append a generation to the queue. The caller must hold the lock."""
         self._queue.append(wanted)
 
     def everyone(self) -> list[Generation]:
-        """All generations that wait or run."""
+        """Return all generations that wait or run."""
         waiting = [one for builder in list(self._builders.values()) for one in builder.waiting]
         running = [one for one in self.members if isinstance(one, Generation)]
         return [*self._queue, *running, *waiting]
 
     def admit(self) -> None:
-        """Give places to those who wait, in their order; read at most one image."""
-        with self._guard:  # who gave up, or waited too long, leaves the queue even while nobody gets a place
+        """Admit waiting generations to the batch in their order, and run at most one image prefill."""
+        with self._guard:  # cancelled and late requests leave the queue even while the batch is full
             self._queue = deque(one for one in self._queue if not dropped(one))
         prefilled = False
         for builder in list(self._builders.values()):
@@ -84,7 +95,7 @@ class Scheduler:
                     break
                 wanted = self._queue.popleft()
             if wanted.spec is not None and wanted.context is None:
-                wanted.context = self._held(wanted.key)  # it may have been made since the request was read
+                wanted.context = self._held(wanted.key)  # it may have been built since the request was prepared
                 wanted.cached = wanted.context is not None
             if wanted.spec is not None and wanted.context is None:
                 if wanted.key not in self._builders:
@@ -102,7 +113,7 @@ class Scheduler:
             self._queue.extendleft(reversed(kept))
 
     def _guarded(self, wanted: Generation, do: Callable[[Generation], None]) -> None:
-        """What goes wrong with one of them is told to it alone."""
+        """Run a step of one generation. An exception fails this generation only."""
         try:
             do(wanted)
         except Exception as error:
@@ -115,7 +126,7 @@ class Scheduler:
             context = wanted.context
             sequence = [*context.input_ids.tolist(), *wanted.ids]
             wanted.sink(PrefillEvent(len(sequence), context.prefix_length if wanted.cached else 0, context))
-            if not wanted.max_tokens:  # the context was all that was wanted
+            if not wanted.max_tokens:  # only the context was requested
                 wanted.sink(FinishEvent("length"))
                 return
             wanted.sampler = self._samplers.make(sequence, wanted.sampling)
@@ -149,7 +160,7 @@ class Scheduler:
             self._not_built(builder, error)
 
     def _built(self, builder: ContextBuilder) -> None:
-        """Everybody who waited for the context asks it now, before those who came later."""
+        """Store a finished context, and put the generations that waited for it at the front of the queue."""
         try:
             made = builder.context(None if builder.row is None else self.batch.prefix(builder.row))
             context = self._keep_context(builder.key, made)
@@ -177,7 +188,7 @@ class Scheduler:
         self.members.remove(one)
 
     def run_pass(self) -> None:
-        """One pass over the batch."""
+        """Run one forward pass of the batch, and take a token for each row."""
         for one in list(self.members):
             if isinstance(one, ContextBuilder):
                 one.drop_cancelled(dropped)
@@ -194,7 +205,7 @@ class Scheduler:
             with torch.inference_mode(), self.batch.recording():
                 logits = self.batch.read()
             likeliest = logits.argmax(-1).tolist()
-        except Exception as error:  # out of memory, say: of all in the batch nobody can go on
+        except Exception as error:  # such as out of memory: no row of the batch can go on
             for one in members:
                 self._leave(one)
                 if isinstance(one, ContextBuilder):

@@ -1,4 +1,4 @@
-"""Requests and answers of the HTTP interface: OpenAI's, and what is added to them."""
+"""Requests and answers of the HTTP interface: OpenAI's format, with a few additional fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from ..context.registry import PRUNING_SCORES, score_name
 from ..explain.registry import methods_without_detector
 
-_TEXT = 1_000_000  # characters; the model's window is far smaller
+_TEXT = 1_000_000  # characters; the context window of any model is far smaller
 ScoreName = Annotated[
     str, AfterValidator(score_name), WithJsonSchema({"type": "string", "enum": [*PRUNING_SCORES.names()]})
 ]
@@ -17,27 +17,31 @@ MethodName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*methods_
 
 
 class _Strict(BaseModel):
-    """Unknown fields are refused: what is not honoured is not accepted."""
+    """A model that rejects unknown fields, so that no setting of a client is silently ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class ImageURL(_Strict):
-    """An image: `url` is a data URL ("data:image/png;base64,...")."""
+    """The address of an image.
+
+    - `url`: a data URL (`data:image/png;base64,...`), or an https URL if the server allows its host.
+    - `detail`: accepted for OpenAI's clients; it has no effect.
+    """
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
 
 
 class TextPart(_Strict):
-    """Some text of a message."""
+    """A piece of text in a message."""
 
     type: Literal["text"]
     text: Annotated[str, Field(max_length=_TEXT)]
 
 
 class ImagePart(_Strict):
-    """An image of a message."""
+    """An image in a message. Only messages of the user may have images."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -47,7 +51,12 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(_Strict):
-    """One turn of a conversation."""
+    """One message of a conversation.
+
+    - `role`: who speaks. The conversation begins (after system messages) and ends with a message of the user.
+    - `content`: a text, or a list of texts and images.
+    - `name`: accepted for OpenAI's clients; it has no effect.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, Field(max_length=_TEXT)] | Annotated[list[Part], Field(min_length=1, max_length=256)]
@@ -55,7 +64,11 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """`include_usage`: a last piece of the stream with the counts."""
+    """Options of a streamed answer.
+
+    - `include_usage`: whether to send the token counts in an additional last chunk.
+    - `include_obfuscation`: accepted for OpenAI's clients; it has no effect.
+    """
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -65,7 +78,23 @@ Keep = Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1 << 
 
 
 class ChatRequest(_Strict):
-    """As OpenAI's chat completions, with `keep` and `context` added."""
+    """A chat completion request in OpenAI's format, with the additional fields `keep` and `context`.
+
+    - `model`: the name of the served model; empty for whichever model is served.
+    - `messages`: the conversation. The server answers its last message.
+    - `keep`: how many image tokens to keep in each layer.
+    - `context`: the id of a context to ask about, in place of images.
+    - `max_completion_tokens`, `max_tokens`: the longest answer, in tokens. The first one takes precedence.
+    - `temperature`, `top_p`, `seed`: how tokens are sampled. Without a temperature the answer is greedy.
+    - `stop`: up to four texts. The answer ends before the first of them.
+    - `logprobs`, `top_logprobs`: whether to send the log-probability of each token, and those of how many of the most
+      likely tokens (at most 20).
+    - `stream`: whether to send the answer as server-sent events.
+
+    `user`, `metadata`, `store`, `service_tier`, `safety_identifier` and `prompt_cache_key` are accepted and have no
+    effect. `n`, `frequency_penalty`, `presence_penalty`, `logit_bias`, `tools`, `modalities` and `response_format` are
+    accepted only with the values that change nothing.
+    """
 
     model: Annotated[str, Field(max_length=1000)] = ""
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
@@ -91,14 +120,14 @@ class ChatRequest(_Strict):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # what OpenAI's clients may send and nothing hangs on
+    # fields that OpenAI's clients may send and that have no effect
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # accepted as long as they ask for nothing
+    # fields that are accepted only with the values that change nothing
     n: Literal[1] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -109,7 +138,15 @@ class ChatRequest(_Strict):
 
 
 class ContextRequest(_Strict):
-    """Images to be read and kept, before anybody asks about them."""
+    """A request to read images and store their context before any question about them.
+
+    - `images`: the images.
+    - `keep`: the image tokens to keep in each layer, as a share (0.05) or a count (29).
+    - `prompt`: what the model is asked first about the images.
+    - `score`: how the image tokens to keep are selected.
+
+    A missing `keep`, `prompt` or `score` takes the server's own setting.
+    """
 
     images: Annotated[list[ImageURL], Field(min_length=1, max_length=64)]
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1 << 31)] | None = None
@@ -118,7 +155,18 @@ class ContextRequest(_Strict):
 
 
 class ExplanationRequest(_Strict):
-    """An answer to be explained: the model's own, or a given one."""
+    """A request to explain an answer: the model's own, or a given one.
+
+    - `model`: the name of the served model; empty for whichever model is served.
+    - `messages`: one question with its images.
+    - `answer`: a given answer to explain.
+    - `format`: the format of the file that is returned.
+    - `token`: the index of one token of the answer, for an image of this token alone.
+    - `method`: how heatmaps are made.
+    - `norm`: the statistics of the final norm, `frozen` or `own`.
+    - `knockout`: rules for attention that is blocked in the model while it answers and is explained.
+    - `max_tokens`: the longest answer of the model, in tokens.
+    """
 
     model: Annotated[str, Field(max_length=1000)] = ""
     messages: Annotated[list[Message], Field(min_length=1, max_length=2)] = Field(
@@ -140,13 +188,22 @@ class ExplanationRequest(_Strict):
 
 
 class Details(BaseModel):
-    """`cached_tokens`: of the prompt, those that were read before, for an earlier question."""
+    """Details of the prompt's tokens.
+
+    - `cached_tokens`: the tokens that were already read for an earlier question.
+    """
 
     cached_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Tokens of the whole prompt, and of the answer."""
+    """The token counts of a request.
+
+    - `prompt_tokens`: the tokens of the whole prompt, images included.
+    - `completion_tokens`: the tokens of the answer.
+    - `total_tokens`: the sum of both.
+    - `prompt_tokens_details`: how many tokens of the prompt were already read.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -155,7 +212,23 @@ class Usage(BaseModel):
 
 
 class ContextInfo(BaseModel):
-    """A context: tokens that it keeps of those that were read, and bytes of its keys and values."""
+    """The description of a context: images that were read once, with the part of their key/value cache that is kept.
+
+    - `id`: the context's id, for requests.
+    - `tokens`: the tokens that each layer keeps, text included.
+    - `prefix_tokens`: the tokens that were read.
+    - `bytes`: the size of the context in memory: its keys, values and positions.
+    - `uncompressed_bytes`: the size of the keys and values of all tokens that were read.
+    - `prompt`: what the model was asked first about the images.
+    - `description`: the model's reply to it, if the score needs one.
+    - `keep`: the share or count of image tokens that was requested.
+    - `score`: how the image tokens to keep were selected.
+    - `images`: the width and height of each image, in pixels.
+    - `kept`: the image tokens that each layer keeps: their `positions` in the prompt, the index of the image of each
+      (`images`), and its pixel box (`boxes`: left, top, right, bottom). Sent only if requested.
+
+    An answer to a chat request has the fields up to `uncompressed_bytes` only.
+    """
 
     id: str
     object: Literal["context"] = "context"

@@ -1,4 +1,4 @@
-"""Run the service behind uvicorn."""
+"""Run the service with uvicorn."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ if TYPE_CHECKING:
 
     from ..vlm import VLM
 
-_GRACE = 30  # seconds that requests under way are given at the end
+_GRACE = 30  # seconds that requests in progress may take at shutdown
 
 
 def application(
     vlm: VLM, settings: Settings, keys: ApiKeys, name: str, log: Log | None = None
 ) -> tuple[FastAPI, Service]:
-    """The HTTP application of a model, and the service behind it."""
+    """Create the service of a model, and the HTTP application in front of it.
+
+    Args:
+        vlm: The model.
+        settings: The limits and defaults of the service.
+        keys: The API keys that are accepted.
+        name: The name by which requests call the model.
+        log: Writes the log, by default to stderr.
+
+    Returns:
+        The application and the service.
+    """
     service = Service(vlm, settings, name)
     app = create_app(
         service,
@@ -43,7 +54,16 @@ def application(
 
 
 def serve(app: FastAPI, log: Log, host: str, port: int) -> None:
-    """Listen until SIGTERM or SIGINT; then finish what runs and refuse what comes. `port` 0 takes a free one."""
+    """Serve the application until SIGTERM or SIGINT.
+
+    The server then refuses new requests and finishes those in progress.
+
+    Args:
+        app: The application.
+        log: Told the address on which the server listens, and when it has stopped.
+        host: The address to listen on.
+        port: The port to listen on; 0 takes a free one.
+    """
     listening = _listen(host, port)
     connections = Connections()
     config = uvicorn.Config(
@@ -57,7 +77,7 @@ def serve(app: FastAPI, log: Log, host: str, port: int) -> None:
         lifespan="on",
     )
     server = uvicorn.Server(config)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more when all is done
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again when it has shut down
     log("listening", host=host, port=listening.getsockname()[1])
     try:
         server.run([listening])

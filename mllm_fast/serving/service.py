@@ -1,4 +1,4 @@
-"""What the server does, whatever brings the requests: HTTP here, or Ray Serve's handles."""
+"""The service: it answers the requests of the HTTP routes and of Ray Serve replicas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ _STOP_SECONDS = 30.0
 
 
 class Service:
-    """Answers requests with one model. Made and used in one event loop, but for `stop`."""
+    """Answers requests with one model.
+
+    Create and use it in one event loop. Only `stop` may be called from elsewhere.
+
+    Args:
+        vlm: The model.
+        settings: The limits and defaults.
+        name: The name by which requests call the model.
+    """
 
     def __init__(self, vlm: VLM, settings: Settings | None = None, name: str = "shapes"):
         self.vlm = vlm
@@ -58,20 +66,27 @@ class Service:
         self._writing = ThreadPoolExecutor(1, "write")
 
     async def start(self) -> None:
-        """Begin to work, in the running event loop."""
+        """Start the engine, and attach it to the running event loop."""
         self.client.start()
 
     def stop(self) -> None:
-        """Finish what runs, and write what is not written yet."""
+        """Finish the requests in progress, and write the contexts that are not stored yet."""
         self.engine.stop(_STOP_SECONDS)
         for pool in (self._preparer.pool, self._scoring, self._writing):
             pool.shutdown(wait=True)
 
     async def chat(self, request: ChatRequest, tenant: str = "") -> AsyncIterator[ResponseChunk]:
-        """Answer a request: its pieces, once it has a place in the queue.
+        """Answer a chat request.
+
+        Args:
+            request: The request.
+            tenant: The tenant whose contexts may be used.
+
+        Returns:
+            An iterator over the chunks of the answer, once the request is in the queue.
 
         Raises:
-            ServiceError: it cannot be answered; also from the iterator, once it was begun.
+            ServiceError: The request cannot be answered. The iterator may raise it, too.
         """
         settings = self.settings
         self._check_model(request.model)
@@ -92,7 +107,15 @@ class Service:
         return response_chunks(wanted, queue, words, tokenizer, lambda: self.engine.cancel(wanted))
 
     async def create(self, request: ContextRequest, tenant: str = "") -> ContextInfo:
-        """Read images and keep them."""
+        """Read images and store their context.
+
+        Args:
+            request: The images, and how much of them to keep.
+            tenant: The tenant that the context belongs to.
+
+        Raises:
+            ServiceError: The images cannot be read, or the request or the server's limits do not allow it.
+        """
         settings = self.settings
         if len(request.images) > settings.max_pictures:
             raise ServiceError(400, f"a context holds at most {settings.max_pictures} images", param="images")
@@ -105,7 +128,7 @@ class Service:
         return info_of(key, found)
 
     async def kept(self, pictures: list[Any], keep: float | int, tenant: str = "") -> Context:
-        """The context of some images, found or made."""
+        """Return the context of some images, from the store or newly built."""
         return (await self._made(pictures, keep, self.settings.prompt, self.settings.score, tenant))[0]
 
     async def _made(self, files: list[Any], keep: Any, prompt: str, score: str, tenant: str) -> tuple[Context, str]:
@@ -126,7 +149,16 @@ class Service:
         return found, prepared.key
 
     async def context(self, identity: str, tenant: str = "", kept: bool = False) -> ContextInfo:
-        """A context of this tenant; with `kept` the image tokens that each layer keeps, too."""
+        """Describe a context.
+
+        Args:
+            identity: The context's id.
+            tenant: The tenant that the context belongs to.
+            kept: Whether to include the image tokens that each layer keeps.
+
+        Raises:
+            ServiceError: The tenant has no such context.
+        """
         key = key_of(identity, tenant)
         found = await self._preparer.run(lambda: self.store.find(key, self.vlm))
         if found is None:
@@ -134,19 +166,30 @@ class Service:
         return info_of(key, found, kept)
 
     async def contexts(self, tenant: str = "") -> list[str]:
-        """The ids of all contexts of a tenant."""
+        """Return the ids of all contexts of a tenant."""
         return [f"ctx-{key}" for key in await self._preparer.run(lambda: self.store.keys(tenant))]
 
     async def delete(self, identity: str, tenant: str = "") -> None:
-        """Remove a context from memory and from the store."""
+        """Remove a context from memory and from the store.
+
+        Raises:
+            ServiceError: The tenant has no such context.
+        """
         key = key_of(identity, tenant)
         self.engine.forget(key)
-        # behind its own writing, which may be under way
+        # in the writing thread, since the context may still be being written
         if not await in_pool(self._writing, lambda: self.store.drop(key)):
             raise no_context(identity)
 
     async def explain(self, request: ExplanationRequest, tenant: str = "") -> bytes:
-        """The file of an explanation, in the format that was asked for."""
+        """Explain an answer.
+
+        Returns:
+            The explanation as a file, in the format that the request names.
+
+        Raises:
+            ServiceError: The request cannot be served.
+        """
         settings = self.settings
         self._check_model(request.model)
         methods = methods_without_detector()
@@ -178,7 +221,10 @@ class Service:
         return await self.scored(lambda: encoded(made, request.format, request.token, request.method))
 
     async def scored(self, do: Callable[[], Any]) -> Any:
-        """What `do` gives, computed beside the engine: scores need the weights and what was recorded, no pass."""
+        """Call `do` in a thread beside the engine and return its result.
+
+        Scores need the weights and the recorded activations only, no forward pass.
+        """
         return await in_pool(self._scoring, do)
 
     def _check_model(self, name: str) -> None:

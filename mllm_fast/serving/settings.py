@@ -1,4 +1,4 @@
-"""What a server allows and how it reads images."""
+"""Limits and defaults of a server."""
 
 from __future__ import annotations
 
@@ -17,16 +17,30 @@ class Settings:
     """Limits and defaults of a service.
 
     Attributes:
-        keep: share or count of image tokens that a context keeps unless a request says so; None answers from whole
-            images ("off"). prompt, score, describe_tokens: see `VLM.compress`.
-        max_batch: sequences decoded together. max_queue: that may wait for a place.
-        max_tokens: most tokens of an answer that may be asked for. default_tokens: where a request does not say.
-        max_body: bytes of a request. max_pictures: of a request. max_pixels: of an image.
-        time_limit: seconds that an answer may take, the wait for a place included.
-        store: a folder or fsspec URL; None keeps contexts in memory alone. memory_bytes, disk_bytes, storage: see
-            `ContextStore`.
-        remote_hosts: whose images may be fetched by URL ("images.example.org", or ".example.org" with what is below
-            it); none by default. remote_bytes, remote_seconds: most that a fetch may take.
+        keep: The share (0.05) or count (29) of image tokens that a context keeps, unless the request sets its own.
+            None answers from whole images ("off").
+        prompt: What the model is asked first about every image, see `VLM.compress`.
+        score: What an image token is kept for, see `VLM.compress`.
+        describe_tokens: The longest reply to `prompt`, in tokens; `max_new_tokens` of `VLM.compress`.
+        max_batch: The largest number of sequences that are decoded together.
+        max_queue: The largest number of requests that may wait for a place in the batch.
+        max_tokens: The longest answer that a request may ask for, in tokens.
+        default_tokens: The longest answer, in tokens, if the request does not set it.
+        max_body: The largest body of a request, in bytes.
+        max_pictures: The largest number of images in a request.
+        max_pixels: The largest image, in pixels.
+        time_limit: How many seconds an answer may take, its wait in the queue included.
+        store: A folder or fsspec URL for contexts; None keeps them in memory only.
+        memory_bytes: See `ContextStore`.
+        disk_bytes: See `ContextStore`.
+        storage: See `ContextStore`.
+        remote_hosts: The hosts whose images may be fetched by URL, none by default. "images.example.org" allows this
+            host; ".example.org" allows all hosts below it.
+        remote_bytes: The largest remote image, in bytes.
+        remote_seconds: How many seconds fetching a remote image may take.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     keep: float | int | None = 0.05

@@ -1,7 +1,7 @@
-"""The tool in the browser: ask about an image, and see which patches and heads made the model say each word.
+"""The browser tool: ask about an image, and see which patches and heads made the model say each word.
 
-Laid out with Gradio and mounted on the server. Everything that is chosen is a button, a slider or a radio button, so
-that the keyboard reaches it; maps go from dark to light in even steps, so that no colour vision is needed.
+It is a Gradio page, mounted on the server. All controls are buttons, sliders or radio buttons, which work with the
+keyboard. The colours of a heatmap go from dark to light in even steps, so that it can be read without colour vision.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # and the browser keeps no images of who sat there before
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio sends no usage data
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # the browser keeps no images of earlier users
 
 import gradio as gr
 import numpy as np
@@ -35,7 +35,7 @@ from .ui_backend import ROUTES, Answered, Drawn, Shown, UIBackend
 from .ui_sessions import UISessionMiddleware
 
 _BEST = "best"
-_EVERY = -1  # of the slider of layers: the best heads of all
+_EVERY = -1  # the value of the layer slider that stands for the best heads of all layers
 _HOUR = 3600  # seconds
 _METHODS = {
     "logprob": "increase of the log-probability",
@@ -59,18 +59,33 @@ _ABOUT = """### Which patches made the model say it?
 Ask about an image. Every word comes with the patches that raised its probability; choose a word, a head or a layer to
 see its map. Light is high. Knock attention out, or keep a few patches only, and see what the model still knows."""
 
-# once the file is there: the browser takes it as if its button had been pressed
+# clicks the download button once the file exists
 _CLICK = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 200)"
 
 Outputs = tuple[Any, ...]
 
 
 def mount(app: FastAPI, tool: UIBackend, keys: ApiKeys, log: Log, path: str = "/ui") -> FastAPI:
-    """The tool on the server, at `path`. Where the server has keys, one of them is the password. What a browser uploads
-    and is shown lies in a folder of this process alone, and is given to that browser alone; see `ui_sessions`."""
+    """Mount the browser tool on the server.
+
+    If the server has API keys, each of them is accepted as the password. Uploaded and generated files are stored in a
+    folder of this process, and each browser can read only its own files, see `ui_sessions`.
+
+    Args:
+        app: The server's application.
+        tool: Runs the model for the tool.
+        keys: The API keys that are accepted.
+        log: Writes the errors.
+        path: Where the tool is mounted.
+
+    Returns:
+        The application.
+    """
     cache = tempfile.mkdtemp(prefix="mllm-fast-ui-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = cache  # read where components are made: Gradio's own is shared by its programs
+    os.environ["GRADIO_TEMP_DIR"] = (
+        cache  # read when components are created; Gradio's default folder is shared by all its programs
+    )
     login: Callable[[str, str], bool] | None = None
     if keys:
         login = lambda _, password: keys.tenant(password) is not None  # noqa: E731
@@ -89,14 +104,14 @@ def mount(app: FastAPI, tool: UIBackend, keys: ApiKeys, log: Log, path: str = "/
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
     )
-    blocks.has_launched = True  # else Gradio checks no path that it is given: mounting leaves it unset
+    blocks.has_launched = True  # mounting leaves this unset, and Gradio would then not check file paths
     mounted = next(route for route in app.routes if isinstance(route, Mount) and route.path == path)
     mounted.app = UISessionMiddleware(mounted.app, _HOUR)
     return app
 
 
 def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one page, from top to bottom
-    """The page."""
+    """Build the page of the tool."""
     page = Page(tool, log)
     last = tool.num_layers - 1
     with gr.Blocks(title="mllm-fast", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as blocks:
@@ -106,7 +121,7 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
             with gr.Column(min_width=300):
                 picture = gr.Image(
                     type="pil",
-                    format="png",  # of the sample too, not a lossy one
+                    format="png",  # lossless, for the sample image too
                     image_mode="RGB",
                     sources=["upload", "clipboard"],
                     label="Image",
@@ -182,7 +197,7 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
                     elem_id="kept",
                 )
         chosen = [answered, tokens, layer, heads, method]
-        seen = [shown, meaning, verdict]  # a verdict is about the map that was shown
+        seen = [shown, meaning, verdict]  # a verdict belongs to the map that was shown
         results = [
             answered,
             answer,
@@ -219,7 +234,12 @@ def _live() -> dict[str, Any]:
 
 
 class Page:
-    """What happens where something is pressed."""
+    """The event handlers of the page.
+
+    Args:
+        tool: Runs the model.
+        log: Writes the errors.
+    """
 
     def __init__(self, tool: UIBackend, log: Log):
         self._tool, self._log = tool, log
@@ -228,7 +248,7 @@ class Page:
     async def ask(
         self, picture: Any, question: str, routes: list[str], first: int, to: int, keep: float, joint: bool
     ) -> AsyncIterator[Outputs]:
-        """Answer, in all ways that were asked for; each as it comes."""
+        """Answer the question: normally, with attention knocked out, and from a context, as far as requested."""
         if picture is None:
             raise _error("Give an image first: upload one, paste one, or take the sample.")
         if not (question or "").strip():
@@ -272,7 +292,7 @@ class Page:
             raise self._told(error) from None
 
     async def token(self, answered: Answered | None, token: int, method: str) -> Outputs:
-        """Another word: its map and its heads."""
+        """Show the map and the best heads of another word."""
         held = _held(answered)
         try:
             heads = await self._heads(held, token)
@@ -281,19 +301,19 @@ class Page:
         return (heads, gr.update(value=_EVERY), *await self._map(held, token, _EVERY, _BEST, method))
 
     async def head(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
-        """One head's map."""
+        """Show the map of one head."""
         return (gr.update(value=_EVERY), *await self._map(answered, token, _EVERY, head, method))
 
     async def layer(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
-        """The map of a layer's heads."""
+        """Show the map of all heads of a layer."""
         return (gr.update(value=_BEST), *await self._map(answered, token, layer, _BEST, method))
 
     async def method(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
-        """The same, drawn in another way."""
+        """Show the map of the same word by another method."""
         return await self._map(answered, token, layer, head, method)
 
     async def check(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Any:
-        """Does the word hang on what the map shows? Nothing is said once another map is shown."""
+        """Check whether the word depends on the patches that the map shows. Drop the result if the map changed."""
         try:
             words = await self._tool.verified(_held(answered), _shown(token, layer, head, method))
         except Exception as error:
@@ -301,15 +321,15 @@ class Page:
         return gr.skip() if words is None else f"**{words}**"
 
     async def report(self, answered: Answered | None, method: str) -> str:
-        """A page to keep."""
+        """Return the path of the explanation as an HTML file."""
         return await self._file(answered, "html", method)
 
     async def numbers(self, answered: Answered | None, method: str) -> str:
-        """All numbers."""
+        """Return the path of the explanation as a JSON file."""
         return await self._file(answered, "json", method)
 
     def _told(self, error: Exception) -> gr.Error:
-        """What the person is told; the operator, where an error of the server's own came from."""
+        """Return the error to show to the user, and log where the server itself failed."""
         if isinstance(error, gr.Error):
             return error
         found = service_error(error)
@@ -322,7 +342,7 @@ class Page:
             content = await self._tool.report(_held(answered), kind, method)
         except Exception as error:
             raise self._told(error) from None
-        for old in Path(self._files.name).iterdir():  # Gradio has its own copies, which it removes after an hour
+        for old in Path(self._files.name).iterdir():  # Gradio has its own copies and removes them after an hour
             shutil.rmtree(old, ignore_errors=True)
         path = Path(tempfile.mkdtemp(dir=self._files.name)) / f"explanation.{kind}"
         path.write_bytes(content)
@@ -340,7 +360,7 @@ class Page:
     async def _map(
         self, answered: Answered | None, token: int, layer: int, head: str, method: str
     ) -> tuple[Image.Image, str, str]:
-        """The map, what its colours mean, and no verdict yet."""
+        """Return the map, its legend, and an empty verdict."""
         try:
             drawn = await self._tool.map(_held(answered), _shown(token, layer, head, method))
         except Exception as error:
@@ -354,7 +374,7 @@ def _shown(token: int, layer: int, head: str, method: str) -> Shown:
 
 
 def _legend(drawn: Drawn) -> str:
-    """What the colours mean, and how far they go."""
+    """Return the legend of a map as HTML: its colours, their meaning, and the largest value."""
     steps = ", ".join(
         f"rgb({','.join(str(round(one)) for one in colors(np.array(share)))})" for share in np.linspace(0, 1, 9)
     )
@@ -380,7 +400,7 @@ def _error(message: str) -> gr.Error:
 
 
 def _methods(joint: bool = False) -> list[tuple[str, str]]:
-    """The heatmap methods to choose from, (words, name): some of the package's own, and all that were added."""
+    """Return the heatmap methods to choose from as (description, name): some built-in ones, and all from plugins."""
     added = [HEATMAP_METHODS.get(name) for name in HEATMAP_METHODS.added()]
     offered = _METHODS | (_BOXES if joint else {})
     offered |= {one.name: f"{one.name} ({one.meaning})" for one in added if joint or not one.needs_detector}

@@ -1,4 +1,4 @@
-"""What the tool in the browser does, without the browser: answers, maps, words of heads, kept patches."""
+"""The model's side of the browser tool: answers, maps, the words that heads write, and kept patches."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ if TYPE_CHECKING:
     from ..context.context import Context
     from ..joint.model import JointModel
 
-SIDE = 560  # of a drawn map, pixels
-ROUTES = {  # of attention that can be knocked out
+SIDE = 560  # the longer side of a drawn map, in pixels
+ROUTES = {  # attention that can be knocked out: the source and target of the rule
     "image to question": ("image", "query"),
     "image to answer": ("image", "generated"),
     "question to answer": ("query", "generated"),
 }
-LIVE = ("logprob", "attention")  # maps that need no further pass
+LIVE = ("logprob", "attention")  # methods that need no further forward pass
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Which map: of a token, by a method. `head`: of it alone; `layer`: of its heads; neither: of the best."""
+    """Selects a map. Without `head` and `layer` it is the map of the best heads of all layers.
+
+    Attributes:
+        token: The index of the token.
+        head: The (layer, head) whose map is shown.
+        layer: The layer whose heads are shown together.
+        method: The heatmap method.
+    """
 
     token: int
     head: tuple[int, int] | None = None
@@ -44,7 +51,7 @@ class Shown:
     method: str = DEFAULT
 
     def heads(self, ex: Explanation) -> Any:
-        """The heads, as `Explanation.heatmap` takes them."""
+        """Return the heads in the form that `Explanation.heatmap` accepts."""
         if self.head is not None:
             return [self.head]
         return 10 if self.layer is None else [(self.layer, number) for number in range(ex.num_heads)]
@@ -52,19 +59,34 @@ class Shown:
 
 @dataclass
 class Answered:
-    """An answer and its explanation. `guard`: scores are made by one thread at a time."""
+    """An answer with its explanation.
+
+    Attributes:
+        picture: The image.
+        question: The question.
+        explanation: The explanation of the answer.
+        joint: Whether the joint model answered.
+        guard: A lock, so that only one thread at a time computes scores.
+        shown: The map that the user looks at.
+    """
 
     picture: Image.Image
     question: str
     explanation: Explanation
     joint: bool
     guard: asyncio.Lock = field(default_factory=asyncio.Lock)
-    shown: Shown | None = None  # the map that the person looks at
+    shown: Shown | None = None
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A map, what its colours mean, and the value of the lightest."""
+    """A drawn map.
+
+    Attributes:
+        image: The image with the map over it.
+        meaning: What the colours mean.
+        top: The value of the lightest colour.
+    """
 
     image: Image.Image
     meaning: str
@@ -73,7 +95,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Heard:
-    """The answer so far, and the map of its last word."""
+    """The answer so far.
+
+    Attributes:
+        text: The text so far.
+        tokens: Its tokens.
+        map: The map of the last token.
+        done: The complete answer with its explanation, at the end.
+    """
 
     text: str
     tokens: list[str]
@@ -82,7 +111,12 @@ class Heard:
 
 
 class UIBackend:
-    """The service's model, for people who look. `joint`: a joint model of the same VLM, if there is one."""
+    """Runs the service's model for the browser tool.
+
+    Args:
+        service: The service.
+        joint: A joint model of the same VLM, if there is one.
+    """
 
     def __init__(self, service: Service, joint: JointModel | None = None):
         self.service, self.joint = service, joint
@@ -93,7 +127,7 @@ class UIBackend:
         return len(self.vlm.text.layers)
 
     async def answer(self, picture: Image.Image, question: str, joint: bool) -> AsyncIterator[Heard]:
-        """The answer, word by word with its map, and at the end the whole explanation."""
+        """Yield the answer token by token, each with its map, and at the end the whole explanation."""
         source: Any = self.joint if joint else self.vlm
         count = self.service.settings.default_tokens
 
@@ -114,7 +148,19 @@ class UIBackend:
     async def impaired(
         self, picture: Image.Image, question: str, routes: list[str], first: int, last: int, joint: bool
     ) -> AsyncIterator[str]:
-        """The answer without some attention in layers `first` to `last`, as it grows."""
+        """Yield the growing answer of the model with attention knocked out.
+
+        Args:
+            picture: The image.
+            question: The question.
+            routes: The keys of `ROUTES` to knock out.
+            first: The first layer of the knockout.
+            last: The last layer of the knockout.
+            joint: Whether the joint model answers.
+
+        Raises:
+            InputError: `first` is larger than `last`.
+        """
         source: Any = self.joint if joint else self.vlm
         if first > last:
             raise InputError(f"the first layer is at most the last one, got {first} and {last}")
@@ -134,7 +180,16 @@ class UIBackend:
             yield text
 
     async def compressed(self, picture: Image.Image, question: str, percent: float) -> tuple[str, str, Image.Image]:
-        """The answer from a context that keeps `percent` of the image tokens, what it takes, and the kept patches."""
+        """Answer from a context that keeps a share of the image tokens.
+
+        Args:
+            picture: The image.
+            question: The question.
+            percent: The share of image tokens that each layer keeps, in percent.
+
+        Returns:
+            The answer, a sentence about the size of the context, and a drawing of the kept patches.
+        """
         ctx: Context = await self.service.kept([picture], percent / 100, tenant="browser")
         count = self.service.settings.default_tokens
 
@@ -151,14 +206,14 @@ class UIBackend:
         return text or "(nothing)", facts, draw_kept(replace(ctx, images=(picture,)))
 
     async def map(self, answered: Answered, shown: Shown) -> Drawn:
-        """A token's map."""
+        """Draw the selected map."""
         ex = answered.explanation
         answered.shown = shown
         async with answered.guard:
             return await self._scored(lambda: _drawn(ex, shown.token, shown.heads(ex), shown.method), shown.method)
 
     async def heads(self, answered: Answered, token: int) -> list[tuple[int, int, float, str]]:
-        """A token's ten best heads: layer, head, score, and the words that it writes."""
+        """Return the ten best heads of a token as (layer, head, score, the words that the head writes)."""
         ex = answered.explanation
 
         def found() -> list[tuple[int, int, float, str]]:
@@ -172,8 +227,11 @@ class UIBackend:
             return await self._scored(found, "logprob")
 
     async def verified(self, answered: Answered, shown: Shown) -> str | None:
-        """Whether the word hangs on what this map shows (see `Explanation.verify`); None if another map was chosen
-        meanwhile."""
+        """Check whether a word depends on the patches that its map shows, see `Explanation.verify`.
+
+        Returns:
+            The verdict in words, or None if another map was selected in the meantime.
+        """
         ex = answered.explanation
         answered.shown = shown
 
@@ -186,12 +244,12 @@ class UIBackend:
         return words if answered.shown == shown else None
 
     async def report(self, answered: Answered, kind: str, method: str) -> bytes:
-        """The explanation as a file."""
+        """Return the explanation as a file of the given kind, such as "html" or "json"."""
         async with answered.guard:
             return await self._scored(lambda: encoded(answered.explanation, kind, None, method), method)
 
     async def _scored(self, do: Callable[[], Any], method: str) -> Any:
-        """Beside the engine where no pass is needed, else by its thread."""
+        """Call `do` beside the engine if the method needs no forward pass, else in the engine's thread."""
         if method in LIVE:
             return await self.service.scored(do)
         return await self.service.client.last(lambda: iter([do()]))

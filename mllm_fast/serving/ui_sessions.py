@@ -1,9 +1,9 @@
-"""Who may read what through the browser tool: an image, a map and a stream of events belong to one browser.
+"""Access control of the browser tool: each browser can read only its own images, maps and event streams.
 
-Gradio gives a file to anyone who names its path, follows URLs that a request names, and has many routes that this tool
-never calls. This middleware stands before the mounted application. It passes the routes that the page uses, and no
-others; it knows a browser by a cookie, and which files and event streams the application made for it; whatever names
-another file, a URL or another browser's stream is answered as if it did not exist.
+Gradio sends a file to anyone who knows its path, follows URLs that a request contains, and has many routes that this
+tool never calls. This middleware runs before the mounted application and passes only the routes that the page uses. It
+identifies a browser by a cookie and records the files and event streams that the application made for it. A request
+for another file, for a URL or for another browser's stream gets the answer 404.
 """
 
 from __future__ import annotations
@@ -23,20 +23,26 @@ from .middleware import App, Message, Receive, Send
 COOKIE = "mllm_fast_ui"
 _GIVEN = re.compile(rb"(?:^|;)\s*" + COOKIE.encode() + rb"=([0-9a-f]{64})\s*(?:;|$)")
 _MOST_SESSIONS = 4096
-_MOST_STREAMS = 256  # of a session: those that were used last
+_MOST_STREAMS = 256  # per session; the least recently used one is forgotten first
 _FILE = "/gradio_api/file="
 _OPEN = re.compile(
     r"/|/(config|user|theme\.css|favicon\.ico|robots\.txt|manifest\.json|login_check|login|logout)/?"
     r"|/pwa_icon(/\d+)?|/(assets|static|svelte)/.*|/gradio_api/(user|login_check|app_id|token|info|startup-events)/?"
 )
 _STREAMS = re.compile(r"/gradio_api/(heartbeat/(?P<name>\w+)|(queue/data|upload_progress|queue/join|upload|cancel)/?)")
-_NAMES = ("session_hash", "upload_id")  # of streams, in a query or a body
+_NAMES = ("session_hash", "upload_id")  # keys of stream names, in a query or a body
 _UPLOADED, _EVENTS = "/gradio_api/upload", "/gradio_api/queue/data"
 
 
 @dataclass
 class _Session:
-    """What one browser may read: files by their path, streams by their name."""
+    """What one browser may read.
+
+    Attributes:
+        files: The paths of its files.
+        streams: The names of its streams, the least recently used one first.
+        used: The time of its last request, by `time.monotonic`.
+    """
 
     files: set[str] = field(default_factory=set)
     streams: OrderedDict[str, None] = field(default_factory=OrderedDict)
@@ -44,17 +50,18 @@ class _Session:
 
 
 class UISessionMiddleware:
-    """ASGI middleware before the mounted Gradio application.
+    """ASGI middleware that guards the mounted Gradio application.
 
     Args:
-        app: the application. seconds: how long what a browser made is remembered after its last request; not shorter
-            than Gradio keeps the files.
+        app: The Gradio application.
+        seconds: How long a session is remembered after its last request. It must not be shorter than Gradio keeps the
+            files.
     """
 
     def __init__(self, app: App, seconds: float):
         self._app, self._seconds = app, seconds
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._owners: dict[str, str] = {}  # of a stream's name: the session
+        self._owners: dict[str, str] = {}  # from the name of a stream to its session
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,7 +103,7 @@ class UISessionMiddleware:
             if any(one not in (session.files if session else ()) for one in _named_files(body)):
                 await _not_found(send, "this file was not uploaded here, or was forgotten: upload the image again")
                 return
-            # what was checked is what is read
+            # the application reads exactly the body that was checked
             scope, receive = _replaced(scope, receive, json.dumps(body).encode())
         if not self._owns(identity, names):
             await _not_found(send)
@@ -107,7 +114,7 @@ class UISessionMiddleware:
         await self._app(scope, receive, send)
 
     def _owns(self, identity: str, names: list[str]) -> bool:
-        """Whether these streams are this browser's; those that are nobody's become its own."""
+        """Return whether the browser owns all these streams. Streams without an owner become its own."""
         if any(self._owners.get(name, identity) != identity for name in names):
             return False
         streams = self._session(identity).streams
@@ -120,7 +127,7 @@ class UISessionMiddleware:
         return True
 
     def _noting(self, send: Send, identity: str, path: str) -> Send:
-        """Notes the files that an answer names: of an upload its paths, of events the paths in their data."""
+        """Wrap `send` to record the files that an answer names: the paths of an upload, or the paths in events."""
         rest = b""
 
         async def noting(message: Message) -> None:
@@ -148,7 +155,7 @@ class UISessionMiddleware:
         return session
 
     def _forget(self) -> None:
-        """The sessions that were not used for long, and the oldest of too many."""
+        """Forget expired sessions, and the least recently used ones if there are too many."""
         before = time.monotonic() - self._seconds
         while self._sessions:
             identity, session = next(iter(self._sessions.items()))
@@ -160,7 +167,7 @@ class UISessionMiddleware:
 
 
 def _identity(scope: Any) -> tuple[str, bool]:
-    """The browser's cookie, and whether it is new."""
+    """Return the session id from the browser's cookie, or a new one, and whether it is new."""
     for name, value in scope["headers"]:
         if name == b"cookie" and (found := _GIVEN.search(value)):
             return found[1].decode(), False
@@ -179,7 +186,7 @@ def _with_cookie(send: Send, identity: str, secure: bool) -> Send:
 
 
 def _named_files(content: Any) -> Iterator[str]:
-    """Every path in some JSON, of a file object of Gradio's or of whatever else has that key."""
+    """Yield every value of a key "path" in some JSON, such as the paths of Gradio's file objects."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key == "path" and isinstance(value, str):
@@ -192,7 +199,7 @@ def _named_files(content: Any) -> Iterator[str]:
 
 
 async def _json(receive: Receive) -> Any:
-    """A request's body, parsed; None if it is no JSON."""
+    """Read and parse the body of a request; return None if it is not JSON."""
     parts = []
     while True:
         message = await receive()
@@ -211,7 +218,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _replaced(scope: Any, receive: Receive, body: bytes) -> tuple[Any, Receive]:
-    """The request with another body."""
+    """Return the request with another body."""
     headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
     sent = False
 

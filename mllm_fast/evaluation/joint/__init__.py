@@ -1,1 +1,1 @@
-"""The evaluations of the joint model."""
+"""Evaluations of the joint model."""

@@ -1,4 +1,4 @@
-"""What the evaluations of joint models share."""
+"""The base class and helper functions of the evaluations of joint models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 class JointEvaluation(Evaluation):
-    """An evaluation of the joint model in a folder ("shapes": the embedded one) with the run's language model."""
+    """An evaluation of a joint model with the language model of the run.
+
+    Args:
+        joint: The folder of the joint model, or "shapes" for the embedded one.
+        settings: Further settings that decide the rows.
+    """
 
     def __init__(self, joint: str, **settings: Any):
         self.name_of_joint = joint
@@ -28,7 +33,7 @@ class JointEvaluation(Evaluation):
         return self.__dict__ | {"_made": {}}  # each process loads its own
 
     def joint(self, vlm: VLM, name: str | None = None) -> JointModel:
-        """The joint model, loaded once."""
+        """Return the joint model of a name, by default that of the evaluation. It is loaded once."""
         name = self.name_of_joint if name is None else name
         if name not in self._made or self._made[name][0] is not vlm:
             self._made[name] = vlm, JointModel.from_pretrained(name, vlm=vlm)
@@ -36,17 +41,17 @@ class JointEvaluation(Evaluation):
 
 
 def weights_digest(joint: str) -> str:
-    """SHA-256, 12 digits, of W, which tells one training from another.
+    """Return the first 12 digits of the SHA-256 of W, which tells one training from another.
 
     Raises:
-        InputError: no such joint model.
+        InputError: The joint model does not exist.
     """
     path = Path(joint_folder(joint)) / WEIGHTS
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of `count` (Wilson's score)."""
+    """Return the 95 % confidence interval of a share of `count` (Wilson's score interval)."""
     if not count:
         return 0.0, 1.0
     z = 1.959964
@@ -56,11 +61,11 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 
 def percent(share: float, count: int) -> str:
-    """A share of `count` and its 95 % interval, in %."""
+    """Return a share of `count` and its 95 % confidence interval as text, in %."""
     low, high = interval(share, count)
     return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def number_of(name: str) -> int:
-    """A seed from a sample's name, the same in every process."""
+    """Return a seed from a sample's name. It is the same in every process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")

@@ -1,7 +1,7 @@
-"""Does the text change with what an image seems to show? (arXiv 2405.14612, section 6.)
+"""Measure whether the text changes with what an image seems to show (arXiv 2405.14612, section 6).
 
-The vision embedding is changed until the detector sees one thing in place of another; beside it stand changes of the
-same norm that should do nothing.
+The vision embedding E is changed so that the detector sees one object in place of another. The effect is compared with
+that of control changes of the same norm, which should do nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ KINDS = ("text", "yes", "score")
 
 
 class Asked(NamedTuple):
-    """A question. kind: "text", the answer as it is; "yes", P(yes); "score", the expectation of a number. instead: the
-    question after the swap, where it names what is swapped."""
+    """A question about an image.
+
+    Attributes:
+        name: The name of the question in the report.
+        text: The question.
+        kind: The kind of answer: "text" for the text itself, "yes" for P(yes), "score" for the expectation of a number.
+        instead: The question to ask after the swap, if the question names what is swapped.
+    """
 
     name: str
     text: str
@@ -51,23 +57,30 @@ class Asked(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """Queries that lose and queries that gain."""
+    """A swap, given by the detector's text queries that lose score (`lower`) and those that gain it (`higher`)."""
 
     lower: tuple[str, ...]
     higher: tuple[str, ...]
 
 
 class Bias(JointEvaluation):
-    """Rows of one image, one a change of E and question: the answer, and how much of the description stayed.
+    """An evaluation of how changes of the vision embedding E change the text.
 
-    Changes: "none"; the swap by each of `ways`; `controls` random ones of the same norm; and the neutral swap, of
-    things that have nothing to do with the question. Images of a second folder (group "second") are swapped the
-    other way round.
+    An image has one row for each change of E and each question. The row has the answer, and the share of the words of
+    the description that stayed. The changes are "none", the swap by each of `ways`, random changes of the same norm,
+    and the neutral swap, of objects that have nothing to do with the question. Images of a second folder (group
+    "second") are swapped the other way round.
 
     Args:
-        swap, neutral: queries that lose and gain. size: of a change, in shares of E's norm.
-        questions: asked of every image; of a generated scene, colour and shape of the swapped thing are asked.
-        values: answers and what they count for, of questions for a score.
+        joint: The folder of the joint model.
+        swap, neutral: The queries that lose and gain in the swap and in the neutral swap.
+        questions: The questions for every image. Without them, the colour and the shape of the swapped object of a
+            generated scene are asked for.
+        size: The norm of a change, in shares of E's norm.
+        ways: The ways to make the swap, "step" or "pgd".
+        controls: The number of random changes.
+        values: The number that each answer to a question of kind "score" counts for.
+        max_new_tokens: The largest number of tokens in an answer.
     """
 
     name: ClassVar[str] = "bias"
@@ -222,8 +235,11 @@ class Bias(JointEvaluation):
 
 
 def effects(rows: dict[str, list[Row]]) -> list[Row]:
-    """Each row but those of "none", with "picture" and "moved": what its answer changed by, 0 or 1 of a text, the
-    difference of a number; of images swapped the other way round (group "second") with its sign turned."""
+    """Return all rows except those of the change "none", with the fields "picture" and "moved" added.
+
+    "picture" is the name of the image. "moved" is the change of the answer: 0 or 1 for a text, and the difference for a
+    number. The difference has the opposite sign for images that are swapped the other way round (group "second").
+    """
     found = []
     for picture, one in rows.items():
         before = {row["question"]: row["answer"] for row in one if row["change"] == NONE}
@@ -240,7 +256,7 @@ def effects(rows: dict[str, list[Row]]) -> list[Row]:
 
 
 def picture_means(rows: Sequence[Row]) -> list[float]:
-    """The mean effect in each image: several random changes of one are not several images."""
+    """Return the mean effect in each image. Several random changes of one image do not count as several images."""
     by: dict[str, list[float]] = {}
     for row in rows:
         by.setdefault(row["picture"], []).append(row["moved"])
@@ -248,17 +264,17 @@ def picture_means(rows: Sequence[Row]) -> list[float]:
 
 
 def words_kept(before: str, after: str) -> float:
-    """The share of the words of one text that another has, F1, each as often as it is there."""
+    """Return the F1 of the words that two texts share. Each word counts as often as it is there."""
     left, right = Counter(before.lower().split()), Counter(after.lower().split())
     both, total = sum((left & right).values()), sum(left.values()) + sum(right.values())
     return 2 * both / total if total else 1.0
 
 
 def swapped_questions(sample: Sample, swap: Swap) -> list[Asked]:
-    """Of a generated scene: the colour and the shape of its one thing of the swapped colour.
+    """Return the questions for the colour and the shape of a generated scene's only object of the swapped colour.
 
     Raises:
-        InputError: not such a scene.
+        InputError: The sample is not a generated scene with exactly one such object.
     """
     colors = swapped_colors(swap)
     if sample.scene is None:
@@ -274,12 +290,15 @@ def swapped_questions(sample: Sample, swap: Swap) -> list[Asked]:
 
 
 def swapped_colors(swap: Swap) -> list[str | None]:
-    """The colours of the generated scenes that are swapped, None where a query names none."""
+    """Return the two colours of the generated scenes that are swapped, None where the first query names none."""
     return [next((color for color in SHAPE_COLORS if color in query.split()), None) for query, *_ in swap]
 
 
 def swap_scenes(count: int, seed: int, lower: str, higher: str) -> Samples:
-    """Generated scenes with one object of the colour `lower`, the only one of its shape, and none of `higher`."""
+    """Return generated scenes with one object of the colour `lower` and none of the colour `higher`.
+
+    The object of the colour `lower` is the only one of its shape.
+    """
     for color in (lower, higher):
         check_choice("color", color, tuple(SHAPE_COLORS))
     found: list[Sample] = []
@@ -295,10 +314,10 @@ def swap_scenes(count: int, seed: int, lower: str, higher: str) -> Samples:
 
 
 def two_folders(folders: Sequence[Path], count: int | None = None) -> Samples:
-    """The images of one folder, or of two, the second of which are in the group "second"; of each the first `count`.
+    """Return the first `count` images of one folder or of two. Those of the second folder are in the group "second".
 
     Raises:
-        InputError: more folders, one that is none, or one without images.
+        InputError: There are more than two folders, or a folder does not exist or has no images.
     """
     if not 1 <= len(folders) <= 2:
         raise InputError(f"give one folder of images, or two, got {len(folders)}")

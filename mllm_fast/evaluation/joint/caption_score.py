@@ -1,5 +1,7 @@
-"""A judge's score of a description, 1 to 10 (arXiv 2405.14612, section 4): a model behind an endpoint is shown the
-image and the description."""
+"""A judge that scores a description from 1 to 10 (arXiv 2405.14612, section 4).
+
+The judge is a model behind an endpoint. It gets the image and the description.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from ..judges.endpoint import Endpoint
 
-_SIDE = 512  # pixels of the longer side that the judge is shown, at most
+_SIDE = 512  # the longer side of the image that the judge gets is at most this many pixels
 _INSTRUCTIONS = (
     "You are shown an image and a description of it. Say how well the description fits the image, as a whole number"
     " from 1 to 10: 10, all that matters is said and all that is said is true; 1, nothing of it is. Answer with the"
@@ -23,7 +25,7 @@ _INSTRUCTIONS = (
 
 
 class CaptionJudge:
-    """Asks a model that sees images."""
+    """A judge that asks a vision-language model behind an endpoint to score descriptions."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
@@ -31,11 +33,11 @@ class CaptionJudge:
         self.settings = {"judge": "caption score", "model": endpoint.model, "prompt": prompt}
 
     def score(self, picture: Image.Image, caption: str) -> tuple[int, int]:
-        """The score of a description, and what it cost in tokens.
+        """Return the score of a description, 1 to 10, and the number of tokens it cost.
 
         Raises:
-            Unanswered: no usable answer after all attempts.
-            EndsRunError: the endpoint refuses the key, the model or the request as such.
+            Unanswered: All attempts gave no usable answer.
+            EndsRunError: The endpoint refuses the key, the model or the request as such.
         """
         small = picture.copy()
         small.thumbnail((_SIDE, _SIDE))
@@ -52,7 +54,7 @@ class CaptionJudge:
 
 
 def parse_score(text: str) -> int:
-    """Raises ValueError unless the reply is one whole number from 1 to 10."""
+    """Return the score in a reply. Raises ValueError unless the reply is one whole number from 1 to 10."""
     match = re.fullmatch(r"\s*(\d{1,2})(?:\s*/\s*10)?\s*\.?\s*", text)
     if match is None or not 1 <= int(match[1]) <= 10:
         raise ValueError("not a whole number from 1 to 10")

@@ -1,4 +1,4 @@
-"""Is it there? A language model's yes against a detector's best box (arXiv 2405.14612, section 5)."""
+"""Compare a language model's yes with a detector's best box: is an object there? (arXiv 2405.14612, section 5.)"""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ from .base import JointEvaluation, number_of, percent
 if TYPE_CHECKING:
     from ...vlm import VLM
 
-ERRS = 0.1  # share of absent classes called present from which on images count as hard
+ERRS = 0.1  # images count as hard if the model calls this share or more of the absent classes present
 
 
 class Hallucination(JointEvaluation):
-    """A row a class and way to make an image worse: whether it is there, P(yes) of the model with its own eyes ("own")
-    and through the joint model's ("joint"), and the detector's largest score.
+    """An evaluation of how well a detector finds hallucinated objects, on images that are degraded.
 
-    classes: what is asked for. An image has a class if all words of its name are in the name of one of its things.
-    strengths: how far images are made worse, 0 to 1, by each of `kinds`; 0: not at all.
+    An image has one row for each class and each way to degrade the image. The row says whether the class is there. It
+    has the model's P(yes) from its own vision encoder ("own") and through the joint model ("joint"), and the detector's
+    largest score.
+
+    Args:
+        joint: The folder of the joint model.
+        classes: The classes to ask for. An image has a class if the name of one of its objects has all words of the
+            class.
+        strengths: How far images are degraded, from 0 (not at all) to 1.
+        kinds: The kinds of degradation.
     """
 
     name: ClassVar[str] = "hallucination"
@@ -79,7 +86,7 @@ class Hallucination(JointEvaluation):
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
         ways = list(dict.fromkeys((row["kind"], row["strength"]) for row in every))
-        ways.sort(key=lambda way: (way[1] > 0, *way))  # images as they are first
+        ways.sort(key=lambda way: (way[1] > 0, *way))  # images that are not degraded come first
         by = {way: [row for row in every if (row["kind"], row["strength"]) == way] for way in ways}
         measured = {way: measure(part) for way, part in by.items()}
         hard = {}
@@ -135,9 +142,15 @@ class Hallucination(JointEvaluation):
 
 
 def measure(rows: Sequence[Row]) -> dict[str, Any]:
-    """errs: of absent classes the share that the model, with its own eyes, calls present; absent: how many those are.
-    score, own, joint: AUROC against truth of the detector's score and of both P(yes). threshold: see
-    `split_threshold`."""
+    """Return the figures of some rows.
+
+    Returns:
+        "absent" and "present", the numbers of absent and present classes; "errs", the share of the absent classes that
+        the model calls present with its own vision encoder; "score", "own" and "joint", the AUROC against the truth of
+        the detector's score and of both P(yes); "threshold", see `split_threshold`. With a threshold, also "true_kept"
+        and "false_flagged", see `Tested`, and "false_yes_flagged", the share of the model's false yeses that the
+        threshold flags in the second split.
+    """
     truth = [row["truth"] for row in rows]
     absent = [row for row in rows if not row["truth"]]
     found: dict[str, Any] = {

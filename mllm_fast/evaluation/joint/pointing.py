@@ -1,4 +1,4 @@
-"""Does a map point at what was asked about? The pointing game (arXiv 1608.00507) on generated scenes."""
+"""Play the pointing game (arXiv 1608.00507) on generated scenes: does a heatmap point at the object of a question?"""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ _TASKS = ("color", "shape")
 
 
 class Pointing(JointEvaluation):
-    """A row a question about one object of a scene: whether it is answered rightly, and whether the heaviest pixel of
-    the answer's gradient-alignment map lies in the object's box, and on the object itself.
+    """An evaluation of whether the gradient-alignment heatmap points at the object of a question.
 
-    Every pixel of the heaviest box weighs the same: its middle stands for them. `share`: of them that lie on the object
-    itself. least: score that a box needs to take part; 0: all boxes do, which is the paper's map.
+    There is one row for each question about one object of a scene. The row says whether the answer is right, and
+    whether the heaviest pixel of the answer's heatmap lies in the object's box and on the object itself. All pixels of
+    the heaviest box have the same weight, so the middle of the box stands for them. `share` is the share of these
+    pixels that lie on the object itself.
+
+    Args:
+        joint: The folder of the joint model.
+        least: The scores that a box needs to take part. With 0 all boxes take part, as in the paper's heatmap.
     """
 
     name: ClassVar[str] = "pointing"
@@ -89,8 +94,18 @@ class Pointing(JointEvaluation):
 def pointed(
     weights: BoxWeights, box: tuple[int, int, int, int], mask: np.ndarray, least: float = 0.0
 ) -> dict[str, float]:
-    """Where the box of largest weight, among those of a score of `least` or more, has its middle: in the object's box?
-    on its mask? And the share of its pixels on the mask. All 0 or 1 but the last."""
+    """Return where the heaviest box points. Only boxes with a score of `least` or more take part.
+
+    Args:
+        weights: The weights, scores and boxes.
+        box: The object's box: left, top, right, bottom in pixels.
+        mask: The object's mask, bool [height, width].
+        least: The score that a box needs to take part.
+
+    Returns:
+        "box", 1 if the middle of the heaviest box lies in the object's box, else 0; "object", 1 if it lies on the mask,
+        else 0; "share", the share of the heaviest box's pixels that lie on the mask. All are 0 if no box takes part.
+    """
     kept = np.where(weights.scores.numpy() >= least, weights.weights.numpy(), -1.0)
     if kept.max() < 0:
         return {"box": 0.0, "object": 0.0, "share": 0.0}

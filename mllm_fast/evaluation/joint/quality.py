@@ -1,4 +1,4 @@
-"""How much is lost through W? Answers, embeddings and boxes of joint models beside the language model's own."""
+"""Measure how much is lost through W: compare answers and embeddings of joint models with the language model's own."""
 
 from __future__ import annotations
 
@@ -32,12 +32,19 @@ _PRECISION = 0.9
 
 
 class JointQuality(JointEvaluation):
-    """Rows of one image: an answer a question and model ("said" by "model", "truth" where it is known); how far W's
-    embeddings are from the language model's own; boxes, of images whose things are known; and a judge's scores of
-    descriptions, 1 to 10.
+    """An evaluation of what is lost when the language model sees an image through W.
 
-    joints: the folders of joint models, the first of which gives the boxes. question: what is asked of images that
-    are not generated. classes: what the detector looks for, as things are named.
+    An image has rows of four kinds. The first has a model's answer to a question ("said" by "model", and "truth" where
+    it is known). The second has the distance of W's embeddings from the language model's own. The third has the
+    detector's boxes, if the objects of the image are known. The fourth has a judge's score of a description, 1 to 10.
+
+    Args:
+        joints: The folders of the joint models. The first one gives the boxes.
+        classes: The names of the objects that the detector looks for, as in `Sample.things`.
+        question: The question for images that are not generated, and the prompt of the descriptions.
+        judge: The judge that scores descriptions; None for no scores.
+        max_new_tokens: The largest number of tokens in an answer.
+        price: The price of a million of the judge's tokens, in dollars.
     """
 
     name: ClassVar[str] = "joint"
@@ -171,7 +178,7 @@ class JointQuality(JointEvaluation):
         )
 
     def _same(self, rows: dict[str, list[Row]], figures: dict[str, Any]) -> Table:
-        """How often the joint models' answers are the language model's own, of what has no known truth."""
+        """Return how often joint models give the language model's own answer, for questions without a known truth."""
         same: dict[str, list[bool]] = {name: [] for name in self.joints}
         for one in rows.values():
             free = [row for row in one if "said" in row and row["truth"] is None]
@@ -235,7 +242,17 @@ def _detector(every: list[Row], figures: dict[str, Any], says: list[str]) -> Cha
 
 
 def box_of(mask: np.ndarray) -> Tensor:
-    """The box around a mask [height, width]: left, top, right, bottom in pixels, float32 [4]."""
+    """Return the box around a mask.
+
+    Args:
+        mask: The mask, bool [height, width].
+
+    Returns:
+        left, top, right, bottom in pixels, float32 [4].
+
+    Raises:
+        InputError: The mask is empty.
+    """
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         raise InputError("the mask of a thing is empty")

@@ -1,4 +1,7 @@
-"""Can a map be read? Given the maps of two words, which is which (arXiv 2405.14612's user study, automated)."""
+"""Measure whether heatmaps can be read: given the heatmaps of two words, which is which?
+
+This is an automated form of the user study of arXiv 2405.14612.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,19 @@ METHODS = {
 
 
 class Simulatability(JointEvaluation):
-    """A row a pair of words of one description that name different things of its image: are their two maps told
-    apart by where the things are? A map's fit to a thing: its mean over the thing's tokens less its mean over the
-    others, in deviations; the better of the two ways round is the guess. The detector is asked for the word with what
-    was said of it, "a photo of a red circle"."""
+    """An evaluation of whether the heatmaps of two words can be told apart by the places of their objects.
+
+    There is one row for each pair of words of a description that name different objects of the image. The fit of a
+    heatmap to an object is its mean over the object's tokens minus its mean over the others, in standard deviations.
+    The guess is the assignment of heatmaps to objects that fits better. The detector's query has the word with its
+    attributes, as in "a photo of a red circle".
+
+    Args:
+        joint: The folder of the joint model.
+        words: The vocabulary of objects to look for. None stands for that of the generated scenes.
+        prompt: The prompt for the description.
+        max_new_tokens: The largest number of tokens in the description.
+    """
 
     name: ClassVar[str] = "simulatability"
     title: ClassVar[str] = "Which map is of which word?"
@@ -102,13 +114,21 @@ def _map(ex: Explanation, word: Word, method: str) -> np.ndarray:
 
 
 def told_apart(one: np.ndarray, other: np.ndarray, where_one: np.ndarray, where_other: np.ndarray) -> bool:
-    """Do the maps fit their own things better than each other's? All [rows, cols]; no better is no."""
+    """Return whether two heatmaps fit their own objects better than each other's. A tie counts as no.
+
+    Args:
+        one, other: The heatmaps, [rows, cols].
+        where_one, where_other: The tokens of their objects, bool [rows, cols].
+    """
     own = fit(one, where_one) + fit(other, where_other)
     return own > fit(one, where_other) + fit(other, where_one)
 
 
 def fit(values: np.ndarray, where: np.ndarray) -> float:
-    """The mean inside less the mean outside, in deviations of the map; 0 of a map without any."""
+    """Return the fit of a heatmap to an object: the mean inside minus the mean outside, in standard deviations.
+
+    The fit is 0 if the heatmap is constant, or if nothing or everything is inside.
+    """
     deviation = float(values.std())
     if deviation == 0 or where.all() or not where.any():
         return 0.0

@@ -1,1 +1,1 @@
-"""Who says whether an answer is right: the scene's truth, a noun list, or an endpoint."""
+"""Judges that say whether an answer is right, by the truth of a scene, a list of nouns, or an endpoint."""

@@ -1,4 +1,7 @@
-"""How far judges of descriptions agree, with each other and with people (arXiv 2411.17491, section 4.2: 95 %)."""
+"""Measure how far judges of descriptions agree with each other and with people.
+
+The paper reports an agreement of 95 % (arXiv 2411.17491, section 4.2).
+"""
 
 from __future__ import annotations
 
@@ -28,22 +31,29 @@ class Labelled(NamedTuple):
 
 
 def labels_csv(entries: Iterable[tuple[str, str, Sequence[tuple[str, str]]]]) -> str:
-    """(reference, said, [(object, label)]) as a table, a line a label, for people to correct."""
+    """Return labels as a CSV table with one line for each label, for people to correct.
+
+    Args:
+        entries: (reference, said, [(object, label), ...]) of each pair of descriptions. A pair that comes twice is
+            written once.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    pairs = {(reference, said): labels for reference, said, labels in entries}  # one that comes twice, once
+    pairs = {(reference, said): labels for reference, said, labels in entries}  # duplicates merge
     for (reference, said), labels in pairs.items():
         writer.writerows([reference, said, name, label.upper()] for name, label in labels or [("", "")])
     return text.getvalue()
 
 
 def read_labels(path: Path) -> list[Labelled]:
-    """A table of people's labels: columns reference, said, object and label (TP, FP or FN), a line an object; a pair of
-    descriptions with nothing in them has one line without object and label.
+    """Read a CSV table of people's labels.
+
+    The columns are reference, said, object and label (TP, FP or FN), with one line for each object. A pair of
+    descriptions that name no object has one line without object and label.
 
     Raises:
-        InputError: no such file, a column that is missing, a label that is none.
+        InputError: The file does not exist, a column is missing, or a label is not valid.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -72,7 +82,10 @@ def read_labels(path: Path) -> list[Labelled]:
 
 
 def judged(pairs: Sequence[Labelled], judge: Judge) -> tuple[list[Labels | None], int]:
-    """A judge's labels of each pair, None where it gave no answer; and the tokens they cost."""
+    """Return a judge's labels of each pair, and the number of tokens they cost.
+
+    The labels are None where the judge gave no answer.
+    """
     found: list[Labels | None] = []
     tokens = 0
     for pair in pairs:
@@ -88,7 +101,7 @@ def judged(pairs: Sequence[Labelled], judge: Judge) -> tuple[list[Labels | None]
 
 
 def agreement(ones: Iterable[Labels | None], others: Iterable[Labels | None]) -> tuple[int, int, int]:
-    """How many labels are the same, and how many each side gave, over the pairs that both judged."""
+    """Return how many labels are the same, and how many each side gave, over the pairs that both judged."""
     shared = first = second = 0
     for one, other in zip(ones, others, strict=True):
         if one is not None and other is not None:
@@ -99,7 +112,7 @@ def agreement(ones: Iterable[Labels | None], others: Iterable[Labels | None]) ->
 
 
 def agreement_report(pairs: Sequence[Labelled], judges: Mapping[str, Judge], price: float | None = None) -> Report:
-    """Every judge against the people's labels, and against each other."""
+    """Return a report that compares the judges with the people's labels and with each other."""
     labels: dict[str, list[Labels | None]] = {"people": [pair.labels for pair in pairs]}
     says, rows = (
         [f"{len(pairs)} pairs of descriptions, with {sum(p.labels.total() for p in pairs)} labels by people."],
@@ -135,6 +148,6 @@ def _percent(value: float | None) -> str:
 
 
 def _plain(name: str) -> str:
-    """Case, spaces and articles tell no object from another."""
+    """Normalize an object's name, so that case, spaces and a leading article do not matter."""
     words = name.lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

@@ -1,7 +1,7 @@
-"""Questions to a language model behind any endpoint that speaks OpenAI's protocol, through the `openai` client.
+"""Ask a language model behind any endpoint that speaks OpenAI's protocol, through the `openai` client.
 
-What cannot be read is asked for again. Answers are kept in a folder by what was asked, so that nothing is paid for
-twice. No key is written or logged anywhere.
+An answer that cannot be read is asked for again. Answers are cached in a folder under a hash of the question, so that
+nothing is paid for twice. No key is written or logged anywhere.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Messages = Sequence[dict[str, Any]]
 
 
 def cost(tokens: int, price: float | None) -> str:
-    """Tokens, and what they cost at so many dollars a million."""
+    """Return a text with the number of tokens and their cost. `price` is in dollars per million tokens."""
     return f"{tokens:,} tokens" if price is None else f"{tokens:,} tokens, about ${tokens * price / 1e6:,.2f}"
 
 
 class Unanswered(Exception):  # noqa: N818
-    """No usable answer after all attempts; `tokens`: what they cost."""
+    """Raised when all attempts gave no usable answer. `tokens` is what they cost."""
 
     def __init__(self, why: str, tokens: int = 0):
         super().__init__(why)
@@ -36,17 +36,19 @@ class Unanswered(Exception):  # noqa: N818
 
 
 class Endpoint:
-    """One model of an endpoint.
+    """A language model behind an endpoint.
 
     Args:
-        model: its name there.
-        base_url, api_key: of the endpoint; the client's own by default (OPENAI_BASE_URL, OPENAI_API_KEY).
-        cache: a folder for answers.
-        attempts: how often one question is asked before it counts as unanswered.
-        timeout: of one request, in seconds. pause: before the second attempt, doubled before each other one.
+        model: The name of the model at the endpoint.
+        base_url, api_key: The address and key of the endpoint. By default the client reads OPENAI_BASE_URL and
+            OPENAI_API_KEY.
+        cache: A folder for answers; None keeps none.
+        attempts: How often a question is asked before it counts as unanswered.
+        timeout: The time limit of one request, in seconds.
+        pause: The pause before the second attempt, in seconds. It doubles before each further attempt.
 
     Raises:
-        EndsRunError: the `openai` package is not there, or no key is given.
+        EndsRunError: The `openai` package is not installed, or no key is given.
     """
 
     def __init__(
@@ -64,23 +66,29 @@ class Endpoint:
         self._key, self._cache = api_key, cache
         self._attempts, self._timeout, self._pause = attempts, timeout, pause
         self._client: Any = None
-        self._answered = False  # a request, at any time: a refusal is then of what was asked, not of key or model
+        self._answered = False  # after one answer, a refusal must be due to the question, not the key or model
         self._connect()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_client": None}  # a connection belongs to one process
 
     def ask(self, messages: Messages, read: Callable[[str], T]) -> tuple[T, int]:
-        """What `read` makes of the model's reply, and the tokens that all attempts cost; it raises ValueError for a
-        reply that cannot be read.
+        """Ask the model, and read its reply.
+
+        Args:
+            messages: The messages to send.
+            read: A function that reads the reply. It raises ValueError for a reply that cannot be read.
+
+        Returns:
+            The result of `read`, and the number of tokens that all attempts cost.
 
         Raises:
-            Unanswered: no usable reply after all attempts.
-            EndsRunError: the endpoint refuses the key, the model or the request as such.
+            Unanswered: All attempts gave no usable reply.
+            EndsRunError: The endpoint refuses the key, the model or the request as such.
         """
         kept = self._kept(messages)
         if kept is not None and kept.exists():
-            with contextlib.suppress(ValueError):  # kept by another way of reading
+            with contextlib.suppress(ValueError):  # another `read` may have accepted this reply
                 return read(kept.read_text()), 0
         tokens, why = 0, ""
         for attempt in range(self._attempts):
@@ -101,7 +109,7 @@ class Endpoint:
         raise Unanswered(f"{why} ({self._attempts} attempts)", tokens)
 
     def _reply(self, messages: Messages) -> tuple[str, int]:
-        """The text of one reply, and the tokens it cost."""
+        """Return the text of one reply, and the number of tokens it cost."""
         import openai
 
         try:
@@ -151,7 +159,7 @@ class Endpoint:
 
 
 class _Again(Exception):  # noqa: N818
-    """Worth another attempt, after so many seconds; what this one cost."""
+    """Raised when another attempt may succeed, after `after` seconds. `tokens` is what this attempt cost."""
 
     def __init__(self, why: str, after: float = 0.0, tokens: int = 0):
         super().__init__(why)
@@ -166,7 +174,7 @@ def _read(text: str, read: Callable[[str], T]) -> T:
 
 
 def _told(error: Any) -> str:
-    """The error's code and parameter, if they are plain words; its message may repeat a part of the key."""
+    """Return the error's code and parameter if they are plain words. Its message may repeat a part of the key."""
     words = [
         word for word in (error.code, error.param) if isinstance(word, str) and re.fullmatch(r"[a-z_.]{1,40}", word)
     ]

@@ -1,5 +1,7 @@
-"""Which objects do two descriptions share? (arXiv 2411.17491, section 4.2.) The judge that needs no network finds the
-noun phrases of a given vocabulary."""
+"""Judges that find which objects two descriptions share (arXiv 2411.17491, section 4.2).
+
+The judge in this module needs no network. It finds the noun phrases of a given vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,19 @@ from ...core.errors import InputError
 from ...shapes.scenes import COLORS, SHAPES
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_MOST = 100  # of one kind, from a number in digits: "2024 people" is a year
+_MOST = 100  # a larger number counts as one object: "2024 people" is a year
 
 
 class Comparison(NamedTuple):
-    """Objects of a reference and of what was said; those of the latter that the reference has, and those of the
-    reference that were missed; each as often as it is there. `tokens`: what it cost to ask."""
+    """The objects of two descriptions. Each object is listed as often as it is there.
+
+    Attributes:
+        reference: The objects of the reference.
+        said: The objects of the description that is judged.
+        matched: The objects of `said` that the reference has.
+        missed: The objects of the reference that `said` lacks.
+        tokens: The number of tokens that the judge's answer cost.
+    """
 
     reference: list[str]
     said: list[str]
@@ -29,20 +38,20 @@ class Comparison(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """tp, fp, fn."""
+        """The numbers of true positives "tp", false positives "fp" and false negatives "fn"."""
         tp = len(self.matched)
         return {"tp": tp, "fp": len(self.said) - tp, "fn": len(self.missed)}
 
     @property
     def labels(self) -> list[tuple[str, str]]:
-        """(object, "tp", "fp" or "fn") of every object."""
+        """The label of every object, as (object, "tp", "fp" or "fn")."""
         wrong = (Counter(self.said) - Counter(self.matched)).elements()
         parts = (("tp", self.matched), ("fp", wrong), ("fn", self.missed))
         return [(name, label) for label, names in parts for name in sorted(names)]
 
 
 class Unjudged(Exception):  # noqa: N818
-    """No usable answer was had of a judge; `tokens`: what it cost."""
+    """Raised when a judge gave no usable answer. `tokens` is what it cost."""
 
     def __init__(self, why: str, tokens: int = 0):
         super().__init__(why)
@@ -50,8 +59,10 @@ class Unjudged(Exception):  # noqa: N818
 
 
 class Judge(Protocol):
-    """Says which objects two descriptions name and share, or raises Unjudged. `settings`, plain JSON, decide what it
-    says."""
+    """A judge finds which objects two descriptions name and share.
+
+    `settings` are plain JSON and decide its answers. `compare` raises Unjudged without a usable answer.
+    """
 
     @property
     def settings(self) -> dict[str, Any]: ...
@@ -60,8 +71,14 @@ class Judge(Protocol):
 
 
 class Mention(NamedTuple):
-    """An object in a text: its attributes and noun, as the vocabulary calls them, how many there are, and where the
-    noun begins, in characters."""
+    """A mention of an object in a text.
+
+    Attributes:
+        attributes: The attributes, as the vocabulary calls them.
+        thing: The noun, as the vocabulary calls it.
+        number: How many of the objects there are.
+        noun: The position in the text where the noun begins, in characters.
+    """
 
     attributes: tuple[str, ...]
     thing: str
@@ -74,13 +91,17 @@ class Mention(NamedTuple):
 
 
 class NounJudge:
-    """Noun phrases of a vocabulary: a noun and the attributes right before it, in any order and number.
+    """A judge that finds the noun phrases of a vocabulary.
 
-    nouns, attributes: name -> other words for it; plurals need not be given if they are regular. Two phrases name the
-    same object if noun and attributes are the same; "two red circles" are two, and a plural without a number one.
+    A noun phrase is a noun and the attributes right before it, in any order and number. Two phrases name the same
+    object if their nouns and attributes are the same. "two red circles" counts as two objects, and a plural without a
+    number as one.
+
+    Args:
+        nouns, attributes: Other words for each name. Regular plurals need not be given.
 
     Raises:
-        InputError: no noun, or one word for two names.
+        InputError: There is no noun, or one word stands for two names.
     """
 
     def __init__(self, nouns: Mapping[str, Iterable[str]], attributes: Mapping[str, Iterable[str]] | None = None):
@@ -101,11 +122,11 @@ class NounJudge:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The vocabulary."""
+        """The vocabulary, as plain JSON."""
         return {"judge": "nouns", "nouns": self.nouns, "attributes": self.attributes}
 
     def mentions(self, text: str) -> list[Mention]:
-        """The objects of a text, in its order."""
+        """Return the mentions of objects in a text, in their order."""
         found = []
         for match in self._phrase.finditer(text):
             leading = {self._attribute_of[_plain(word)] for word in self._attribute.findall(match["attributes"])}
@@ -114,26 +135,28 @@ class NounJudge:
         return found
 
     def objects(self, text: str) -> list[str]:
-        """The names of a text's objects, each as often as it is there."""
+        """Return the names of a text's objects, each as often as it is there."""
         return [mention.name for mention in self.mentions(text) for _ in range(mention.number)]
 
     def compare(self, reference: str, said: str) -> Comparison:
-        """Of two descriptions."""
+        """Compare the objects of two descriptions."""
         left, right = self.objects(reference), self.objects(said)
         both = Counter(left) & Counter(right)
         return Comparison(left, right, sorted(both.elements()), sorted((Counter(left) - both).elements()))
 
 
 def shapes_judge() -> NounJudge:
-    """Exact on the generated scenes."""
+    """Return the judge with the vocabulary of the generated scenes, on which it is exact."""
     return NounJudge({shape: () for shape in SHAPES}, {color: () for color in COLORS})
 
 
 def read_vocabulary(path: Path) -> NounJudge:
-    """The judge of a JSON file: {"nouns": {name: [other words]}, "attributes": {...}}; a list will do for either.
+    """Return the judge with the vocabulary of a JSON file.
+
+    The file holds {"nouns": {name: [other words]}, "attributes": {...}}. A list of names may replace either dictionary.
 
     Raises:
-        InputError: no such file, or one of another form.
+        InputError: The file does not exist, or it has another format.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +173,7 @@ def read_vocabulary(path: Path) -> NounJudge:
 
 
 def _named(entries: Any) -> dict[str, list[str]]:
-    """name -> other words."""
+    """Return the other words for each name, after a check of their types."""
     if isinstance(entries, list):
         entries = {name: [] for name in entries}
     for words in ([*entries.keys()], *entries.values()):
@@ -160,7 +183,7 @@ def _named(entries: Any) -> dict[str, list[str]]:
 
 
 def _words(names: Mapping[str, Iterable[str]], plurals: bool) -> dict[str, str]:
-    """Every word -> its name."""
+    """Return the name that every word stands for."""
     found: dict[str, str] = {}
     for name, others in names.items():
         for word in map(_plain, (name, *others)):
@@ -171,7 +194,7 @@ def _words(names: Mapping[str, Iterable[str]], plurals: bool) -> dict[str, str]:
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """A pattern of any of the words, longer ones first; one that nothing fits if there is none."""
+    """Return a pattern that matches any of the words, longer ones first. Without words it matches nothing."""
     return "(?:" + ("|".join(_spaced(word) for word in sorted(words, key=len, reverse=True)) or "(?!)") + ")"
 
 
@@ -184,7 +207,7 @@ def _plain(word: str) -> str:
 
 
 def _plurals(word: str) -> list[str]:
-    """Regular plurals of a noun, the likely ones: one spelling more does no harm."""
+    """Return the likely regular plurals of a noun. A spelling that does not exist does no harm."""
     if re.search(r"[^aeiou]y$", word):
         return [word[:-1] + "ies"]
     if re.search(r"(s|x|z|ch|sh)$", word):
@@ -202,6 +225,6 @@ def _number(number: str | None) -> int:
 
 
 def scores(tp: float, fp: float, fn: float) -> dict[str, float | None]:
-    """Precision, recall and F1 of counts; None where there is nothing to count."""
+    """Return precision, recall and F1 from counts. A value is None where there is nothing to count."""
     share = lambda part, whole: part / whole if whole else None  # noqa: E731
     return {"precision": share(tp, tp + fp), "recall": share(tp, tp + fn), "f1": share(2 * tp, 2 * tp + fp + fn)}

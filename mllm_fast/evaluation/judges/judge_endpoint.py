@@ -1,4 +1,4 @@
-"""The judge that asks a language model. What comes back must be JSON of one form, or it is asked for again."""
+"""A judge that asks a language model. The reply must be JSON of one form; otherwise it is asked for again."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _EXAMPLES = (
 
 
 class EndpointJudge:
-    """Asks a language model which objects two descriptions share."""
+    """A judge that asks a language model which objects two descriptions share."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
@@ -55,11 +55,11 @@ class EndpointJudge:
         self.settings = {"judge": "endpoint", "model": endpoint.model, "prompt": prompt}
 
     def compare(self, reference: str, said: str) -> Comparison:
-        """Of two descriptions.
+        """Compare the objects of two descriptions.
 
         Raises:
-            Unjudged: no usable answer after all attempts.
-            EndsRunError: the endpoint refuses the key, the model or the request as such.
+            Unjudged: All attempts gave no usable answer.
+            EndsRunError: The endpoint refuses the key, the model or the request as such.
         """
         try:
             found, tokens = self._endpoint.ask(_messages(reference, said), parse)
@@ -69,10 +69,10 @@ class EndpointJudge:
 
 
 def parse(text: str) -> Comparison:
-    """The comparison of a reply; a fence around the JSON is taken off.
+    """Return the comparison in a reply. A code fence around the JSON is removed.
 
     Raises:
-        ValueError: not JSON, not of the form asked for, or an object paired twice.
+        ValueError: The reply is not JSON or not of the requested form, or an object is paired twice.
     """
     lines = text.strip().splitlines()
     if len(lines) > 2 and lines[0].startswith("```") and lines[-1] == "```":

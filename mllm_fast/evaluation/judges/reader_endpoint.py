@@ -1,4 +1,4 @@
-"""Answers from a description alone: what a language model that cannot see makes of it (arXiv 2411.17491, table 1)."""
+"""A reader that answers from a description alone, with a language model without vision (arXiv 2411.17491, table 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INSTRUCTIONS = (
 
 
 class EndpointReader:
-    """Asks a language model."""
+    """A reader that asks a language model behind an endpoint."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
@@ -23,10 +23,11 @@ class EndpointReader:
         self.settings: dict[str, Any] = {"model": endpoint.model, "prompt": prompt}
 
     def answer(self, description: str, question: str) -> tuple[str, int]:
-        """What it says, and the tokens that cost.
+        """Return the answer to a question about a description, and the number of tokens it cost.
 
         Raises:
-            Unanswered: nothing, after all attempts. EndsRunError: see `Endpoint.ask`.
+            Unanswered: All attempts gave no usable answer.
+            EndsRunError: See `Endpoint.ask`.
         """
         asked = f"Description: {description}\nQuestion: {question}"
         return self._endpoint.ask(

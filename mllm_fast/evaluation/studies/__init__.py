@@ -1,1 +1,1 @@
-"""The evaluations of the vision-language model alone."""
+"""Evaluations of the vision-language model alone."""

@@ -1,4 +1,4 @@
-"""Where generated tokens look, layer by layer (arXiv 2411.17491, figures 1 and A5)."""
+"""Measure where generated tokens look, layer by layer (arXiv 2411.17491, figures 1 and A5)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ _COLORS = {"system": "#777777", "image": COLORS[0], "query": COLORS[1], "generat
 
 @evaluation
 class AttentionShare(Evaluation):
-    """A row a layer: the mean over heads and generated tokens of the attention that each type of token gets."""
+    """An evaluation of the attention that each type of token gets.
+
+    An image has one row for each layer, with the mean over heads and generated tokens.
+
+    Args:
+        prompt: The prompt for the description.
+        max_new_tokens: The largest number of tokens in the description.
+    """
 
     name: ClassVar[str] = "attention-share"
     title: ClassVar[str] = "Where the generated tokens look"
@@ -37,7 +44,7 @@ class AttentionShare(Evaluation):
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         limit = self.settings["max_new_tokens"]
         said = vlm.generate(sample.image, self.settings["prompt"], attention_share=True, max_new_tokens=limit)
-        if said.attention_share is None:  # the end of the text came at once: no generated token was read
+        if said.attention_share is None:  # the answer ended at once, so no generated token was read
             return []
         shares = {name: said.attention_share[name].mean(1).tolist() for name in TYPES}
         layers = range(len(shares["image"]))

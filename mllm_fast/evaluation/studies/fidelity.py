@@ -1,6 +1,8 @@
-"""Which way of drawing a map is right? All of `Explanation.heatmap`'s methods on the same words: pointing, deletion and
-insertion curves (arXiv 1806.07421, with knockouts in place of grey pixels), agreement with the exhaustive causal
-explanation, time and memory."""
+"""Compare all methods of `Explanation.heatmap` on the same words.
+
+The measures are pointing, deletion and insertion curves (arXiv 1806.07421, with knockouts in place of grey pixels),
+agreement with the exhaustive causal explanation, time and memory.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,18 @@ _LOOKS = (*COLORS[:6], "#999999", "#000000")
 
 @evaluation
 class Fidelity(WordEvaluation):
-    """A row a word that names an object of the image, and method.
+    """An evaluation that compares the heatmap methods.
 
-    hit: the peak lies within `near` tokens of the object's mask. deletion: p(word) with the highest patches knocked out
-    (image -> query and generated, in all layers), for each of SHARES; insertion: with all others knocked out. rank: the
-    map's rank correlation (Spearman) with the exhaustive one, None for a map that is the same everywhere. seconds: of
-    one map of an answer whose pass is recorded, with nothing kept of maps before; megabytes: tensors alive at once, of
-    a sample's first word.
+    There is one row for each word that names an object of the image, and each method. A row has these fields:
+
+    - "hit": whether the peak of the heatmap lies within `near` tokens of the object's mask.
+    - "deletion": p(word) with the highest patches knocked out (image -> query and generated, in all layers), for each
+      of SHARES.
+    - "insertion": p(word) with all other patches knocked out, for each of SHARES.
+    - "rank": the rank correlation (Spearman) with the exhaustive attribution, or None if either is constant.
+    - "seconds": the time of one attribution. The forward pass of the answer is recorded before, and no results of
+      earlier attributions are kept.
+    - "megabytes": the tensors alive at once, for a sample's first word; None for other words.
     """
 
     name: ClassVar[str] = "fidelity"
@@ -139,8 +146,19 @@ class Fidelity(WordEvaluation):
 
 
 def curves(ex: Explanation, token: int, maps: dict[str, Tensor]) -> tuple[dict[str, list[float]], ...]:
-    """method -> p(token) at each of SHARES, highest patches first, ties by position: knocked out; and with only those
-    left."""
+    """Return the deletion and insertion curves of each method.
+
+    Patches are taken from the highest attribution down, with ties in order of position.
+
+    Args:
+        ex: The explanation.
+        token: The index of the generated token.
+        maps: The attribution of each method, [tokens of the image].
+
+    Returns:
+        Two dictionaries from each method to p(token) at each of SHARES. In the first the patches are knocked out; in
+        the second they are the only ones left.
+    """
     positions = ex.layout.images[0].positions
     orders = {method: positions[values.argsort(descending=True, stable=True)] for method, values in maps.items()}
     inner = [math.ceil(share * len(positions)) for share in SHARES[1:-1]]
@@ -165,12 +183,12 @@ def _megabytes(ex: Explanation, token: int, methods: Sequence[str]) -> dict[str,
 
 
 def area(curve: list[float]) -> float:
-    """The mean of a curve over SHARES, by trapezoids."""
+    """Return the mean of a curve over SHARES, by the trapezoidal rule."""
     return float(np.diff(SHARES) @ (np.array(curve[1:]) + np.array(curve[:-1])) / 2)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's, ties having their mean rank; None if one is the same everywhere."""
+    """Return Spearman's rank correlation, or None if one array is constant. Ties get their mean rank."""
     left, right = _ranks(a), _ranks(b)
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return None
@@ -183,7 +201,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _summary(rows: list[Row]) -> dict[str, Any]:
-    """Of one method: (mean, standard error) of each measure, and medians of time and memory."""
+    """Return (mean, standard error) of each measure of one method, and the medians of time and memory."""
     return {
         "hit": mean_and_error([row["hit"] for row in rows]),
         "deletion": mean_and_error([area(row["deletion"]) for row in rows]),

@@ -1,5 +1,7 @@
-"""Which heads answer, and what they carry (arXiv 2411.10950, figures 3 to 5): a question about an image, and the same
-one about a sentence."""
+"""Find which heads answer a question, and what they carry (arXiv 2411.10950, figures 3 to 5).
+
+The same question is asked about an image and about a sentence.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +29,41 @@ if TYPE_CHECKING:
     from ...explain.explanation import Explanation
     from ...vlm import VLM
 
-TOP = 10  # heads, and image tokens, that are looked at
+TOP = 10  # the number of best heads, and of best image tokens
 
 
 @evaluation
 class Heads(Evaluation):
-    """A row an object of an image that has an attribute, and a noun that no other object there has.
+    """An evaluation of the heads that answer a visual and a textual question.
 
-    The visual question is asked of the image, the textual one of `statement` alone, which holds the answer; the right
-    answer's first token is explained. visual, textual: log-probability increase of every head, [L][H]; second: that of
-    another, text-only model for the textual question. right: would the model say so itself? held: the share of the
-    (positive) increase of the ten best heads at the object's tokens, and at the statement's word; area: the object's
-    share of the image.
+    There is one row for each object that has an attribute, and a noun that no other object of the image has. The visual
+    question is about the image. The textual question has no image, but a `statement` that contains the answer. The
+    first token of the right answer is explained. A row has these fields:
 
-    writes, layers, embedding: how well the right word can be read (1 / its rank among all words, and its logit less
-    that of another attribute) from the best heads' writes from their best position, from the residual vector at the
-    best image token before each layer, and from that token's input embedding among the words' embeddings.
+    - "visual", "textual": the log-probability increase of every head, [L][H].
+    - "second": the log-probability increase of every head of another, text-only model for the textual question.
+    - "right": whether the model itself would say the right token, for each question.
+    - "held": the share of the ten best heads' positive increase that comes from the object's tokens (visual), and from
+      the answer's word in the statement (textual).
+    - "area": the object's share of the image, in tokens after `near` has widened its mask.
+    - "writes", "layers", "embedding": how well the right word can be read. The measures are 1 / the word's rank among
+      all words, and its logit minus that of another attribute. The word is read from the best heads' writes at their
+      best position, from the residual vector at the best image token before each layer, and from that token's input
+      embedding among the words' embeddings.
+    - "attention": the attention of the ten best heads to the ten best image tokens ("own"), and what is left of it when
+      the question names another object ("other").
 
-    attention: of the ten best heads to the ten best image tokens, and what is left of it when the question names
-    another object.
+    Args:
+        question: The question, with {noun} for the object.
+        statement: The statement of the textual question, with {noun} and {attribute}.
+        words: The vocabulary of nouns and attributes. None stands for that of the generated scenes.
+        near: The number of tokens by which an object's mask is widened on every side.
+        seed: The seed of the choice of another noun and another attribute.
+        second_model: The name of a text-only model that gets the textual question, too.
+
+    Raises:
+        InputError: The question or the statement lacks a placeholder, or the vocabulary has fewer than two nouns or
+            attributes.
     """
 
     name: ClassVar[str] = "heads"
@@ -102,7 +120,7 @@ class Heads(Evaluation):
         return found
 
     def _named(self, name: str) -> tuple[str, str]:
-        """The attribute and the noun of an object's name, "" where it has none or several."""
+        """Return the attribute and the noun of an object's name. Each is "" where the name has none or several."""
         mentions = self.words.mentions(name)
         if len(mentions) != 1:
             return "", ""
@@ -164,18 +182,27 @@ class Heads(Evaluation):
 
 
 def readable(values: Tensor, right: int, wrong: int) -> dict[str, float]:
-    """Of a number a word [V]: 1 / the rank of the right word, and its number less that of the wrong one."""
+    """Return how well the right word can be read from values.
+
+    Args:
+        values: A value for each word, [V].
+        right: The token id of the right word.
+        wrong: The token id of the wrong word.
+
+    Returns:
+        "reciprocal rank", 1 / the rank of the right word; "logit minus", its value minus that of the wrong word.
+    """
     rank = 1 + int((values > values[right]).sum())
     return {"reciprocal rank": 1 / rank, "logit minus": float(values[right] - values[wrong])}
 
 
 def _says(ex: Explanation) -> bool:
-    """Is the explained token what the model itself would have said?"""
+    """Return whether the model itself would have said the explained token."""
     return int(word_values(ex, 0, ex.trace.final[0], "unembedding").argmax()) == ex.token_ids[0]
 
 
 def _from_writes(ex: Explanation, against: int) -> dict[str, float]:
-    """The mean over the best heads, of each what it writes from its best position."""
+    """Return how well the right word can be read from what the best heads write at their best positions, on average."""
     heads = [head[:2] for head in ex.top_heads(0, TOP)]
     at = ex.position_scores(0, heads).argmax(1)
     values = ex.trace.position_values(0, heads)
@@ -196,7 +223,7 @@ def _share(part: Tensor, whole: Tensor) -> float | None:
 
 
 def _at_word(vlm: VLM, ex: Explanation, statement: str, word: str) -> float | None:
-    """The share of the increase at the tokens of the statement's word; None where the tokens do not spell it."""
+    """Return the increase's share at the tokens of the statement's word, or None if the tokens do not spell it."""
     ids = ex.input_ids[: ex.layout.prompt_length].tolist()
     texts = token_texts(vlm.processor.tokenizer, ids)
     text, ends = "".join(texts), np.cumsum([len(one) for one in texts])

@@ -1,4 +1,4 @@
-"""The report of `heads`."""
+"""The report of the evaluation "heads"."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MEASURES = {"reciprocal rank": "mean reciprocal rank", "logit minus": "logit mi
 def report_of(
     name: str, title: str, rows: Sequence[Row], pictures: int
 ) -> Report:  # long: one report, sentence by sentence
-    """From all rows; see `Heads`."""
+    """Return the report on all rows of the evaluation; see `Heads`."""
     heads = {asked: importance([row[asked] for row in rows]) for asked in ASKED}
     if "second" in rows[0]:
         heads["second"] = importance([row["second"] for row in rows])
     sizes = [values.size for values in heads.values()]
     pairs = [(a, b) for i, a in enumerate(heads) for b in list(heads)[:i]]
-    # of fewer heads the top would be nearly all of them
     pairs = [(a, b) for a, b in pairs if heads[a].shape == heads[b].shape]
+    # with fewer than 2 k heads, the top k would be nearly all of them
     shared = [(b, a, k, overlap(heads[a], heads[b], k)) for a, b in pairs for k in (10, 20) if 2 * k <= heads[a].size]
     right = {asked: float(np.mean([row["right"][asked] for row in rows])) for asked in ASKED}
     held = {asked: _known([row["held"][asked] for row in rows]) for asked in ASKED}
@@ -95,19 +95,19 @@ def report_of(
 
 
 def importance(heads: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
-    """The mean of [n][L][H] over n, its largest value being 1."""
+    """Return the mean of [n][L][H] over n, scaled so that its largest value is 1."""
     mean = np.mean(np.asarray(heads, float), 0)
     return mean / mean.max() if mean.max() > 0 else mean
 
 
 def top(values: np.ndarray, k: int) -> list[tuple[int, int]]:
-    """The k largest of [L, H], ties in order."""
+    """Return (layer, head) of the k largest values of [L, H]. Ties keep their order."""
     order = np.argsort(-values, axis=None, kind="stable")[:k]
     return [(int(i) // values.shape[1], int(i) % values.shape[1]) for i in order]
 
 
 def overlap(a: np.ndarray, b: np.ndarray, k: int) -> int:
-    """How many of the k largest are the same in both."""
+    """Return how many of the k best heads are the same in both arrays [L, H]."""
     return len({*top(a, k)} & {*top(b, k)})
 
 

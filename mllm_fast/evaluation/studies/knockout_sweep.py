@@ -1,4 +1,4 @@
-"""What a description still names when the image is knocked out (arXiv 2411.17491, figures 2e, 2f and 5)."""
+"""Measure what a description still names when the image is knocked out (arXiv 2411.17491, figures 2e, 2f and 5)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,23 @@ TARGETS = ("generated", "query", "query+generated")
 REFERENCES = ("answer", "truth")
 _FIGURES = ("f1", "precision", "recall")
 _LOOKS = {"generated": ("o", "-"), "query": ("s", "--"), "query+generated": ("^", "-.")}
-_STARTS = 16  # starting layers of a deep model that are tried, evenly spaced
+_STARTS = 16  # the largest number of starting layers to try in a deep model, evenly spaced
 
 
 @evaluation
 class KnockoutSweep(Evaluation):
-    """A row a configuration: image -> target from a layer on, or in all layers but the middle half, and nothing at all.
+    """An evaluation of descriptions under knockouts of image -> target.
+
+    An image has one row for each configuration. A configuration knocks out a target from a layer on, knocks it out in
+    all layers except the middle half, or knocks out nothing.
 
     Args:
-        reference: what a description is compared with: "answer", the model's own without a knockout, as in the paper;
-            "truth", the objects that are known of the image.
-        judge: of the objects; that of the generated scenes by default.
+        prompt: The prompt for the description.
+        reference: What a description is compared with. "answer" is the model's own description without a knockout, as
+            in the paper. "truth" is the known objects of the image.
+        judge: The judge of the objects. By default it is that of the generated scenes.
+        max_new_tokens: The largest number of tokens in a description.
+        price: The price of a million of the judge's tokens, in dollars.
     """
 
     name: ClassVar[str] = "knockout-sweep"
@@ -55,7 +61,7 @@ class KnockoutSweep(Evaluation):
     ):
         check_choice("reference", reference, REFERENCES)
         self.judge = judge or shapes_judge()
-        self.price = price  # of a million of the judge's tokens, in dollars; decides no row
+        self.price = price  # in dollars per million of the judge's tokens; changes no row
         self.settings: dict[str, Any] = {
             "prompt": prompt,
             "reference": reference,
@@ -146,7 +152,7 @@ class KnockoutSweep(Evaluation):
 
 
 def configurations(num_layers: int) -> list[str]:
-    """Layers to knock out: from each of up to 16 layers on, and all but the middle half."""
+    """Return the layers to knock out: from each of up to 16 starting layers on, and all except the middle half."""
     starts = range(0, num_layers, -(-num_layers // _STARTS))
     half = max(1, num_layers // 2)
     first = (num_layers - half) // 2
@@ -160,8 +166,10 @@ def _truth(sample: Sample) -> str:
 
 
 def _mean(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Mean over images of each figure, and its standard error; images where it is not defined, and those that are
-    unjudged, are left out."""
+    """Return the mean over images of each figure, and its standard error.
+
+    Images where the figure is not defined and images that are unjudged are left out.
+    """
     each = [scores(row["tp"], row["fp"], row["fn"]) for row in rows if "unjudged" not in row]
     return {name: mean_and_error([v for one in each if (v := one[name]) is not None]) for name in _FIGURES}
 
@@ -183,7 +191,7 @@ def _draw(figure: Any, found: dict[tuple[str, str], dict], band: str) -> None:
     aside = starts[-1] + max(1.5, 0.12 * len(starts))
     for i, (target, color) in enumerate(zip(TARGETS, COLORS, strict=False)):
         mark, style = _LOOKS[target]
-        shift = 0.01 * (i - 1) * aside  # side by side where they are equal
+        shift = 0.01 * (i - 1) * aside  # shows equal values side by side
         means, errors = zip(*(found[target, f"from {start}"]["f1"] for start in starts), strict=True)
         axes.errorbar(
             [s + shift for s in starts],

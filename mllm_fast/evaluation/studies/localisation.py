@@ -1,5 +1,7 @@
-"""Does a word look at its object? (arXiv 2411.17491, figures 6 and 7.) The peak of its attention, layer by layer, and
-of its log-probability map, against the object's mask."""
+"""Measure whether a word looks at its object (arXiv 2411.17491, figures 6 and 7).
+
+The peaks of the word's attention in each layer and of its log-probability heatmap are compared with the object's mask.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,13 @@ BANDS = ("first third", "middle third", "last third", "all layers")
 
 @evaluation
 class Localisation(WordEvaluation):
-    """A row a word that names an object of the image: does the peak of its map lie within one token of the mask?
+    """An evaluation of whether the peak of a word's heatmap lies at the word's object.
 
-    The word's row is the one its noun's first token is predicted from. An object's mask is that of all things of its
-    name; `near` widens it by so many tokens on every side. Maps: the attention of each layer, and of each third of the
-    layers, mean over heads; the log-probability increase of the ten best heads. `chance`: the share of the image's
-    tokens that would count.
+    There is one row for each word that names an object of the image. The attention and the log-probability increase are
+    those of the row that the noun's first token is predicted from. An object's mask covers all objects of its name, and
+    is widened by `near` tokens (by default one) on every side. The heatmaps are the mean attention over heads of each
+    layer and of each third of the layers, and the log-probability increase of the ten best heads. "chance" is the share
+    of the image's tokens that count as hits.
     """
 
     name: ClassVar[str] = "localisation"

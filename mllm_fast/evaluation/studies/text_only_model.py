@@ -1,5 +1,7 @@
-"""A language model without eyes, to be asked what a vision-language model is asked in words: the one it was tuned
-from."""
+"""Load a text-only language model, for the textual questions that a vision-language model gets.
+
+It is meant for the language model that the vision-language model was tuned from.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2")
 
 
 class TextOnly(Adapter):
-    """A causal language model: there are no image tokens."""
+    """The adapter of a causal language model, which has no image tokens."""
 
     model_type = "text"
     text_types = ARCHITECTURES
@@ -23,8 +25,12 @@ class TextOnly(Adapter):
 
 
 class TextProcessor:
-    """What a VLM needs of a processor: the chat template of another one, so that both models read the same words, and a
-    tokenizer."""
+    """A processor for text alone, with the parts that a VLM needs.
+
+    Args:
+        tokenizer: The tokenizer of the text model.
+        template: Another model's processor. Its chat template is used, so that both models read the same words.
+    """
 
     image_token_id = -1
 
@@ -34,21 +40,24 @@ class TextProcessor:
         self.chat_template = template.chat_template
 
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        """The text of some messages."""
+        """Return the text of some messages, as the chat template writes it."""
         return self._template.apply_chat_template(messages, **options)
 
     def __call__(self, images: Any, text: Any, **options: Any) -> Any:
-        """Tokenized."""
+        """Tokenize a text. Special tokens are added unless the text begins with the bos token."""
         begun = isinstance(text, str) and self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
         return self.tokenizer(text, add_special_tokens=not begun, **options)
 
 
 def load_text_model(name: str, like: VLM) -> VLM:
-    """A causal language model of transformers, for prompts without images (image=None), in the device and dtype of
-    another model and with its chat template.
+    """Load a causal language model of transformers, for prompts without images (image=None).
+
+    Args:
+        name: The name or folder of the model.
+        like: Another model. Its device, dtype, chat template and backend are used.
 
     Raises:
-        EndsRunError: it cannot be loaded, or is of an architecture that is not supported.
+        EndsRunError: The model cannot be loaded, or its architecture is not supported.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Words of an answer that name an object of the image, and where that object is."""
+"""Find the words of an answer that name an object of the image, and where the object is."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Word:
-    """`token`: the first one of the noun of `name`. `hits`: the cells of the image's grid that count as its object,
-    bool [rows, cols]."""
+    """A word of an answer that names an object of the image.
+
+    Attributes:
+        name: The name of the object.
+        token: The index of the noun's first token in the answer.
+        hits: The cells of the image's grid that count as the object, bool [rows, cols].
+    """
 
     name: str
     token: int
@@ -30,7 +35,14 @@ class Word:
 
 
 class WordEvaluation(Evaluation):
-    """What is measured word by word: the nouns of descriptions that name an object of the image."""
+    """The base class of evaluations of single words: the nouns of descriptions that name an object of the image.
+
+    Args:
+        prompt: The prompt for the description.
+        words: The vocabulary of objects to look for. None stands for that of the generated scenes.
+        near: The number of tokens by which an object's mask is widened on every side.
+        max_new_tokens: The largest number of tokens in the description.
+    """
 
     def __init__(
         self,
@@ -50,7 +62,7 @@ class WordEvaluation(Evaluation):
         }
 
     def explained(self, vlm: VLM, sample: Sample) -> tuple[Explanation, list[Word]]:
-        """A sample's description, and its words for objects that are there."""
+        """Explain a sample's description, and find its words for objects of the image."""
         if sample.things is None:
             raise InputError(f"{sample.name}: no masks are known of its objects")
         ex = vlm.explain(sample.image, self.settings["prompt"], max_new_tokens=self.settings["max_new_tokens"])
@@ -58,9 +70,9 @@ class WordEvaluation(Evaluation):
 
 
 def words_at_objects(ex: Explanation, judge: NounJudge, things: Sequence[Thing], near: int) -> list[Word]:
-    """The answer's words for objects that are in the image, in their order.
+    """Return the answer's words for objects that are in the image, in their order.
 
-    An object's mask is that of all `things` of its name, `near` tokens wider on every side.
+    An object's mask covers all `things` of its name, and is widened by `near` tokens on every side.
     """
     layout, starts = ex.layout.images[0], np.cumsum([0, *map(len, ex.tokens)])
     found = []
@@ -73,14 +85,25 @@ def words_at_objects(ex: Explanation, judge: NounJudge, things: Sequence[Thing],
 
 
 def cells(mask: np.ndarray, layout: ImageLayout) -> np.ndarray:
-    """The cells of an image's grid with at least one pixel of a mask (bool [height, width]), bool [rows, cols]."""
+    """Return the cells of an image's grid that have at least one pixel of a mask.
+
+    Args:
+        mask: The mask, bool [height, width].
+        layout: The layout of the image.
+
+    Returns:
+        The cells, bool [rows, cols].
+
+    Raises:
+        InputError: The mask does not have the size of the image.
+    """
     width, height = layout.size
     if mask.shape != (height, width):
         raise InputError(f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}")
     rows, cols = layout.grid
     left, top, right, bottom = layout.box
     y, x = np.nonzero(mask)
-    # the pixel's middle tells its cell
+    # the middle of a pixel decides its cell
     row, col = (y + 0.5 - top) / (bottom - top) * rows, (x + 0.5 - left) / (right - left) * cols
     inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
     found = np.zeros((rows, cols), bool)
@@ -89,7 +112,7 @@ def cells(mask: np.ndarray, layout: ImageLayout) -> np.ndarray:
 
 
 def widened(cells: np.ndarray, by: int) -> np.ndarray:
-    """The cells within `by` of one that is set, diagonals included."""
+    """Return the cells within a distance of `by` from a cell that is set. Diagonal steps count as one."""
     padded = np.pad(cells, by)
     rows, cols = cells.shape
     shifts = [padded[i : i + rows, j : j + cols] for i in range(2 * by + 1) for j in range(2 * by + 1)]

@@ -1,4 +1,7 @@
-"""Yes-or-no benchmarks on compressed images (arXiv 2411.17491, table 1 and figure 9; POPE, arXiv 2305.10355)."""
+"""Evaluations of yes-or-no benchmarks on compressed images.
+
+See arXiv 2411.17491, table 1 and figure 9, and POPE, arXiv 2305.10355.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,12 @@ FULL, QUERY, READER = "full", "query alone", "description to LLM"
 
 
 class Way(NamedTuple):
-    """What is kept of an image: the share of its tokens, and the parts, as `VLM.compress` takes them."""
+    """The part of an image that a context keeps.
+
+    Attributes:
+        keep: The share of the image's tokens, as `VLM.compress` takes it.
+        parts: The parts, as `VLM.compress` takes them.
+    """
 
     keep: float
     parts: str
@@ -43,7 +51,10 @@ class Way(NamedTuple):
 
 
 def ways(shares: Iterable[float]) -> list[Way]:
-    """Everything, the query and K, the query alone, K alone, for K in `shares`; everything alone if there are none."""
+    """Return the ways to compress an image for the shares K of its tokens.
+
+    They are: everything, the query and K, the query alone, and K alone. Without shares there is only "everything".
+    """
     shares = sorted(set(shares), reverse=True)
     if not shares:
         return [Way(1.0, "query+image")]
@@ -52,7 +63,10 @@ def ways(shares: Iterable[float]) -> list[Way]:
 
 
 class Reader(Protocol):
-    """Answers a question from a description, and says what that cost in tokens; or raises Unanswered."""
+    """A reader answers a question from a description.
+
+    `settings` are plain JSON. `answer` returns the answer and its cost in tokens, or raises Unanswered.
+    """
 
     @property
     def settings(self) -> dict[str, Any]: ...
@@ -61,9 +75,19 @@ class Reader(Protocol):
 
 
 class YesNoBenchmark(Evaluation):
-    """A row a question and way: what was said, whether it means yes (None: neither yes nor no), and the tokens that a
-    re-prompt reads. `reader`: one way more, the image's description to a language model; "unanswered": why there is
-    no answer of it."""
+    """The base class of evaluations with yes-or-no questions.
+
+    An image has one row for each question and each way to compress the image. The row has the answer ("said"), whether
+    it means yes ("yes", None for neither yes nor no), and the number of tokens that a re-prompt reads ("tokens").
+
+    Args:
+        shares: The shares of the image tokens to keep; see `ways`.
+        prompt: The prompt that the model answers before the image is compressed.
+        max_new_tokens: The largest number of tokens in an answer.
+        reader: A language model that adds one more way: it answers from the image's description. In its rows
+            "unanswered" is the reason why there is no answer.
+        price: The price of a million of the reader's tokens, in dollars.
+    """
 
     def __init__(
         self,
@@ -77,7 +101,7 @@ class YesNoBenchmark(Evaluation):
             kept_count(share, 100)
         self.shares = tuple(shares)
         self.reader = reader
-        self.price = price  # of a million of the reader's tokens, in dollars; decides no row
+        self.price = price  # in dollars per million of the reader's tokens; changes no row
         self.settings: dict[str, Any] = {
             "shares": list(self.shares),
             "prompt": prompt,
@@ -111,8 +135,11 @@ class YesNoBenchmark(Evaluation):
         return _row(sample, READER, question, said, None) | {"paid": paid}
 
     def asides(self, rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
-        """The rows without those of an image and way of which one is unanswered, so that all are of whole images;
-        and what to say of that, and of what the reader took."""
+        """Leave out the rows of each image and way with an unanswered question, so that only whole images count.
+
+        Returns:
+            The rows that are left, and sentences about the rows left out and about the reader's cost.
+        """
         every = [(name, row) for name, one in rows.items() for row in one]
         says, paid = [], sum(row.get("paid", 0) for _, row in every)
         gone = {(name, row["way"]): row["unanswered"] for name, row in every if "unanswered" in row}
@@ -137,14 +164,19 @@ def _row(sample: Sample, way: str, question: YesNo, said: str, tokens: int | Non
 
 
 def meaning(said: str) -> bool | None:
-    """Does an answer mean yes? By the first yes or no in it; None if there is neither."""
+    """Return whether an answer means yes, by the first yes or no in it, or None if it has neither."""
     found = _SAID.search(said)
     return None if found is None else found[1].lower() == "yes"
 
 
 def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
-    """MME's figures of one way, in %: ACC, the share of right answers; ACC+, of images all of whose answers are
-    right; the share of answers that are neither yes nor no, which count as wrong; tokens of a re-prompt."""
+    """Return MME's figures of one way.
+
+    Returns:
+        "ACC", the share of right answers; "ACC+", the share of images with only right answers; "neither", the share of
+        answers that are neither yes nor no, which count as wrong (all in %); "tokens", the mean number of tokens that a
+        re-prompt reads.
+    """
     right = [[row["yes"] == row["truth"] for row in rows] for rows in samples]
     every = [row for rows in samples for row in rows]
     mean = lambda values: mean_and_error(list(values))[0]  # noqa: E731
@@ -157,7 +189,10 @@ def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
 
 
 def detection(rows: Sequence[Row]) -> dict[str, float | None]:
-    """POPE's figures, in %, yes being the positive answer; one that is neither counts as wrong, and not as yes."""
+    """Return POPE's figures in %, with yes as the positive answer. A figure is None where nothing can be counted.
+
+    An answer that is neither yes nor no counts as wrong, and not as yes.
+    """
     share = lambda part, whole: 100 * part / whole if whole else None  # noqa: E731
     said = [row["yes"] is True for row in rows]
     hits = sum(yes and row["truth"] for yes, row in zip(said, rows, strict=True))
@@ -182,7 +217,7 @@ def _pair(figures: dict[str, float]) -> str:
 
 @evaluation
 class Mme(YesNoBenchmark):
-    """Table 1 of arXiv 2411.17491: ACC and ACC+ of each way, per task and over all."""
+    """MME's ACC and ACC+ of each way, per task and over all (arXiv 2411.17491, table 1)."""
 
     name: ClassVar[str] = "mme"
     title: ClassVar[str] = "Yes-or-no questions, answered from what is left of an image"
@@ -228,7 +263,7 @@ class Mme(YesNoBenchmark):
 
 @evaluation
 class Redundancy(YesNoBenchmark):
-    """Figure 9 of arXiv 2411.17491: accuracy over the share of image tokens kept, with the query and without."""
+    """Accuracy over the share of image tokens kept, with and without the query (arXiv 2411.17491, figure 9)."""
 
     name: ClassVar[str] = "redundancy"
     title: ClassVar[str] = "How many image tokens does an answer need?"
@@ -294,7 +329,7 @@ class Redundancy(YesNoBenchmark):
 
 @evaluation
 class Pope(YesNoBenchmark):
-    """POPE: does the model see objects that are not there? Random, popular and adversarial questions."""
+    """POPE's random, popular and adversarial questions, which test whether a model sees objects that are not there."""
 
     name: ClassVar[str] = "pope"
     title: ClassVar[str] = "Does the model see what is not there?"

@@ -1,4 +1,4 @@
-"""Gradient alignment (arXiv 2405.14612): the weights of a detector's boxes, of an explanation by a joint model."""
+"""Gradient alignment (arXiv 2405.14612): weights of a detector's boxes, for explanations by a joint model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..box_weights import BoxWeights
 from ..registry import Heads, heatmap_method
 from ..scores import Scores
 
-_SIDE = 1024  # pixels of the longer side, at most, that the boxes are painted on
+_SIDE = 1024  # most pixels of the longer side of the canvas that boxes are painted on
 
 
 @heatmap_method(
@@ -20,13 +20,16 @@ _SIDE = 1024  # pixels of the longer side, at most, that the boxes are painted o
     needs_detector=True,
 )
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """The mean over each token's pixels of the largest weight among the boxes that cover one, 0 to 1, float32 [n]."""
+    """Return the mean saliency of each image token's pixels, 0 to 1, float32 [n].
+
+    A pixel's saliency is the largest weight among the boxes that cover it.
+    """
     number = next(i for i, one in enumerate(scores.layout.images) if one is image)
     return token_means(scores.box_weights(token, image=number), image)
 
 
 def token_means(found: BoxWeights, image: ImageLayout) -> Tensor:
-    """The mean saliency of each image token's pixels, float32 [n]."""
+    """Return the mean saliency of each image token's pixels, float32 [n]."""
     scale = min(1.0, _SIDE / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     pixels = found.pixels((width, height)).numpy()

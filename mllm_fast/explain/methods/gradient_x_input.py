@@ -1,5 +1,7 @@
-"""Gradient times input (Shrikumar et al. 2016, arXiv 1605.01713): how log p(token) changes with each image token's
-embedding, to first order."""
+"""Gradient times input (Shrikumar et al. 2016, arXiv 1605.01713).
+
+It is the first-order change of log p(token) with the embedding of each image token.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from ..scores import Scores
 
 @heatmap_method("gradient-input", "gradient times input", needs_rerun=True)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """In nats, float32 [n]."""
+    """Return the gradient times input of each image token in nats, float32 [n]."""
     row = scores.trace.rows[token]
     with scores.replay.differentiable(row + 1) as embeds:
         hidden = scores.replay.hidden_states(row + 1, lambda layer, alpha: None, embeds)

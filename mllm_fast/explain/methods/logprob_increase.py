@@ -11,5 +11,5 @@ from ..scores import Scores
 
 @heatmap_method("logprob", "increase of log p(token) by each patch, summed over the best heads")
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """In nats, float32 [n]."""
+    """Return the log-probability increase of each image token in nats, float32 [n]."""
     return scores.position_scores(token, heads).sum(0)[image.positions]

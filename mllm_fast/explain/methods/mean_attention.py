@@ -1,4 +1,4 @@
-"""Mean attention of all layers and heads: the usual baseline."""
+"""Mean attention weights over all layers and heads, the usual baseline."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from ..scores import Scores
 
 @heatmap_method("attention", "mean attention over all layers and heads")
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Shares of 1, float32 [n]."""
+    """Return the mean attention weight of each image token, a share of 1, float32 [n]."""
     return scores.attention(token).mean((0, 1))[image.positions]

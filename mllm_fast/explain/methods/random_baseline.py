@@ -1,4 +1,4 @@
-"""Chance: what a map is worth that knows nothing."""
+"""A random map, the baseline for a map without information."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from ..scores import Scores
 
 @heatmap_method("random", "chance")
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Uniform over 0 to 1, the same again for a token of the same place and text: float32 [n]."""
-    seed = hash((token, *scores.input_ids.tolist())) & (2**63 - 1)  # of numbers: the same in every process
+    """Return uniform random numbers from 0 to 1, float32 [n].
+
+    The numbers are the same for a token with the same index in the same sequence.
+    """
+    seed = hash((token, *scores.input_ids.tolist())) & (2**63 - 1)  # a hash of integers is the same in every process
     return torch.rand(len(image.positions), generator=torch.Generator().manual_seed(seed))

@@ -1,8 +1,8 @@
-"""Gradient-weighted attention (Chefer, Gur & Wolf 2021, arXiv 2103.15679, equations 5 and 6), what LVLM-Interpret
-shows.
+"""Gradient-weighted attention (Chefer, Gur & Wolf 2021, arXiv 2103.15679, equations 5 and 6).
 
-R = I, then R += mean over heads of (dy/dA * A)+ times R, layer by layer, y being the token's logit; its row of the
-explained position. The backward pass meets the layers from the last to the first, so that one row is enough.
+LVLM-Interpret shows this map. R starts as the identity I. Layer by layer, R += (mean over heads of (dy/dA * A)+) times
+R, where y is the token's logit. The result is the row of R at the explained position. The backward pass meets the
+layers from the last to the first, so one row is enough.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..scores import Scores
 
 @heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Relevance, without a unit, float32 [n]."""
+    """Return the relevance of each image token, without a unit, float32 [n]."""
     row = scores.trace.rows[token]
     flow: Tensor | None = None
 
     def on_weights(layer: int, alpha: Tensor) -> None:
-        weights = alpha.detach()  # a hook that holds its own tensor is never freed
+        weights = alpha.detach()  # detached, since a hook that holds its own tensor is never freed
 
         def backward(gradient: Tensor) -> None:
             nonlocal flow

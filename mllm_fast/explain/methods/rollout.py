@@ -1,5 +1,7 @@
-"""Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928): attention, half of it the residual connection, multiplied
-through the layers."""
+"""Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928).
+
+It multiplies the attention weights through the layers, where the residual connection counts as one half of each layer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from ..scores import Scores
 @heatmap_method("rollout", "attention rollout", needs_rerun=True)
 @torch.inference_mode()
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Shares of 1, float32 [n]."""
+    """Return the share of 1 that reaches each image token, float32 [n]."""
     row = scores.trace.rows[token]
     layers: list[Tensor] = []
     scores.replay.hidden_states(row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))

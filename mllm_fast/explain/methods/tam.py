@@ -1,5 +1,8 @@
-"""Token activation map (Li et al. 2025, arXiv 2506.23270): the token's logit at every image token, less what earlier
-words of the context explain of it, smoothed."""
+"""Token activation map (Li et al. 2025, arXiv 2506.23270).
+
+It takes the token's logit at every image token, subtracts what earlier words of the context explain of it, and smooths
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
 from ..scores import Scores
 
-_SIDE = 3  # of the filter's window
+_SIDE = 3  # side of the filter's window, in cells
 
 
 @heatmap_method("tam", "token activation map", needs_rerun=True)
 @torch.inference_mode()
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Activation, without a unit, float32 [n]."""
+    """Return the activation of each image token, without a unit, float32 [n]."""
     row, text = scores.trace.rows[token], scores.replay.text
     hidden = scores.replay.hidden_states(row + 1)
     ids = scores.input_ids[: row + 1]
@@ -37,16 +40,26 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
 
 
 def less(activation: Tensor, others: Tensor, relevance: Tensor) -> Tensor:
-    """What is left of an activation [n] without the mean of the others [words, n], weighted by relevance [words], in
-    the measure that fits it best (least squares); never below 0."""
+    """Return an activation without the part that the other words explain, never below 0.
+
+    The part is the mean of the others, weighted by relevance and scaled to fit the activation best (least squares).
+
+    Args:
+        activation: [n].
+        others: the activations of the other words, [words, n].
+        relevance: the weights of the other words, [words].
+    """
     mean = relevance @ others / relevance.sum().clamp_min(1e-8)
     measure = activation @ mean / (mean @ mean).clamp_min(1e-30)
     return F.relu(activation - measure * mean)
 
 
 def rank_gaussian(values: Tensor) -> Tensor:
-    """Each cell of [rows, cols] as a mean of its 3 x 3 window, sorted, under a Gaussian around the median's rank; its
-    width in ranks is the window's standard deviation over its mean."""
+    """Smooth a map [rows, cols] by a rank Gaussian filter.
+
+    Each cell becomes a mean of its sorted 3 x 3 window, weighted by a Gaussian around the rank of the median. The
+    Gaussian's width in ranks is the window's standard deviation over its mean.
+    """
     half = _SIDE // 2
     mode = "reflect" if min(values.shape) > half else "replicate"
     padded = F.pad(values[None, None], (half,) * 4, mode=mode)

@@ -1,1 +1,1 @@
-"""The HTTP interface, one router a resource."""
+"""The routes of the HTTP interface, one router for each resource."""

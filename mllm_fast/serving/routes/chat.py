@@ -1,4 +1,4 @@
-"""Chat completions, as OpenAI's, whole or as server-sent events."""
+"""Chat completions in OpenAI's format, sent whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant
 async def _counted(
     chunks: AsyncIterator[ResponseChunk], metrics: Metrics, request: Request, first: float
 ) -> AsyncIterator[ResponseChunk]:
-    """The chunks, with what they are measured by; `first`: when the request came."""
+    """Yield the chunks and update the metrics. `first` is the time at which the request arrived."""
     begun = False
     try:
         async for chunk in chunks:
@@ -65,7 +65,12 @@ async def _counted(
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, given up where a reader takes longer than an answer may take."""
+    """A stream of server-sent events, cut off if the client reads too slowly.
+
+    Args:
+        chunks: The encoded events.
+        seconds: The time limit of an answer; the whole stream may take twice as long.
+    """
 
     def __init__(self, chunks: AsyncIterator[bytes], seconds: float):
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -79,7 +84,7 @@ class _Events(StreamingResponse):
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """What some work gives, given up where nobody waits for it any more."""
+    """Await some work and return its result, but cancel it if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -139,7 +144,7 @@ async def _events(
                 if with_usage and chunk.usage is not None:
                     yield _event(head | {"choices": [], "usage": chunk.usage.model_dump()})
         yield b"data: [DONE]\n\n"
-    except Exception as error:  # the status was sent: an error is an event
+    except Exception as error:  # the status was sent already, so the error is sent as an event
         found = service_error(error)
         note_error(request, found)
         yield _event(found.body)

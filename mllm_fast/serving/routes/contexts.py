@@ -1,4 +1,4 @@
-"""Contexts: images read once and kept, to be asked about by id."""
+"""Contexts: images that are read once and stored, and that questions then name by id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Explanations: files that say which patches and heads made the model speak."""
+"""Explanations: files that show which image patches and attention heads led to each word of an answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors: how they are answered, and what the OpenAPI document says of them."""
+"""Error handlers, and the description of errors in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Answer every error in OpenAI's form."""
+    """Register handlers that answer every error in OpenAI's format."""
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
@@ -49,7 +49,7 @@ def handle_errors(app: FastAPI) -> None:
 
 
 def note_error(request: Request, error: ServiceError) -> None:
-    """For the log: where an error of the server's own came from."""
+    """Record for the log where the server itself failed."""
     if error.where:
         request.state.facts["error"] = error.where
 
@@ -59,7 +59,7 @@ def _answered(error: ServiceError) -> Response:
 
 
 def _plain(error: RequestValidationError) -> ServiceError:
-    """What pydantic found, in a line; never what was sent, which may be an image."""
+    """Convert a validation error to one line, without the data that was sent, which may be an image."""
     found = error.errors()
     first = found[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
@@ -69,7 +69,7 @@ def _plain(error: RequestValidationError) -> ServiceError:
 
 
 def describe_errors(app: FastAPI) -> None:
-    """Errors in the OpenAPI document are those that are sent."""
+    """Describe the errors in the OpenAPI document as the server sends them."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The served model, health and metrics."""
+"""Routes for the served model, health checks and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every route may use: the application's state, and whose request it is."""
+"""Dependencies of the routes: the application's state, and the tenant of a request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from ..metrics import Metrics
 
 @dataclass(frozen=True)
 class AppState:
-    """backend: answers the requests. keys: who may ask. ready: whether requests are taken. began: since when, in
-    seconds since 1970."""
+    """The state that all routes share.
+
+    Attributes:
+        backend: Answers the requests.
+        keys: The API keys that are accepted.
+        metrics: Counts the requests.
+        ready: Returns whether the server takes requests.
+        began: When the application was created, in seconds since 1970.
+    """
 
     backend: Backend
     keys: ApiKeys
@@ -28,7 +35,7 @@ class AppState:
 
 
 def state_of(request: Request) -> AppState:
-    """The state of the application that a request came to."""
+    """Return the state of the application that received a request."""
     return request.app.state.mllm_fast
 
 
@@ -38,7 +45,11 @@ _bearer = HTTPBearer(auto_error=False, description="A key of the server's, where
 async def tenant_of(
     request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
 ) -> str:
-    """Whose contexts a request may use."""
+    """Return the tenant of a request, whose contexts it may use.
+
+    Raises:
+        ServiceError: The API key is missing or not accepted.
+    """
     tenant = state_of(request).keys.tenant(None if given is None else given.credentials)
     if tenant is None:
         raise ServiceError(401, "this key is not accepted; send 'Authorization: Bearer KEY'", code="invalid_api_key")
