@@ -1,5 +1,7 @@
-"""The joint model: a detector (OWL-ViT) and a vision-language model on one vision embedding, so that words, boxes,
-hallucinations and biases can be tied together (arXiv 2405.14612)."""
+"""The joint model: a detector (OWL-ViT) and a vision-language model that share one vision embedding.
+
+The shared embedding ties words, boxes, hallucinations and biases together (arXiv 2405.14612).
+"""
 
 from .alignment import Alignment, AlignmentConfig
 from .detector import Boxes, Detection, Detector, Vision

@@ -1,4 +1,7 @@
-"""W: from the detector's vision embedding to the language model's image embeddings (arXiv 2405.14612, supplement)."""
+"""W, the map from the detector's vision embedding to the language model's image embeddings.
+
+It comes from the supplement of arXiv 2405.14612.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,17 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """kind: "mlp", each token on its own through two hidden layers; "projector", the shape of LLaVA's own projector,
-    one hidden layer as wide as the language model; "transformer", over the sequence, `layers` of them, `heads` each.
-    inputs, outputs: numbers of a token of E and of an image embedding. hidden: width of the hidden layers."""
+    """The architecture of W.
+
+    Attributes:
+        kind: "mlp" maps each token alone, through two hidden layers. "projector" has the shape of LLaVA's own
+            projector, one hidden layer as wide as the language model. "transformer" reads the whole sequence.
+        inputs: The number of values per token of E.
+        outputs: The number of values per image embedding.
+        hidden: The width of the hidden layers.
+        layers: The number of layers of a "transformer".
+        heads: The number of attention heads per layer of a "transformer".
+    """
 
     kind: str
     inputs: int
@@ -45,17 +56,19 @@ class AlignmentConfig:
 
 
 class Alignment(nn.Module):
-    """W: [..., tokens, inputs] -> [..., tokens, outputs].
+    """The map W: [..., tokens, inputs] -> [..., tokens, outputs].
 
-    pair: fingerprints of the models that it was trained between, {"owl": ..., "vlm": ...}; empty if nobody knows.
-    about: how it was trained, plain JSON.
+    Args:
+        config: The architecture.
+        pair: Fingerprints of the two models that W was trained between, {"owl": ..., "vlm": ...}. Empty if unknown.
+        about: How W was trained, as plain JSON.
     """
 
     def __init__(self, config: AlignmentConfig, pair: dict[str, str] | None = None, about: dict | None = None):
         super().__init__()
         self.config, self.pair, self.about = config, dict(pair or {}), dict(about or {})
         c = config
-        self.norm = nn.LayerNorm(c.inputs)  # E is a residual stream, of no scale of its own
+        self.norm = nn.LayerNorm(c.inputs)  # E is a residual stream, so it has no fixed scale
         if c.kind == "transformer":
             layer = nn.TransformerEncoderLayer(
                 c.inputs, c.heads, c.hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -71,12 +84,20 @@ class Alignment(nn.Module):
             self.body = nn.Sequential(*steps[:-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens of E without the class token, [..., n, inputs]."""
+        """Map tokens of E without the class token, [..., n, inputs], to image embeddings, [..., n, outputs]."""
         lead = tokens.shape[:-2]
         return self.body(self.norm(tokens.reshape(-1, *tokens.shape[-2:]))).reshape(*lead, -1, self.config.outputs)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write a .safetensors file, which appears whole; `dtype`: of the weights there."""
+        """Write W to a .safetensors file, atomically.
+
+        Args:
+            path: The file.
+            dtype: The dtype of the weights in the file; by default, the dtype they have.
+
+        Raises:
+            InputError: If the file name does not end in .safetensors.
+        """
         target = Path(path)
         if target.suffix != ".safetensors":
             raise InputError(f"{target}: an alignment is saved as .safetensors")
@@ -89,7 +110,8 @@ class Alignment(nn.Module):
         """Read a file that `save` wrote, as float32.
 
         Raises:
-            InputError: no such file, a damaged one, one of a newer format, or weights of other sizes than it says.
+            InputError: If the file does not exist, is damaged, has another format, or has weights of other sizes than
+                its settings say.
         """
         name = os.fspath(path)
         if not Path(name).is_file():

@@ -1,4 +1,4 @@
-"""The folder of a joint model: the names of its parts, its alignment, its adapters."""
+"""The folder of a joint model, with the names of its parts, its alignment and its adapters."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ _FORMAT = 1
 
 
 def joint_folder(name: str | os.PathLike[str]) -> Path:
-    """Where a joint model lies; "shapes" is the embedded one."""
+    """Return the folder of a joint model; "shapes" stands for the embedded one."""
     return SHAPES_JOINT if str(name) == EMBEDDED else Path(name)
 
 
 def part_names(folder: Path) -> tuple[str, str]:
-    """The detector and the language model of the joint model in a folder: folders in it, folders elsewhere, or hub
-    ids."""
+    """Return the detector and the language model of the joint model in a folder.
+
+    Each is a folder inside it, a folder elsewhere, or a hub id.
+    """
     settings = read_settings(folder)
     inside = lambda part: str(folder / part) if (folder / part).is_dir() else part  # noqa: E731
     return detector_name(inside(settings["detector"])), inside(settings["model"])
 
 
 def detector_name(name: str) -> str:
-    """A detector's folder or hub id; "shapes" is the embedded one."""
+    """Return the folder or hub id of a detector; "shapes" stands for the embedded one."""
     return str(SHAPES_JOINT / "detector") if name == EMBEDDED else name
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The names of a joint model's parts.
+    """Read the names of a joint model's parts: "detector", "model" and, if there are adapters, "lora".
 
     Raises:
-        InputError: no such folder, or one without a joint model.
+        InputError: If the folder does not exist or holds no joint model that this release can read.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -55,6 +57,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, detector: str, model: str, lora: str | None = None) -> None:
-    """Name the parts of the joint model in a folder, beside its alignment."""
+    """Write the names of a joint model's parts to its folder, beside its alignment."""
     parts = {"format": _FORMAT, "detector": detector, "model": model} | ({} if lora is None else {"lora": lora})
     write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())

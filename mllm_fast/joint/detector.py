@@ -1,4 +1,4 @@
-"""The detector's side: one image, one vision embedding E, and boxes for any text queries from it."""
+"""The detector of the joint model: it computes one vision embedding E per image, and boxes for text queries from E."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from ..core.layout import Box, Tile
 from ..models.loading import failures, parse_device, parse_dtype, quiet
 
 ARCHITECTURES = ("owlvit", "owlv2")
-OVERLAP = 0.5  # of two boxes of one query, beyond which the better one alone is kept
+OVERLAP = 0.5  # if two boxes of one query overlap by more than this, only the better one is kept
 
 
 @dataclass(frozen=True)
 class Vision:
-    """What the detector saw of one image.
+    """The detector's view of one image.
 
-    tokens: the vision embedding E, [1 + rows * cols, d], the class token first: what the last layer of the detector's
-    vision tower reads. tile: the grid, and the part of the image it lies over (of an OWLv2, which pads images to
-    squares, more than the image).
+    Attributes:
+        picture: The image.
+        tokens: The vision embedding E, [1 + rows * cols, d], with the class token first. E is the input of the last
+            layer of the detector's vision tower.
+        tile: The grid of tokens and the area it covers. OWLv2 pads images to squares, so its area can be larger than
+            the image.
     """
 
     picture: Image.Image
@@ -34,22 +37,32 @@ class Vision:
     tile: Tile
 
     def with_tokens(self, tokens: Tensor) -> Vision:
-        """The same image seen otherwise, as after a perturbation of E."""
+        """Return a copy with another E, for example a perturbed one."""
         if tokens.shape != self.tokens.shape:
             raise InputError(f"E is {list(self.tokens.shape)}, got {list(tokens.shape)}")
         return replace(self, tokens=tokens)
 
 
 class Boxes(NamedTuple):
-    """One box a token: `logits` [tokens, queries]; `boxes` [tokens, 4], left, top, right, bottom in pixels of the
-    image, not cut at its edges."""
+    """One box per token.
+
+    Attributes:
+        logits: The logit of each box for each query, [tokens, queries].
+        boxes: Left, top, right and bottom in pixels of the image, [tokens, 4]. The boxes are not clipped to the image.
+    """
 
     logits: Tensor
     boxes: Tensor
 
 
 class Detection(NamedTuple):
-    """A box of a query: its score, 0 to 1, and left, top, right, bottom in pixels, within the image."""
+    """A box that was found for a query.
+
+    Attributes:
+        query: The text query.
+        score: The score, 0 to 1.
+        box: Left, top, right and bottom in pixels, clipped to the image.
+    """
 
     query: str
     score: float
@@ -57,10 +70,14 @@ class Detection(NamedTuple):
 
 
 class Detector:
-    """An `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers, and its processor.
+    """A detector with its processor.
+
+    Args:
+        model: An `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers.
+        processor: The processor of the model.
 
     Raises:
-        InputError: a model of another kind.
+        InputError: If the model is of another kind.
     """
 
     def __init__(self, model: Any, processor: Any):
@@ -84,7 +101,17 @@ class Detector:
         dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Detector:
-        """A folder or a hub id, by default in float32; other options go to transformers' `from_pretrained`."""
+        """Load a detector.
+
+        Args:
+            name: A folder or a hub id.
+            device: The device of the model.
+            dtype: The dtype of the weights; float32 by default.
+            **options: Other options of transformers' `from_pretrained`.
+
+        Raises:
+            InputError: If the model is of another kind, or if the weights lack tensors.
+        """
         from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
         where = parse_device(device)
@@ -106,7 +133,7 @@ class Detector:
 
     @property
     def width(self) -> int:
-        """Numbers of a token of E."""
+        """The number of values per token of E."""
         return self.model.config.vision_config.hidden_size
 
     @property
@@ -117,13 +144,13 @@ class Detector:
         """Read an image.
 
         Raises:
-            InputError: not an image, or one smaller than a patch of the detector as it scales it.
+            InputError: If it is not an image, or if it is smaller than a patch of the detector.
         """
         return self.see_many([image])[0]
 
     @torch.inference_mode()
     def see_many(self, images: Sequence[ImageSource], max_pixels: int = MAX_PIXELS) -> list[Vision]:
-        """Read images in one batch; none is larger than `max_pixels`."""
+        """Read several images in one batch; no image may be larger than `max_pixels`."""
         pictures = [load_image(image, max_pixels) for image in images]
         for picture in pictures:
             self.check_size(picture)
@@ -136,7 +163,10 @@ class Detector:
         ]
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """E of preprocessed images [B, 3, H, W], [B, 1 + tokens, d]: the vision tower without its last layer."""
+        """Return E of preprocessed images: [B, 3, H, W] -> [B, 1 + tokens, d].
+
+        This runs the vision tower without its last layer.
+        """
         hidden = self.vision.pre_layernorm(self.vision.embeddings(pixels))
         for layer in self.vision.encoder.layers[:-1]:
             hidden = _first(layer(hidden, None))
@@ -144,10 +174,10 @@ class Detector:
 
     @torch.inference_mode()
     def embed_queries(self, queries: Sequence[str]) -> Tensor:
-        """The detector's embeddings of texts, [queries, d_text].
+        """Return the detector's embeddings of text queries, [queries, d_text].
 
         Raises:
-            InputError: no query, an empty one, or one longer than the text window.
+            InputError: If there is no query, or if one is empty or longer than the text window.
         """
         if isinstance(queries, str) or not queries:
             raise InputError("give at least one text query in a list: ['a photo of a dog']")
@@ -157,7 +187,7 @@ class Detector:
         window = self.model.config.text_config.max_position_embeddings
         tokenizer = self.processor.tokenizer
         for query in queries:
-            length = len(tokenizer(query, verbose=False).input_ids)  # we say what is too long
+            length = len(tokenizer(query, verbose=False).input_ids)  # no warning: the error below says it
             if length > window:
                 raise InputError(
                     f"the query {query!r} takes {length} tokens, the detector's text window is {window}; shorten it"
@@ -167,18 +197,18 @@ class Detector:
         return self.base.text_projection(words.pooler_output)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """What the heads read of E [..., 1 + n, d]: [..., n, d]. Gradients flow through it."""
+        """Return the features that the heads read: E [..., 1 + n, d] -> [..., n, d]. Gradients flow through them."""
         lead = tokens.shape[:-2]
         hidden = _first(self.last_layer(tokens.reshape(-1, *tokens.shape[-2:]), None))
         return self.merge(hidden[:, 1:], hidden[:, :1]).reshape(*lead, -1, tokens.shape[-1])
 
     def merge(self, patches: Tensor, first: Tensor) -> Tensor:
-        """The last layer's output of patches and of the class token, as the heads read them."""
+        """Combine the last layer's outputs for patches and for the class token into the features of the heads."""
         norm = self.vision.post_layernorm
         return self.model.layer_norm(norm(patches) * norm(first))
 
     def logits(self, features: Tensor, queries: Tensor) -> Tensor:
-        """Class logits [..., n, queries] of features [..., n, d] and embedded queries."""
+        """Return the class logits [..., n, queries] of features [..., n, d] and embedded queries."""
         lead = features.shape[:-2]
         flat = features.reshape(-1, *features.shape[-2:])
         found, _ = self.model.class_predictor(flat, queries.to(flat).expand(len(flat), -1, -1))
@@ -186,7 +216,12 @@ class Detector:
 
     @torch.inference_mode()
     def boxes(self, vision: Vision, queries: Sequence[str] | Tensor) -> Boxes:
-        """One box a token, and its logit for each query, from E."""
+        """Compute one box per token from E, with its logit for each query.
+
+        Args:
+            vision: The detector's view of the image.
+            queries: Text queries, or their embeddings.
+        """
         words = queries if isinstance(queries, Tensor) else self.embed_queries(queries)
         features = self.features(vision.tokens)
         rows, cols = vision.tile.rows, vision.tile.cols
@@ -200,8 +235,18 @@ class Detector:
     def detect(
         self, vision: Vision, queries: Sequence[str], threshold: float = 0.3, overlap: float | None = OVERLAP
     ) -> list[Detection]:
-        """The boxes of each query whose score is `threshold` or more, best first; of boxes of one query that overlap by
-        more than `overlap` (intersection over union) the best; all of them if it is None."""
+        """Return the boxes of all queries, best first.
+
+        Args:
+            vision: The detector's view of the image.
+            queries: Text queries.
+            threshold: The lowest score of a box that is returned, 0 to 1.
+            overlap: If two boxes of one query overlap by more than this (intersection over union), only the better one
+                is returned. With None, all boxes are returned.
+
+        Raises:
+            InputError: If the threshold is not between 0 and 1.
+        """
         if not 0 <= threshold <= 1:
             raise InputError(f"threshold is 0 to 1, got {threshold}")
         found = self.boxes(vision, queries)
@@ -219,7 +264,7 @@ class Detector:
 
     def _seen_box(self, picture: Image.Image) -> Box:
         width, height = (float(side) for side in picture.size)
-        if getattr(self.processor.image_processor, "do_pad", False):  # OWLv2 pads to a square, right and below
+        if getattr(self.processor.image_processor, "do_pad", False):  # OWLv2 pads right and below, to a square
             return 0.0, 0.0, max(width, height), max(width, height)
         return 0.0, 0.0, width, height
 
@@ -234,8 +279,17 @@ class Detector:
 
 
 def kept_boxes(scores: Tensor, overlaps: Tensor, threshold: float, limit: float | None = OVERLAP) -> list[int]:
-    """Of one query the boxes of `threshold` or more, best first, without those that overlap a better one by more than
-    `limit` (non-maximum suppression). scores: [n]; overlaps: of each box with each other one, [n, n]."""
+    """Select the boxes of one query by non-maximum suppression.
+
+    Args:
+        scores: The scores of the boxes, [n].
+        overlaps: The overlap of each box with each other box, [n, n].
+        threshold: The lowest score that is kept.
+        limit: A box is dropped if it overlaps a better one by more than this. With None, none is dropped.
+
+    Returns:
+        The indices of the kept boxes, best first.
+    """
     kept: list[int] = []
     for i in scores.argsort(descending=True, stable=True).tolist():
         if float(scores[i]) < threshold:
@@ -246,7 +300,7 @@ def kept_boxes(scores: Tensor, overlaps: Tensor, threshold: float, limit: float 
 
 
 def iou(box: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of boxes [..., 4] (left, top, right, bottom): [...]."""
+    """Return the intersection over union [...] of boxes [..., 4] (left, top, right, bottom)."""
     low, high = torch.maximum(box[..., :2], others[..., :2]), torch.minimum(box[..., 2:], others[..., 2:])
     both = (high - low).clamp_min(0).prod(-1)
     area = (box[..., 2:] - box[..., :2]).prod(-1) + (others[..., 2:] - others[..., :2]).prod(-1)
@@ -254,5 +308,5 @@ def iou(box: Tensor, others: Tensor) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    """A layer's hidden states; some releases wrap them in a tuple."""
+    """Return the hidden states of a layer's output; some releases of transformers wrap them in a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,5 +1,8 @@
-"""Teach the language model to read the detector's embedding: W and low-rank adapters (LoRA, arXiv 2106.09685) of its
-attention, on the answers that it gives from its own embeddings. The direction that arXiv 2405.14612 leaves open."""
+"""Fine-tune the language model to read the detector's embedding.
+
+This trains W and low-rank adapters (LoRA, arXiv 2106.09685) of the language model's attention. The targets are the
+answers that the language model gives from its own image embeddings. arXiv 2405.14612 leaves this direction open.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,18 @@ LORA, LOSSES = "lora", "finetune.json"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """prompts: what the model is asked. rank: of the adapters. batch: images a step of the optimiser. rate: AdamW's
-    learning rate, as in `TrainConfig`. precision: "no", "bf16" or "fp16"."""
+    """The settings of a fine-tuning run.
+
+    Attributes:
+        prompts: The prompts; each image gets one of them.
+        rank: The rank of the adapters.
+        epochs: Passes over the images.
+        batch: Images per step of the optimiser.
+        rate: AdamW's learning rate, with the schedule of `TrainConfig`.
+        precision: "no", "bf16" or "fp16".
+        max_new_tokens: The largest number of tokens in an answer.
+        seed: The seed of the adapters and of the order of the images.
+    """
 
     prompts: tuple[str, ...] = ("Describe the image.",)
     rank: int = 8
@@ -60,12 +73,24 @@ def finetune(
     config: FinetuneConfig,
     tell: Tell = lambda done, total, what: None,
 ) -> list[float]:
-    """Train on images and write a joint model to the folder `out`: W, the adapters, and the losses, which are
-    returned, one a step. The model at hand is afterwards as it was.
+    """Fine-tune a joint model on images and write the result to a folder.
+
+    The folder gets W, the adapters and the losses. `joint` itself is unchanged afterwards.
+
+    Args:
+        joint: The joint model to start from.
+        names: The names of the detector and of the language model, as they are written to the folder.
+        pictures: The images.
+        out: The folder.
+        config: The settings of the run.
+        tell: Called with the progress after each step.
+
+    Returns:
+        The losses, one per step.
 
     Raises:
-        InputError: too few images, or a folder that holds a joint model.
-        EndsRunError: no image of a step can be used.
+        InputError: If there are too few images, if the folder holds a joint model, or if `joint` is fine-tuned already.
+        EndsRunError: If no image of a step can be used.
     """
     if (out / WEIGHTS).exists():
         raise InputError(f"{out}: holds a trained alignment; give another folder, or remove it")
@@ -95,12 +120,12 @@ def finetune(
             about = {"config": asdict(config), "pictures": pictures.origin, "base": base}
             alignment = joint.alignment
             pair, before = alignment.pair, alignment.about
-            # the language model is another one now: what it was made from is checked before the adapters are merged
+            # `pair` omits the language model, because adapters change it: `merged` checks its base weights instead
             alignment.pair, alignment.about = {"owl": weights_name(joint.owl.model)}, {**before, "finetuned": about}
             try:
                 write_whole(out / LOSSES, (json.dumps({"losses": losses, **about}, indent=1) + "\n").encode())
                 write_settings(out, *names, lora=LORA)
-                alignment.save(out / WEIGHTS)  # last: a folder that has it is whole
+                alignment.save(out / WEIGHTS)  # written last: a folder with it is complete
             finally:
                 alignment.pair, alignment.about = pair, before
         finally:
@@ -109,7 +134,7 @@ def finetune(
 
 
 def _step(joint: JointModel, adapted: Any, pictures: Pictures, config: FinetuneConfig, step: int) -> float:
-    """Backward passes of one batch; its mean loss."""
+    """Run the backward passes of one batch and return its mean loss."""
     an_epoch = len(pictures) // config.batch
     order = np.random.default_rng([config.seed, step // an_epoch]).permutation(len(pictures))
     start = step % an_epoch * config.batch
@@ -135,12 +160,12 @@ def _step(joint: JointModel, adapted: Any, pictures: Pictures, config: FinetuneC
 def _loss(
     joint: JointModel, adapted: Any, seen: Any, sequence: Tensor, start: int, prompt: str, precision: str
 ) -> Tensor:
-    """Cross-entropy of an answer, given the detector's embedding of the image."""
+    """Return the cross-entropy of an answer, given the detector's embedding of the image."""
     vlm = joint.vlm
     inputs, _, _ = vlm.prompts.prepare([[seen.vision.picture]], [prompt])
     device = device_of(vlm.model)
     ids = sequence.to(device)
-    if ids[-1] != vlm.processor.tokenizer.eos_token_id:  # the end of an answer is part of it
+    if ids[-1] != vlm.processor.tokenizer.eos_token_id:  # the end token is part of an answer
         ids = torch.cat([ids, ids.new_tensor([vlm.processor.tokenizer.eos_token_id])])
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.inference_mode(False), torch.enable_grad():

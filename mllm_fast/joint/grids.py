@@ -1,4 +1,4 @@
-"""Two grids over one image: the detector's tokens read where the language model's tokens lie."""
+"""Resampling between two token grids over one image, from the detector's grid to the language model's."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from ..core.layout import Tile
 
 
 def same(left: Tile, right: Tile) -> bool:
-    """Do two grids have the same tokens over the same pixels?"""
+    """Return whether two grids have the same tokens over the same pixels."""
     close = all(abs(a - b) < 1e-3 for a, b in zip(left.box, right.box, strict=True))
     return (left.rows, left.cols) == (right.rows, right.cols) and close
 
 
 def resample(tokens: Tensor, given: Tile, wanted: Tile) -> Tensor:
-    """Tokens [rows * cols, d] of one grid, between their middles bilinear, at the middles of another's: [n, d].
+    """Resample tokens from one grid to another, with bilinear interpolation between the centres of the tokens.
 
-    A coarser grid takes the mean over its token's area, by as many points as the finer has there. What lies outside of
-    the given grid takes its nearest token. Gradients flow through it; the same grid gives the same tokens.
+    If the wanted grid is coarser, each of its tokens is a mean over its area, sampled at as many points as the finer
+    grid has there. Points outside the given grid take the nearest token. Gradients flow through the result. If both
+    grids are the same, the tokens are returned unchanged.
+
+    Args:
+        tokens: Tokens of the given grid, [rows * cols, d].
+        given: The grid of the tokens.
+        wanted: The grid to resample to.
+
+    Returns:
+        Tokens of the wanted grid, [n, d].
     """
     if same(given, wanted):
         return tokens
@@ -43,10 +52,10 @@ def resample(tokens: Tensor, given: Tile, wanted: Tile) -> Tensor:
 
 
 def single_tile(tiles: Sequence[Tile]) -> Tile:
-    """The one grid of an image.
+    """Return the only grid of an image.
 
     Raises:
-        InputError: the language model's processor cut the image into several.
+        InputError: If the language model's processor cut the image into several tiles.
     """
     if len(tiles) != 1:
         raise InputError(
@@ -57,7 +66,7 @@ def single_tile(tiles: Sequence[Tile]) -> Tile:
 
 
 def note(given: Tile, wanted: Tile) -> str:
-    """What was done, in words; empty where nothing was."""
+    """Say in words what `resample` does; empty if it does nothing."""
     if same(given, wanted):
         return ""
     return (

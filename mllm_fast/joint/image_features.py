@@ -1,4 +1,4 @@
-"""The one seam with a model's vision tower: inside, a VLM reads image embeddings that it is given."""
+"""The only interface to a VLM's vision tower, which makes the VLM read given image embeddings in place of its own."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
-    """Let the model read `features` [images, tokens, d] wherever it would read its own image embeddings, in the order
-    of the images; its vision tower does not run. Other threads wait; on leaving, by exception too, all is as it was.
+    """Context manager in which the model reads given image embeddings in place of its own.
+
+    The vision tower does not run inside. Other threads wait. On exit, also by an exception, the model is restored.
+
+    Args:
+        vlm: The model.
+        features: The image embeddings, [images, tokens, d], in the order of the images.
+
+    Raises:
+        InputError: If the number of image tokens depends on the image.
     """
     check_fixed_grid(vlm)
     model: Any = vlm.model.model
@@ -42,7 +50,15 @@ def given_features(vlm: VLM, features: Tensor) -> Iterator[None]:
 
 
 def own_features(vlm: VLM, inputs: Any) -> Tensor:
-    """What the model's own vision tower and projector make of the processor's inputs: [images, tokens, d]."""
+    """Compute image embeddings with the model's own vision tower and projector, [images, tokens, d].
+
+    Args:
+        vlm: The model.
+        inputs: The inputs that the processor made.
+
+    Raises:
+        InputError: If the number of image tokens depends on the image.
+    """
     check_fixed_grid(vlm)
     found = vlm.model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
     return found if isinstance(found, Tensor) else torch.stack(list(found))

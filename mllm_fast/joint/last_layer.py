@@ -1,15 +1,18 @@
-"""Dot products with, and norms of, the gradients of all class logits, from the structure of the detector's last layer.
+"""Norms and dot products of the gradients of all class logits, from the structure of the detector's last layer.
 
-z_m, the logit of box m, depends on row m and on the class row (row 0) of the last layer's output alone. Behind the
-heads, the norms and the MLP, which are local to a row, its gradient is a pair of vectors r_m (at row m) and r_m0 (at
-row 0) at the output of the attention block. From there it reaches another token n only through the attention of these
-two rows: as a sum over heads h and rows i in {m, 0} of
+The logit z_m of box m depends only on row m and on the class row (row 0) of the last layer's output. The heads, the
+norms and the MLP act on each row alone. The gradient of z_m at the output of the attention block is therefore a pair of
+vectors: r_m at row m and r_m0 at row 0. From there it reaches another token n only through the attention of these two
+rows, as a sum over heads h and rows i in {m, 0}:
 
     A_in W_V^T t_i  +  A_in (t_i . (v_n - o_i)) s W_K^T q_i,        t_i = W_O^T r_i
 
-so that its norm at n follows from a Gram matrix of 4 vectors a head, and the input norm's own backward pass takes two
-dot products more. Numerators <dz_m/dE, g> are the forward-mode derivative of the attention block along g, dotted with
-r_m and r_m0. No backward pass a box; about 30 GFLOP for all 576 boxes of OWL-ViT base, against 9 GFLOP a backward pass.
+The norm of this sum at n follows from a Gram matrix of 4 vectors per head. The backward pass of the input norm takes
+two more dot products. The numerators <dz_m/dE, g> are the forward-mode derivative of the attention block along g,
+dotted with r_m and r_m0.
+
+No box needs a backward pass of its own. All 576 boxes of OWL-ViT base take about 30 GFLOP, and a single backward pass
+takes 9 GFLOP.
 """
 
 from __future__ import annotations
@@ -23,19 +26,27 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .detector import Detector
 
-_ELEMENTS = 1 << 20  # of the largest array at a time: what a CPU core keeps near
+_ELEMENTS = 1 << 20  # elements of the largest array per step, so that it stays in the cache of a CPU core
 
 
 class Products(NamedTuple):
-    """Of each box: `dots`, <dz_m/dE, g>, and `norms`, ||dz_m/dE||, both [boxes]."""
+    """The dot product and the norm of the gradient of each box.
+
+    Attributes:
+        dots: <dz_m/dE, g>, [boxes].
+        norms: ||dz_m/dE||, [boxes].
+    """
 
     dots: Tensor
     norms: Tensor
 
 
 def has_known_form(detector: Detector) -> bool:
-    """Is the detector of transformers' own classes, whose structure this module relies on? One that was changed, by a
-    subclass, an adapter or a hook, is not."""
+    """Return whether the detector has the structure that this module relies on.
+
+    It has this structure if its parts are transformers' own classes. A subclass, an adapter or a hook changes the
+    structure.
+    """
     from transformers.models.owlv2 import modeling_owlv2
     from transformers.models.owlvit import modeling_owlvit
 
@@ -58,7 +69,14 @@ def has_known_form(detector: Detector) -> bool:
 
 
 def structured(detector: Detector, tokens: Tensor, query: Tensor, direction: Tensor) -> Products:
-    """For E = `tokens` [1 + n, d], one embedded query [d_text] and a direction g [1 + n, d]."""
+    """Compute the products from the structure of the last layer, without a backward pass per box.
+
+    Args:
+        detector: A detector for which `has_known_form` is true.
+        tokens: The vision embedding E, [1 + n, d].
+        query: One embedded query, [d_text].
+        direction: The direction g, [1 + n, d].
+    """
     block = _Attention(detector.last_layer, tokens)
     rows = _gradients(detector, block.output, query)  # [n, 2, d]
     tangent = block.tangent(direction)
@@ -69,7 +87,7 @@ def structured(detector: Detector, tokens: Tensor, query: Tensor, direction: Ten
 
 
 def _gradients(detector: Detector, attended: Tensor, query: Tensor) -> Tensor:
-    """dz_m / d(the attention block's output) at row m and at row 0, [n, 2, d]."""
+    """Return the gradient of z_m at the output of the attention block, at row m and at row 0, [n, 2, d]."""
     layer = detector.last_layer
 
     def rest(hidden: Tensor) -> Tensor:
@@ -79,23 +97,25 @@ def _gradients(detector: Detector, attended: Tensor, query: Tensor) -> Tensor:
         patches = attended[1:].detach().requires_grad_()
         first = attended[:1].detach().requires_grad_()
         ends = rest(patches)
-        # z_m takes its own copy of the class row, so that one backward pass gives the gradients of all
+        # each z_m takes its own copy of the class row, so that one backward pass gives the gradients of all boxes
         end = rest(first)
         copies = end.detach().expand(len(ends), -1).clone().requires_grad_()
         leaves = ends.detach().requires_grad_()
         logits = detector.logits(detector.merge(leaves[:, None], copies[:, None]), query[None])
         own, common = torch.autograd.grad(logits.sum(), [leaves, copies])
         (own,) = torch.autograd.grad(ends, patches, own)
-        # one vector-Jacobian product a box, of one row: a matrix product
+        # one vector-Jacobian product per box, each for a single row: together they are a matrix product
         (common,) = torch.autograd.grad(end, first, common[:, None], is_grads_batched=True)
     return torch.stack([own, common[:, 0]], 1)
 
 
 class _Attention:
-    """The attention block of the last layer (its norm, its residual connection) at E = `hidden` [N, d].
+    """The attention block of the last layer, with its norm and its residual connection, at E = `hidden` [N, d].
 
-    q, k, v: [H, N, dh], q scaled; unit: the norm's input at mean 0 and deviation 1, [N, d]; mixed: what the heads
-    read, [H, N, dh].
+    Attributes:
+        q, k, v: Queries, keys and values, [H, N, dh]. The queries are scaled.
+        unit: Input of the norm, scaled to mean 0 and deviation 1, [N, d].
+        mixed: Values weighted by the attention weights, [H, N, dh].
     """
 
     def __init__(self, layer: Any, hidden: Tensor):
@@ -114,12 +134,12 @@ class _Attention:
             self._split(normed @ weight.T + bias) for weight, bias in zip(self.weights, biases, strict=True)
         )
         self.q = self.q * self.scale
-        # what keys and values have that does not come from `unit`: [H, dh]
+        # the part of keys and values that does not depend on `unit`: [H, dh]
         self.key_shift, self.value_shift = (
             (weight @ shift + bias).unflatten(0, (self.heads, -1))
             for weight, bias in zip(self.weights[1:], biases[1:], strict=True)
         )
-        # behind the norm's gain, by head: [H, dh, d]
+        # weights multiplied by the norm's gain, by head: [H, dh, d]
         self.weight_q, self.weight_k, self.weight_v = (
             (weight * self.gain).unflatten(0, (self.heads, -1)) for weight in self.weights
         )
@@ -128,14 +148,14 @@ class _Attention:
         self.output = hidden + self._joined(self.mixed) @ self.out.T + attention.out_proj.bias.detach()
 
     def _split(self, rows: Tensor) -> Tensor:
-        """[..., d] -> [H, ..., dh]"""
+        """Split the last dimension into heads: [..., d] -> [H, ..., dh]."""
         return rows.unflatten(-1, (self.heads, -1)).movedim(-2, 0)
 
     def _joined(self, heads: Tensor) -> Tensor:
         return heads.movedim(0, -2).flatten(-2)
 
     def tangent(self, direction: Tensor) -> Tensor:
-        """The derivative of the block's output along a direction, [N, d]."""
+        """Return the derivative of the block's output along a direction, [N, d]."""
         size = direction.shape[-1]
         along = (direction * self.unit).sum(-1, keepdim=True) / size
         unit = (direction - direction.mean(-1, keepdim=True) - self.unit * along) / self.deviation[:, None]
@@ -146,14 +166,15 @@ class _Attention:
         return direction + self._joined(change @ self.v + self.alpha @ v) @ self.out.T
 
     def squares(self, start: int, rows: Tensor) -> Tensor:
-        """||dz_m/dE||^2 of the boxes from `start` on (box m is token m + 1), given their `rows` [M, 2, d].
+        """Return ||dz_m/dE||^2 of the boxes from `start` on, given their gradients `rows` [M, 2, d].
 
-        Pairs (row m, row 0) and heads come before tokens in all arrays: what is read last lies side by side.
+        Box m is token m + 1. All arrays have pairs (row m, row 0) and heads before tokens, so that the innermost reads
+        are contiguous.
         """
         heads, size, own = self.heads, rows.shape[-1], slice(start + 1, start + 1 + len(rows))
         ends = (rows @ self.out).unflatten(-1, (heads, -1))  # t: [M, 2, H, dh]
         queries = self._pairs(self.q, own)
-        # attention of row m and of row 0, and how the scores take part: [M, 2, H, N] each
+        # alpha: attention weights of row m and of row 0; bent: gradient at their scores; [M, 2, H, N] each
         parts = rows.new_empty(len(rows), 4, heads, len(self.unit))
         alpha, bent = parts[:, :2], parts[:, 2:]
         alpha.copy_(self._pairs(self.alpha, own))
@@ -161,8 +182,8 @@ class _Attention:
         torch.mul(alpha, read - (ends * self._pairs(self.mixed, own)).sum(-1, keepdim=True), out=bent)
         spans = torch.cat([self._by_head(ends, self.weight_v), self._by_head(queries, self.weight_k)], 1)
         spans, parts = spans.flatten(1, 2), parts.flatten(1, 2)  # [M, 4 H, d], [M, 4 H, N]
-        # w_n, the gradient behind the norm's gain, is spans' combination by parts; the norm's backward needs |w|^2,
-        # w . 1 and w . unit
+        # w_n, the gradient at `unit`, is a sum of `spans` weighted by `parts`
+        # the backward pass of the norm needs |w|^2, w . 1 and w . unit
         square = ((spans @ spans.mT @ parts) * parts).sum(1)
         total = (spans.sum(-1)[:, None] @ parts)[:, 0]
         pull = alpha * (read - (ends * self.value_shift).sum(-1, keepdim=True))
@@ -170,7 +191,7 @@ class _Attention:
         pull = pull.addcmul_(bent, scores).sum((1, 2))
         square = square - total**2 / size - pull**2 / size * (2 - self.share)
         square = square / self.deviation**2
-        # at row m and at row 0 the queries and the residual connection add to it
+        # at row m and at row 0, the queries and the residual connection add to the gradient
         index = torch.arange(start + 1, start + 1 + len(rows), device=rows.device)
         index = torch.stack([index, torch.zeros_like(index)], 1)  # [M, 2]
         square = square.scatter(1, index, 0.0).sum(1)
@@ -182,18 +203,18 @@ class _Attention:
         return square + here.square().sum((1, 2))
 
     def _pairs(self, values: Tensor, own: slice) -> Tensor:
-        """Of row m and of row 0: [H, N, ...] -> [M, 2, H, ...]."""
+        """Collect the values of row m and of row 0: [H, N, ...] -> [M, 2, H, ...]."""
         of_own = values[:, own].transpose(0, 1)
         return torch.stack([of_own, values[:, 0].expand_as(of_own)], 1)
 
     def _by_head(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        """[M, 2, H, a] times [H, a, b]: [M, 2, H, b]."""
+        """Multiply [M, 2, H, a] by [H, a, b] head by head: [M, 2, H, b]."""
         flat = rows.flatten(0, 1).transpose(0, 1)
         return (flat @ matrices).transpose(0, 1).unflatten(0, rows.shape[:2])
 
 
 def row_by_row(detector: Detector, tokens: Tensor, query: Tensor, direction: Tensor, batch: int = 4) -> Products:
-    """The same by backward passes, `batch` boxes at a time: for a detector of any form."""
+    """Compute the products of `structured` by backward passes, `batch` boxes at a time, for a detector of any form."""
     with torch.enable_grad():
         leaf = tokens.detach().clone().requires_grad_()
         logits = detector.logits(detector.features(leaf), query[None])[:, 0]
@@ -209,6 +230,6 @@ def row_by_row(detector: Detector, tokens: Tensor, query: Tensor, direction: Ten
 
 
 def cosines(products: Products, direction: Tensor) -> Tensor:
-    """cos(dz_m/dE, g) of each box, [boxes]; 0 where a gradient vanishes."""
+    """Return cos(dz_m/dE, g) of each box, [boxes]; it is 0 where a gradient vanishes."""
     scale = products.norms * math.sqrt(float(direction.double().square().sum()))
     return torch.where(scale > 0, products.dots / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)

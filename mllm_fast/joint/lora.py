@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in a language model's attention: put in, taken out, merged."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in a language model's attention, to add, remove or merge."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from .weights_id import weights_name
 
 
 def merged(vlm: VLM, folder: Path, base: str | None) -> VLM:
-    """The language model with adapters merged into its weights; `vlm` is used up.
+    """Return a language model with adapters merged into its weights.
+
+    Args:
+        vlm: The language model. It must not be used afterwards, because its weights are changed.
+        folder: The folder of the adapters.
+        base: The fingerprint of the weights that the adapters were trained on, or None to skip the check.
 
     Raises:
-        InputError: peft is not there, or the adapters belong to another model.
+        InputError: If peft is not installed, or if the adapters belong to another model.
     """
     peft = _peft()
     if base is not None and base != weights_name(vlm.model):
@@ -35,7 +40,16 @@ def merged(vlm: VLM, folder: Path, base: str | None) -> VLM:
 
 @contextmanager
 def adapted_model(vlm: VLM, rank: int, seed: int) -> Iterator[Any]:
-    """Adapters in the attention of the text part, which are taken out again."""
+    """Context manager that adds adapters to the attention of the text part and removes them on exit.
+
+    Args:
+        vlm: The language model.
+        rank: The rank of the adapters.
+        seed: The seed of their weights.
+
+    Raises:
+        InputError: If peft is not installed.
+    """
     peft = _peft()
     names = {id(module): name for name, module in vlm.model.named_modules()}
     layers = [names[id(layer)] for layer in vlm.text.layers]
@@ -43,7 +57,7 @@ def adapted_model(vlm: VLM, rank: int, seed: int) -> Iterator[Any]:
     before = {name: p.requires_grad for name, p in vlm.model.named_parameters()}
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changed and peft still uses
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers has changed
         adapted = peft.get_peft_model(vlm.model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     try:
         yield adapted

@@ -1,4 +1,4 @@
-"""JointModel: a detector and a vision-language model on one vision embedding (arXiv 2405.14612)."""
+"""The joint model: a detector and a vision-language model that share one vision embedding (arXiv 2405.14612)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,13 @@ from .weights_id import weights_name
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as both models see it: the detector's `vision`, and the grid of tokens that the language model reads.
-    note: what was resampled, in words."""
+    """An image as both models see it.
+
+    Attributes:
+        vision: The detector's view of the image.
+        tile: The grid of tokens that the language model reads.
+        note: Says in words what was resampled; empty if nothing was.
+    """
 
     vision: Vision
     tile: Tile
@@ -46,7 +51,7 @@ class Seen:
         return note(self.vision.tile, self.tile)
 
     def with_tokens(self, tokens: Tensor) -> Seen:
-        """With another vision embedding E, [1 + n, d]."""
+        """Return a copy with another vision embedding E, [1 + n, d]."""
         return replace(self, vision=self.vision.with_tokens(tokens))
 
 
@@ -54,15 +59,20 @@ Sight = ImageSource | Seen
 
 
 class JointModel:
-    """One image, one vision embedding E (what the detector's last layer reads), and from it both the text (E without
-    the class token, through W, in place of the language model's image embeddings) and the boxes.
+    """A detector and a language model that both read one vision embedding E of an image.
+
+    E is the input of the detector's last layer. The boxes are computed from E by that layer and the detector's heads.
+    For the text, W maps E without its class token to image embeddings. The language model reads these in place of its
+    own.
 
     Args:
-        owl: the detector. alignment: W. vlm: the language model and its processor.
+        owl: The detector.
+        alignment: W.
+        vlm: The language model and its processor.
 
     Raises:
-        InputError: the VLM's grid of tokens varies with the image, W is of other sizes than the two models, or was
-            trained between two others.
+        InputError: If the VLM's grid of tokens varies with the image, if the sizes of W do not fit the two models, or
+            if W was trained between two other models.
     """
 
     def __init__(self, owl: Detector, alignment: Alignment, vlm: VLM):
@@ -95,18 +105,21 @@ class JointModel:
         vlm: VLM | None = None,
         **options: Any,
     ) -> JointModel:
-        """Load "shapes" (the embedded joint model), or a folder that `mllm-fast joint train` wrote.
+        """Load a joint model and its two parts.
 
-        `device`, `dtype` as in `VLM.from_pretrained`; the detector, a small model, is float32 and on one device.
-        `vlm`: the language model, where it is loaded already; a fine-tuned joint model loads one of its own. Other
-        options go to `VLM.from_pretrained`.
+        Args:
+            name: "shapes" (the embedded joint model), or a folder that `mllm-fast joint train` wrote.
+            device: The device, as in `VLM.from_pretrained`. The detector is small and always on one device.
+            dtype: The dtype of the language model, as in `VLM.from_pretrained`. The detector is always float32.
+            vlm: The language model, if it is loaded already. A fine-tuned joint model loads one of its own instead.
+            **options: Other options of `VLM.from_pretrained`.
         """
         folder = joint_folder(name)
         settings = read_settings(folder)
         detector, model = part_names(folder)
         alignment = Alignment.load(folder / WEIGHTS)
         owl = Detector.from_pretrained(detector, device=None if device == "auto" else device)
-        tuned = "lora" in settings  # whose weights are merged: into a model of its own
+        tuned = "lora" in settings  # adapters are merged into the weights, so such a model needs its own copy
         if vlm is None or tuned:
             vlm = VLM.from_pretrained(model, device=device, dtype=dtype, **options)
         if tuned:
@@ -114,7 +127,7 @@ class JointModel:
         return cls(owl, alignment, vlm)
 
     def see(self, image: Sight) -> Seen:
-        """Read an image once; what is returned can be asked about as often as one likes."""
+        """Read an image once, so that any number of later calls can use the result; a `Seen` is returned as it is."""
         return image if isinstance(image, Seen) else self.see_many([image])[0]
 
     def see_many(self, images: Sequence[ImageSource]) -> list[Seen]:
@@ -123,8 +136,10 @@ class JointModel:
         return [Seen(vision, _tile(self.vlm, vision)) for vision in visions]
 
     def image_embeddings(self, seen: Seen) -> Tensor:
-        """What the language model reads of an image: W of E without its class token, on the language model's grid,
-        [tokens, d_text]. Gradients flow through it."""
+        """Return the image embeddings that the language model reads, [tokens, d_text].
+
+        They are W applied to E without its class token, on the language model's grid. Gradients flow through them.
+        """
         tokens = resample(seen.vision.tokens[1:], seen.vision.tile, seen.tile)
         return self.alignment(tokens.to(next(self.alignment.parameters())))
 
@@ -134,7 +149,10 @@ class JointModel:
     def generate(self, image: Sequence[Any], prompt: list[str], **options: Any) -> list[Answer]: ...
 
     def generate(self, image: Any, prompt: Any, **options: Any) -> Any:
-        """As `VLM.generate`, from the detector's vision embedding; an image may be one that was seen."""
+        """Generate like `VLM.generate`, but from the detector's vision embedding.
+
+        An image may also be a `Seen`.
+        """
         many = not isinstance(prompt, str)
         prompts = [self._pictures(one) for one in image] if many else [self._pictures(image)]
         pictures = [[seen.vision.picture for seen in one] for one in prompts]
@@ -150,10 +168,18 @@ class JointModel:
         query: str | None = None,
         **options: Any,
     ) -> Explanation:
-        """As `VLM.explain`, from the detector's vision embedding. Maps may be drawn by method "gradient-alignment" as
-        well, and `Explanation.box_weights` gives the boxes behind them.
+        """Explain like `VLM.explain`, but from the detector's vision embedding.
 
-        query: what the detector looks for there; "a photo of a WORD" by default, with each token's own word.
+        Heatmaps can also be drawn with the method "gradient-alignment". `Explanation.box_weights` gives the boxes
+        behind them.
+
+        Args:
+            image: One image or several; each may also be a `Seen`.
+            prompt: The prompt.
+            answer: The answer, as in `VLM.explain`.
+            query: What the detector looks for in gradient alignment. The default is "a photo of a WORD", with the word
+                of each token.
+            **options: Other options of `VLM.explain`.
         """
         seen = self._pictures(image)
         with self.reading(seen):
@@ -170,7 +196,7 @@ class JointModel:
         return ex
 
     def stream(self, image: Sight | Sequence[Sight], prompt: str, **options: Any) -> Stream:
-        """As `VLM.stream`, from the detector's vision embedding."""
+        """Stream like `VLM.stream`, but from the detector's vision embedding."""
         seen = self._pictures(image)
         with self.reading(seen):  # some releases of transformers read the image here, others in the first pass
             stream = self.vlm.stream([one.vision.picture for one in seen], prompt, **options)
@@ -178,23 +204,33 @@ class JointModel:
         return stream
 
     def compress(self, image: Sight | Sequence[Sight], *args: Any, **options: Any) -> Context:
-        """As `VLM.compress`, from the detector's vision embedding."""
+        """Compress like `VLM.compress`, but from the detector's vision embedding."""
         seen = self._pictures(image)
         with self.reading(seen):
             return self.vlm.compress([one.vision.picture for one in seen], *args, **options)
 
     def boxes(self, image: Sight, queries: Sequence[str]) -> Boxes:
-        """One box a token of E, and its logit for each text query."""
+        """Return one box per token of E, with its logit for each text query."""
         return self.owl.boxes(self.see(image).vision, queries)
 
     def detect(
         self, image: Sight, queries: Sequence[str], threshold: float = 0.3, overlap: float | None = OVERLAP
     ) -> list[Detection]:
-        """The boxes of text queries, best first; see `Detector.detect`."""
+        """Return the boxes of text queries, best first; see `Detector.detect`."""
         return self.owl.detect(self.see(image).vision, queries, threshold, overlap)
 
     def direction(self, ex: Explanation, seen: Seen, token: int, image: int = 0) -> Tensor:
-        """dy/dE, y being the logit of a token of an explanation of this model: [1 + n, d], 0 at the class token."""
+        """Return the gradient dy/dE of the logit y of a token.
+
+        Args:
+            ex: An explanation by this model.
+            seen: The image.
+            token: The index of the token in the explanation.
+            image: The index of the image in the prompt.
+
+        Returns:
+            The gradient, [1 + n, d]. It is 0 at the class token.
+        """
         row = ex.trace.rows[token]
         positions = ex.layout.images[image].positions
         with ex.replay.differentiable(row + 1) as embeds:
@@ -209,14 +245,22 @@ class JointModel:
     def box_weights(
         self, ex: Explanation, seen: Seen, token: int, query: str | None = None, image: int = 0
     ) -> BoxWeights:
-        """Gradient alignment of a token with a text query, by default "a photo of a WORD" for the token's word."""
+        """Weigh the boxes of a text query by their gradient alignment with a token.
+
+        Args:
+            ex: An explanation by this model.
+            seen: The image.
+            token: The index of the token in the explanation.
+            query: The text query. The default is "a photo of a WORD", with the word of the token.
+            image: The index of the image in the prompt.
+        """
         query = f"a photo of a {word_of(ex.tokens, token)}" if query is None else query
         found = align(self.owl, seen.vision, query, self.direction(ex, seen, token, image))
         return replace(found, note="; ".join(filter(None, (seen.note, found.note))))
 
     @contextmanager
     def reading(self, seen: Sequence[Seen]) -> Iterator[None]:
-        """Inside, the VLM reads these images' embeddings, in this order, wherever it would read its own."""
+        """Context manager in which the VLM reads the embeddings of these images, in this order, in place of its own."""
         with torch.inference_mode():
             features = torch.stack([self.image_embeddings(one) for one in seen])
         with given_features(self.vlm, features):
@@ -230,7 +274,7 @@ class JointModel:
 
 
 def word_of(tokens: Sequence[str], token: int) -> str:
-    """The word that a token of an answer is a part of; the token itself where it is part of none."""
+    """Return the word that contains a token of an answer, or the token itself if no word contains it."""
     start = sum(map(len, tokens[:token]))
     end = start + len(tokens[token])
     for match in re.finditer(r"[\w'-]+", "".join(tokens)):

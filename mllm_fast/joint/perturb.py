@@ -1,4 +1,4 @@
-"""Changes of the vision embedding that show a detector one thing in place of another (arXiv 2405.14612, section 6)."""
+"""Perturb the vision embedding so that a detector sees one thing in place of another (arXiv 2405.14612, section 6)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..core.errors import InputError, check_choice
 from .detector import Detector, Vision
 
 WAYS = ("step", "pgd")
-STEPS = 5  # many find changes that turn the detector and mean nothing
+STEPS = 5  # with many steps, the change fools the detector but means nothing
 
 
 @torch.inference_mode(False)
@@ -23,15 +23,28 @@ def toward(
     way: str = "step",
     steps: int = STEPS,
 ) -> Tensor:
-    """E changed so that the embedded queries `lower` [., d_text] lose and `higher` gain: [1 + n, d].
+    """Change E so that the queries `lower` lose score and the queries `higher` gain score.
 
-    The loss is the detector's own, of class logits alone: the cross-entropy of seeing the i-th of `higher` and not the
-    i-th of `lower`, at each box and for each i by how far the box shows the i-th of `lower` in the image as it is
-    (its score). Where they are not as many, all of `higher` stand for each of `lower`.
+    The loss is the detector's own, from the class logits alone. It is the cross-entropy of seeing the i-th query of
+    `higher` and not the i-th of `lower`. Each box and each i is weighted by the score of the i-th query of `lower` at
+    that box in the unchanged image. If the two lists differ in length, the mean over all of `higher` is used for each
+    of `lower`.
 
     Args:
-        size: L2 norm of the change, in shares of E's own.
-        way: "step", one step along the gradient's signs; "pgd", `steps` steps along the gradient, kept within the norm.
+        owl: The detector.
+        vision: The detector's view of the image.
+        lower: Embedded queries, [., d_text].
+        higher: Embedded queries, [., d_text].
+        size: The L2 norm of the change, as a share of the norm of E.
+        way: "step" takes one step along the signs of the gradient. "pgd" takes `steps` steps along the gradient and
+            keeps the change within the norm.
+        steps: The number of steps of "pgd".
+
+    Returns:
+        The changed E, [1 + n, d].
+
+    Raises:
+        InputError: If `size` is not above 0, if `steps` is below 1, or if there is no such way.
     """
     check_choice("way", way, WAYS)
     if not size > 0:
@@ -65,7 +78,13 @@ def toward(
 
 
 def at_random(vision: Vision, size: float, seed: int) -> Tensor:
-    """E changed by random signs, of the norm that `toward` gives."""
+    """Return E changed by random signs, [1 + n, d].
+
+    Args:
+        vision: The detector's view of the image.
+        size: The L2 norm of the change, as a share of the norm of E, as in `toward`.
+        seed: The seed of the signs.
+    """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, vision.tokens.shape, generator=generator).to(vision.tokens) * 2 - 1
     return vision.tokens + _of_norm(signs, size * float(vision.tokens.norm()))

@@ -1,4 +1,4 @@
-"""How well a detector finds what is there: precision and recall over all thresholds."""
+"""Measure how well a detector finds things: precision and recall over all thresholds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from torch import Tensor
 
 from .detector import iou, kept_boxes
 
-Scored = list[tuple[float, bool]]  # a box's score, and whether it is right
+Scored = list[tuple[float, bool]]  # (score, whether it is right) of each box
 
 
 def judge_boxes(logits: Tensor, boxes: Tensor, things: Sequence[tuple[int, Tensor]], lowest: float = 0.02) -> Scored:
-    """Of one image the boxes of `lowest` score or more that no better box of their query overlaps, see `kept_boxes`.
-    logits: [n, queries]; boxes: [n, 4]; things: (query, box) of what is there.
+    """Judge which boxes of one image are right.
 
-    A box is right if it overlaps a thing of its query by an intersection over union of one half or more, one that no
-    box of a higher score has found.
+    Only boxes that `kept_boxes` keeps for their query are judged. A box is right if it overlaps a thing of its query by
+    an intersection over union of one half or more, and if no box of a higher score has found that thing.
+
+    Args:
+        logits: The logit of each box for each query, [n, queries].
+        boxes: The boxes, [n, 4].
+        things: The query and the box of each thing in the image.
+        lowest: The lowest score of a box that is judged.
+
+    Returns:
+        The score of each judged box, and whether the box is right.
     """
     left: dict[int, list[Tensor]] = {}
     for query, box in things:
@@ -38,7 +46,13 @@ def judge_boxes(logits: Tensor, boxes: Tensor, things: Sequence[tuple[int, Tenso
 
 
 class Found(NamedTuple):
-    """`scores` of the boxes of all images, whether each is right, and how many things there are."""
+    """The judged boxes of all images.
+
+    Attributes:
+        scores: The scores of the boxes.
+        right: Whether each box is right.
+        things: The number of things in the images.
+    """
 
     scores: np.ndarray
     right: np.ndarray
@@ -50,19 +64,19 @@ class Found(NamedTuple):
         return cls(np.array([score for score, _ in every]), np.array([hit for _, hit in every], bool), things)
 
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Thresholds from high to low, and precision and recall at each."""
+        """Return the thresholds from high to low, and the precision and the recall at each."""
         order = np.argsort(-self.scores, kind="stable")
         hits = np.cumsum(self.right[order])
         return self.scores[order], hits / np.arange(1, len(hits) + 1), hits / self.things
 
     def recall_at(self, precision: float) -> tuple[float, float]:
-        """The largest recall at this precision or more, and the threshold it is reached at; 0 and 1 if at none."""
+        """Return the largest recall at this precision or more, and its threshold; (0, 1) if no threshold reaches it."""
         thresholds, precisions, recalls = self.curve()
         good = np.flatnonzero(precisions >= precision)
         return (float(recalls[good[-1]]), float(thresholds[good[-1]])) if len(good) else (0.0, 1.0)
 
     def average_precision(self) -> float:
-        """The area under the curve of precision, made monotonic, over recall."""
+        """Return the area under the precision-recall curve, with the precision made monotonic."""
         _, precisions, recalls = self.curve()
         best = np.maximum.accumulate(precisions[::-1])[::-1]
         return float(np.sum(np.diff(recalls, prepend=0.0) * best))

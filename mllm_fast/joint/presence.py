@@ -1,4 +1,4 @@
-"""Is it there? What the language model says, beside the detector's best box (arXiv 2405.14612, section 5)."""
+"""Check whether things are in an image, by the language model and by the detector (arXiv 2405.14612, section 5)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ EYES = ("own", "joint")
 
 
 class NounFinder(Protocol):
-    """Finds the nouns of a text."""
+    """An object that finds the nouns of a text."""
 
     def mentions(self, text: str) -> Sequence[Any]:
-        """Its nouns in their order, each with a `name`."""
+        """Return the nouns of the text in their order, each with a `name`."""
 
 
 class Checked(NamedTuple):
-    """A class in one image. yes: P(yes) / (P(yes) + P(no)) of the language model; score: the detector's largest, and
-    its box; supported: whether that reaches the threshold."""
+    """The check of one class in one image.
+
+    Attributes:
+        name: The class.
+        yes: P(yes) / (P(yes) + P(no)) of the language model.
+        score: The detector's largest score for the class.
+        box: The box with that score.
+        supported: Whether the score reaches the threshold.
+    """
 
     name: str
     yes: float
@@ -34,19 +41,28 @@ class Checked(NamedTuple):
 
     @property
     def hallucinated(self) -> bool:
-        """The model says yes and no box supports it."""
+        """Whether the model says yes although no box supports it."""
         return self.yes >= 0.5 and not self.supported
 
 
 def check_classes(
     joint: JointModel, seen: Seen, classes: Sequence[str], threshold: float = 0.3, eyes: str = "joint"
 ) -> list[Checked]:
-    """Ask the model for each class, and the detector.
+    """Ask the language model and the detector whether each class is in an image.
 
-    eyes: "joint", the model answers from the detector's vision embedding; "own", from its own.
+    Args:
+        joint: The joint model.
+        seen: The image.
+        classes: The names of the classes.
+        threshold: The lowest score of a box that supports a class.
+        eyes: With "joint", the language model answers from the detector's vision embedding. With "own", it answers from
+            its own.
+
+    Returns:
+        One check per class.
 
     Raises:
-        InputError: no class, an empty one, or one longer than the detector's text window.
+        InputError: If there is no class, or if one is empty or longer than the detector's text window.
     """
     check_choice("eyes", eyes, EYES)
     check_names(classes)
@@ -58,7 +74,7 @@ def check_classes(
 
 
 def said_yes(joint: JointModel, seen: Seen, classes: Sequence[str], eyes: str) -> list[float]:
-    """P(yes) / (P(yes) + P(no)) of the model, asked for each class."""
+    """Return P(yes) / (P(yes) + P(no)) of the language model, asked about each class."""
     prompts, pictures = [QUESTION.format(name) for name in classes], [[seen.vision.picture]] * len(classes)
     with nullcontext() if eyes == "own" else joint.reading([seen] * len(classes)):
         return yes_probabilities(joint.vlm, pictures, prompts).tolist()
@@ -71,7 +87,7 @@ def check_names(classes: Sequence[str]) -> None:
 
 
 def best_boxes(joint: JointModel, seen: Seen, queries: Sequence[str]) -> list[Detection]:
-    """The box of largest score of each query, whatever the score."""
+    """Return the box with the largest score of each query, however low that score is."""
     found = joint.boxes(seen, queries)
     scores, tokens = found.logits.sigmoid().max(0)
     width, height = seen.vision.picture.size
@@ -83,7 +99,7 @@ def best_boxes(joint: JointModel, seen: Seen, queries: Sequence[str]) -> list[De
 
 
 class Supported(NamedTuple):
-    """A noun phrase of a description, its best box, and whether that reaches the threshold."""
+    """A noun phrase of a description, its best box, and whether the score of that box reaches the threshold."""
 
     phrase: str
     box: Detection
@@ -91,7 +107,7 @@ class Supported(NamedTuple):
 
 
 def check_text(joint: JointModel, seen: Seen, text: str, words: NounFinder, threshold: float = 0.3) -> list[Supported]:
-    """Every noun of a text with the box that supports it best, in the text's order."""
+    """Return every noun of a text with its best box, in the order of the text."""
     phrases = [mention.name for mention in words.mentions(text)]
     if not phrases:
         return []

@@ -1,7 +1,8 @@
-"""Gradient alignment (arXiv 2405.14612): which boxes of a detector pull the vision embedding the way a word does.
+"""Gradient alignment (arXiv 2405.14612): find the boxes that pull the vision embedding in the same direction as a word.
 
-The weight of box m is cos(dz_m/dE, dy/dE), z_m being its class logit for a query and y the word's logit, scaled so that
-the boxes' weights run from 0 to 1; a pixel's saliency is the largest weight among the boxes that cover it.
+The weight of box m is cos(dz_m/dE, dy/dE). Here, z_m is the class logit of the box for a query, and y is the logit of
+the word. The weights are scaled so that they run from 0 to 1 over the boxes. The saliency of a pixel is the largest
+weight of the boxes that cover it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ FALLBACK = "the detector's head has another form: its gradients were taken by ba
 
 @torch.inference_mode(False)
 def align(detector: Detector, vision: Vision, query: str, direction: Tensor) -> BoxWeights:
-    """Weigh the boxes of a query against a direction in E, [1 + n, d], such as the gradient of a word's logit."""
+    """Weigh the boxes of a query by the alignment of their gradients with a direction in E.
+
+    Args:
+        detector: The detector.
+        vision: The detector's view of the image.
+        query: The text query.
+        direction: The direction, for example the gradient of a word's logit, [1 + n, d].
+
+    Raises:
+        InputError: If the direction and E differ in shape.
+    """
     if direction.shape != vision.tokens.shape:
         raise InputError(f"the direction is {list(direction.shape)}, E is {list(vision.tokens.shape)}")
     tokens, direction = vision.tokens.clone(), direction.clone().to(vision.tokens)

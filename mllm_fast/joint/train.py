@@ -1,8 +1,10 @@
-"""Train W, self-supervised: the language model's own image embeddings are what W is to make of the detector's
-(arXiv 2405.14612, supplement). Both models stay as they are.
+"""Train W without labels (arXiv 2405.14612, supplement).
+
+W maps the detector's embedding of an image to the language model's own embeddings of that image. Both models stay
+unchanged.
 
 Several GPUs, mixed precision and gradient accumulation come from accelerate: `accelerate launch -m mllm_fast.cli joint
-train ...`. What a stopped run had reached is in `checkpoint.safetensors`, and the same command goes on from there.
+train ...`. A stopped run leaves its progress in `checkpoint.safetensors`. The same command continues from there.
 """
 
 from __future__ import annotations
@@ -35,16 +37,25 @@ if TYPE_CHECKING:
 
 CHECKPOINT, CURVE = "checkpoint.safetensors", "curve.json"
 PRECISIONS = ("no", "bf16", "fp16")
-Tell = Callable[[int, int, str], None]  # steps done, steps in all, what was measured last
+Tell = Callable[[int, int, str], None]  # steps done, total steps, latest measurements in words
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """epochs: over the images. batch: images a device and step; accumulate: such batches a step of the optimiser.
-    rate: AdamW's learning rate, after a warm-up of 3 % falling to a hundredth as a cosine. precision: "no", "bf16" or
-    "fp16", of the multiplications. held_out: share of the images that W is only measured on, at most 256. every:
-    steps between two measurements, each with a checkpoint. noise: most of the noise that W is taught to read E through,
-    in shares of E's deviation: what it makes of E then changes smoothly with it."""
+    """The settings of a training run of W.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch: Images per batch on each device.
+        accumulate: Batches per device in one step of the optimiser.
+        rate: AdamW's learning rate. It warms up over 3 % of the steps, then falls to a hundredth along a cosine.
+        precision: "no", "bf16" or "fp16", the precision of the multiplications.
+        held_out: The share of the images that W is only measured on; at most 256 images are used.
+        every: Steps between two measurements. Each measurement also writes a checkpoint.
+        seed: The seed of the weights, the order of the images and the noise.
+        noise: The largest strength of the noise that is added to E, as a share of E's standard deviation. With noise,
+            W learns an output that changes smoothly with E.
+    """
 
     epochs: int = 1
     batch: int = 16
@@ -79,12 +90,26 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     config: TrainConfig,
     tell: Tell = lambda done, total, what: None,
 ) -> Alignment:
-    """Train W and write it to the folder `out`, with the names of the two models (detector, language model) and the
-    curve. An image that cannot be used is skipped and counted.
+    """Train W and write it to a folder, with the names of the two models and the training curve.
+
+    An image that cannot be used is skipped and counted.
+
+    Args:
+        owl: The detector.
+        vlm: The language model.
+        names: The names of the detector and of the language model, as they are written to the folder.
+        pictures: The images.
+        out: The folder.
+        shape: The architecture of W.
+        config: The settings of the run.
+        tell: Called with the progress after each step and each measurement.
+
+    Returns:
+        W, in evaluation mode.
 
     Raises:
-        InputError: too few images, or a folder with a run of other settings.
-        EndsRunError: no image of a batch can be used.
+        InputError: If there are too few images, or if the folder holds a finished run or one with other settings.
+        EndsRunError: If no image of a batch can be used.
     """
     try:
         from accelerate import Accelerator
@@ -94,7 +119,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     order = np.random.default_rng(config.seed).permutation(len(pictures))
     held = order[: min(256, max(1, round(config.held_out * len(order))))]
     taught = order[len(held) :]
-    AcceleratorState._reset_state()  # else a second run of one process keeps the first one's precision
+    AcceleratorState._reset_state()  # otherwise a second run in one process keeps the first one's precision
     accelerator = Accelerator(
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
@@ -136,7 +161,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
                 with accelerator.autocast():
                     found = prepared(given.to(accelerator.device))
                 loss = (found.float() - wanted.to(found.device)).square().mean()
-                # accelerate divides by the number of batches that make a step
+                # accelerate divides the loss by the number of batches per step
                 accelerator.backward(loss)
             total += loss.item() / config.accumulate
         accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
@@ -154,13 +179,13 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate at a step."""
+    """Return the share of the learning rate that applies at a step."""
     warm_up = max(1, round(0.03 * steps))
     return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _through_noise(given: Tensor, most: float, seed: tuple[int, ...]) -> Tensor:
-    """E of images [B, n, d] with noise, of each of another strength."""
+    """Return E of images [B, n, d] with added noise; each image has its own random strength."""
     if not most:
         return given
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -169,7 +194,7 @@ def _through_noise(given: Tensor, most: float, seed: tuple[int, ...]) -> Tensor:
 
 
 def _parts(taught: np.ndarray, step: int, a_step: int, config: TrainConfig, rank: int) -> Iterator[np.ndarray]:
-    """The images' numbers of one process in one step, batch by batch; each epoch in an order of its own."""
+    """Yield the image numbers of one process in one step, batch by batch; each epoch has its own order."""
     an_epoch = len(taught) // a_step
     shuffled = np.random.default_rng([config.seed, 1, step // an_epoch]).permutation(taught)
     start = (step % an_epoch) * a_step + rank * config.batch * config.accumulate
@@ -178,7 +203,7 @@ def _parts(taught: np.ndarray, step: int, a_step: int, config: TrainConfig, rank
 
 
 def _usable(owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray) -> tuple[Tensor, Tensor, int]:
-    """Embeddings of the images that can be used, and how many cannot."""
+    """Return E and the language model's embeddings of the usable images, and the number of unusable ones."""
     images, why = [], ""
     for number in numbers:
         try:
@@ -193,7 +218,7 @@ def _usable(owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray) ->
 
 
 class _State:
-    """What a run has reached."""
+    """The progress of a training run."""
 
     def __init__(self, out: Path, settings: dict[str, Any], alignment: Alignment, optimizer: torch.optim.Optimizer):
         self.out, self.settings, self.alignment, self.optimizer = (
@@ -203,7 +228,7 @@ class _State:
             optimizer,
         )
         self.step, self.skipped = 0, 0
-        self.loss = math.nan  # of the training batches, averaged over the last ten or so
+        self.loss = math.nan  # training loss, averaged over about the last ten steps
         self.curve: list[dict[str, float]] = []
 
     def words(self) -> str:
@@ -211,10 +236,10 @@ class _State:
         return f"loss {self.loss:.4f}, distance {last:.3f}"
 
     def resume(self) -> None:
-        """Go on where a run of the same settings stopped.
+        """Continue a stopped run that has the same settings, if the folder holds one.
 
         Raises:
-            InputError: the folder has a finished run, or one of other settings.
+            InputError: If the folder holds a finished run, or one with other settings.
         """
         path = self.out / CHECKPOINT
         if not path.exists():
@@ -238,7 +263,7 @@ class _State:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
 
     def checkpoint(self) -> None:
-        """Keep what was reached; the file appears whole."""
+        """Write the progress to the checkpoint file, atomically."""
         tensors = {f"w.{name}": tensor.detach().cpu() for name, tensor in self.alignment.state_dict().items()}
         for i, parameter in enumerate(self.alignment.parameters()):
             moments = self.optimizer.state.get(parameter, {})
@@ -258,7 +283,7 @@ class _State:
 
 @torch.no_grad()
 def _measure(state: _State, owl: Detector, vlm: VLM, pictures: Pictures, held: np.ndarray, batch: int) -> None:
-    """Add to the curve, and keep a checkpoint."""
+    """Measure W on the held-out images, add the result to the curve and write a checkpoint."""
     if state.curve and state.curve[-1]["step"] == state.step:
         return
     where = next(state.alignment.parameters()).device

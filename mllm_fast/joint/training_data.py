@@ -1,4 +1,4 @@
-"""Images to learn from, and what the two models make of a batch of them."""
+"""Training images, and the embeddings that the two models compute for a batch of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class Pictures(Protocol):
-    """Images by number. `origin`: where they come from, plain JSON."""
+    """A sequence of images.
+
+    Attributes:
+        origin: Where the images come from, as plain JSON.
+    """
 
     origin: dict[str, Any]
 
@@ -31,10 +35,14 @@ class Pictures(Protocol):
 
 
 class Folder:
-    """The images of a folder and of those in it, read when they are needed.
+    """The images of a folder and of its subfolders, read when they are needed.
+
+    Args:
+        folder: The folder.
+        count: The number of images to use, the first ones by name; by default, all.
 
     Raises:
-        InputError: no folder, or no image in it.
+        InputError: If there is no such folder, or no image in it.
     """
 
     def __init__(self, folder: Path, count: int | None = None):
@@ -49,7 +57,7 @@ class Folder:
 
 
 class Scenes:
-    """Generated scenes, made when they are needed; each depends on the seed and its number alone."""
+    """Generated scenes, made when they are needed; each depends only on the seed and on its number."""
 
     def __init__(self, count: int, seed: int = 0):
         self._count, self._seed = count, seed
@@ -64,11 +72,14 @@ class Scenes:
 
 @torch.no_grad()
 def embeddings(owl: Detector, vlm: VLM, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-    """Of some images E without the class token on the language model's grid, [B, tokens, d], and the language model's
-    own image embeddings, [B, tokens, d_text]; both float32.
+    """Compute the inputs and the targets of W for some images.
+
+    Returns:
+        E without the class token on the language model's grid, [B, tokens, d], and the language model's own image
+        embeddings, [B, tokens, d_text]. Both are float32.
 
     Raises:
-        InputError: an image of several tiles, or smaller than a patch.
+        InputError: If an image has several tiles or is smaller than a patch.
     """
     inputs, layouts, _ = vlm.prompts.prepare([[image] for image in images], ["?"] * len(images))
     visions = owl.see_many(images)

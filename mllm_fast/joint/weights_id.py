@@ -1,4 +1,4 @@
-"""Which two models does W belong to?"""
+"""Fingerprints of models' weights, which tell the two models that W belongs to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch
 
 from ..models.offload import stored_tensor
 
-_SAMPLES = 256  # values of a tensor that are looked at, evenly spaced
+_SAMPLES = 256  # about so many values of each tensor are hashed, evenly spaced
 
 
 def weights_name(model: Any) -> str:
-    """SHA-256, in hexadecimal, of each weight's name, shape and some of its values, as bfloat16: the same for a model
-    loaded in float32 on a CPU and in half of that on a GPU."""
+    """Return a fingerprint of a model's weights, a SHA-256 digest in hexadecimal.
+
+    The digest covers the name, the shape and some values of each weight. The values are taken as bfloat16, so the
+    fingerprint is the same for a model in float32 on a CPU and in half precision on a GPU.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         tensor = stored_tensor(model, name) if tensor.is_meta else tensor.detach()

@@ -1,12 +1,15 @@
-"""Training batches: several questions a picture in one sequence, and patch-level targets.
+"""Training batches with several questions per image in one sequence, and targets for each patch.
 
-A picture's 144 image tokens cost far more than a question's dozen, so each picture carries several
-questions. In an *isolated* sample each question sees the picture and itself alone and takes the
-positions of a first turn (a block mask), which equals one question a prompt. In a *chained* sample
-the questions are the turns of one conversation. In a *prefixed* sample the first turn asks for a
-description, and every later question sees the picture's prefix, the words that asked for the
-description and itself, not the description: what a compressed context leaves of a first turn. A random
-part of the image tokens is hidden from it, so that the asking words learn to sum up the picture.
+The 144 tokens of an image cost far more than the dozen of a question, so each image carries several questions. There
+are three kinds of samples:
+
+- *isolated*: Each question sees only the image and itself, by a block mask, and takes the positions of a first turn.
+  This equals one prompt per question.
+- *chained*: The questions are the turns of one conversation.
+- *prefixed*: The first turn asks for a description. Every later question sees the image's prefix, the words that asked
+  for the description, and itself, but not the description. A compressed context keeps the same of a first turn. A
+  random part of the image tokens is hidden from the later questions, so that the asking words learn to sum up the
+  image.
 """
 
 from __future__ import annotations
@@ -29,14 +32,18 @@ _CENTERS = (np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), -1).reshape(
 
 
 class Mix(NamedTuple):
-    """How the samples of a batch are made.
+    """The mix of samples in a batch.
 
-    chained, prefixed: shares of samples of these kinds; the others are isolated. describe: share of the samples that
-    are not prefixed and ask for a description, in one of the first `describe_turns` turns. later: how later turns of a
-    prefixed sample see the picture. "part": all of it (one turn of four), or a share of its tokens that is often small.
-    "by object": all of it (one of four), nothing (35 in 100), or a share of the objects' tokens and one, often small,
-    of the others': a compressed context keeps hardly any token of the background. "everything": all of it. again: share
-    of the prefixed samples that ask for a description a second time, in such a later turn.
+    Attributes:
+        chained: The share of chained samples.
+        prefixed: The share of prefixed samples. The remaining samples are isolated.
+        describe: The share of the chained and isolated samples that ask for a description.
+        describe_turns: The description is asked for in one of this many first turns.
+        later: How the later turns of a prefixed sample see the image. "part": all of it (one turn of four), or a share
+            of its tokens that is often small. "by object": all of it (one of four), nothing (35 in 100), or one share
+            of the objects' tokens and another, often small, of the other tokens, because a compressed context keeps
+            hardly any background. "everything": all of it.
+        again: The share of the prefixed samples that ask for a description a second time, in a later turn.
     """
 
     chained: float
@@ -49,10 +56,16 @@ class Mix(NamedTuple):
 
 @dataclass
 class PatchTargets:
-    """What each patch shows: class 0 for background, `IGNORE` where an object covers under a fifth of
-    it. `shape`, `color` int64 [B, 144]. `offset` float32 [B, 144, 2]: (x, y) from the patch to its object's
-    centre in units of 16 pixels; `place`: that centre itself, -1 to 1 over the canvas; both NaN outside
-    objects."""
+    """The training targets of each patch.
+
+    Attributes:
+        shape: The shape in the patch, int64 [B, 144]. 0 is background, and `IGNORE` marks patches of which an object
+            covers less than a fifth.
+        color: The colour in the patch, int64 [B, 144], with the same special values.
+        offset: (x, y) from the patch to the centre of its object, in units of 16 pixels, float32 [B, 144, 2]. NaN
+            outside objects.
+        place: That centre itself, -1 to 1 over the canvas, float32 [B, 144, 2]. NaN outside objects.
+    """
 
     shape: torch.Tensor
     color: torch.Tensor
@@ -62,10 +75,19 @@ class PatchTargets:
 
 @dataclass
 class Batch:
-    """`input_ids`, `position_ids`, `labels` int64 [B, L]; `visible` bool [B, L, L]; `turn` int64 [B, L],
-    0 for the picture's prefix, -1 for padding; `question` bool [B, L], words of questions, without those
-    that ask for a description first; `last` bool [B, L], the last prompt token of a question
-    with keywords, in order of `keywords` int64 [n, 2]; `tasks` one list of task names a sample."""
+    """A training batch of sequences with images.
+
+    Attributes:
+        pixel_values: The images, float32 [B, 3, 96, 96].
+        input_ids, position_ids, labels: The tokens, their positions and the targets, int64 [B, L].
+        visible: The attention mask, bool [B, L, L].
+        turn: The turn of each token, int64 [B, L]. 0 is the image's prefix and -1 is padding.
+        question: Marks the words of questions, bool [B, L], without first turns that ask for a description.
+        last: Marks the last prompt token of each question with keywords, bool [B, L].
+        keywords: The keywords of these questions, in the order of `last`, int64 [n, 2].
+        tasks: One list of task names per sample.
+        targets: The targets of each patch.
+    """
 
     pixel_values: torch.Tensor
     input_ids: torch.Tensor
@@ -81,13 +103,13 @@ class Batch:
 
 
 def normalize(scenes: list[Scene]) -> torch.Tensor:
-    """Pixels as the processor gives them: float32 [B, 3, 96, 96] in [-1, 1]."""
+    """Return the scenes' pixels as the processor gives them, float32 [B, 3, 96, 96] in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([s.pixels for s in scenes]))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
 def patch_targets(scenes: list[Scene]) -> PatchTargets:
-    """Targets of every patch of every scene, from the objects' masks."""
+    """Compute the targets of every patch of every scene from the objects' masks."""
     size = (len(scenes), NUM_IMAGE_TOKENS)
     shape, color = np.zeros(size, np.int64), np.zeros(size, np.int64)
     offset = np.full((*size, 2), np.nan, np.float32)
@@ -111,13 +133,13 @@ def patch_targets(scenes: list[Scene]) -> PatchTargets:
 
 
 def vision_batch(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, PatchTargets]:
-    """Pictures and their patch targets, for the vision tower alone."""
+    """Draw images and their patch targets, to train the vision tower alone."""
     scenes = [generate_scene(rng) for _ in range(size)]
     return normalize(scenes), patch_targets(scenes)
 
 
 class BatchMaker:
-    """Draws scenes and questions and packs them into sequences of one fixed length."""
+    """A generator of batches, which draws scenes and questions and packs them into sequences of one fixed length."""
 
     def __init__(self, tokenizer, length: int = 240):
         self.tokenizer = tokenizer
@@ -134,7 +156,7 @@ class BatchMaker:
         return self._cache[text]
 
     def draw(self, rng: np.random.Generator, size: int, max_objects: int, mix: Mix) -> Batch:
-        """`size` pictures of up to `max_objects` objects, each with its questions."""
+        """Draw a batch of `size` images with up to `max_objects` objects each, with questions about each image."""
         scenes = [generate_scene(rng, max_objects=max_objects) for _ in range(size)]
         shape = (size, self.length)
         batch = Batch(
@@ -167,8 +189,7 @@ class BatchMaker:
         return batch
 
     def _look_back(self, batch: Batch, b: int, visible: torch.Tensor, rng: np.random.Generator, later: str) -> None:
-        """Later turns of a prefixed sample see the words that asked for the description, and a random part of the
-        picture, see `Mix`."""
+        """Let later turns of a prefixed sample see the asking words and a random part of the image, see `Mix`."""
         asking = (batch.turn[b] == 1) & (batch.labels[b] == IGNORE)
         shown = (batch.targets.shape[b] != 0).numpy()
         for turn in range(2, len(batch.tasks[b]) + 1):
@@ -197,7 +218,7 @@ class BatchMaker:
             describes = kind == "prefixed" and not tasks
             lead = "USER: " if kind != "isolated" and tasks else ""
             prompt = self.encode(f"{lead}{question.text} ASSISTANT:")
-            if kind == "prefixed" and tasks:  # the answer that was dropped is closed
+            if kind == "prefixed" and tasks:  # an end token closes the dropped answer
                 prompt = [self.tokenizer.eos_token_id, *prompt]
             answer = [*self.encode(question.answer), self.tokenizer.eos_token_id]
             end = at + len(prompt) + len(answer)

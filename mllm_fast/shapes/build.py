@@ -1,4 +1,4 @@
-"""The embedded model's architecture, tokenizer and processor, all of transformers' own classes."""
+"""The embedded model's architecture, tokenizer and processor, built from transformers' own classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the questions' words; text decodes to itself in lower case."""
+    """Build a word-level tokenizer over the questions' words; text decodes to itself in lower case."""
     words = [*SPECIAL_TOKENS, *_PUNCTUATION, *(_MARK + word for word in WORDS)]
     vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -63,8 +63,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """The LlavaProcessor of the embedded model: 96 x 96 pixels, one token a patch of 8 x 8."""
-    # the class under this name is torchvision's where torchvision is installed, else Pillow's
+    """Build the embedded model's processor, for 96 x 96 pixels and one token per patch of 8 x 8."""
+    # this name is torchvision's class if torchvision is installed, otherwise Pillow's
     from transformers import CLIPImageProcessor
 
     image_processor = CLIPImageProcessor(
@@ -91,7 +91,7 @@ def build_model(
     intermediate_size: int = 384,
     vision_layers: int = 3,
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA of random weights, embeddings tied, sized for the shapes."""
+    """Build a LLaVA with random weights and tied embeddings, sized for the shapes."""
     vision = CLIPVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,

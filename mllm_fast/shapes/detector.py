@@ -1,5 +1,7 @@
-"""The embedded detector's architecture, tokenizer and processor, all of transformers' own classes: an OWL-ViT
-(arXiv 2205.06230) of the embedded model's grid."""
+"""The embedded detector's architecture, tokenizer and processor, built from transformers' own classes.
+
+It is an OWL-ViT (arXiv 2205.06230) with the embedded model's grid.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ from transformers import OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
 from .build import PATCH
 from .scenes import CANVAS, COLORS, SHAPES
 
-TEXT_WINDOW = 16  # tokens of a query, both ends included, as in the released OWL-ViT
+TEXT_WINDOW = 16  # tokens per query with its start and end token, as in the released OWL-ViT
 _OTHER_WORDS = "a an the photo picture image of object".split()  # noqa: SIM905
-# OWL-ViT reads a query at its highest id, and takes one that begins with id 0 for padding
+# OWL-ViT reads a query at its token with the highest id, and takes a query that begins with id 0 for padding
 _FIRST, _LAST = ("<pad>", "<unk>"), ("<s>", "</s>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of queries; any other word is unknown."""
+    """Build a word-level tokenizer over the words of queries; any other word is unknown."""
     words = [*_FIRST, *sorted({*_OTHER_WORDS, *COLORS, *SHAPES}), *_LAST]
     vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -40,8 +42,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> OwlViTProcessor:
-    """96 x 96 pixels, and queries padded to the text window."""
-    # the class under this name is torchvision's where torchvision is installed, else Pillow's
+    """Build the detector's processor, for 96 x 96 pixels and queries padded to the text window."""
+    # this name is torchvision's class if torchvision is installed, otherwise Pillow's
     from transformers import OwlViTImageProcessor
 
     image_processor = OwlViTImageProcessor(
@@ -57,7 +59,7 @@ def build_model(
     text_layers: int = 2,
     num_attention_heads: int = 4,
 ) -> OwlViTForObjectDetection:
-    """An OWL-ViT of random weights, sized for the shapes; one token a patch of the embedded model's vision tower."""
+    """Build an OWL-ViT with random weights, sized for the shapes, with one token per patch of the embedded model."""
     shared = {
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
@@ -76,9 +78,9 @@ def build_model(
     model = OwlViTForObjectDetection(OwlViTConfig(text_config=text, vision_config=vision, projection_dim=hidden_size))
     heads = model.class_head, model.box_head
     for layer in (part for head in heads for part in head.modules() if isinstance(part, nn.Linear)):
-        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # transformers leaves these at 1
-    nn.init.zeros_(model.box_head.dense2.weight)  # a box begins as its patch
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # transformers leaves the deviation at 1
+    nn.init.zeros_(model.box_head.dense2.weight)  # at first, a box is its patch
     for layer, bias in ((model.class_head.logit_scale, 9.0), (model.class_head.logit_shift, -0.5)):
-        nn.init.zeros_(layer.weight)  # an object begins as rare: logits of about -5
+        nn.init.zeros_(layer.weight)  # at first, objects are rare: logits of about -5
         nn.init.constant_(layer.bias, bias)
     return model

@@ -1,6 +1,6 @@
-"""Accuracy of the embedded model on scenes it never saw: `python -m mllm_fast.shapes.evaluate`.
+"""Measure the accuracy of the embedded model on scenes it never saw: `python -m mllm_fast.shapes.evaluate`.
 
-Everything goes the public road: from_pretrained, the processor's chat template, `generate`. An answer
+The evaluation uses only public interfaces: from_pretrained, the processor's chat template and `generate`. An answer
 counts only if it is right to the letter.
 """
 
@@ -22,19 +22,19 @@ from .scenes import Scene, generate_scene
 from .second_renderer import draw_scene
 
 RENDERERS: dict[str, Callable[..., Scene]] = {"own": generate_scene, "second": draw_scene}
-SEED = 20_411  # training draws from seed 1 and watches seed 1,000,000
+SEED = 20_411  # differs from the seeds of training (1) and of its held-out scenes (1,000,000)
 TABLE = Path(__file__).parent / "accuracy.json"
 _BATCH = 50
 
 
 class Asker:
-    """A model and its processor, asked in batches."""
+    """A model with its processor that answers questions in batches."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
 
     def __call__(self, scenes: list[Scene], chats: list[list[str]]) -> list[str]:
-        """The answer to the last question of each chat, a list of question, answer, ..., question."""
+        """Return the answer to the last question of each chat; a chat is a list of question, answer, ..., question."""
         answers: list[str] = []
         for start in range(0, len(scenes), _BATCH):
             texts = [self._prompt(chat) for chat in chats[start : start + _BATCH]]
@@ -58,7 +58,7 @@ class Asker:
 
 
 def single_turn(ask_model: Asker, renderer: str, scenes: int, seed: int) -> dict[str, float]:
-    """Accuracy by task, `scenes` questions each, every one of a scene of its own."""
+    """Return the accuracy by task over `scenes` questions per task, each about a scene of its own."""
     accuracy = {}
     for task in TASKS:
         rng = np.random.default_rng([seed, TASKS.index(task)])
@@ -70,7 +70,7 @@ def single_turn(ask_model: Asker, renderer: str, scenes: int, seed: int) -> dict
 
 
 def conversations(ask_model: Asker, scenes: int, seed: int, turns: int = 4) -> dict[str, float]:
-    """Accuracy by turn of conversations in which the model sees its own earlier answers."""
+    """Return the accuracy by turn in conversations where the model sees its own earlier answers."""
     rng = np.random.default_rng([seed, 99])
     drawn: list[Scene] = []
     questions: list[list[Question]] = []
@@ -106,7 +106,7 @@ def _draw(rng: np.random.Generator, renderer: str, task: str, count: int) -> tup
 
 
 def weights_digest(folder: str | Path, name: str = "model.safetensors") -> str:
-    """SHA-256 of a model's weights, which ties the table to the weights it was made with."""
+    """Return the SHA-256 digest of a model's weights, which ties the accuracy table to these weights."""
     return hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()
 
 

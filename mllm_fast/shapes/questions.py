@@ -1,4 +1,4 @@
-"""Questions about a scene, with their answers: what the embedded model is taught and tested on."""
+"""Questions about a scene with their answers, on which the embedded model is trained and tested."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ _DESCRIBE = ("describe the image.", "describe the picture.", "describe the image
 
 @dataclass(frozen=True)
 class Question:
-    """`target` is the index of the object asked about, None where there is no single one; `keywords`
-    are the colour or shape words that the question names."""
+    """A question about a scene, with its answer.
+
+    Attributes:
+        task: The kind of question, one of `TASKS`.
+        text: The question.
+        answer: The answer.
+        target: The index of the object that is asked about, or None if there is no single one.
+        keywords: The colour or shape words in the question.
+    """
 
     task: str
     text: str
@@ -29,15 +36,17 @@ class Question:
 
 
 def ask(scene: Scene, rng: np.random.Generator, task: str) -> Question | None:
-    """One question of the kind `task`, or None if this scene does not allow it (every shape twice)."""
+    """Draw a question of the kind `task`; None if the scene does not allow it, e.g. if every shape occurs twice."""
     if task not in TASKS:
         raise ValueError(f"task is one of {', '.join(TASKS)}, got {task!r}")
     return _ASK[task](scene, rng)
 
 
 def describe(scene: Scene) -> str:
-    """Every object from left to right: "a red circle, a blue square". The article is always "a", so
-    that an answer follows from the scene by one rule; questions come with either."""
+    """Describe every object from left to right, as in "a red circle, a blue square".
+
+    The article is always "a", so that one rule gives the answer for a scene. Questions use "a" and "an".
+    """
     return ", ".join(f"a {o.color} {o.shape}" for o in scene.objects)
 
 

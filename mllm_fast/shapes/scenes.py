@@ -1,8 +1,8 @@
-"""Scenes: two to four coloured shapes on a plain or noisy background, with every object's mask.
+"""Generated scenes of two to four coloured shapes on a plain or noisy background, with the mask of every object.
 
-The generator is the ground truth of the embedded model: it trains on these scenes, and the fidelity
-benchmark compares explanation maps with `SceneObject.mask`. Everything follows from one numpy
-Generator, so a seed names a scene for ever.
+The generator is the ground truth of the embedded model. The model trains on these scenes, and the fidelity benchmark
+compares heatmaps with `SceneObject.mask`. Everything is drawn from one numpy Generator, so a seed always gives the same
+scene.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 CANVAS = 96  # pixels a side
 SIZES = (18, 30)  # smallest and largest object, pixels across
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-# Several anchors a colour: renderers disagree about what "green" is, and the model must not.
+# Each colour has several RGB anchors: renderers disagree about what "green" is, but the model must not.
 COLORS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "red": ((220, 30, 30), (255, 0, 0), (200, 20, 40)),
     "green": ((30, 170, 40), (0, 128, 0), (20, 200, 60), (0, 230, 0)),
@@ -32,8 +32,14 @@ _MIN_ORDER_GAP = 3.0  # pixels between centres in x, so that "left to right" nam
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. `mask` is bool [96, 96]; `box` is (left, top, right, bottom) in pixels, right and
-    bottom exclusive."""
+    """One object of a scene.
+
+    Attributes:
+        shape: The shape, one of `SHAPES`.
+        color: The colour, one of `COLORS`.
+        box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
+        mask: The pixels of the object, bool [96, 96].
+    """
 
     shape: str
     color: str
@@ -42,14 +48,20 @@ class SceneObject:
 
     @property
     def center(self) -> tuple[float, float]:
-        """(x, y) of the middle of the box, in pixels."""
+        """The centre (x, y) of the box, in pixels."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`pixels` uint8 [96, 96, 3]; `objects` from left to right; `background` the RGB tone under the noise."""
+    """A scene with its ground truth.
+
+    Attributes:
+        pixels: The image, uint8 [96, 96, 3].
+        objects: The objects from left to right.
+        background: The RGB tone of the background without the noise.
+    """
 
     pixels: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -61,7 +73,7 @@ class Scene:
 
 
 def generate_scene(rng: np.random.Generator, min_objects: int = 2, max_objects: int = 4) -> Scene:
-    """Draw one scene with `min_objects` to `max_objects` objects, each count equally likely."""
+    """Draw one scene with `min_objects` to `max_objects` objects; each count is equally likely."""
     if not 1 <= min_objects <= max_objects <= 4:
         raise ValueError(f"1 <= min_objects <= max_objects <= 4 is needed, got {min_objects} and {max_objects}")
     count = int(rng.integers(min_objects, max_objects + 1))
@@ -92,7 +104,7 @@ def generate_scene(rng: np.random.Generator, min_objects: int = 2, max_objects: 
 def _background(rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         return np.clip(rng.uniform(60, 205) + rng.uniform(-10, 10, 3), 0, 255)
-    light = rng.uniform(170, 245)  # a pastel: one light tone with the channels pulled apart a little
+    light = rng.uniform(170, 245)  # a pastel is one light tone with slightly different channels
     return np.clip(light - rng.uniform(0, 60, 3), 0, 255)
 
 
@@ -106,7 +118,7 @@ def _color(rng: np.random.Generator, background: np.ndarray) -> tuple[str, np.nd
 
 
 def _place(rng: np.random.Generator, count: int, smooth: bool) -> list[tuple[str, np.ndarray, int, int]] | None:
-    """`count` shapes at free places, or None when the last one found no room."""
+    """Place `count` shapes where there is room; return None if one of them finds no room."""
     taken = np.zeros((CANVAS, CANVAS), bool)
     placed: list[tuple[str, np.ndarray, int, int]] = []
     centers: list[float] = []
@@ -117,7 +129,7 @@ def _place(rng: np.random.Generator, count: int, smooth: bool) -> list[tuple[str
         for _ in range(40):
             left = int(rng.integers(0, CANVAS - width + 1))
             top = int(rng.integers(0, CANVAS - height + 1))
-            # a pixel of air all around, so that objects touch neither each other nor each other's edge
+            # one free pixel all around, so that objects touch neither each other nor each other's edge
             around = taken[max(top - 1, 0) : top + height + 1, max(left - 1, 0) : left + width + 1]
             center = left + width / 2
             if around.any() and _touches(taken, coverage, left, top):
@@ -147,9 +159,13 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def shape_coverage(shape: str, size: float, rng: np.random.Generator, smooth: bool = True) -> np.ndarray:
-    """Share of each pixel that the shape covers, float32 [h, w], cut to its bounding box.
+    """Draw a shape and return the share of each pixel that it covers, float32 [h, w], cropped to its bounding box.
 
-    `size` is the width in pixels before a turn; proportions and the turn are drawn from `rng`.
+    Args:
+        shape: The shape, one of `SHAPES`.
+        size: The width in pixels before the rotation.
+        rng: Draws the proportions and the rotation.
+        smooth: Whether the edges are antialiased.
     """
     samples = 4 if smooth else 1
     extent = int(size) + 10  # room for a turned square's corners

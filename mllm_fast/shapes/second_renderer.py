@@ -1,5 +1,7 @@
-"""The same description of a scene, drawn by other means: Pillow's polygons, pure web colours, its own
-placement. The model never trains on these; they show whether it learned shapes or one program's pixels."""
+"""A second renderer for the same kind of scenes, with Pillow's polygons, pure web colours and its own placement.
+
+The model never trains on these scenes. They show whether it learned shapes or the pixels of one program.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ _GREYS_AND_PASTELS = ("#9a9a9a", "#777777", "#bbbbbb", "#cfd8dc", "#d7ccc8", "#c
 
 
 def draw_scene(rng: np.random.Generator, min_objects: int = 2, max_objects: int = 4) -> Scene:
-    """One scene, as `scenes.generate_scene` describes it; boxes do not overlap here."""
+    """Draw one scene like `scenes.generate_scene`, but with boxes that do not overlap."""
     count = int(rng.integers(min_objects, max_objects + 1))
     boxes = _boxes(rng, count)
     tone = ImageColor.getrgb(str(rng.choice(_GREYS_AND_PASTELS)))
-    zoom = int(rng.choice((1, 4)))  # hard edges, or smooth ones by drawing large
+    zoom = int(rng.choice((1, 4)))  # hard edges, or smooth ones by drawing at 4 times the size
     picture = Image.new("RGB", (CANVAS * zoom, CANVAS * zoom), tone)
     objects = []
     for left, top, size in boxes:
@@ -50,7 +52,7 @@ def _boxes(rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
         if apart:
             boxes.append((left, top, size))
         elif rng.random() < 0.01:
-            boxes.clear()  # a full canvas: begin again
+            boxes.clear()  # the canvas may be full, so begin again
     return boxes
 
 

@@ -1,20 +1,27 @@
 """Train the embedded model from scratch: `python -m mllm_fast.shapes.train --out FOLDER`.
 
-Five stages. The vision tower learns what each patch shows; the projector and the word embeddings
-learn to name it; the whole model learns to answer; then, at a lower rate, mostly from what is left of a
-picture, first of objects and background at random, last of the tokens that the model's own description
-attended to, as in a compressed context (the language model alone: its eyes stay). Two additions to the
-answers' own loss keep the model readable (a model taught by answers alone is right, but its residual
-stream does not decode into words): image tokens stay aligned with the words for what they show, and, early on, the last
-prompt token after layer 2 must decode to the word asked about (the "lens" loss). Question words may
-not look at the picture in most samples, so that the last token fetches the answer from the picture
-itself. In a third of the samples a description is asked for first, by words that always look, and
-later questions see those words and a random part of the picture: the asking words learn to sum it up,
-as a large model's do, which is what a compressed context relies on. Figures of knockouts and of
-compression follow in part from that construction.
+Training has five stages:
 
-The weights in the package were made in four runs: `--context-steps 0 --compressed-steps 0`, and three times `--start`
-with the result: `--compressed-steps 0`; `--context-steps 0 --again 0`; `--context-steps 0 --compressed-steps 400`.
+1. The vision tower learns what each patch shows.
+2. The projector and the word embeddings learn to name it.
+3. The whole model learns to answer.
+4. At a lower rate, it learns to answer mostly from a random part of the objects and of the background.
+5. At the same lower rate, it learns to answer mostly from the image tokens that its own description attended to, as in
+   a compressed context. Only the language model is trained here, and the vision tower stays unchanged.
+
+Two additions to the loss of the answers keep the model readable. A model that is trained on answers alone answers
+right, but its residual stream does not decode into words. First, image tokens stay aligned with the words for what they
+show. Second, early in the third stage, the last prompt token after layer 2 must decode to the word that is asked about
+(the "lens" loss).
+
+In most samples, question words cannot see the image, so that the last token fetches the answer from the image itself.
+In a third of the samples, the first turn asks for a description, with words that always see the image. Later questions
+see those words and a random part of the image. So the asking words learn to sum up the image, as those of a large model
+do, and a compressed context relies on this. Figures of knockouts and of compression follow in part from this design.
+
+The weights in the package were made in four runs. The first run had `--context-steps 0 --compressed-steps 0`. The next
+three runs had `--start` with the result so far, and these options: `--compressed-steps 0`; `--context-steps 0 --again
+0`; `--context-steps 0 --compressed-steps 400`.
 """
 
 from __future__ import annotations
@@ -41,8 +48,11 @@ _LENS_LAYER = 1  # the lens reads the output of this layer
 
 
 class Alignment(nn.Module):
-    """Image tokens, as the language model reads them, classified against the words' embeddings, and
-    a linear read-out of their object's place, without which "left to right" is learned late."""
+    """The loss that keeps image tokens aligned with words.
+
+    It classifies image tokens, as the language model reads them, against the embeddings of the words. A linear head
+    also reads the place of their object; without it, "left to right" is learned late.
+    """
 
     def __init__(self, tokenizer, width: int):
         super().__init__()
@@ -67,7 +77,7 @@ class Alignment(nn.Module):
 
 
 class Trainer:  # long: one training run, its stages in order
-    """Holds the model under training; `run` goes through the stages."""
+    """A training run with its model; `run` goes through the stages."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -105,7 +115,7 @@ class Trainer:  # long: one training run, its stages in order
         self.save()
 
     def image_tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the vision tower and the projector make of the pictures, both [B, 144, width]."""
+        """Return the outputs of the vision tower and of the projector, both [B, 144, width]."""
         hidden = self.vision(pixels).last_hidden_state[:, 1:]
         return hidden, self.projector(hidden)
 
@@ -187,9 +197,12 @@ class Trainer:  # long: one training run, its stages in order
                 self.log(f"{stage} {step} ({step / steps:.0%}) loss {average:.4f}", self.accuracy(3))
 
     def compress(self, batch: Batch, visible: torch.Tensor) -> torch.Tensor:
-        """`visible` of each layer, [layers, B, L, L]: of the picture the later turns of a sample that asks for a
-        description first see what a context keeps of it, a random number of the tokens that the description attended to
-        most, layer by layer; all in a quarter of the turns, none in a tenth."""
+        """Hide the image tokens that a compressed context drops, and return the mask of each layer, [layers, B, L, L].
+
+        This concerns the later turns of samples that ask for a description first. Such a turn sees a random number of
+        the image tokens that the description attended to most, layer by layer. A quarter of the turns sees all tokens,
+        and a tenth sees none.
+        """
         rank = self.attended(batch, visible).argsort(-1, descending=True).argsort(-1)
         each = visible.expand(len(rank), *visible.shape).clone()
         image = slice(self.batches.image_start, self.batches.image_start + NUM_IMAGE_TOKENS)
@@ -203,7 +216,10 @@ class Trainer:  # long: one training run, its stages in order
 
     @torch.no_grad()
     def attended(self, batch: Batch, visible: torch.Tensor) -> torch.Tensor:
-        """Attention of the first turn's answer to each image token, a mean over heads and rows, [layers, B, 144]."""
+        """Return the first answer's attention weights on each image token, [layers, B, 144].
+
+        They are means over the heads and over the rows of the answer.
+        """
         rows = (batch.turn == 1) & (batch.labels != IGNORE) & (batch.labels != self.processor.tokenizer.eos_token_id)
         image = slice(self.batches.image_start, self.batches.image_start + NUM_IMAGE_TOKENS)
         share = rows / rows.sum(1, keepdim=True).clamp_min(1)
@@ -211,7 +227,7 @@ class Trainer:  # long: one training run, its stages in order
 
         def take(module: nn.Module, args: tuple, output: tuple) -> None:
             alpha = output[1].float().mean(1)[..., image]
-            found.append((share[..., None] * alpha).sum(1))  # a matrix product would be in bfloat16 here
+            found.append((share[..., None] * alpha).sum(1))  # a matrix product would run in bfloat16 here
 
         handles = [layer.self_attn.register_forward_hook(take) for layer in self.language.layers]
         try:
@@ -223,8 +239,13 @@ class Trainer:  # long: one training run, its stages in order
         return torch.stack(found)
 
     def hide_picture(self, batch: Batch, share: float, later: float) -> torch.Tensor:
-        """`visible` with the picture hidden from the question words of a random `share` of samples,
-        `later` of those in which a description is asked for first."""
+        """Return `visible` with the image hidden from the question words of random samples.
+
+        Args:
+            batch: The batch.
+            share: The share of the samples.
+            later: The share of the samples that ask for a description first.
+        """
         shares = torch.tensor([later if tasks[-1].startswith("then") else share for tasks in batch.tasks])
         blind = batch.question & (torch.rand(len(batch.question)) < shares)[:, None]
         return batch.visible & ~(blind[:, :, None] & (batch.input_ids == self.batches.image_id)[:, None, :])
@@ -232,9 +253,15 @@ class Trainer:  # long: one training run, its stages in order
     def forward(
         self, batch: Batch, visible: torch.Tensor, whole: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits [B, L, V], image tokens [B, 144, d], and the lens's logits [B, L, V].
+        """Run a forward pass.
 
-        visible: [B, L, L], or one of each layer. whole: not compiled, so that hooks inside of layers are called.
+        Args:
+            batch: The batch.
+            visible: The attention mask, [B, L, L], or one per layer, [layers, B, L, L].
+            whole: Whether to run the layers without compilation, so that hooks inside them are called.
+
+        Returns:
+            The logits [B, L, V], the image tokens [B, 144, d], and the logits of the lens [B, L, V].
         """
         _, image = self.image_tokens(batch.pixel_values)
         hidden = self.language.embed_tokens(batch.input_ids)
@@ -263,7 +290,7 @@ class Trainer:  # long: one training run, its stages in order
 
     @torch.no_grad()
     def accuracy(self, batches: int) -> dict[str, float]:
-        """Share of held-out answers whose every token is right, teacher-forced, by task."""
+        """Return the share of held-out answers with every token right under teacher forcing, by task."""
         self.model.eval()
         rng = np.random.default_rng(10**6)
         right: dict[str, list[bool]] = {}
@@ -289,7 +316,7 @@ class Trainer:  # long: one training run, its stages in order
 
 
 def _vision_layers(vision: Any) -> Iterable[nn.Module]:
-    return getattr(vision, "vision_model", vision).encoder.layers  # older releases keep one module more
+    return getattr(vision, "vision_model", vision).encoder.layers  # older releases of transformers have one more module
 
 
 def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -297,7 +324,7 @@ def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a training, from the command line by default."""
+    """Parse the options of a training run, from the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the weights and the processor")
     parser.add_argument("--seed", type=int, default=0)

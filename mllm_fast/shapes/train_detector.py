@@ -1,11 +1,16 @@
 """Train the embedded detector from scratch: `python -m mllm_fast.shapes.train_detector --out FOLDER`.
 
-One stage, three losses. Every token that shows an object stands for it: it is to bound it (L1 and generalised IoU),
-and to give its queries (its colour and shape, its shape, its colour) the overlap of its box with the object as their
-score (quality focal loss, arXiv 2006.04388), so that of the boxes of one object the best has the highest score. And
-heads that are thrown away read, from the vision embedding that words and boxes share, what each patch shows: a large
-detector has that from its contrastive training. The last layer reads the embedding through noise, so that what it
-makes of it changes smoothly; a part of the pictures is blurred, noisy or half hidden.
+Training has one stage and three losses. Every token that shows an object is trained to detect it:
+
+- Boxes: The token predicts the box of the object (L1 and generalised IoU).
+- Classes: The token gives a score to the queries that name the object (its colour and shape, its shape, its colour).
+  The target is the overlap of the token's box with the object (quality focal loss, arXiv 2006.04388), so that the best
+  box of an object has the highest score.
+- Patches: Heads that are discarded after training read what each patch shows, from the vision embedding that words and
+  boxes share. A large detector knows this from its contrastive training.
+
+The last layer reads the embedding through noise, so that its output changes smoothly with the embedding. Some of the
+images are blurred, noisy or partly hidden.
 """
 
 from __future__ import annotations
@@ -28,12 +33,12 @@ from .scenes import CANVAS, COLORS, SHAPES, Scene, generate_scene
 from .training import PatchHeads, adamw, cosine, set_rate
 
 _PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-_UNKNOWN = ("dog", "tree", "house")  # any word that is not in the vocabulary
-_SHOWN = 0.2  # of a token's pixels: it then shows the object
+_UNKNOWN = ("dog", "tree", "house")  # words outside the vocabulary
+_SHOWN = 0.2  # a token shows an object that covers at least this share of its pixels
 
 
 def query_text(color: str | None, shape: str | None, rng: np.random.Generator) -> str:
-    """A query, in one of the ways that people write it; half of the time "a photo of a red circle"."""
+    """Write a query in one of the ways people do; half of the time as "a photo of a red circle"."""
     words = " ".join(word for word in (color, shape or "object") if word)
     article = "an" if words[0] in "aeiou" and rng.random() < 0.5 else "a"
     bare = color if color and shape is None else words
@@ -42,15 +47,20 @@ def query_text(color: str | None, shape: str | None, rng: np.random.Generator) -
 
 
 def all_queries(rng: np.random.Generator) -> list[str]:
-    """Every pair, every shape, every colour, and something unknown."""
+    """Return a query for every pair of colour and shape, every shape, every colour, and one unknown word."""
     named = [*_PAIRS, *((None, shape) for shape in SHAPES), *((color, None) for color in COLORS)]
     return [query_text(color, shape, rng) for color, shape in named] + [f"a photo of a {rng.choice(_UNKNOWN)}"]
 
 
 class Objects:
-    """The objects of a batch, token by token: `boxes` float32 [B, T, 4], centre and size in shares of the picture;
-    `queries` float32 [B, T, Q], 1 for those of `all_queries` that name the object; `shown` bool [B, T], tokens that
-    show one; `edge` bool [B, T], those that show too little of one to say."""
+    """The training targets of each token in a batch.
+
+    Attributes:
+        boxes: The box of the token's object, centre and size in shares of the image, float32 [B, T, 4].
+        queries: 1 for the queries of `all_queries` that name the object, otherwise 0, float32 [B, T, Q].
+        shown: Marks tokens that show an object, bool [B, T].
+        edge: Marks tokens that show too little of an object to decide, bool [B, T].
+    """
 
     def __init__(self, scenes: list[Scene]):
         count, tokens = len(_PAIRS) + len(SHAPES) + len(COLORS) + 1, GRID * GRID
@@ -77,7 +87,7 @@ class Objects:
 
 
 class Trainer:
-    """Holds the detector under training."""
+    """A training run with its detector."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -85,7 +95,7 @@ class Trainer:
         self.rng = np.random.default_rng(args.seed + 1)
         self.processor = build_processor()
         self.model: Any = build_model(self.processor.tokenizer)
-        self.model.set_attn_implementation("eager")  # whose backward pass is the fast one on a CPU
+        self.model.set_attn_implementation("eager")  # its backward pass is the fast one on a CPU
         self.vision = self.model.owlvit.vision_model
         width: Any = self.model.config.vision_config
         self.heads = PatchHeads(width.hidden_size)
@@ -116,7 +126,7 @@ class Trainer:
         self.save()
 
     def pixels(self, scenes: list[Scene]) -> Tensor:
-        """Of the scenes, some made worse."""
+        """Return the pixels of the scenes, some of them degraded."""
         shown = []
         for scene in scenes:
             if self.rng.random() < self.args.degraded:
@@ -127,7 +137,7 @@ class Trainer:
         return normalize(shown)
 
     def losses(self, scenes: list[Scene], pixels: Tensor) -> Tensor:
-        """Classes, boxes (L1), boxes (1 - generalised IoU), patches: [4]."""
+        """Return the losses of classes, boxes (L1), boxes (1 - generalised IoU) and patches, [4]."""
         model, objects = self.model, Objects(scenes)
         texts = self.processor(text=all_queries(self.rng))
         with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +146,7 @@ class Trainer:
             for layer in early:
                 hidden = layer(hidden, None)
             shared = hidden
-            # read through noise: what the last layer makes of E then changes smoothly with it
+            # with noise on its input, the output of the last layer changes smoothly with E
             noise = self.rng.random() * self.args.noise * hidden.detach().float().std((1, 2), keepdim=True)
             hidden = hidden + noise * torch.randn(hidden.shape)
             features = self.vision.post_layernorm(last(hidden, None))
@@ -168,25 +178,25 @@ class Trainer:
 
 
 def quality_focal(logits: Tensor, target: Tensor) -> Tensor:
-    """Quality focal loss (arXiv 2006.04388, equation 3, beta 2) of each logit; targets 0 to 1."""
+    """Return the quality focal loss (arXiv 2006.04388, equation 3, beta 2) of each logit; targets are 0 to 1."""
     cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (target - logits.sigmoid()).square() * cross
 
 
 def iou(left: Tensor, right: Tensor) -> Tensor:
-    """Of boxes [..., 4], centre and size: [...]."""
+    """Return the intersection over union [...] of boxes [..., 4], given as centre and size."""
     both, union, _ = _areas(left, right)
     return both / union
 
 
 def generalized_iou(left: Tensor, right: Tensor) -> Tensor:
-    """Of boxes [..., 4], centre and size (arXiv 1902.09630): -1 to 1, [...]."""
+    """Return the generalised IoU (arXiv 1902.09630), -1 to 1, [...], of boxes [..., 4], given as centre and size."""
     both, union, hull = _areas(left, right)
     return both / union - (hull - union) / hull
 
 
 def _areas(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two boxes' intersection, of their union, and of the box around them."""
+    """Return the areas of two boxes' intersection, of their union, and of the box around both."""
     low_l, high_l = left[..., :2] - left[..., 2:] / 2, left[..., :2] + left[..., 2:] / 2
     low_r, high_r = right[..., :2] - right[..., 2:] / 2, right[..., :2] + right[..., 2:] / 2
     both = (torch.minimum(high_l, high_r) - torch.maximum(low_l, low_r)).clamp_min(0).prod(-1)

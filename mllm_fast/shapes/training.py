@@ -1,4 +1,4 @@
-"""What the training scripts of the embedded models share: optimiser, learning rate, and heads that read a patch."""
+"""Parts shared by the training scripts of the embedded models: optimiser, learning rate and heads for patches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .scenes import COLORS, SHAPES
 
 
 class PatchHeads(nn.Module):
-    """Throw-away heads that read a patch's shape, colour and object centre."""
+    """Heads that read a patch's shape, colour and object centre; they are discarded after training."""
 
     def __init__(self, width: int):
         super().__init__()
