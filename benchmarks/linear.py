@@ -1,7 +1,7 @@
 """How fast are linear layers of few rows? `python benchmarks/linear.py`: those of a language model, one after another.
 
 Contenders, in float32 and bfloat16, for one row (a decoder's step) to 64 (many questions together): the C++ kernel of
-`few_row_linear`, whatever "auto" would choose, and torch's own. The weights (d = 1,024, 16 layers) are larger than the
+`skinny_linear`, whatever "auto" would choose, and torch's own. The weights (d = 1,024, 16 layers) are larger than the
 caches, as a model's are: each pass reads all of them from memory.
 
 A gate comes first: the kernel's error to float64 is at most twice torch's in the same type, and a rounding of the
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from harness import in_turn, machine, median, write_result
-from mllm_fast.kernels.few_row_linear import cpu_kernel
+from mllm_fast.kernels.skinny_linear import cpu_kernel
 from torch import Tensor
 from torch.nn.functional import linear
 

@@ -86,7 +86,7 @@ def linear(found: dict) -> list[str]:
     pair = lambda row: f"{row['kernel']:.0f} against {row['torch']:.0f} ({row['torch'] / row['kernel']:.1f} x)"  # noqa: E731
     return [
         f"All linear layers of a language model of d = 1,024 and 16 layers ({found['float32 megabytes']:,.0f} MB in"
-        " float32) for a few rows, ms, `few_row_linear`'s kernel against torch; it serves up to 64 rows in float32 and"
+        " float32) for a few rows, ms, `skinny_linear`'s kernel against torch; it serves up to 64 rows in float32 and"
         " 8 in bfloat16:",
         "",
         "| rows | " + " | ".join(full) + " |",

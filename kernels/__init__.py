@@ -4,10 +4,13 @@ The package is installed as `mllm_fast.kernels` and never imports transformers. 
 Their backends (the compiled extension, Triton) are loaded by the first call that needs them.
 """
 
+import warnings
+from typing import Any
+
 from .dispatch import backend_report, wide_type
-from .few_row_linear import few_row_linear, worth_reading
 from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import Base, OperatorCache, Unembedding, logprob_increase, weight_state
+from .skinny_linear import skinny_linear, worth_reading
 from .topk_compaction import Compaction, topk_compaction
 from .weighted_values import weighted_values
 
@@ -18,14 +21,21 @@ __all__ = [
     "OperatorCache",
     "Unembedding",
     "backend_report",
-    "few_row_linear",
     "join",
     "knockout_attention",
     "logprob_increase",
     "segment_table",
+    "skinny_linear",
     "topk_compaction",
     "weight_state",
     "weighted_values",
     "wide_type",
     "worth_reading",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "few_row_linear":  # until 0.3
+        warnings.warn("few_row_linear is called skinny_linear now", DeprecationWarning, stacklevel=2)
+        return skinny_linear
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

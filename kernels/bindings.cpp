@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
-#include "few_row_linear/cpu_kernel.h"
+#include "skinny_linear/cpu_kernel.h"
 #include "knockout_attention/cpu_kernel.h"
 #include "logprob_increase/cpu_kernel.h"
 #include "weighted_values/cpu_kernel.h"
@@ -122,10 +122,10 @@ PYBIND11_MODULE(_cpu, m) {
       " head, scale. heads: index into layers, row of query, head. sizes: positions, width. See"
       " weighted_values/cpu_kernel.h.");
   m.def(
-      "few_row_linear",
+      "skinny_linear",
       [](std::array<uintptr_t, 4> arrays, std::array<bool, 2> bfloat16, std::array<int64_t, 3> sizes, int threads,
          const std::string& isa) {
-        mllm::FewRowLinear p;
+        mllm::SkinnyLinear p;
         p.x = pointer<const void>(arrays[0]);
         p.weight = pointer<const void>(arrays[1]);
         p.bias = pointer<const void>(arrays[2]);
@@ -136,12 +136,12 @@ PYBIND11_MODULE(_cpu, m) {
         p.columns = sizes[1];
         p.depth = sizes[2];
         p.threads = threads;
-        mllm::few_row_linear(p, isa);
+        mllm::skinny_linear(p, isa);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("arrays"), py::arg("bfloat16"), py::arg("sizes"),
       py::arg("threads"), py::arg("isa"),
       "arrays: x, weight, bias, out; bfloat16: x and out, weight and bias; sizes: rows, columns, depth. See"
-      " few_row_linear/cpu_kernel.h.");
+      " skinny_linear/cpu_kernel.h.");
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");
 }

@@ -22,7 +22,7 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "triton": (torch.float16, torch.bfloat16, torch.float32),
         "cpu": (torch.float32, torch.bfloat16),
     },
-    "few_row_linear": {"cpu": (torch.float32, torch.bfloat16)},
+    "skinny_linear": {"cpu": (torch.float32, torch.bfloat16)},
     "logprob_increase": {
         "triton": (torch.float16, torch.bfloat16, torch.float32),
         "cpu": (torch.float32, torch.bfloat16),
@@ -36,7 +36,7 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 
 
 # op -> note in the report on the calls that the C++ kernel leaves to torch
-_LEFT = {"few_row_linear": "; it serves few rows of a large weight, torch the others"}
+_LEFT = {"skinny_linear": "; it serves few rows of a large weight, torch the others"}
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:

@@ -148,11 +148,11 @@ def test_choices(monkeypatch):
 def test_report_says_what_each_op_uses(monkeypatch):
     report = backend_report()
     ops = {"knockout_attention", "logprob_increase", "topk_compaction", "weighted_values"}
-    assert set(report) == {*ops, "few_row_linear"}
+    assert set(report) == {*ops, "skinny_linear"}
     if EXTENSION and not torch.cuda.is_available():
         line = f"CPU: C++ for float32, bfloat16, {SETS[0]} (this processor has {', '.join(SETS)})"
         assert report["knockout_attention"].startswith(line)
-        assert report["few_row_linear"].endswith("it serves few rows of a large weight, torch the others")
+        assert report["skinny_linear"].endswith("it serves few rows of a large weight, torch the others")
     assert "plain torch (no C++ kernel" in report["topk_compaction"]
     monkeypatch.setattr(dispatch, "cpu_extension", lambda: (None, "the C++ extension is not built"))
     assert "CPU: plain torch (the C++ extension is not built)" in backend_report()["knockout_attention"]
@@ -162,8 +162,8 @@ def test_report_says_what_each_op_uses(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "")
     gpu = "GPU (Some GPU, sm_90): Triton for float16, bfloat16, float32; CPU"
     assert all(backend_report()[op].startswith(gpu) for op in ops)
-    linear = backend_report()["few_row_linear"]
+    linear = backend_report()["skinny_linear"]
     assert linear.startswith("GPU (Some GPU, sm_90): torch's own matrix products; CPU: plain torch")
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
     assert all(backend_report()[op].startswith("GPU: refused, triton is not installed; CPU") for op in ops)
-    assert backend_report()["few_row_linear"] == linear
+    assert backend_report()["skinny_linear"] == linear

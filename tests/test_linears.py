@@ -8,13 +8,13 @@ import pytest
 import tiny
 import torch
 from mllm_fast.kernels.dispatch import cpu_extension
-from mllm_fast.kernels.few_row_linear import cpu_kernel
+from mllm_fast.kernels.skinny_linear import cpu_kernel
 from PIL import Image
 from torch import nn
 
 import mllm_fast as mf
 import mllm_fast.runtime.linear
-from mllm_fast.runtime.linear import few_row_linears
+from mllm_fast.runtime.linear import skinny_linears
 
 needs_extension = pytest.mark.skipif(cpu_extension()[0] is None, reason="the C++ extension is not built")
 
@@ -43,7 +43,7 @@ def served(monkeypatch):
         seen.append(tuple(weight.shape))
         return nn.functional.linear(x, weight, bias)
 
-    monkeypatch.setattr(mllm_fast.runtime.linear, "few_row_linear", spy)
+    monkeypatch.setattr(mllm_fast.runtime.linear, "skinny_linear", spy)
     return seen
 
 
@@ -51,7 +51,7 @@ def test_only_the_large_layers_and_only_inside(served):
     text, x = Text(), torch.randn(2, 300)
     with torch.inference_mode():
         expected = text(x)
-        with few_row_linears(text):
+        with skinny_linears(text):
             assert torch.equal(text(x), expected)
         assert served == [(300, 300), (500, 300)]
         text(x)
@@ -63,7 +63,7 @@ def test_the_kernel_is_as_right_as_torch():
     text, x = Text(), torch.randn(5, 300)
     with torch.inference_mode():
         low = text(x)
-        with few_row_linears(text):
+        with skinny_linears(text):
             got = text(x)
         wide = Text()
         wide.decoder.double(), wide.head.double()
@@ -73,7 +73,7 @@ def test_the_kernel_is_as_right_as_torch():
 
 def test_restored_after_an_exception():
     text = Text()
-    with pytest.raises(RuntimeError, match="on purpose"), few_row_linears(text):
+    with pytest.raises(RuntimeError, match="on purpose"), skinny_linears(text):
         raise RuntimeError("on purpose")
     assert not any("forward" in vars(layer) for layer in text.layers())
 
@@ -83,14 +83,14 @@ def test_gradients_take_torchs_way():
     text(x).sum().backward()
     expected = text.head.weight.grad
     text.head.weight.grad = None
-    with few_row_linears(text):
+    with skinny_linears(text):
         text(x).sum().backward()
     assert torch.equal(text.head.weight.grad, expected)
 
 
 def test_autocast_takes_torchs_way(served):
     text, x = Text(), torch.randn(2, 300)
-    with few_row_linears(text), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with skinny_linears(text), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert text(x).dtype == torch.bfloat16
     assert not served
 
@@ -99,7 +99,7 @@ def test_someone_elses_forward_is_left_alone(served):
     text, x = Text(), torch.randn(2, 300)
     mine = text.head.forward
     text.head.forward = mine
-    with torch.inference_mode(), few_row_linears(text):
+    with torch.inference_mode(), skinny_linears(text):
         text(x)
     assert served == [(300, 300)]
     assert text.head.forward is mine
@@ -108,7 +108,7 @@ def test_someone_elses_forward_is_left_alone(served):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_other_backends_leave_the_layers_as_they_are(served, backend):
     text, x = Text(), torch.randn(2, 300)
-    with torch.inference_mode(), few_row_linears(text, backend):
+    with torch.inference_mode(), skinny_linears(text, backend):
         text(x)
     assert not served
 
@@ -118,7 +118,7 @@ def test_other_backends_leave_the_layers_as_they_are(served, backend):
 def test_a_whole_model_answers_the_same(family, monkeypatch):
     """Every linear layer of a real text part on the C++ kernel, however small: the same words, maps to rounding."""
     monkeypatch.setattr(mllm_fast.runtime.linear, "worth_reading", lambda weight: True)
-    monkeypatch.setattr(sys.modules["mllm_fast.kernels.few_row_linear"], "worth_reading", lambda weight: True)
+    monkeypatch.setattr(sys.modules["mllm_fast.kernels.skinny_linear"], "worth_reading", lambda weight: True)
     shapes = []
     linear = cpu_kernel.linear
     monkeypatch.setattr(cpu_kernel, "linear", lambda x, *rest: shapes.append(len(x)) or linear(x, *rest))

@@ -12,6 +12,7 @@ import pytest
 from typer.main import get_command
 
 import mllm_fast as mf
+from mllm_fast import kernels
 from mllm_fast.cli.app import app
 from mllm_fast.explain.scores import Scores
 from mllm_fast.joint import JointModel
@@ -90,6 +91,8 @@ def test_old_names_work_for_one_release(shapes, picture):
     ctx = shapes.compress(picture, keep=3, score="key_norm")
     with pytest.warns(DeprecationWarning, match="pictures is called canvases now"):
         assert ctx.pictures[0].size == picture.size
-    for thing, name in ((ex, "no_such_name"), (ctx, "no_such_name")):
+    with pytest.warns(DeprecationWarning, match="few_row_linear is called skinny_linear now"):
+        assert kernels.few_row_linear is kernels.skinny_linear
+    for thing, name in ((ex, "no_such_name"), (ctx, "no_such_name"), (kernels, "no_such_name")):
         with pytest.raises(AttributeError, match=name):
             getattr(thing, name)

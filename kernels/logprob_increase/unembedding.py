@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..few_row_linear import few_row_linear
-from ..few_row_linear.torch_kernel import blocks
+from ..skinny_linear import skinny_linear
+from ..skinny_linear.torch_kernel import blocks
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,23 @@ class Unembedding:
         return out
 
     def of_rows(self, rows: Tensor, backend: str = "auto") -> Tensor:
-        """Compute weight diag(gain) row for each of the rows [n, d], as [n, V]; `backend` as in `few_row_linear`."""
+        """Compute weight diag(gain) row for each of the rows [n, d], as [n, V]; `backend` as in `skinny_linear`."""
         rows = rows if self.gain is None else rows * self.gain.to(rows.dtype)
-        return few_row_linear(rows, self.weight, backend=backend)
+        return skinny_linear(rows, self.weight, backend=backend)
 
     def offset(self, dtype: torch.dtype, backend: str = "auto") -> Tensor | None:
         """Return the part of the logits that does not depend on x.
 
         Args:
             dtype: Dtype of the result.
-            backend: As in `few_row_linear`.
+            backend: As in `skinny_linear`.
 
         Returns:
             weight norm_bias + bias, [V], or None if both biases are None.
         """
         total = None
         if self.norm_bias is not None:
-            total = few_row_linear(self.norm_bias.to(dtype), self.weight, backend=backend)
+            total = skinny_linear(self.norm_bias.to(dtype), self.weight, backend=backend)
         if self.bias is not None:
             total = self.bias.to(dtype) if total is None else total + self.bias.to(dtype)
         return total

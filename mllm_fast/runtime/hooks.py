@@ -29,7 +29,7 @@ from ..knockout.plan import Plan
 from ..models.offload import device_of
 from ..models.text_model import TextModel
 from .attention import Closed, RowMask, attend, attend_dense, row_mask, seen_by
-from .linear import few_row_linears
+from .linear import skinny_linears
 
 # arguments of a decoder that a replay makes itself, or that only choose what the decoder returns
 _REPLAYED = (
@@ -164,7 +164,7 @@ def recording(
         if str(text.config._attn_implementation).startswith("mllm_fast_"):
             raise RuntimeError("this model is being recorded already; leave that block first")
         made = _Attachment(text, rows, knockouts, shares, backend, attention_fn, on_weights)
-        with few_row_linears(text, backend), made.attached() as record:
+        with skinny_linears(text, backend), made.attached() as record:
             yield record
 
 

@@ -1,7 +1,7 @@
-"""Context manager that runs a model's large linear layers on `few_row_linear`.
+"""Context manager that runs a model's large linear layers on `skinny_linear`.
 
-Inside `with few_row_linears(text)` the large linear layers of the text part, the head included, compute on
-`few_row_linear`. A decoding step reads every weight, and torch reads them at half of the memory's speed. When the block
+Inside `with skinny_linears(text)` the large linear layers of the text part, the head included, compute on
+`skinny_linear`. A decoding step reads every weight, and torch reads them at half of the memory's speed. When the block
 ends, also by an exception, the layers are restored. No other module touches transformers' linear layers.
 """
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import few_row_linear, worth_reading
+from ..kernels import skinny_linear, worth_reading
 from ..models.text_model import TextModel
 
 _found: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Linear]]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def few_row_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
-    """Run the large linear layers of a model on `few_row_linear` inside the block.
+def skinny_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
+    """Run the large linear layers of a model on `skinny_linear` inside the block.
 
     It is for one thread at a time, which `hooks.model_lock` ensures.
 
@@ -52,7 +52,7 @@ def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
         or type(layer.weight) is not nn.Parameter  # a quantised weight, say
     ):
         return F.linear(input, layer.weight, layer.bias)
-    return few_row_linear(input, layer.weight, layer.bias)
+    return skinny_linear(input, layer.weight, layer.bias)
 
 
 def _large(text: TextModel) -> list[nn.Linear]:

@@ -111,9 +111,7 @@ def linear(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
     x, weight, bias = given["x"], given["weight"], given["bias"]
     out = np.zeros((len(x), len(weight)), x.dtype)
     kinds = [x.dtype == np.uint16, weight.dtype == np.uint16]
-    module.few_row_linear(
-        [at(x), at(weight), at(bias), at(out)], kinds, [len(x), len(weight), x.shape[1]], threads, isa
-    )
+    module.skinny_linear([at(x), at(weight), at(bias), at(out)], kinds, [len(x), len(weight), x.shape[1]], threads, isa)
     return [out]
 
 
@@ -155,7 +153,7 @@ def weighted_cases():
 KERNELS = {
     "attention": (attention, attention_cases),
     "increase": (increase, increase_cases),
-    "few_row_linear": (linear, linear_cases),
+    "skinny_linear": (linear, linear_cases),
     "weighted_values": (weighted, weighted_cases),
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..dispatch import choose
 from . import torch_kernel
 
-__all__ = ["few_row_linear", "worth_reading"]
+__all__ = ["skinny_linear", "worth_reading"]
 
 # up to this number of rows the C++ kernel was faster wherever it was measured; see benchmarks/linear.py
 _MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
@@ -26,7 +26,7 @@ def worth_reading(weight: Tensor) -> bool:
     return weight.nbytes >= _LEAST_BYTES
 
 
-def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Compute x weight^T + bias, summed in float32 (float64 for float64).
 
     Args:
@@ -47,7 +47,7 @@ def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bac
     wants_grad = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias))
     if backend == "auto" and (wants_grad or not _few(x, weight)):
         backend = "torch"
-    if choose(weight.device, weight.dtype, backend, op="few_row_linear") == "torch":
+    if choose(weight.device, weight.dtype, backend, op="skinny_linear") == "torch":
         return torch_kernel.linear(x, weight, bias)
     if wants_grad:
         raise ValueError("backend 'cpu' computes no gradients: use 'torch' or 'auto', or torch.no_grad()")

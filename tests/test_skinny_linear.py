@@ -1,4 +1,4 @@
-"""few_row_linear: every instruction set against float64, at odd shapes; what it refuses; who is served by what."""
+"""skinny_linear: every instruction set against float64, at odd shapes; what it refuses; who is served by what."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mllm_fast.kernels import few_row_linear
+from mllm_fast.kernels import skinny_linear
 from mllm_fast.kernels.dispatch import cpu_extension
-from mllm_fast.kernels.few_row_linear import cpu_kernel, torch_kernel
+from mllm_fast.kernels.skinny_linear import cpu_kernel, torch_kernel
 
 EXTENSION, _ = cpu_extension()
 SETS = EXTENSION.instruction_sets() if EXTENSION else []
@@ -68,17 +68,17 @@ def test_any_shape_and_stride():
     expected = torch.nn.functional.linear(x, weight, bias)
     apart = torch.stack([weight, weight], -1)[..., 0]
     assert not apart.is_contiguous()
-    got = few_row_linear(x.view(2, 3, 4, 50), apart, bias, backend="cpu")
+    got = skinny_linear(x.view(2, 3, 4, 50), apart, bias, backend="cpu")
     torch.testing.assert_close(got, expected.view(2, 3, 4, 70))
-    assert few_row_linear(x[0], weight, backend="cpu").shape == (70,)
-    assert few_row_linear(x[:0], weight, backend="cpu").shape == (0, 70)
+    assert skinny_linear(x[0], weight, backend="cpu").shape == (70,)
+    assert skinny_linear(x[:0], weight, backend="cpu").shape == (0, 70)
 
 
 @needs_extension
 def test_nan_stays_in_its_row():
     x, weight, bias = draw(7, 30, 40)
     x[3, 5] = float("nan")
-    got = few_row_linear(x, weight, bias, backend="cpu")
+    got = skinny_linear(x, weight, bias, backend="cpu")
     assert got[3].isnan().all()
     assert got[[0, 1, 2, 4, 5, 6]].isfinite().all()
 
@@ -97,27 +97,27 @@ def test_nan_stays_in_its_row():
         (1, 512, torch.float64, False),
     ],
 )
-def test_auto_takes_the_kernel_for_few_rows_of_a_large_weight(monkeypatch, rows, size, dtype, served):
+def test_auto_takes_the_kernel_for_skinnys_of_a_large_weight(monkeypatch, rows, size, dtype, served):
     used = []
     monkeypatch.setattr(cpu_kernel, "linear", lambda *_: used.append(True))
-    few_row_linear(torch.zeros(rows, size, dtype=dtype), torch.zeros(size, size, dtype=dtype))
+    skinny_linear(torch.zeros(rows, size, dtype=dtype), torch.zeros(size, size, dtype=dtype))
     assert bool(used) == served
 
 
 def test_gradients_flow_by_torch():
     x, weight, bias = draw(2, 300, 300)
     weight.requires_grad_()
-    few_row_linear(x, weight, bias).sum().backward()
+    skinny_linear(x, weight, bias).sum().backward()
     torch.testing.assert_close(weight.grad[0], x.sum(0))
     with pytest.raises(ValueError, match="computes no gradients"):
-        few_row_linear(x, weight, bias, backend="cpu")
+        skinny_linear(x, weight, bias, backend="cpu")
 
 
 def test_a_narrow_weight_is_not_rounded_to():
     """x in float32 keeps its digits where the weight is bfloat16."""
     x, weight, bias = draw(3, 20, 30, (F32, BF16))
     for backend in ("torch", *(["cpu"] if EXTENSION else [])):
-        check(few_row_linear(x, weight, bias, backend=backend), x, weight, bias)
+        check(skinny_linear(x, weight, bias, backend=backend), x, weight, bias)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_narrow_weight_is_not_rounded_to():
 def test_bad_input(change, message):
     arguments = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4)} | change
     with pytest.raises(ValueError, match=message):
-        few_row_linear(**arguments)
+        skinny_linear(**arguments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -147,7 +147,7 @@ def test_a_gpu_does_not_widen_the_weight():
         truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         low = torch.nn.functional.linear(x, weight.float(), bias.float())
         with torch.no_grad():
-            got = few_row_linear(x, weight, bias)
+            got = skinny_linear(x, weight, bias)
         assert got.dtype == F32
         sums = x.double().abs() @ weight.double().abs().T + bias.double().abs()
         assert ((got - truth).abs() <= 2 * (low - truth).abs() + 4 * torch.finfo(F32).eps * sums).all()

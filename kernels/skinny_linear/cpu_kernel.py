@@ -9,7 +9,7 @@ from ..dispatch import cpu_extension, instruction_set
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Tensor:
-    """Compute `few_row_linear` for a weight in float32 or bfloat16 and `x` in the weight's dtype or float32.
+    """Compute `skinny_linear` for a weight in float32 or bfloat16 and `x` in the weight's dtype or float32.
 
     `isa` selects an instruction set (for tests); None selects the best of the processor.
     """
@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = Non
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
     extension, _ = cpu_extension()
     if out.numel():
-        extension.few_row_linear(  # type: ignore[union-attr]
+        extension.skinny_linear(  # type: ignore[union-attr]
             (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
             (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16),
             (out.numel() // columns, columns, depth),

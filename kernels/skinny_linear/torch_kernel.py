@@ -12,7 +12,7 @@ _CHUNK = 1 << 24  # elements of a weight that are widened at a time: 64 MiB of f
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `few_row_linear` for any number of rows."""
+    """Compute `skinny_linear` for any number of rows."""
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     if weight.is_cuda and (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16) and not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-// A linear layer of a few rows; see few_row_linear/__init__.py for the definition.
+// A linear layer of a few rows; see skinny_linear/__init__.py for the definition.
 #include "cpu_kernel.h"
 
 #include <algorithm>
@@ -11,18 +11,18 @@
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
 
-#define MLLM_PATH "../few_row_linear/cpu_path.h"
+#define MLLM_PATH "../skinny_linear/cpu_path.h"
 #include "../cpu/each_isa.h"
 
 namespace mllm {
 
-void few_row_linear(const FewRowLinear& p, const std::string& isa) {
+void skinny_linear(const SkinnyLinear& p, const std::string& isa) {
 #if defined(MLLM_X86)
   // reading bounds it, not multiplying: neither tiles nor pairs
-  if (isa == "amx" || isa == "avx512_bf16" || isa == "avx512") return avx512::few_row_linear(p);
-  if (isa == "avx2") return avx2::few_row_linear(p);
+  if (isa == "amx" || isa == "avx512_bf16" || isa == "avx512") return avx512::skinny_linear(p);
+  if (isa == "avx2") return avx2::skinny_linear(p);
 #endif
-  if (isa == "plain") return plain::few_row_linear(p);
+  if (isa == "plain") return plain::skinny_linear(p);
   throw std::invalid_argument("unknown instruction set " + isa);
 }
 

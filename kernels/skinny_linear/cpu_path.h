@@ -74,14 +74,14 @@ static mllm::Floats& scratch() {
 template <typename X, typename W>
 struct Layer {
   static constexpr int EACH = std::max<int>(1, WEIGHTS * LANES * sizeof(W) / LINE);  // lines of a tile a step
-  const mllm::FewRowLinear& p;
+  const mllm::SkinnyLinear& p;
   const X* x = static_cast<const X*>(p.x);
   const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
   X* out = static_cast<X*>(p.out);
   const int64_t blocks = (p.rows + MOST - 1) / MOST, whole = p.depth / LANES * LANES;
   mllm::Floats& packed;
 
-  explicit Layer(const mllm::FewRowLinear& problem) : p(problem), packed(scratch()) {
+  explicit Layer(const mllm::SkinnyLinear& problem) : p(problem), packed(scratch()) {
     packed.resize(p.rows * whole);
     for (int64_t b = 0; b < blocks; ++b) {
       float* to = packed.data() + first(b) * whole;
@@ -131,7 +131,7 @@ struct Layer {
 };
 
 template <typename X, typename W>
-static void few_row_linear(const mllm::FewRowLinear& p) {
+static void skinny_linear(const mllm::SkinnyLinear& p) {
   const Layer<X, W> layer(p);
   const int64_t tiles = p.columns / WEIGHTS;
   const int64_t tile_bytes = WEIGHTS * p.depth * static_cast<int64_t>(sizeof(W));
@@ -146,7 +146,7 @@ static void few_row_linear(const mllm::FewRowLinear& p) {
   for (int64_t n = tiles * WEIGHTS; n < p.columns; ++n) layer.column(n);
 }
 
-static void few_row_linear(const mllm::FewRowLinear& p) {
-  if (p.rows_bfloat16) return few_row_linear<uint16_t, uint16_t>(p);
-  p.weight_bfloat16 ? few_row_linear<float, uint16_t>(p) : few_row_linear<float, float>(p);
+static void skinny_linear(const mllm::SkinnyLinear& p) {
+  if (p.rows_bfloat16) return skinny_linear<uint16_t, uint16_t>(p);
+  p.weight_bfloat16 ? skinny_linear<float, uint16_t>(p) : skinny_linear<float, float>(p);
 }

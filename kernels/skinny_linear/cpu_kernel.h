@@ -4,8 +4,8 @@
 
 namespace mllm {
 
-// out = x weight^T + bias of a few rows; see few_row_linear/__init__.py.
-struct FewRowLinear {
+// out = x weight^T + bias of a few rows; see skinny_linear/__init__.py.
+struct SkinnyLinear {
   const void *x = nullptr, *weight = nullptr;  // [rows, depth], [columns, depth]
   const void* bias = nullptr;                  // [columns] or null
   void* out = nullptr;                         // [rows, columns]
@@ -16,6 +16,6 @@ struct FewRowLinear {
 };
 
 // Fills p.out; `isa` is one of instruction_sets() of cpu/isa.h.
-void few_row_linear(const FewRowLinear& p, const std::string& isa);
+void skinny_linear(const SkinnyLinear& p, const std::string& isa);
 
 }  // namespace mllm
