@@ -64,7 +64,7 @@ def measure(vlm: mf.VLM, task: str, count: int, seed: int, norm: str) -> dict:
         if question is None:
             continue
         drawn += 1
-        ex = vlm.explain(scene.image, question.text, norm=norm)
+        ex = vlm.explain(scene.image, question.text, final_norm=norm)
         if ex.text != question.answer:
             continue
         on = touches(scene, question.target, ex.layout.images[0].grid)

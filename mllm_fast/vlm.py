@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .context.compress import compress
 from .context.context import Context
+from .core.deprecation import renamed_parameters
 from .core.errors import InputError
 from .core.images import MAX_PIXELS
 from .explain.explanation import Explanation, nothing_generated
@@ -117,13 +118,14 @@ class VLM(ModelRunner):
             answers.append(said)
         return answers[0] if isinstance(prompt, str) else answers
 
+    @renamed_parameters(norm="final_norm")
     def explain(
         self,
         image: Images | None,
         prompt: str,
         answer: str | Sequence[int] | None = None,
         *,
-        norm: str = "frozen",
+        final_norm: str = "frozen",
         knockout: Knockouts = None,
         max_new_tokens: int = 32,
         **options: Any,
@@ -134,14 +136,14 @@ class VLM(ModelRunner):
             image: An image, several images for one prompt, or None for a prompt of text alone.
             prompt: The question, without the image placeholder.
             answer: A text (or its token ids) to explain in place of the model's own answer.
-            norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
+            final_norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
             knockout: As in `generate`; the explanation is then that of the model with these knockouts.
             max_new_tokens, options: As in `generate`, for one sequence and one beam.
 
         Returns:
             An `Explanation`.
         """
-        check_norm(norm)
+        check_norm(final_norm)
         pictures = self.prompts.load(image)
         inputs, (layout,), padding = self.prompts.prepare([pictures], [prompt])
         plan = self.plan(knockout, [layout], padding)
@@ -165,17 +167,18 @@ class VLM(ModelRunner):
             said,
             prompt=prompt,
             images=pictures,
-            norm=norm,
+            final_norm=final_norm,
             replay=Replay(self.text, record, said.layout, as_rules(knockout), self.backend),
         )
 
+    @renamed_parameters(norm="final_norm")
     def stream(
         self,
         image: Images | None,
         prompt: str,
         *,
         explain: bool = False,
-        norm: str = "frozen",
+        final_norm: str = "frozen",
         knockout: Knockouts = None,
         attention_share: bool = False,
         max_new_tokens: int = 32,
@@ -189,10 +192,10 @@ class VLM(ModelRunner):
         Args:
             image, prompt: As in `explain`.
             explain: Record what `heatmap`, `top_heads` and other methods of a step need.
-            norm, knockout, attention_share, max_new_tokens, options: As in `explain` and `generate`, for one sequence
-                and one beam.
+            final_norm, knockout, attention_share, max_new_tokens, options: As in `explain` and `generate`, for one
+                sequence and one beam.
         """
-        check_norm(norm)
+        check_norm(final_norm)
         one_answer("stream", options)
         pictures = self.prompts.load(image)
         inputs, (layout,), _ = self.prompts.prepare([pictures], [prompt])
@@ -202,7 +205,7 @@ class VLM(ModelRunner):
             prompt=prompt,
             images=pictures,
             explain=explain,
-            norm=norm,
+            final_norm=final_norm,
             knockout=knockout,
             shares=AttentionShares([layout], [0], len(self.text.layers)) if attention_share else None,
             stop_ids=self.prompts.stop_ids(options),
@@ -238,8 +241,9 @@ class VLM(ModelRunner):
         with patched(self, rules):
             yield
 
+    @renamed_parameters(norm="final_norm")
     @contextmanager
-    def recording(self, *knockouts: Knockout, norm: str = "frozen") -> Iterator[Recorded]:
+    def recording(self, *knockouts: Knockout, final_norm: str = "frozen") -> Iterator[Recorded]:
         """Record what the caller's own calls of the model generate inside the block, so that it can be explained.
 
         Example:
@@ -249,15 +253,15 @@ class VLM(ModelRunner):
 
         Args:
             knockouts: As in `knocked_out`; none by default.
-            norm: "frozen" or "own", see `explain`.
+            final_norm: "frozen" or "own", see `explain`.
 
         Yields:
             A `Recorded`, which explains the last call of the block, inside the block or afterwards.
         """
-        check_norm(norm)
+        check_norm(final_norm)
         rules = as_rules(knockouts)
         with patched(self, rules, rows=1) as calls:
-            yield Recorded(self, rules, norm, calls)
+            yield Recorded(self, rules, final_norm, calls)
 
     def compress(
         self,

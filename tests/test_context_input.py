@@ -170,9 +170,9 @@ BAD = [
     (lambda c: c.kept(9), "layers are 0 to 2, got 9"),
     (lambda c: c.explain("two", ""), "the answer to be explained is empty"),
     (lambda c: c.explain("two", "red", do_sample=True), "nothing is generated"),
-    (lambda c: c.explain("two", norm="both"), "norm is 'frozen' or 'own'"),
+    (lambda c: c.explain("two", final_norm="both"), "final_norm is 'frozen' or 'own'"),
     (lambda c: c.explain("two", "red").verify(), "keep too little to run the model again"),
-    (lambda c: c.stream("two", norm="both"), "norm is 'frozen' or 'own'"),
+    (lambda c: c.stream("two", final_norm="both"), "final_norm is 'frozen' or 'own'"),
     (lambda c: c.stream("two", num_return_sequences=2), "follows one sequence"),
 ]
 

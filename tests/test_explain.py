@@ -83,7 +83,7 @@ def pair(family, built, picture):
 @pytest.mark.parametrize("norm", ["frozen", "own"])
 def test_scores_equal_the_oracle(pair, picture, norm):
     vlm, oracle = pair
-    ex = vlm.explain(picture, QUESTION, ANSWER, norm=norm)
+    ex = vlm.explain(picture, QUESTION, ANSWER, final_norm=norm)
     assert ex.token_ids == oracle.ids
     for token in range(len(oracle.ids)):
         positions = ex.position_scores(token, "all").reshape(ex.num_layers, ex.num_heads, -1)

@@ -144,8 +144,8 @@ def test_steps_explain_what_explain_explains(vlm, picture, knockout, later):
 
 
 def test_steps_of_own_norm(vlm, picture):
-    ex = vlm.explain(picture, QUESTION, norm="own", max_new_tokens=2)
-    steps = list(vlm.stream(picture, QUESTION, explain=True, norm="own", max_new_tokens=2))
+    ex = vlm.explain(picture, QUESTION, final_norm="own", max_new_tokens=2)
+    steps = list(vlm.stream(picture, QUESTION, explain=True, final_norm="own", max_new_tokens=2))
     torch.testing.assert_close(steps[1].head_scores, ex.head_scores[1], rtol=1e-6, atol=1e-7)
 
 
@@ -306,7 +306,7 @@ def test_errors(vlm, picture):
     with pytest.raises(mf.InputError, match="stream follows one sequence, got num_beams=2"):
         vlm.stream(picture, QUESTION, num_beams=2)
     with pytest.raises(mf.InputError, match="norm is 'frozen' or 'own', got 'mine'"):
-        vlm.stream(picture, QUESTION, norm="mine")
+        vlm.stream(picture, QUESTION, final_norm="mine")
     with pytest.raises(mf.InputError, match="max_new_tokens is at least 1, got 0"):
         vlm.stream(picture, QUESTION, max_new_tokens=0)
     step = next(vlm.stream(picture, QUESTION))

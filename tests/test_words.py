@@ -88,6 +88,10 @@ def test_old_names_work_for_one_release(shapes, picture):
     with pytest.warns(DeprecationWarning, match="token_values is called attribution now"):
         old = ex.token_values(0)
     assert (old == ex.attribution(0)).all()
+    with pytest.warns(DeprecationWarning, match="norm is called final_norm now"):
+        assert ex.norm == "frozen"
+    with pytest.warns(DeprecationWarning, match=r"norm= of VLM.explain is called final_norm= now"):
+        assert shapes.explain(picture, "what color is the star?", norm="own").final_norm == "own"
     ctx = shapes.compress(picture, keep=3, score="key_norm")
     with pytest.warns(DeprecationWarning, match="pictures is called canvases now"):
         assert ctx.pictures[0].size == picture.size

@@ -85,7 +85,9 @@ def explain(  # long: the options of a command are its parameters
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
-    norm: Annotated[str, typer.Option(help="Statistics of the final norm: frozen or own.")] = "frozen",
+    final_norm: Annotated[
+        str, typer.Option("--final-norm", "--norm", help="The statistics of the final norm: frozen or own.")
+    ] = "frozen",
     verify: Annotated[
         bool, typer.Option("--verify", help="Check each word's map of --method by knocking its patches out.")
     ] = False,
@@ -131,7 +133,7 @@ def explain(  # long: the options of a command are its parameters
         check_target(out, ENDINGS)
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers)
-    options: dict[str, Any] = {"norm": norm, "knockout": rules}
+    options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules}
     if joint is None:
         reader: Any = load(model, device, dtype, max_pixels, backend)
     else:

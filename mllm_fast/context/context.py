@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.deprecation import renamed
+from ..core.deprecation import renamed, renamed_parameters
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..explain.explanation import Explanation, nothing_generated
@@ -200,12 +200,19 @@ class Context:
         """Start a conversation over this context, in which each question sees the earlier questions and answers."""
         return Chat(self)
 
+    @renamed_parameters(norm="final_norm")
     def stream(
-        self, question: str, *, explain: bool = False, norm: str = "frozen", max_new_tokens: int = 32, **options: Any
+        self,
+        question: str,
+        *,
+        explain: bool = False,
+        final_norm: str = "frozen",
+        max_new_tokens: int = 32,
+        **options: Any,
     ) -> Stream:
         """Answer token by token; see `VLM.stream`."""
         vlm = self.vlm
-        check_norm(norm)
+        check_norm(final_norm)
         one_answer("stream", options)
         ids = self.questions.ids(question, max_new_tokens)
         session = self.questions.decoder(1)
@@ -216,7 +223,7 @@ class Context:
             prompt=question,
             images=self.canvases,
             explain=explain,
-            norm=norm,
+            final_norm=final_norm,
             stop_ids=vlm.prompts.stop_ids(options),
             source=_Asked(self.questions, session),
         )
@@ -233,12 +240,13 @@ class Context:
         stream.begin(start)
         return stream
 
+    @renamed_parameters(norm="final_norm")
     def explain(
         self,
         question: str,
         answer: str | Sequence[int] | None = None,
         *,
-        norm: str = "frozen",
+        final_norm: str = "frozen",
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Explanation:
@@ -247,7 +255,7 @@ class Context:
         Image patches that were dropped have score 0. See `VLM.explain`; this explanation cannot be verified.
         """
         vlm = self.vlm
-        check_norm(norm)
+        check_norm(final_norm)
         ids = self.questions.ids(question, max_new_tokens)
         session = self.questions.decoder(1)
         sequence = torch.cat([self.input_ids, torch.tensor(ids)])
@@ -268,7 +276,7 @@ class Context:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         count = len(said_text.token_ids)
         trace = self.questions.trace(session, record, count, len(said_text.input_ids) - 1)
-        return Explanation.of(vlm, trace, said_text, prompt=question, images=self.canvases, norm=norm)
+        return Explanation.of(vlm, trace, said_text, prompt=question, images=self.canvases, final_norm=final_norm)
 
     def save(self, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
         """Write the context to a .safetensors file, which appears whole or not at all.

@@ -36,7 +36,7 @@ class Explanation(Scores):
         *,
         prompt: str,
         images: list[Any],
-        norm: str,
+        final_norm: str,
         replay: Replay | None = None,
     ) -> Explanation:
         """Build the explanation of an answer that a runner's model gave while it was recorded."""
@@ -48,7 +48,7 @@ class Explanation(Scores):
             decode=runner.processor.tokenizer.decode,
             prompt=prompt,
             images=images,
-            norm=norm,
+            final_norm=final_norm,
             backend=runner.backend,
             replay=replay,
         )

@@ -64,7 +64,7 @@ def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
     result: dict[str, Any] = {
         "question": ex.prompt,
         "answer": ex.text,
-        "norm": ex.norm,
+        "norm": ex.final_norm,
         "tokens": [_token_summary(ex, i, numbers) for i in range(len(ex.tokens))],
         "images": [
             {"size": list(i.size), "grid": list(i.grid), "box": list(i.box), "tokens": len(i.positions)}
@@ -157,7 +157,7 @@ def _safetensors(ex: Scores, token: int | None, method: str) -> bytes:
             tensors[f"image_{i}.boxes"] = found[0].boxes
             tensors[f"image_{i}.box_weights"] = torch.stack([one.weights for one in found])
             tensors[f"image_{i}.box_scores"] = torch.stack([one.scores for one in found])
-    about = {"question": ex.prompt, "answer": ex.text, "norm": ex.norm, "tokens": json.dumps(ex.tokens)}
+    about = {"question": ex.prompt, "answer": ex.text, "norm": ex.final_norm, "tokens": json.dumps(ex.tokens)}
     return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
 
 
@@ -165,7 +165,7 @@ def _html(ex: Scores, token: int | None, method: str) -> bytes:
     meaning = HEATMAP_METHODS.get(method).meaning
     data = {
         "question": ex.prompt,
-        "norm": ex.norm,
+        "norm": ex.final_norm,
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],

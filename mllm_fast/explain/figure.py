@@ -138,7 +138,7 @@ def _note(ex: Scores, method: str, heads: int) -> str:
     meaning = HEATMAP_METHODS.get(method).meaning
     if method == "logprob":
         meaning = meaning.replace("the best", f"the {min(heads, ex.num_layers * ex.num_heads)} best")
-        meaning += f" ({ex.norm} norm)"
+        meaning += f" ({ex.final_norm} norm)"
     if method == ALIGNMENT:
         meaning += ", of each word 0 to 1"
     return f"Colour: {meaning}."

@@ -21,8 +21,8 @@ from .replay import Replay
 class Recorded:
     """What `VLM.recording` records of the last call inside its block, to explain the answers of that call."""
 
-    def __init__(self, runner: ModelRunner, rules: tuple[Knockout, ...], norm: str, calls: list[PatchedCall]):
-        self._runner, self._rules, self._norm, self._calls = runner, rules, norm, calls
+    def __init__(self, runner: ModelRunner, rules: tuple[Knockout, ...], final_norm: str, calls: list[PatchedCall]):
+        self._runner, self._rules, self._final_norm, self._calls = runner, rules, final_norm, calls
 
     def explanation(
         self, image: Images | None, sequence: int = 0, *, output: Tensor | None = None, prompt: str | None = None
@@ -76,7 +76,7 @@ class Recorded:
             answer,
             prompt=_question(layout.positions("query"), ids, tokenizer) if prompt is None else prompt,
             images=pictures,
-            norm=self._norm,
+            final_norm=self._final_norm,
             replay=Replay(runner.text, call.record, answer.layout, self._rules, runner.backend) if alone else None,
         )
 

@@ -25,10 +25,10 @@ from .verification import Verification
 from .write_scores import WriteScores
 
 
-def check_norm(norm: str) -> None:
+def check_norm(final_norm: str) -> None:
     """Raise InputError for an unknown norm."""
-    if norm not in ("frozen", "own"):
-        raise InputError(f"norm is 'frozen' or 'own', got {norm!r}")
+    if final_norm not in ("frozen", "own"):
+        raise InputError(f"final_norm is 'frozen' or 'own', got {final_norm!r}")
 
 
 class Scores:
@@ -45,7 +45,7 @@ class Scores:
         input_ids: the token ids of the whole sequence, answer included, int64 [N].
         prompt: the question.
         images: the images, as PIL images.
-        norm: "frozen" or "own".
+        final_norm: "frozen" or "own", the statistics of the final norm.
         trace: the recorded rows and the key/value cache, a `Trace`.
         text_model: the model's decoder layers, output projections, final norm and unembedding, a `TextModel`.
         unembedding: the final norm and the unembedding in the form that the kernels take, an `Unembedding`.
@@ -63,7 +63,7 @@ class Scores:
         decode: Callable[[list[int]], str],
         prompt: str,
         images: list,
-        norm: str,
+        final_norm: str,
         backend: str = "auto",
         replay: Replay | None = None,
     ):
@@ -74,7 +74,7 @@ class Scores:
         self.input_ids: Tensor = answer.input_ids
         self.prompt = prompt
         self.images = images
-        self.norm = norm
+        self.final_norm = final_norm
         self.text_model = text_model
         self.trace = trace
         self.decode = decode
@@ -83,11 +83,13 @@ class Scores:
         # set only for explanations by a joint model
         self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None
         self._replay = replay
-        self._writes = WriteScores(text_model, self.unembedding, trace, answer.token_ids, norm, operators, backend)
+        self._writes = WriteScores(
+            text_model, self.unembedding, trace, answer.token_ids, final_norm, operators, backend
+        )
         self._head_scores: Tensor | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
 
-    __getattr__ = renamed(token_values="attribution")
+    __getattr__ = renamed(token_values="attribution", norm="final_norm")
 
     @property
     def num_layers(self) -> int:

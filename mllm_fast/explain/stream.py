@@ -119,7 +119,7 @@ class Stream(Iterator[Step]):
         prompt: str,
         images: list[Any],
         explain: bool,
-        norm: str,
+        final_norm: str,
         stop_ids: set[int],
         knockout: Knockout | Sequence[Knockout] | None = None,
         shares: AttentionShares | None = None,
@@ -130,7 +130,7 @@ class Stream(Iterator[Step]):
         self.images = images
         self._vlm = vlm
         self._explain = explain
-        self._norm = norm
+        self._final_norm = final_norm
         self._shares = shares
         self._source = source
         self._stop_ids = stop_ids
@@ -235,4 +235,4 @@ class Stream(Iterator[Step]):
             trace = make_trace(record, cache, 1, length)
         else:
             trace = self._source.trace(record, cache, length)
-        return Explanation.of(vlm, trace, said, prompt=self.prompt, images=self.images, norm=self._norm)
+        return Explanation.of(vlm, trace, said, prompt=self.prompt, images=self.images, final_norm=self._final_norm)

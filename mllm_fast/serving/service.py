@@ -212,7 +212,7 @@ class Service:
                     for _ in stream:
                         yield None
                     answer = stream.answer.token_ids
-            yield vlm.explain(pictures, question, answer, knockout=rules, norm=request.norm)
+            yield vlm.explain(pictures, question, answer, knockout=rules, final_norm=request.norm)
 
         made = await self.client.last(pieces)
         if request.token is not None:
