@@ -29,6 +29,7 @@ class Registry(Generic[T]):
 
     def __init__(self, what: str, group: str, modules: Mapping[str, str]):
         self.what, self.group = what, group
+        self._a_thing = f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
         self._own = frozenset(modules)
         self._modules = dict(modules)
         self._found: dict[str, T] = {}
@@ -45,10 +46,10 @@ class Registry(Generic[T]):
             InputError: The name is taken, or is not lower-case letters, digits, "-" and "_".
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-            raise InputError(f"the name of a {self.what} is lower-case letters, digits, '-' and '_', got {name!r}")
+            raise InputError(f"the name of {self._a_thing} is lower-case letters, digits, '-' and '_', got {name!r}")
         # a module that is run again (a notebook's cell, a worker's import) registers its things again
         if self._modules.get(name, module) != module:
-            raise InputError(f"there is a {self.what} {name!r} already; choose another name")
+            raise InputError(f"there is {self._a_thing} {name!r} already; choose another name")
         self._modules[name] = module
         self._found[name] = thing
 
@@ -69,7 +70,7 @@ class Registry(Generic[T]):
         if name not in self._found:
             self._load(name)
         if name not in self._found:
-            raise InputError(f"a {self.what} is one of {', '.join(self.names())}, got {name!r}")
+            raise InputError(f"{self._a_thing} is one of {', '.join(self.names())}, got {name!r}")
         return self._found[name]
 
     def __contains__(self, name: object) -> bool:
