@@ -126,7 +126,7 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
                     sources=["upload", "clipboard"],
                     label="Image",
                     height=320,
-                    elem_id="picture",
+                    elem_id="image",
                 )
                 question = gr.Textbox(label="Question", value="Describe the image.", max_lines=4, elem_id="question")
                 with gr.Row():
