@@ -61,7 +61,7 @@ def _by_stem(task: Path, inner: str, endings: tuple[str, ...]) -> dict[str, list
 
 def _mme_sample(task: str, stem: str, pictures: list[Path], texts: list[Path]) -> Sample:
     name = f"{task}/{stem}"
-    for what, files in (("picture", pictures), ("text file of questions", texts)):
+    for what, files in (("image", pictures), ("text file of questions", texts)):
         if len(files) != 1:
             state = f"is there {len(files)} times" if files else "is missing"
             return Sample(name, [*pictures, *texts][0], group=task, problem=f"{name}: its {what} {state}")
