@@ -97,7 +97,7 @@ def test_nan_stays_in_its_row():
         (1, 512, torch.float64, False),
     ],
 )
-def test_auto_takes_the_kernel_for_skinnys_of_a_large_weight(monkeypatch, rows, size, dtype, served):
+def test_auto_takes_the_kernel_for_few_rows_of_a_large_weight(monkeypatch, rows, size, dtype, served):
     used = []
     monkeypatch.setattr(cpu_kernel, "linear", lambda *_: used.append(True))
     skinny_linear(torch.zeros(rows, size, dtype=dtype), torch.zeros(size, size, dtype=dtype))
