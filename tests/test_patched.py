@@ -169,6 +169,24 @@ def test_each_sequence_of_a_batch_is_explained(family, vlms, picture):
             ex.heatmap(0, "rollout")
 
 
+def test_a_loop_of_ones_own_is_explained(family, vlms, picture):
+    """What `generate` would have returned is given as output."""
+    vlm = vlms(family)
+    inputs = dict(inputs_of(vlm, [picture], [QUESTION]))
+    ids, cache = inputs.pop("input_ids"), DynamicCache()
+    del inputs["attention_mask"]
+    with vlm.recording() as recorded, torch.no_grad():
+        for step in range(3):
+            fed, extra = (ids, inputs) if step == 0 else (ids[:, -1:], {})
+            logits = vlm.model(input_ids=fed, use_cache=True, **{CACHE: cache}, **extra).logits
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        with pytest.raises(mf.InputError, match="give what was generated as output="):
+            recorded.explanation(picture)
+    ex = recorded.explanation(picture, output=ids)
+    expected = vlm.explain(picture, QUESTION, ex.token_ids)
+    torch.testing.assert_close(ex.head_scores, expected.head_scores, rtol=2e-3, atol=2e-5)
+
+
 def test_what_cannot_be_followed_is_refused(vlms, picture):
     vlm, rules = vlms("llava"), RULES["image->query"]
     inputs = inputs_of(vlm, [picture], [QUESTION])
@@ -186,6 +204,13 @@ def test_what_cannot_be_followed_is_refused(vlms, picture):
         inside = cache_of(vlm.model(**inputs, use_cache=True))
         with pytest.raises(mf.InputError, match="one token a sequence"):
             vlm.model(input_ids=inputs["input_ids"][:, :2], use_cache=True, **{CACHE: inside})
+        with pytest.raises(mf.InputError, match="is read from it"):
+            vlm.model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None, None].bool()})
+        pair = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        of_two = cache_of(vlm.model(**pair, use_cache=True))
+        of_two.batch_select_indices(torch.tensor([1]))
+        with pytest.raises(mf.InputError, match="not known which is whose"):
+            vlm.model(input_ids=one, use_cache=True, **{CACHE: of_two})
         with pytest.raises(RuntimeError, match="recorded already"):
             vlm.generate(picture, QUESTION, knockout=rules)
     with pytest.raises(mf.InputError, match="at least one Knockout"), vlm.knocked_out():

@@ -12,9 +12,8 @@ def main() -> None:
     from ..core.plugins import load_plugins
 
     try:
-        load_plugins(
-            _named(sys.argv[1:])
-        )  # before the options are created, because their help lists the plugins' methods
+        # before the options are created, because their help lists the plugins' methods
+        load_plugins(_named(sys.argv[1:]))
     except InputError as error:
         print(f"mllm-fast: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -46,14 +46,14 @@ def _import(name: str) -> ModuleType:
     except Exception as error:  # a file can raise anything
         raise InputError(f"the plugin {name} cannot be imported: {first_line(error)}") from error
     finally:
-        if is_file and found_elsewhere(module, path):
+        if is_file and _found_elsewhere(module, path):
             sys.path.remove(str(path.parent))
-    if is_file and found_elsewhere(module, path):
+    if is_file and _found_elsewhere(module, path):
         raise InputError(f"the plugin {name} has the name of another module ({found.__name__}); rename the file")
     return found
 
 
-def found_elsewhere(module: str, path: Path) -> bool:
+def _found_elsewhere(module: str, path: Path) -> bool:
     """Return whether the module of this name is not the one in this file."""
     known = getattr(sys.modules.get(module), "__file__", None)
     return known is None or Path(known).resolve() != path

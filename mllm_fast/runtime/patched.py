@@ -118,6 +118,11 @@ class _Patch:
                 "after its first pass a cache takes one token a sequence here: of several it is not known whether they"
                 " are prompt or answer; use the model's generate, or read the whole prompt in one pass"
             )
+        if len(ids) % len(call.layouts):
+            raise InputError(
+                f"the cache holds {len(call.layouts)} prompts, the call {len(ids)} sequences, so it is not known which"
+                " is whose: keep all sequences of a batch"
+            )
         self._current = call
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -151,7 +156,14 @@ class _Patch:
                 " tokens are the image's is read from the ids"
             )
         mask = inputs.get("attention_mask")
-        mask = torch.ones_like(ids) if not isinstance(mask, Tensor) or mask.ndim != 2 else mask[:, : ids.shape[1]]
+        if mask is None:
+            mask = torch.ones_like(ids)
+        elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            got = str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(
+                f"attention_mask is [sequences, tokens] as input_ids, {list(ids.shape)}, in the first call of a prompt"
+                f" inside this block; got {got}: where padding ends is read from it"
+            )
         rows, padding = [], []
         for row, seen in zip(ids.cpu(), mask.bool().cpu(), strict=True):
             where = seen.nonzero()[:, 0]
