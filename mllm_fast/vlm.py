@@ -16,6 +16,7 @@ from .context.context import Context
 from .core.deprecation import renamed_parameters
 from .core.errors import InputError
 from .core.images import MAX_PIXELS
+from .core.layout import TokenLayout
 from .explain.explanation import Explanation, nothing_generated
 from .explain.recorded import Recorded
 from .explain.replay import Replay
@@ -106,8 +107,9 @@ class VLM(ModelRunner):
         shares = None
         if attention_share:
             one_answer("attention_share", options)
-            shares = AttentionShares(layouts, padding, len(self.text.layers))
-        output = self.run(inputs, max_new_tokens, options, plan, shares)
+            shares = self._shares(layouts, padding)
+        whole = {} if shares is None else self.whole_cache()
+        output = self.run(inputs, max_new_tokens, {**whole, **options}, plan, shares)
         sequences = output if isinstance(output, Tensor) else output.sequences
         stop_ids, several = self.prompts.stop_ids(options), len(sequences) // len(prompts)
         answers = []
@@ -117,6 +119,9 @@ class VLM(ModelRunner):
                 said = replace(said, attention_share=shares.of(b, len(said.token_ids)))
             answers.append(said)
         return answers[0] if isinstance(prompt, str) else answers
+
+    def _shares(self, layouts: Sequence[TokenLayout], padding: Sequence[int]) -> AttentionShares:
+        return AttentionShares(layouts, padding, len(self.text.layers), self.text.site_layers)
 
     @renamed_parameters(norm="final_norm")
     def explain(
@@ -149,7 +154,13 @@ class VLM(ModelRunner):
         plan = self.plan(knockout, [layout], padding)
         if answer is None:
             one_answer("explain", options)
-            settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
+            settings = {
+                **self.whole_cache(),
+                **options,
+                "num_beams": 1,
+                "use_cache": True,
+                "return_dict_in_generate": True,
+            }
             with hooks.recording(self.text, 1, plan, backend=self.backend) as record:
                 output = self.run(inputs, max_new_tokens, settings)
             sequence, cache = output.sequences[0], cache_of(output)
@@ -163,7 +174,7 @@ class VLM(ModelRunner):
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         return Explanation.of(
             self,
-            make_trace(record, cache, len(said.token_ids), layout.prompt_length),
+            make_trace(self.text, record, cache, len(said.token_ids), layout.prompt_length),
             said,
             prompt=prompt,
             images=pictures,
@@ -207,10 +218,11 @@ class VLM(ModelRunner):
             explain=explain,
             final_norm=final_norm,
             knockout=knockout,
-            shares=AttentionShares([layout], [0], len(self.text.layers)) if attention_share else None,
+            shares=self._shares([layout], [0]) if attention_share else None,
             stop_ids=self.prompts.stop_ids(options),
         )
-        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
+        whole = self.whole_cache() if explain or attention_share else {}
+        settings = {**whole, **options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
         stream.begin(lambda: self.run(inputs, max_new_tokens, settings))
         return stream
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mllm_fast.core.errors import InputError
-from mllm_fast.runtime.attention import RowMask, attend, row_mask
+from mllm_fast.runtime.attention import attend
 from mllm_fast.runtime.hooks import recording
+from mllm_fast.runtime.row_mask import RowMask, row_mask
 
 QUESTION = "what color is the circle ?"
 
@@ -160,8 +161,34 @@ def test_unknown_attention_is_refused(built, picture):
             function(attention, q, q, q, None)
         with pytest.raises(NotImplementedError, match="dropout"):
             function(attention, q, q, q, None, dropout=0.1)
-    with pytest.raises(NotImplementedError, match="indices alone"):
-        row_mask(1, 2, 2, use_vmap=True)
+
+
+def test_a_rule_that_is_no_function_of_indices_is_an_array():
+    blocks = torch.tensor([[0, 1, 1, 2]])
+
+    def rule(batch, head, row, key):
+        return (key <= row) | (blocks[batch, row] == blocks[batch, key])
+
+    mask = row_mask(1, 4, 4, mask_function=rule, use_vmap=True)
+    assert not isinstance(mask, RowMask)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_other_code_finds_an_array_in_a_mask():
+    """A model may look at the mask, cut it or add to it; it is a tensor that takes no memory until then."""
+    mask = row_mask(2, 3, 5, q_offset=2, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    whole = mask.block(0, 3)
+    assert isinstance(mask, torch.Tensor)
+    assert (mask.shape, mask.ndim) == ((2, 1, 3, 5), 4)
+    assert mask.stride() == (0, 0, 0, 0)
+    assert torch.equal(mask[:, :, -1:], whole[:, :, -1:])
+    assert torch.equal(~mask, ~whole)
+    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(whole, 0.0, -1.0))
+    assert mask.to("cpu", non_blocking=True) is mask
+    assert isinstance(mask.to("meta"), RowMask)
+    assert torch.equal(mask.to(torch.float32), whole.float())
+    with pytest.raises(InputError, match="static cache"):
+        mask.contiguous()
 
 
 def test_recording_takes_the_last_rows(built, picture):

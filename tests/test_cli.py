@@ -137,7 +137,7 @@ BAD = {
     "no tokenizer": (lambda t: ["explain", "--model", folder_without(t, "tokenizer.json")], "no tokenizer"),
     "damaged weights": (lambda t: ["explain", "--model", damaged_weights(t)], "cannot be loaded"),
     "text-only": (lambda t: ["explain", "--model", text_only(t)], "no vision part"),
-    "unlisted": (lambda t: ["explain", "--model", unlisted(t)], "llava, internvl, qwen2_5_vl"),
+    "unlisted": (lambda t: ["explain", "--model", unlisted(t)], "cannot be loaded"),
     "GPU": (lambda t: ["explain", "--device", "cuda:99"], "--device cpu"),
     "device": (lambda t: ["explain", "--device", "gpu"], "device is"),
     "dtype": (lambda t: ["explain", "--dtype", "int4"], "dtype is one of"),

@@ -180,7 +180,7 @@ def test_explains_what_is_kept(vlm, picture):
     with torch.no_grad(), recording(vlm.text, 3, plan) as record:
         output = vlm.model(**knocked.whole(vlm, [picture], PROMPT, more[:-1]), use_cache=True)
     masked = ctx.explain(QUESTIONS[0], "red green two")
-    masked.trace = make_trace(record, cache_of(output), 3, ex.layout.prompt_length)
+    masked.trace = make_trace(vlm.text, record, cache_of(output), 3, ex.layout.prompt_length)
     torch.testing.assert_close(ex.head_scores, masked.head_scores, rtol=1e-6, atol=1e-7)
     for token in range(3):
         torch.testing.assert_close(ex.attention(token), masked.attention(token), rtol=1e-6, atol=1e-7)

@@ -100,7 +100,7 @@ def test_a_share_or_a_count(keep):
 def test_asking_changes_nothing(vlm, picture, ctx):
     """Neither the context nor the model, also when it fails in mid-pass."""
     before = [t.clone() for t in (ctx.keys, ctx.values, ctx.positions, ctx.input_ids)]
-    state = [attrgetter(name)(vlm.model) for name in vlm.adapter.state]
+    state = [attrgetter(name)(vlm.model) for name in vlm.text.findings.state]
     first = ctx.ask(QUESTIONS[0], max_new_tokens=4)
     ctx.ask_many(QUESTIONS, max_new_tokens=3)
     chat = ctx.chat()
@@ -118,7 +118,7 @@ def test_asking_changes_nothing(vlm, picture, ctx):
     after = (ctx.keys, ctx.values, ctx.positions, ctx.input_ids)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert vlm.text.config._attn_implementation == "sdpa"
-    assert [attrgetter(name)(vlm.model) for name in vlm.adapter.state] == state
+    assert [attrgetter(name)(vlm.model) for name in vlm.text.findings.state] == state
     assert ctx.ask(QUESTIONS[0], max_new_tokens=4).token_ids == first.token_ids
     with pytest.raises(AttributeError):
         ctx.position = 0
@@ -184,7 +184,7 @@ def test_bad_input_is_named(built, picture, call, message):
         call(vlm.compress(picture, keep=0.3, prompt=PROMPT, score="query"))
 
 
-def test_what_cannot_be_compressed(built, picture, monkeypatch):
+def test_what_cannot_be_compressed(built, picture):
     vlm = mf.VLM(*built("internvl"))
     for options, message in (
         ({"score": "best"}, "score is one of"),
@@ -195,9 +195,6 @@ def test_what_cannot_be_compressed(built, picture, monkeypatch):
     ):
         with pytest.raises(mf.InputError, match=message):
             vlm.compress(picture, **{"prompt": PROMPT, **options})
-    monkeypatch.setattr(vlm.text.config, "layer_types", ["full_attention", "sliding_attention", "full_attention"])
-    with pytest.raises(mf.InputError, match="sliding window"):
-        vlm.compress(picture, prompt=PROMPT)
 
 
 def test_the_drawing_has_a_picture_a_layer(vlm, picture):

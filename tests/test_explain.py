@@ -110,7 +110,7 @@ def test_writes_add_up(pair, picture):
     inputs, _ = vlm.prepare(picture, QUESTION)
     with recording(vlm.text, rows=1) as record, torch.no_grad():
         cache = cache_of(vlm.model(**inputs, use_cache=True))
-    trace = make_trace(record, cache, 1, oracle.prompt_length)
+    trace = make_trace(vlm.text, record, cache, 1, oracle.prompt_length)
     for layer in range(len(vlm.text.layers)):
         heads = trace.output[0, layer]
         for head in range(vlm.text.num_heads):
@@ -241,7 +241,7 @@ def test_left_padding_changes_nothing(pair, picture):
         inputs["pixel_values"] = inputs["pixel_values"].double()
         with recording(vlm.text, rows=1) as record, torch.no_grad():
             cache = cache_of(vlm.model(**inputs, use_cache=True))
-        return make_trace(record, cache, 1, inputs["input_ids"].shape[1], batch_index=index)
+        return make_trace(vlm.text, record, cache, 1, inputs["input_ids"].shape[1], batch_index=index)
 
     alone = trace([prompt("describe this")], 0)
     padded = trace([prompt(QUESTION + " red green blue"), prompt("describe this")], 1)
@@ -319,7 +319,7 @@ def test_quantised_weights_are_refused():
     model, processor = tiny.llava()
     attention = model.model.language_model.layers[1].self_attn
     attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(mf.InputError, match="float8"):
+    with pytest.raises(mf.InputError, match="Float8"):
         mf.VLM(model, processor)
 
 
@@ -330,7 +330,7 @@ def test_projections_are_those_of_the_weight_there_is(built, together, monkeypat
     monkeypatch.setattr("mllm_fast.models.text_model._STACKED_BYTES", together << 25)
 
     def everywhere():
-        found = list(vlm.text.projections(kept.device, kept.dtype))
+        found = list(vlm.text.writes.projections(kept.device, kept.dtype))
         assert len(found) == (1 if together else len(vlm.text.layers))
         assert [layer for some, _ in found for layer in range(some.start, some.stop)] == [*range(len(vlm.text.layers))]
         return torch.cat([weight for _, weight in found])[0, 1].mT

@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import mllm_fast as mf
 from mllm_fast.context.registry import PRUNING_SCORES
 from mllm_fast.core import registry
+from mllm_fast.core.layout import Tile
 from mllm_fast.core.plugins import load_plugins
 from mllm_fast.evaluation.registry import EVALUATIONS
 from mllm_fast.evaluation.studies.fidelity import Fidelity
 from mllm_fast.explain import heatmap_method
 from mllm_fast.explain.registry import HEATMAP_METHODS
+from mllm_fast.models import Adapter
 from mllm_fast.models.architectures import ARCHITECTURES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
@@ -140,49 +142,58 @@ def test_an_evaluation(example, tmp_path):
     assert json.loads(done.stdout)["answer-length"]["tokens"] > 1
 
 
-def vipllava():
-    """A tiny random ViP-LLaVA with the tiny LLaVA's processor."""
+class AcmeConfig(LlavaConfig):
+    model_type = "acme_llava"
+
+
+class AcmeModel(LlavaForConditionalGeneration):
+    config_class = AcmeConfig
+
+
+def acme():
+    """A model of a type that nobody has heard of, with the tiny LLaVA's processor."""
     like, processor = tiny.llava()
     torch.manual_seed(3)
-    config = VipLlavaConfig(
-        vision_config=like.config.vision_config,
-        text_config=like.config.text_config,
-        image_token_index=like.config.image_token_id,
-        vision_feature_layers=[-2, -1],
-    )
-    config.image_token_id = like.config.image_token_id
-    return VipLlavaForConditionalGeneration(config).eval(), processor
+    config = AcmeConfig(**{**like.config.to_dict(), "model_type": "acme_llava"})
+    return AcmeModel(config).eval(), processor
 
 
-def test_an_architecture(example, picture, tmp_path):
-    model, processor = vipllava()
-    with pytest.raises(mf.InputError, match="'vipllava' is not supported"):
-        mf.VLM(model, processor)
-    load_plugins([str(example("vipllava.py"))])
+def test_an_architecture(example, picture):
+    """Only heatmaps need to be told how image tokens lie."""
+    model, processor = acme()
+    unknown = mf.VLM(model, processor)
+    scores = unknown.explain(picture, QUESTION, "red blue")
+    with pytest.raises(mf.InputError, match=r"is not known, so heatmaps.*docs/extending.md"):
+        scores.heatmap(0)
+    with pytest.raises(mf.InputError, match="heatmaps"):
+        unknown.compress(picture, keep=5, score="query").kept(0)
+    load_plugins([str(example("acme_llava.py"))])
     vlm = mf.VLM(model, processor)
     ex = vlm.explain(picture, QUESTION, "red blue")
+    assert torch.equal(ex.head_scores, scores.head_scores)
     inputs, _ = vlm.prepare(picture, QUESTION)
     ids = ex.input_ids[None, :-1]
     with tiny.eager(model), torch.no_grad():
         own = model(input_ids=ids, pixel_values=inputs["pixel_values"], output_attentions=True).attentions
     attention = torch.stack([layer[0, :, -1] for layer in own])
     torch.testing.assert_close(ex.attention(-1)[..., : attention.shape[-1]], attention, rtol=1e-4, atol=1e-6)
-    assert ex.heatmap(0).shape == ex.layout.images[0].grid
+    assert ex.heatmap(0).shape == ex.layout.images[0].grid == (4, 4)
     closed = vlm.generate(picture, QUESTION, knockout=mf.Knockout("image", "query+generated"), max_new_tokens=4)
     assert len(closed.token_ids) > 0
 
 
-def test_an_adapter_that_is_given(example, picture, tmp_path):
-    model, processor = vipllava()
+def test_an_adapter_that_is_given(picture, tmp_path):
+    model, processor = tiny.llava()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(mf.InputError, match="'vipllava' is not supported"):
-        mf.VLM.from_pretrained(tmp_path / "model", device="cpu")
-    from mllm_fast.models.llava import Llava
 
-    vlm = mf.VLM.from_pretrained(tmp_path / "model", device="cpu", adapter=Llava)
-    assert vlm.generate(picture, QUESTION, max_new_tokens=3).token_ids
-    assert "vipllava" not in ARCHITECTURES
+    class Mine(Adapter):
+        def tiles(self, processor, inputs, index, size):
+            return (Tile(2, 8, (0.0, 0.0, 1.0, 1.0)),), (1, 1)
+
+    vlm = mf.VLM.from_pretrained(tmp_path / "model", device="cpu", adapter=Mine)
+    assert vlm.explain(picture, QUESTION, "red").heatmap(0).shape == (2, 8)
+    assert "Mine" not in {type(ARCHITECTURES.get(name)).__name__ for name in ARCHITECTURES}
 
 
 def test_an_entry_point(example, shapes, picture, monkeypatch):

@@ -250,7 +250,7 @@ def test_parse_takes_layers_for_rules_without():
 BAD = [
     (
         (mf.Knockout("picture", "query"),),
-        "one of system, image, query, generated, image:0, or positions; got 'picture'",
+        "one of system, image, image_separator, query, generated, image:0, or positions; got 'picture'",
     ),
     ((mf.Knockout("image+words", "query"),), "got 'words'"),
     ((mf.Knockout("image:1", "query"),), "got 'image:1'"),

@@ -29,7 +29,7 @@ def image_tokens(vlm, picture):
     with torch.no_grad():
         vlm.model(**inputs)
     handle.remove()
-    layout = prompt_layout(inputs["input_ids"][0], vlm.adapter, vlm.processor, inputs, sizes)
+    layout = prompt_layout(vlm.prompts, inputs["input_ids"][0], inputs, sizes)
     return seen[0][0, layout.images[0].positions], layout.images[0]
 
 
@@ -64,7 +64,7 @@ def test_each_token_covers_its_box(family, size):
 def test_segments_cover_the_sequence(vlm, picture):
     said = vlm.generate(picture, "what color", max_new_tokens=3)
     segments = said.layout.segments
-    parts = torch.cat([segments[name] for name in ("system", "image", "query", "generated")])
+    parts = torch.cat([segments[name] for name in ("system", "image", "image_separator", "query", "generated")])
     assert sorted(parts.tolist()) == list(range(len(said.input_ids)))
     ids = said.input_ids
     assert (ids[segments["image"]] == vlm.processor.image_token_id).all()

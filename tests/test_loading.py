@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import tiny
 import torch
@@ -48,13 +49,6 @@ def test_text_only_model_in_memory():
     )
     with pytest.raises(mf.InputError, match="text-only model"):
         mf.VLM(LlamaForCausalLM(config), None)
-
-
-def test_unlisted_language_model_inside():
-    model, processor = tiny.llava()
-    model.config.text_config.model_type = "mamba"
-    with pytest.raises(mf.InputError, match="language model of type 'mamba'"):
-        mf.VLM(model, processor)
 
 
 def test_missing_tensors_are_named(tmp_path):
@@ -129,4 +123,5 @@ def test_token_texts_keep_spaces_and_split_characters():
 
 
 def test_every_adapter_has_a_tiny_model():
-    assert set(tiny.BUILD) == set(ARCHITECTURES) == set(tiny.FAMILIES)
+    tried = {families.BUILD[name]()[0].config.model_type for name in families.BUILD} | set(tiny.FAMILIES)
+    assert set(ARCHITECTURES) <= tried

@@ -17,8 +17,9 @@ from transformers.masking_utils import (
 import mllm_fast as mf
 from mllm_fast.core.errors import InputError
 from mllm_fast.knockout.plan import plan_of
-from mllm_fast.runtime.attention import RowMask, attend, attend_dense, row_mask, seen_by
+from mllm_fast.runtime.attention import attend, attend_dense, seen_by
 from mllm_fast.runtime.hooks import recording
+from mllm_fast.runtime.row_mask import RowMask, row_mask
 
 KEYS = 23
 IMAGE = torch.tensor([0] * 5 + [1] * 9 + [0] * 9)  # tokens that see each other both ways, as Gemma's and PaliGemma's do

@@ -39,7 +39,7 @@ def said_by_generate(vlm, image, prompt=QUESTION, **options):
 
 def kept(vlm):
     """What may not change, by value: weights, what the model keeps of a sequence, how it is set up."""
-    state = [copy.deepcopy(attrgetter(name)(vlm.model)) for name in vlm.adapter.state]
+    state = [copy.deepcopy(attrgetter(name)(vlm.model)) for name in vlm.text.findings.state]
     hooks = [m for m in vlm.model.modules() if m._forward_pre_hooks or m._forward_hooks]
     weights = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     return state, hooks, vlm.text.config._attn_implementation, weights

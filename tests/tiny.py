@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -35,6 +34,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mllm_fast.models.loading import image_side
+from mllm_fast.models.text_model import TextModel, text_model
 
 FAMILIES = ("llava", "internvl", "qwen2_5_vl")
 _WORDS = (  # noqa: SIM905
@@ -192,19 +192,17 @@ def internvl(vision_layers: int = 2, seed: int = 0):
     return _finish(InternVLForConditionalGeneration(config), seed), processor
 
 
-def sliding(window: int) -> SimpleNamespace:
-    """A text part in float64 whose layers see a sliding window, as `mllm_fast.attention.recording` takes one."""
-    text = internvl()[0].model.language_model.double()
+def sliding(window: int) -> TextModel:
+    """A text part in float64 whose layers see a sliding window."""
+    model = internvl()[0].double()
+    text = model.model.language_model
     text.config.layer_types = ["sliding_attention"] * 3
     text.config.sliding_window = window
     text.has_sliding_layers = True
     for layer in text.layers:
         layer.self_attn.sliding_window = window
         layer.attention_type = "sliding_attention"
-    outputs = (text.layers[-1].self_attn.o_proj,)
-    return SimpleNamespace(
-        config=text.config, layers=tuple(text.layers), norm=text.norm, head=None, outputs=outputs, decoder=text
-    )
+    return text_model(model, range(10, 30))
 
 
 def qwen2_5_vl(vision_layers: int = 2, seed: int = 0):

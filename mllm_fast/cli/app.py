@@ -231,8 +231,21 @@ def knockout(
 
 
 @app.command()
-def info(as_json: Json = False) -> None:
-    """Show versions, devices, and which kernel each operation uses on this machine, and why."""
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the parts that were found in this model, and what works with it, in place of the rest."
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices, and which kernel each operation uses on this machine, and why; or a model's parts."""
+    if model is not None:
+        _model_info(model, device, dtype, as_json)
+        return
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -269,6 +282,38 @@ def info(as_json: Json = False) -> None:
     table.add_row("architectures", ", ".join(ARCHITECTURES))
     for name, line in facts["operations"].items():
         table.add_row(name, escape(line))
+    OUT.print(table, highlight=False)
+
+
+def _model_info(name: str, device: str | None, dtype: str | None, as_json: bool) -> None:
+    from ..core.images import MAX_PIXELS
+    from .model_info import model_facts
+
+    facts = model_facts(load(name, device, dtype, MAX_PIXELS, "auto"))
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    sites = facts["attention"]
+    table.add_row("type", facts["type"])
+    table.add_row("layers", f"{facts['layers']}, {len(sites)} of them with attention")
+    for kind in dict.fromkeys(facts["layers without attention"].values()):
+        layers = [layer for layer, one in facts["layers without attention"].items() if one == kind]
+        table.add_row("", escape(f"{kind}: {', '.join(layers)}"))
+    shown = ("heads", "key and value heads", "key size", "value size", "gated", "sliding window", "multiplier")
+    for line in dict.fromkeys(", ".join(f"{name} {site[name]}" for name in shown) for site in sites):
+        table.add_row("attention", escape(line))
+    table.add_row("output projection", escape(sites[0]["output projection"]))
+    if sites[0]["norm behind it"]:
+        table.add_row("norm behind it", escape(sites[0]["norm behind it"]))
+    table.add_row("final norm", escape("{path} ({kind}, gain: {gain})".format(**facts["final norm"])))
+    head = facts["unembedding"]
+    table.add_row("unembedding", escape(f"{head['path']}, scale {head['scale']:g}, soft cap {head['soft cap']}"))
+    table.add_row("image token", f"{facts['image token']}, separators {facts['image separators']}")
+    for feature, outcome in facts["features"].items():
+        table.add_row(feature, escape(outcome))
     OUT.print(table, highlight=False)
 
 

@@ -90,7 +90,7 @@ def train(  # long: the options of a command are its parameters
     with progress("loading the models"):
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
         vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
-    width = vlm.text.config.hidden_size
+    width = vlm.text.width
     if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
     shape = AlignmentConfig(kind, owl.width, width, hidden, layers, heads)

@@ -13,14 +13,19 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
-from ..knockout.attention_share import TYPES
 from ..runtime.answer import Answer
 
 Rows = Sequence[tuple[str, Answer]]
 _ENDINGS = (".png", ".svg")
 # from Okabe and Ito's palette, which works for colour-blind readers
-_COLORS = {"system": "#999999", "image": "#D55E00", "query": "#0072B2", "generated": "#009E73"}
-_STYLES = {"system": ":", "image": "-", "query": "--", "generated": "-."}
+_COLORS = {
+    "system": "#999999",
+    "image": "#D55E00",
+    "image_separator": "#CC79A7",
+    "query": "#0072B2",
+    "generated": "#009E73",
+}
+_STYLES = {"system": ":", "image": "-", "image_separator": ":", "query": "--", "generated": "-."}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -56,10 +61,9 @@ def table(rows: Rows) -> Table:
         if said.attention_share is None:
             out.add_row("attention", "no generated token was read")
             continue
-        for i, name in enumerate(TYPES):
-            share = said.attention_share[name]
+        for i, (name, share) in enumerate(said.attention_share.items()):
             out.add_row(
-                "attention" if i == 0 else "", f"{name:9} {float(share.mean()):4.0%}  {_bars(share.mean(1).tolist())}"
+                "attention" if i == 0 else "", f"{name:15} {float(share.mean()):4.0%}  {_bars(share.mean(1).tolist())}"
             )
     return out
 
@@ -108,15 +112,14 @@ def save(rows: Rows, prompt: str, path: Path) -> None:
             continue
         layers = range(len(said.attention_share["image"]))
         panel.set_xticks([n for n in layers if n % max(1, len(layers) // 8) == 0])
-        for name in TYPES:
-            share = said.attention_share[name].double()
+        for name, share in ((name, share.double()) for name, share in said.attention_share.items()):
             low, high = share.quantile(0.25, 1), share.quantile(0.75, 1)
             panel.plot(layers, share.mean(1).tolist(), _STYLES[name], color=_COLORS[name], label=name, linewidth=1.8)
             panel.fill_between(layers, low.tolist(), high.tolist(), color=_COLORS[name], alpha=0.15, linewidth=0)
     panels[0, 0].set_ylabel("share of generated tokens' attention", fontsize=9)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(TYPES), frameon=False, fontsize=9)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(prompt, fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=130)

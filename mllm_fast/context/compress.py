@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.errors import InputError, check_choice
 from ..core.layout import TokenLayout
 from ..kernels import topk_compaction
 from ..models.processing import one_answer
-from ..runtime.hooks import recording
-from ..runtime.kv_cache import cache_of
+from ..runtime.hooks import model_lock, recording
+from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
 from ..runtime.model_runner import ModelRunner
-from ..runtime.prefill import check_cache, check_full_attention, next_position
+from ..runtime.prefill import keys_and_values, next_position
+from ..runtime.recurrent import State, state_of
 from .context import Context
 from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
 from .scores import PARTS, AttendedTokens, kept_count
@@ -44,6 +46,7 @@ class ScoredPrefill:
         description: the model's answer to the prompt; empty if no score needs it.
         images: the images.
         peak_nbytes: the most bytes of keys and values that were held at once.
+        state: the state of layers without attention after the prompt, see `runtime.recurrent`; None if there is none.
     """
 
     vlm: ModelRunner
@@ -57,6 +60,7 @@ class ScoredPrefill:
     description: str
     images: tuple[Any, ...]
     peak_nbytes: int
+    state: State | None = None
 
     def context(
         self, keep: float | int = 0.05, score: str = "generated", parts: str = "query+image", seed: int = 0
@@ -71,11 +75,12 @@ class ScoredPrefill:
         always = ~candidates
         if parts == "image":
             always[self.layout.positions("query")] = False
-        device = self.keys[0].device
+        device, keys, values = self.keys[0].device, of_one_shape(self.keys), of_one_shape(self.values)
+        sizes = keys[0].shape[-1], values[0].shape[-1]
         compact = topk_compaction(
             self._score(score, seed).to(device),
-            self.keys,
-            self.values,
+            _of_size(keys, max(sizes)),
+            _of_size(values, max(sizes)),
             keep=count,
             candidates=candidates.to(device),
             always=always.to(device),
@@ -86,8 +91,8 @@ class ScoredPrefill:
             settings["seed"] = seed
         return Context(
             vlm=self.vlm,
-            keys=compact.keys,
-            values=compact.values,
+            keys=compact.keys[..., : sizes[0]],
+            values=compact.values[..., : sizes[1]],
             positions=compact.positions.cpu(),
             layout=self.layout,
             input_ids=self.input_ids,
@@ -96,6 +101,7 @@ class ScoredPrefill:
             description=self.description,
             settings=settings,
             images=self.images,
+            state=self.state,
             peak_nbytes=self.peak_nbytes + compact.keys.nbytes + compact.values.nbytes,
         )
 
@@ -115,6 +121,11 @@ class ScoredPrefill:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"the pruning score {name!r} gives a tensor [layers, tokens], {expected}; got {got}")
         return values.float()
+
+
+def _of_size(tensors: Sequence[Tensor], size: int) -> list[Tensor]:
+    """Return tensors [..., D] filled up with zeros to [..., size]."""
+    return [one if one.shape[-1] == size else pad(one, (0, size - one.shape[-1])) for one in tensors]
 
 
 def compress(
@@ -155,23 +166,21 @@ def prefill_and_score(
     """
     observed = {PRUNING_SCORES.get(score_name(score)).observes for score in scores}
     one_answer("compress", options)
-    check_full_attention(vlm)
     pictures = vlm.prompts.load(image)
     if not pictures:
         raise InputError("there is no image to compress; give one, or a list of them")
     inputs, (layout,), _ = vlm.prompts.prepare([pictures], [prompt])
     watched: dict[str, Tensor] = {}
-    description, peak = "", 0
+    description, peak, state = "", 0, None
     # scores that observe no rows need one plain run
     for score in [one for one in OBSERVED if one and one in observed] or [""]:
-        watcher = AttendedTokens(layout, score, len(vlm.text.layers)) if score else None
+        watcher = AttendedTokens(layout, score, len(vlm.text.sites)) if score else None
         length = max_new_tokens if score == "generated" else 1
-        settings = {**options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
+        settings = {**vlm.whole_cache(), **options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
         with recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
             output = vlm.run(inputs, length, settings)
-        cache = cache_of(output)
-        check_cache(cache, layout.length)
-        peak = max(peak, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+        keys, values = keys_and_values(vlm.text, record, cache_of(output), layout.length)
+        peak = max(peak, sum(part.untyped_storage().nbytes() for part in (*keys, *values)))
         if watcher is not None:
             mass = watcher.mean()
             if mass is None:
@@ -180,18 +189,25 @@ def prefill_and_score(
                     " score by: give another prompt, more tokens, or score='query'"
                 )
             watched[score] = mass
+        if vlm.text.findings.others and length == 1:
+            state = state_of(cache_of(output), vlm.text)
         if score == "generated":
             description = vlm.processor.tokenizer.decode(output.sequences[0, layout.length :], skip_special_tokens=True)
+    if vlm.text.findings.others and state is None:  # the answer was read after the prompt: read the prompt alone
+        with model_lock(vlm.text), torch.inference_mode():
+            read = vlm.model(**inputs, **{CACHE: full_cache(vlm.text)}, use_cache=True, logits_to_keep=1)
+        state = state_of(cache_of(read), vlm.text)
     return ScoredPrefill(
         vlm=vlm,
         layout=layout,
         input_ids=inputs["input_ids"][0].cpu(),
-        keys=tuple(layer.keys[0, :, : layout.length] for layer in cache.layers),
-        values=tuple(layer.values[0, :, : layout.length] for layer in cache.layers),
+        keys=keys,
+        values=values,
         masses=watched,
         position=next_position(record, layout.length),
         prompt=prompt,
         description=description.strip(),
         images=tuple(pictures),
         peak_nbytes=peak,
+        state=state,
     )

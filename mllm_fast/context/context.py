@@ -22,7 +22,9 @@ from ..explain.stream import Stream
 from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
 from ..runtime.hooks import Recording
+from ..runtime.kv_cache import of_own_shape
 from ..runtime.model_runner import ModelRunner
+from ..runtime.recurrent import State, tensors_of
 from ..runtime.shared_prefix import SharedPrefixDecoder
 from ..runtime.trace import Trace
 from . import file_format
@@ -56,9 +58,9 @@ class Context:
 
     Attributes:
         vlm: the model that answers the questions.
-        keys: [L, Hkv, M, D].
-        values: [L, Hkv, M, D].
-        positions: the positions of the kept tokens in the uncompressed prefix, int64 [L, M], ascending.
+        keys: [S, Hkv, M, D] for the S layers with attention; [S, 1, M, F] if their heads differ.
+        values: in the form of `keys`.
+        positions: the positions of the kept tokens in the uncompressed prefix, int64 [S, M], ascending.
         layout: the layout of the uncompressed prefix (system, image and query tokens).
         input_ids: the token ids of the uncompressed prefix.
         position: the position of the next token, for the rotary embedding.
@@ -68,6 +70,7 @@ class Context:
         images: the images, if they are available.
         peak_nbytes: the most bytes of keys and values held at once while the context was made; 0 if it was read from a
             file.
+        state: what layers without attention keep of the whole prefix, image included; None if the model has none.
     """
 
     vlm: ModelRunner
@@ -82,6 +85,7 @@ class Context:
     settings: dict[str, Any]
     images: tuple[Any, ...] = ()
     peak_nbytes: int = 0
+    state: State | None = None
 
     __getattr__ = renamed(pictures="canvases")
 
@@ -103,8 +107,9 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of keys, values and positions."""
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+        """The bytes of keys, values, positions and state."""
+        state = sum(tensor.nbytes for tensor in tensors_of(self.state or {}).values())
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + state
 
     @property
     def full_nbytes(self) -> int:
@@ -119,15 +124,17 @@ class Context:
     @property
     def questions(self) -> Questions:
         """The `Questions` object that asks the model over this context."""
+        sites = self.vlm.text.sites
         return Questions(
             self.vlm,
-            self.keys,
-            self.values,
+            of_own_shape(self.keys, [(site.num_kv_heads, site.key_dim) for site in sites]),
+            of_own_shape(self.values, [(site.num_kv_heads, site.head_dim) for site in sites]),
             self.positions,
             self.input_ids,
             self.position,
             self.prompt,
-            self.layout.images,
+            self.layout,
+            self.state,
         )
 
     def kept(self, layer: int) -> Kept:

@@ -6,6 +6,7 @@ Tensors:
     values_scale: float32 [L, Hkv, M, 1], with int8 only.
     positions: int32 [L, M].
     input_ids: int32 [N].
+    state.LAYER.NAME.KEY: the tensors of layers without attention, of hybrid models only.
 
 The metadata entry "mllm_fast.context" is one JSON object (see `_describe`). The entry "mllm_fast.checksum" is the
 checksum of that object and of all tensors. It detects damage, but it is not a signature.
@@ -31,6 +32,7 @@ from ..core.layout import ImageLayout, Tile, TokenLayout
 from ..models.fingerprint import fingerprint
 from ..models.offload import device_of
 from ..runtime.model_runner import ModelRunner
+from ..runtime.recurrent import plain_of, state_from, tensors_of
 
 Fields = dict[str, Any]  # the attributes of a `Context`, by name
 
@@ -76,6 +78,8 @@ def pack(fields: Fields, storage: str) -> tuple[dict[str, Tensor], dict[str, str
     The errors are the relative errors (root mean square) of keys and values; with "full" there are none.
     """
     tensors = {"positions": fields["positions"].int(), "input_ids": fields["input_ids"].int()}
+    state = fields.get("state") or {}
+    tensors |= {f"state.{name}": tensor.contiguous().cpu() for name, tensor in tensors_of(state).items()}
     errors: dict[str, float] = {}
     for name, tensor, over in (("keys", fields["keys"], 2), ("values", fields["values"], 3)):
         if storage == "full":
@@ -135,12 +139,14 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
     else:
         keys, values = tensors["keys"], tensors["values"]
     input_ids = tensors["input_ids"].long()
+    held = {name.removeprefix("state."): one.to(device) for name, one in tensors.items() if name.startswith("state.")}
     layouts = tuple(
         ImageLayout(
             torch.tensor(image["positions"]),
             tuple(image["size"]),
             tuple(Tile(tile["rows"], tile["cols"], tuple(tile["box"])) for tile in image["tiles"]),
             tuple(image["canvas"]),
+            image.get("first", 0),
         )
         for image in description["images"]
     )
@@ -149,8 +155,11 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
         "keys": keys.to(device),
         "values": values.to(device),
         "positions": tensors["positions"].long(),
-        "layout": TokenLayout(len(input_ids), len(input_ids), layouts),
+        "layout": TokenLayout(
+            len(input_ids), len(input_ids), layouts, torch.tensor(description.get("separators", []), dtype=torch.long)
+        ),
         "input_ids": input_ids,
+        "state": state_from(description["state"], held, vlm.text) if held else None,
         **{name: description[name] for name in ("position", "prompt", "description", "settings")},
     }
 
@@ -193,6 +202,7 @@ def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[st
             "size": image.size,
             "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
             "canvas": image.canvas,
+            "first": image.first,
         }
         for image in fields["layout"].images
     ]
@@ -208,6 +218,8 @@ def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[st
         "storage": storage,
         "storage_error": errors,
         "images": images,
+        "separators": fields["layout"].separators.tolist(),
+        "state": plain_of(fields.get("state") or {}),
         **{name: fields[name] for name in ("position", "prompt", "description", "settings")},
     }
 
@@ -229,9 +241,12 @@ def _check_shapes(fields: Fields) -> None:
     """Raise ValueError or TypeError if the parts of a context do not fit each other or the model."""
     model: ModelRunner = fields["vlm"]
     text, length, positions = model.text, len(fields["input_ids"]), fields["positions"]
-    kv_heads = getattr(text.config, "num_key_value_heads", None) or text.num_heads
-    shape = (len(text.layers), kv_heads, positions.shape[-1], text.head_dim)
-    for name, tensor in ((name, fields[name]) for name in ("keys", "values")):
+    for name, sizes in (
+        ("keys", [(site.num_kv_heads, site.key_dim) for site in text.sites]),
+        ("values", [(site.num_kv_heads, site.head_dim) for site in text.sites]),
+    ):
+        heads, width = sizes[0] if len(set(sizes)) == 1 else (1, max(heads * width for heads, width in sizes))
+        tensor, shape = fields[name], (len(text.sites), heads, positions.shape[-1], width)
         if tuple(tensor.shape) != shape or tensor.dtype != model.model.dtype:
             raise ValueError(f"{name} is {model.model.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     steps = positions.diff(dim=1)
@@ -242,9 +257,11 @@ def _check_shapes(fields: Fields) -> None:
     if int(fields["input_ids"].min()) < 0 or int(fields["input_ids"].max()) >= text.head.out_features:
         raise ValueError("input_ids lie outside the vocabulary")
     for image in fields["layout"].images:
-        count = sum(tile.rows * tile.cols for tile in image.tiles)
+        count = sum(tile.rows * tile.cols for tile in image.tiles) or len(image.positions)
         if count != len(image.positions) or not 0 <= int(image.positions.min()) <= int(image.positions.max()) < length:
             raise ValueError("an image's tiles and positions disagree")
+    if bool(fields["state"]) != bool(text.findings.others):
+        raise ValueError("the state of layers without attention is there if the model has such layers")
     if (
         not isinstance(fields["position"], int)
         or not isinstance(fields["prompt"], str)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.layout import ImageLayout, TokenLayout
+from ..core.layout import TokenLayout
 from ..models.offload import device_of
 from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import StepOutput, decode_loop, own_state
 from ..runtime.hooks import Recording
 from ..runtime.model_runner import ModelRunner
+from ..runtime.recurrent import RecurrentPrefixDecoder, State
 from ..runtime.shared_prefix import SharedPrefixDecoder
 from ..runtime.trace import Trace
 
@@ -25,17 +26,19 @@ from ..runtime.trace import Trace
 class Questions:
     """Asks a model questions over a prefix.
 
-    The fields are those of a `Context`, except that `runner` is its model and `images` the layouts of its images.
+    The fields are those of a `Context`, except that `runner` is its model, `prefix` its layout, and `keys` and `values`
+    are views [Hkv, M, D], one for each layer with attention.
     """
 
     runner: ModelRunner
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
     positions: Tensor
     input_ids: Tensor
     position: int
     prompt: str
-    images: tuple[ImageLayout, ...]
+    prefix: TokenLayout
+    state: State | None = None
 
     def trace(self, session: SharedPrefixDecoder, record: Recording, num_tokens: int, length: int) -> Trace:
         """Return the trace that explains tokens of the one question in progress.
@@ -92,13 +95,16 @@ class Questions:
 
     def decoder(self, count: int, expected: int = 32) -> SharedPrefixDecoder:
         """Return a decoder for `count` questions at once."""
-        return SharedPrefixDecoder(
-            self.runner.text, self.keys, self.values, self.position, count, self.runner.backend, expected
-        )
+        text, backend, places = self.runner.text, self.runner.backend, (self.positions, len(self.input_ids))
+        if self.state is not None:
+            return RecurrentPrefixDecoder(
+                self.state, text, self.keys, self.values, self.position, count, backend, places
+            )
+        return SharedPrefixDecoder(text, self.keys, self.values, self.position, count, backend, expected, places)
 
     def layout(self, length: int) -> TokenLayout:
         """Return the layout of a sequence of the prefix and a question, `length` tokens in all."""
-        return TokenLayout(length, length, self.images)
+        return replace(self.prefix, length=length, prompt_length=length)
 
     def ids(self, question: str, max_new_tokens: int) -> list[int]:
         """Return the token ids of a question that follows the first turn.
@@ -106,7 +112,7 @@ class Questions:
         Raises:
             InputError: the question is empty, or it and the longest answer do not fit the model's window.
         """
-        ids = self.runner.prompts.turn_ids(self.prompt, len(self.images), question)
+        ids = self.runner.prompts.turn_ids(self.prompt, len(self.prefix.images), question)
         self.check_window(len(ids) + max_new_tokens)
         return ids
 

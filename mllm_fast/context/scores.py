@@ -38,13 +38,13 @@ def random(prefix: Prefix) -> Tensor:
 class AttendedTokens:
     """Sums the attention mass that each prompt token receives, over heads and over the rows that a score counts."""
 
-    def __init__(self, layout: TokenLayout, score: str, num_layers: int):
+    def __init__(self, layout: TokenLayout, score: str, num_sites: int):
         self._length = layout.prompt_length
         self._generated = score == "generated"
         self._query = torch.zeros(self._length, dtype=torch.bool)
         self._query[layout.positions("query")] = True
-        self._sum = [torch.zeros(self._length) for _ in range(num_layers)]
-        self._rows = [0] * num_layers
+        self._sum = [torch.zeros(self._length) for _ in range(num_sites)]
+        self._rows = [0] * num_sites
         self._counted = 0
 
     def wants(self, first_row: int, rows: int) -> bool | Tensor:
@@ -56,15 +56,15 @@ class AttendedTokens:
         self._counted = int(chosen.sum())
         return chosen[None] if self._counted else False
 
-    def add(self, layer: int, mass: Tensor) -> None:
+    def add(self, site: int, mass: Tensor) -> None:
         """See `AttentionObserver.add`; `mass` [1, H, N] is the mean over the counted rows of the forward pass."""
         # the sum moves once: copying the mass to the CPU at each token would wait for the GPU
-        here = self._sum[layer].to(mass.device)
-        self._sum[layer] = here + self._counted * mass[0, :, : self._length].float().mean(0)
-        self._rows[layer] += self._counted
+        here = self._sum[site].to(mass.device)
+        self._sum[site] = here + self._counted * mass[0, :, : self._length].float().mean(0)
+        self._rows[site] += self._counted
 
     def mean(self) -> Tensor | None:
-        """Return the mean over heads and counted rows, float32 [L, N]; None if a layer has no counted row."""
+        """Return the mean over heads and counted rows, float32 [S, N]; None if a site has no counted row."""
         if not all(self._rows):
             return None
         return torch.stack([total.cpu() / rows for total, rows in zip(self._sum, self._rows, strict=True)])

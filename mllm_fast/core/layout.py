@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from .errors import InputError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the original image
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A grid of `rows` x `cols` image tokens, in row-major order, over `box` of the original image."""
+    """A grid of `rows` x `cols` image tokens, in row-major order, over `box` of the original image.
+
+    With `row_ends` one more image token follows each row, which stands for no part of the image.
+    """
 
     rows: int
     cols: int
     box: Box
+    row_ends: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """How many image tokens the tile takes, row ends included."""
+        return self.rows * (self.cols + self.row_ends)
 
     def token_boxes(self) -> np.ndarray:
         """Return the pixel box of each token, float64 [rows * cols, 4]."""
@@ -29,6 +41,20 @@ class Tile:
         return np.stack([lefts, tops, rights, bottoms], -1).reshape(-1, 4)
 
 
+class Tiling(NamedTuple):
+    """How the tokens of one image lie.
+
+    Attributes:
+        tiles: The tiles in the order of their tokens.
+        canvas: How many tiles lie side by side to form the image, (rows, cols). They are of one size.
+        first: Index of the first of them. The other tiles are views of the whole image or of parts of it.
+    """
+
+    tiles: tuple[Tile, ...]
+    canvas: tuple[int, int] = (1, 1)
+    first: int = 0
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """One image of a prompt.
@@ -36,29 +62,47 @@ class ImageLayout:
     Attributes:
         positions: Positions of the image's tokens, int64 [n].
         size: (width, height) of the original image.
-        tiles: The tiles in the order of their tokens.
+        tiles: The tiles in the order of their tokens. Empty if it is not known how the tokens lie.
         canvas: How many tiles lie side by side to form the image, (rows, cols). In some architectures a thumbnail
-            follows them.
+            precedes or follows them.
+        first: Index of the first tile of the canvas.
     """
 
     positions: torch.Tensor
     size: tuple[int, int]
     tiles: tuple[Tile, ...]
     canvas: tuple[int, int] = (1, 1)
+    first: int = 0
 
     def token_boxes(self) -> np.ndarray:
         """Return the pixel box of each token in the original image, float64 [n, 4]."""
-        return np.concatenate([tile.token_boxes() for tile in self.tiles])
+        return np.concatenate([tile.token_boxes() for tile in self.known_tiles])
+
+    @property
+    def known_tiles(self) -> tuple[Tile, ...]:
+        """The tiles.
+
+        Raises:
+            InputError: It is not known how the tokens lie.
+        """
+        if not self.tiles:
+            raise InputError(
+                "how this model's processor lays out image tokens is not known, so heatmaps and boxes cannot be drawn;"
+                " scores, knockouts and contexts work. To add it, see docs/extending.md, 'An architecture'"
+            )
+        return self.tiles
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, cols) of the finest grid, which consists of the tiles of the canvas side by side."""
-        return self.tiles[0].rows * self.canvas[0], self.tiles[0].cols * self.canvas[1]
+        tile = self.known_tiles[self.first]
+        return tile.rows * self.canvas[0], tile.cols * self.canvas[1]
 
     @property
     def box(self) -> Box:
         """The part of the original image that the grid covers; a centre crop leaves out the margins."""
-        boxes = np.array([tile.box for tile in self.tiles[: self.canvas[0] * self.canvas[1]]])
+        count = self.canvas[0] * self.canvas[1]
+        boxes = np.array([tile.box for tile in self.known_tiles[self.first : self.first + count]])
         left, top = boxes[:, :2].min(0)
         right, bottom = boxes[:, 2:].max(0)
         return float(left), float(top), float(right), float(bottom)
@@ -66,28 +110,35 @@ class ImageLayout:
     def to_grid(self, values: torch.Tensor) -> torch.Tensor:
         """Lay token values [..., n] on the finest grid [..., rows, cols].
 
-        A token of a thumbnail covers several cells. Its value is spread over them by area, so that the sum over the
-        grid equals the sum over the tokens.
+        A token of a tile that is not on the canvas covers several cells. Its value is spread over them by area, so that
+        the sum over the grid equals the sum over the tokens that lie inside it.
         """
-        lead = values.shape[:-1]
+        lead, (height, width) = values.shape[:-1], self.grid
         down, across = self.canvas
-        first = self.tiles[0]
-        count = first.rows * first.cols
-        tiles = values[..., : down * across * count].reshape(*lead, down, across, first.rows, first.cols)
-        grid = tiles.transpose(-3, -2).reshape(*lead, down * first.rows, across * first.cols)
-        start = down * across * count
-        for tile in self.tiles[down * across :]:
+        grid, start = values.new_zeros(*lead, height, width), 0
+        for i, tile in enumerate(self.tiles):
             part = values[..., start : start + tile.rows * tile.cols].reshape(*lead, tile.rows, tile.cols)
-            rows = _spread(tile.rows, grid.shape[-2]).to(values)
-            cols = _spread(tile.cols, grid.shape[-1]).to(values)
-            grid = grid + rows @ part @ cols.T
             start += tile.rows * tile.cols
+            place = i - self.first
+            if 0 <= place < down * across:
+                row, col = place // across * tile.rows, place % across * tile.cols
+                grid[..., row : row + tile.rows, col : col + tile.cols] += part
+                continue
+            left, top, right, bottom = self.box
+            rows = _spread((tile.box[1], tile.box[3], tile.rows), (top, bottom, height)).to(values)
+            cols = _spread((tile.box[0], tile.box[2], tile.cols), (left, right, width)).to(values)
+            grid = grid + rows @ part @ cols.T
         return grid
 
 
-def _spread(coarse: int, fine: int) -> torch.Tensor:
-    """Return the share of each coarse interval that lies in each fine one, [fine, coarse]; the columns sum to 1."""
-    return torch.from_numpy(overlaps(np.linspace(0, 1, fine + 1), np.linspace(0, 1, coarse + 1)) * coarse)
+def _spread(coarse: tuple[float, float, int], fine: tuple[float, float, int]) -> torch.Tensor:
+    """Return the share of each coarse interval that lies in each fine one, [fine, coarse].
+
+    Each side is (start, stop, count) of intervals of one length.
+    """
+    start, stop, count = coarse
+    shares = overlaps(np.linspace(*fine[:2], fine[2] + 1), np.linspace(start, stop, count + 1)) * count / (stop - start)
+    return torch.from_numpy(shares)
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -101,26 +152,30 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class TokenLayout:
     """The segments of one sequence.
 
-    The segments are "system" (before the first image), "image" (with "image:0", "image:1", ... as its parts), "query"
-    (prompt text after the first image) and "generated".
+    The segments are "system" (before the first image), "image" (with "image:0", "image:1", ... as its parts),
+    "image_separator" (row ends, tile marks, and tokens that open or close an image), "query" (prompt text after the
+    first image) and "generated".
 
     Attributes:
         length: How many tokens the sequence has.
         prompt_length: How many tokens precede the answer.
         images: The layout of each image.
+        separators: Positions of the tokens that belong to an image but stand for no part of it, int64.
     """
 
     length: int
     prompt_length: int
     images: tuple[ImageLayout, ...]
+    separators: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     @classmethod
     def from_input_ids(
         cls,
         input_ids: torch.Tensor,
         image_token_id: int,
-        images: Sequence[tuple[tuple[int, int], tuple[Tile, ...], tuple[int, int]]],
+        images: Sequence[tuple[Any, ...]],
         prompt_length: int | None = None,
+        separator_ids: Collection[int] = (),
     ) -> TokenLayout:
         """Find the tokens of each image in the ids of a sequence.
 
@@ -129,60 +184,90 @@ class TokenLayout:
         Args:
             input_ids: int64 [N], one sequence without padding.
             image_token_id: The processor's image token.
-            images: (width, height), tiles and canvas of each image.
+            images: The size (width, height) of each image, followed by the parts of its `Tiling`.
             prompt_length: How many tokens precede the answer; all by default.
+            separator_ids: Tokens that open, close or divide an image.
 
         Raises:
             ValueError: The number of image tokens differs from that of the tiles.
         """
         where = (input_ids == image_token_id).nonzero()[:, 0].cpu()
-        layouts, at = [], 0
-        for size, tiles, canvas in images:
-            count = sum(tile.rows * tile.cols for tile in tiles)
-            positions = where[at : at + count]
-            layouts.append(ImageLayout(positions, size, tiles, canvas))
-            at += count
+        layouts, parts, at = [], [], 0
+        for size, *tiling in images:
+            tiles, canvas, first = Tiling(*tiling)
+            ends = torch.tensor([end for tile in tiles for end in _row_ends(tile)], dtype=torch.bool)
+            parts.append(where[at : at + len(ends)])
+            positions = parts[-1][~ends[: len(parts[-1])]]
+            layouts.append(ImageLayout(positions, size, tiles, canvas, first))
+            at += len(ends)
         if at != len(where):
             raise ValueError(
                 f"the sequence holds {len(where)} image tokens, the images' grids count {at}: the processor's"
                 " settings and the adapter disagree"
             )
         length = len(input_ids)
-        return cls(length, length if prompt_length is None else prompt_length, tuple(layouts))
+        prompt_length = length if prompt_length is None else prompt_length
+        separators = _separators(input_ids[:prompt_length].cpu(), layouts, parts, separator_ids)
+        return cls(length, prompt_length, tuple(layouts), separators)
 
     @classmethod
     def from_prompt_ids(
-        cls, input_ids: torch.Tensor, image_token_id: int, lengths: Sequence[int] | None = None
+        cls,
+        input_ids: torch.Tensor,
+        image_token_id: int,
+        lengths: Sequence[int] | None = None,
+        separator_ids: Collection[int] = (),
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> TokenLayout:
-        """Find the tokens of each image in the ids of a prompt alone; the images have no size and no tiles.
+        """Find the tokens of each image in the ids of a prompt alone; the images have no tiles.
 
         Args:
             input_ids: int64 [N], one prompt without padding.
             image_token_id: The processor's image token.
-            lengths: How many tokens each image has. By default each run of image tokens is one image.
+            lengths: How many tokens each image has. By default each run of image tokens and separators is one image.
+            separator_ids: Tokens that open, close or divide an image.
+            sizes: The size of each image, if it is known.
+
+        Raises:
+            ValueError: There are not as many images as sizes.
         """
-        where = (input_ids == image_token_id).nonzero()[:, 0].cpu()
-        if lengths is None:
-            ends = (where.diff() > 1).nonzero()[:, 0] + 1
-            parts = where.tensor_split(ends) if len(where) else ()
+        ids = input_ids.cpu()
+        where = (ids == image_token_id).nonzero()[:, 0]
+        if lengths is not None:
+            parts: Sequence[torch.Tensor] = where.split(list(lengths))
+        elif sizes is not None and len(sizes) == 1:
+            parts = [where]
         else:
-            parts = where.split(list(lengths))
-        return cls(len(input_ids), len(input_ids), tuple(ImageLayout(part, (0, 0), ()) for part in parts))
+            separator = torch.isin(ids, torch.tensor(sorted(separator_ids), dtype=ids.dtype))
+            # runs of image tokens alone; or, where those are rows of an image, runs with the separators inside
+            parts = _runs(where, ids != image_token_id)
+            if sizes is not None and len(parts) != len(sizes):
+                parts = _runs(where, (ids != image_token_id) & ~separator)
+        if sizes is not None and len(parts) != len(sizes):
+            raise ValueError(
+                f"the sequence holds {len(parts)} runs of image tokens for {len(sizes)} images, so it is not known"
+                " which tokens are whose"
+            )
+        each = [(0, 0)] * len(parts) if sizes is None else sizes
+        layouts = [ImageLayout(part, size, ()) for part, size in zip(parts, each, strict=True)]
+        return cls(len(ids), len(ids), tuple(layouts), _separators(ids, layouts, parts, separator_ids))
 
     @property
     def segments(self) -> dict[str, torch.Tensor]:
         """The positions of each segment, by name, int64.
 
-        Every position is in exactly one of "system", "image", "query" and "generated".
+        Every position is in exactly one of "system", "image", "image_separator", "query" and "generated".
         """
         image = torch.cat([i.positions for i in self.images]) if self.images else torch.empty(0, dtype=torch.long)
         first = int(image.min()) if len(image) else self.prompt_length
         prompt = torch.arange(self.prompt_length)
         text = torch.ones(self.prompt_length, dtype=torch.bool)
         text[image] = False
+        text[self.separators] = False
         named = {
-            "system": prompt[:first],
+            "system": prompt[:first][text[:first]],
             "image": image,
+            "image_separator": self.separators,
             "query": prompt[first:][text[first:]],
             "generated": torch.arange(self.prompt_length, self.length),
         }
@@ -195,3 +280,36 @@ class TokenLayout:
         if segment not in segments:
             raise ValueError(f"segment is one of {', '.join(segments)}, got {segment!r}")
         return segments[segment]
+
+
+def _runs(where: torch.Tensor, outside: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the positions `where`, cut at each position that is `outside` between two of them."""
+    before = torch.cumsum(outside, 0)[where]
+    return where.tensor_split(before.diff().nonzero()[:, 0] + 1) if len(where) else ()
+
+
+def _row_ends(tile: Tile) -> list[bool]:
+    """Return of each token of a tile whether it is a row end."""
+    return ([False] * tile.cols + [True] * tile.row_ends) * tile.rows
+
+
+def _separators(
+    ids: torch.Tensor,
+    images: Sequence[ImageLayout],
+    parts: Sequence[torch.Tensor],
+    separator_ids: Collection[int],
+) -> torch.Tensor:
+    """Return the positions of separators: those between the tokens of an image, and those of the given ids.
+
+    Args:
+        ids: int64 [N], one prompt.
+        images: The images.
+        parts: The image tokens of each image, row ends included.
+        separator_ids: Tokens that open, close or divide an image.
+    """
+    mark = torch.isin(ids, torch.tensor(sorted(separator_ids), dtype=ids.dtype))
+    for image, part in zip(images, parts, strict=True):
+        if len(part):
+            mark[int(part[0]) : int(part[-1]) + 1] = True
+            mark[image.positions] = False
+    return mark.nonzero()[:, 0]

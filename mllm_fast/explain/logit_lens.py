@@ -39,19 +39,20 @@ def _residual(scores: Scores, token: int, layer: int) -> Tensor:
 
 
 def _write(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
-    trace = scores.trace
+    trace, site = scores.trace, scores.text_model.site(layer)
     if position is None:
-        value = trace.output[token, layer, head]
+        value = trace.output[token, site, head]
     else:
         column = position
         if trace.positions is not None:
-            held = (trace.positions[layer] == position).nonzero()
+            held = (trace.positions[site] == position).nonzero()
             column = int(held) if len(held) else -1
-        values = trace.position_values(token, [(layer, head)])[0]
+        values = trace.position_values(token, [(site, head)])[0]
         if not 0 <= column < len(values):
             raise InputError(f"position {position} is not among those that the token sees in layer {layer}")
         value = values[column]
-    return scores.text_model.projection(layer, head).to(value) @ value
+    write = scores.text_model.projection(site, head).to(value) @ value
+    return write if trace.write_scale is None else write * trace.write_scale[token, site].to(write)
 
 
 @torch.no_grad()

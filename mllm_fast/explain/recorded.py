@@ -59,15 +59,19 @@ class Recorded:
         pad, length = call.padding[sequence], call.layouts[sequence].length
         before = sum(len(layout.images) for layout in call.layouts[:sequence])
         ids = call.input_ids[sequence, pad : pad + length]
-        layout = prompt_layout(
-            ids, runner.adapter, runner.processor, call.inputs, [one.size for one in pictures], before
-        )
+        layout = prompt_layout(runner.prompts, ids, call.inputs, [one.size for one in pictures], before)
         tokenizer = runner.processor.tokenizer
         answer = answer_of(sequences[sequence, pad:], layout, tokenizer, runner.prompts.stop_ids(call.inputs))
         if not answer.token_ids:
             raise InputError("the answer is empty: there is no token to explain")
         trace = make_trace(
-            call.record, call.cache, len(answer.token_ids), length, sequence if count > 1 else None, padding=pad
+            runner.text,
+            call.record,
+            call.cache,
+            len(answer.token_ids),
+            length,
+            sequence if count > 1 else None,
+            padding=pad,
         )
         alone = count == 1 and pad == 0  # a pass over a batch cannot be run again for one of its sequences
         return Explanation.of(

@@ -15,7 +15,9 @@ from ..core.layout import TokenLayout
 from ..knockout.plan import plan_of
 from ..knockout.rule import Knockout
 from ..models.text_model import TextModel
+from ..runtime.attention import seen_by
 from ..runtime.hooks import OnWeights, Recording, model_lock, recording
+from ..runtime.row_mask import RowMask
 
 
 class Replay:
@@ -57,38 +59,87 @@ class Replay:
                 it.
         """
         span = slice(start, stop)
-        found: dict[str, Any] = {"attention_mask": None, "position_ids": None}
+        found: dict[str, Any] = {"attention_mask": self._mask(start, stop, count), "position_ids": None}
         if self.positions is not None:
             positions = self.positions[..., span]
             found["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
         for name, whole in self._whole.items():
             found[name] = whole[:, span].expand(count, *[-1] * (whole.ndim - 1))
+        for name, (mask, parts) in self._of_marked.items():
+            some = slice(int(self._whole[mask][0, :start].sum()), int(self._whole[mask][0, :stop].sum()))
+            found[name] = [part[some].repeat(count, 1) for part in parts]
         return found
 
     @cached_property
     def _whole(self) -> dict[str, Tensor]:
         """The further arguments of all passes, joined over the sequence, each [1, N, ...]."""
         names = dict.fromkeys(name for _, others in self._others for name in others)
-        return {name: self._joined(name) for name in names if not (name == "attention_mask" and self._sees_all())}
+        return {name: self._joined(name) for name in names if name != "attention_mask" and name not in self._of_marked}
 
     def _joined(self, name: str) -> Tensor:
-        parts = []
+        parts, marks = [], {mask for mask, _ in self._of_marked.values()}
         for shape, others in self._others:
             part = others.get(name)
-            # a mask's second dimension are the keys, so it cannot be cut by position
-            if name == "attention_mask" or not isinstance(part, Tensor) or part.shape[:2] != shape:
-                raise InputError(
-                    f"the model's decoder was given {name!r}, which cannot be given again for a part of the sequence:"
-                    " maps and checks that run the model again cannot be made for this model or these options; those"
-                    ' read from the cache can (heatmap methods "logprob" and "attention")'
-                )
+            if part is None and name in marks:  # a pass that reads no image marks nothing
+                part = torch.zeros(shape, dtype=torch.bool, device=self.embeds.device)
+            if not isinstance(part, Tensor) or part.shape[:2] != shape:
+                raise _cannot_be_cut(name)
             parts.append(part)
         return torch.cat(parts, 1)
 
-    def _sees_all(self) -> bool:
-        """Return whether the recorded masks hide nothing, as for one sequence without padding."""
-        masks = [others.get("attention_mask") for _, others in self._others]
-        return all(mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())) for mask in masks)
+    @cached_property
+    def _of_marked(self) -> dict[str, tuple[str, list[Tensor]]]:
+        """The arguments with one row for each position that another argument marks, by name.
+
+        Qwen3-VL gives its decoder features that are added between layers (DeepStack), a list of [n, d], and a mask
+        bool [1, N] of the n positions that they belong to. The values are the name of the mask, and the features.
+        """
+        found: dict[str, tuple[str, list[Tensor]]] = {}
+        for shape, others in self._others:
+            masks = {name: mask for name, mask in others.items() if _is_mask(mask, shape)}
+            for name, parts in others.items():
+                if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Tensor) for part in parts):
+                    continue
+                fits = [key for key, mask in masks.items() if all(len(part) == int(mask.sum()) for part in parts)]
+                if len(fits) != 1 or name in found:  # two passes with images: which rows are whose is not known
+                    raise _cannot_be_cut(name)
+                found[name] = fits[0], list(parts)
+        return found
+
+    def _mask(self, start: int, stop: int, count: int) -> Any:
+        """Return the attention mask of a range of positions in the form that the decoder got it, or None."""
+        if self._masks is None:
+            return None
+        cut = {
+            name: whole[None, None, start:stop, :stop].expand(count, -1, -1, -1) for name, whole in self._masks.items()
+        }
+        return cut.get("", cut)
+
+    @cached_property
+    def _masks(self) -> dict[str, Tensor] | None:
+        """Which keys each row sees, bool [N, N] by kind of layer, or None if the decoder makes its own masks.
+
+        The key "" stands for one mask for all layers.
+        """
+        each = [others.get("attention_mask") for _, others in self._others]
+        if all(_hides_nothing(mask) for mask in each):
+            return None
+        named = [mask if isinstance(mask, dict) else {"": mask} for mask in each]
+        length = self.embeds.shape[1]
+        found = {name: torch.zeros(length, length, dtype=torch.bool) for name in named[0]}
+        first = 0
+        for (shape, _), masks in zip(self._others, named, strict=True):
+            stop = first + shape[1]
+            for name, whole in found.items():
+                mask = masks.get(name)
+                if not isinstance(mask, Tensor) or mask.shape != (1, 1, shape[1], stop):
+                    raise _cannot_be_cut("attention_mask")
+                seen, bias = seen_by(mask, 0, shape[1], shape[1], stop, None)
+                if bias is not None and torch.where(seen, bias, 0).any():
+                    raise _cannot_be_cut("attention_mask")
+                whole[first:stop, :stop] = seen[0, 0]
+            first = stop
+        return {name: whole.to(self.embeds.device) for name, whole in found.items()}
 
     def hidden_states(self, stop: int, on_weights: OnWeights | None = None, embeds: Tensor | None = None) -> Tensor:
         """Return the final norm's output at the first `stop` positions, under the knockouts of the explanation.
@@ -141,3 +192,24 @@ class Replay:
             finally:
                 for weight in weights:
                     weight.requires_grad_(True)
+
+
+def _hides_nothing(mask: Any) -> bool:
+    """Return whether a decoder makes the same mask by itself, as for one sequence without padding."""
+    if isinstance(mask, dict):
+        return all(_hides_nothing(one) for one in mask.values())
+    if isinstance(mask, RowMask):
+        return mask.causal
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
+
+
+def _is_mask(value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == shape
+
+
+def _cannot_be_cut(name: str) -> InputError:
+    return InputError(
+        f"the model's decoder was given {name!r}, which cannot be given again for a part of the sequence: maps and"
+        " checks that run the model again cannot be made for this model or these options; those read from the cache can"
+        ' (heatmap methods "logprob" and "attention")'
+    )

@@ -75,6 +75,7 @@ class Scores:
         self.prompt = prompt
         self.images = images
         self.final_norm = final_norm
+        text_model.check_writes()
         self.text_model = text_model
         self.trace = trace
         self.decode = decode
@@ -102,7 +103,10 @@ class Scores:
     @property
     @torch.no_grad()
     def head_scores(self) -> Tensor:
-        """The log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU."""
+        """The log-probability increase of every head's write, float32 [tokens, layers, heads], on the CPU.
+
+        It is 0 in layers without attention, whose heads write nothing.
+        """
         if self._head_scores is None:
             self._head_scores = self._writes.heads()
         return self._head_scores
@@ -118,10 +122,11 @@ class Scores:
         """
         if k < 1:
             raise InputError(f"k is at least 1, got {k}")
-        scores = self.head_scores[self.token_index(token)].flatten()
+        layers = self.text_model.site_layers
+        scores = self.head_scores[self.token_index(token)][list(layers)].flatten()
         best = scores.topk(min(k, len(scores)))
         return [
-            (i // self.num_heads, i % self.num_heads, score)
+            (layers[i // self.num_heads], i % self.num_heads, score)
             for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
@@ -153,13 +158,17 @@ class Scores:
 
         Returns:
             float32 [layers, heads, positions], on the CPU. The weights sum to 1 over the positions that the row sees;
-            other positions are 0.
+            other positions are 0, and so are layers without attention.
         """
-        index = self.token_index(token)
-        alphas = [self.trace.attention(index, layer) for layer in range(self.num_layers)]
-        each = range(self.num_layers)
-        layers = [layer for layer in each for _ in range(self.num_heads)]
-        return self.trace.spread(torch.cat(alphas), layers, len(self.input_ids)).unflatten(0, (len(each), -1))
+        index, text = self.token_index(token), self.text_model
+        sites = [site for site in range(len(text.sites)) for _ in range(self.num_heads)]
+        alphas = torch.cat([self.trace.attention(index, site) for site in range(len(text.sites))])
+        found = self.trace.spread(alphas, sites, len(self.input_ids)).unflatten(0, (len(text.sites), -1))
+        if len(text.sites) == self.num_layers:
+            return found
+        whole = torch.zeros(self.num_layers, *found.shape[1:])
+        whole[list(text.site_layers)] = found
+        return whole
 
     def heatmap(self, token: int | str, method: str = DEFAULT, heads: Heads = 10, image: int = 0) -> Tensor:
         """Return a heatmap over an image's tokens.
@@ -282,9 +291,19 @@ class Scores:
         return self.layout.images[image]
 
 
+def check_attention_everywhere(scores: Scores, method: str) -> None:
+    """Raise InputError for a method that follows attention from layer to layer if a layer has none."""
+    others = scores.text_model.findings.others
+    if others:
+        raise InputError(
+            f"{method!r} follows attention through every layer, and {len(others)} layers of this model have none"
+            f" ({next(iter(others.values()))}); use 'logprob', 'attention' or 'gradient-input'"
+        )
+
+
 def _chosen_heads(scores: Scores, index: int, heads: Heads) -> list[tuple[int, int]]:
     if heads == "all":
-        return [(layer, head) for layer in range(scores.num_layers) for head in range(scores.num_heads)]
+        return [(layer, head) for layer in scores.text_model.site_layers for head in range(scores.num_heads)]
     if isinstance(heads, int) and not isinstance(heads, bool):
         return [(layer, head) for layer, head, _ in scores.top_heads(index, heads)]
     if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
@@ -296,4 +315,5 @@ def _chosen_heads(scores: Scores, index: int, heads: Heads) -> list[tuple[int, i
                 f"head ({layer}, {head}) does not exist: layers are 0 to {scores.num_layers - 1},"
                 f" heads 0 to {scores.num_heads - 1}"
             )
+        scores.text_model.site(layer)
     return wanted

@@ -228,11 +228,11 @@ class Stream(Iterator[Step]):
     def explanation_of(self, step: Step, record: Recording, cache: Any, sequence: Tensor) -> Explanation:
         """Return the explanation of one step's token."""
         length = self.layout.prompt_length + step.index
-        layout = TokenLayout(length + 1, self.layout.prompt_length, self.layout.images)
+        layout = replace(self.layout, length=length + 1)
         said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())
         vlm = self._vlm
         if self._source is None:
-            trace = make_trace(record, cache, 1, length)
+            trace = make_trace(vlm.text, record, cache, 1, length)
         else:
             trace = self._source.trace(record, cache, length)
         return Explanation.of(vlm, trace, said, prompt=self.prompt, images=self.images, final_norm=self._final_norm)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..core.errors import InputError
 from ..knockout.plan import PerSequencePositions, Plan
 from ..runtime.hooks import recording
-from ..runtime.kv_cache import CACHE
+from ..runtime.kv_cache import CACHE, full_cache
 from .registry import DEFAULT, Heads
 from .scores import Scores
 from .verification import Verification
@@ -69,7 +69,7 @@ def log_probs(scores: Scores, token: int, variants: Sequence[Tensor]) -> Tensor:
     # rows before the first one that a knockout touches do not change, so they are not run again
     rows = torch.cat([scores.layout.positions("query"), scores.layout.positions("generated")])
     row = trace.rows[token]
-    first = min(int(rows.min()), row)
+    first = min(int(rows.min()), row) if scores.text_model.resumable else 0
     each = sum(k[:, : row + 1].nbytes for k in (*trace.keys, *trace.values))
     step = max(1, _CACHE_BYTES // each)
     parts = [_run(scores, variants[i : i + step], first, row) for i in range(0, len(variants), step)]
@@ -78,18 +78,27 @@ def log_probs(scores: Scores, token: int, variants: Sequence[Tensor]) -> Tensor:
     return torch.log_softmax(logits, -1)[:, scores.token_ids[token]].cpu()
 
 
+def _cache_until(stop: int, count: int, scores: Scores) -> Any:
+    """Return a cache of `count` copies of the recorded keys and values of the first positions."""
+    trace, cache, filled = scores.trace, full_cache(scores.text_model), set()
+    for site, keys, values in zip(scores.text_model.sites, trace.keys, trace.values, strict=True):
+        if site.cache is not None and site.cache not in filled:  # layers may share their keys and values
+            filled.add(site.cache)
+            before = [part[None, :, :stop].expand(count, -1, -1, -1) for part in (keys, values)]
+            cache.update(before[0], before[1], site.cache)
+    return cache
+
+
 def _run(scores: Scores, variants: Sequence[Tensor], first: int, row: int) -> Tensor:
     """Return the logits at position `row`, [len(variants), V].
 
     The positions from `first` to `row` are run again, over the cached keys and values of the positions before.
     """
-    replay, trace = scores.replay, scores.trace
+    replay = scores.replay
     text, count = replay.text, len(variants)
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(zip(trace.keys, trace.values, strict=True)):
-        cache.update(
-            keys[None, :, :first].expand(count, -1, -1, -1), values[None, :, :first].expand(count, -1, -1, -1), layer
-        )
+    given: dict[str, Any] = {"use_cache": False}
+    if first:
+        given = {"use_cache": True, CACHE: _cache_until(first, count, scores)}
     patches = PerSequencePositions(tuple(tuple(v.tolist()) for v in variants))
     rules: list = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
     plan = Plan(
@@ -101,8 +110,7 @@ def _run(scores: Scores, variants: Sequence[Tensor], first: int, row: int) -> Te
     with recording(text, knockouts=plan, backend=replay.backend):
         hidden = text.decoder(
             inputs_embeds=replay.embeds[:, first : row + 1].expand(count, -1, -1),
-            use_cache=True,
-            **{CACHE: cache},
+            **given,
             **replay.arguments(first, row + 1, count),
         ).last_hidden_state
         return text.logits(hidden[:, -1])

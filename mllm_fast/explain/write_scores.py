@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, weight_state, wide_type
+from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, wide_type
 from ..models.text_model import TextModel
 from ..runtime.trace import Trace
 
@@ -39,12 +39,20 @@ class WriteScores:
     _logits: tuple[range, Base] | None = field(default=None, init=False, repr=False)
 
     def heads(self) -> Tensor:
-        """Return the score of every head's write at every token, float32 [tokens, layers, heads], on the CPU."""
-        width = self.trace.residual.shape[-1]
-        step = max(1, _WRITE_ELEMENTS // (len(self.text_model.layers) * self.text_model.num_heads * width))
+        """Return the score of every head's write at every token, float32 [tokens, layers, heads], on the CPU.
+
+        Layers without attention have no write, so their scores are 0.
+        """
+        text, width = self.text_model, self.trace.residual.shape[-1]
+        step = max(1, _WRITE_ELEMENTS // (len(text.sites) * text.num_heads * width))
         count = len(self.token_ids)
         parts = [self._heads(range(start, min(start + step, count))) for start in range(0, count, step)]
-        return torch.cat(parts).float().cpu()
+        scores = torch.cat(parts).float().cpu()
+        if len(text.sites) == len(text.layers):
+            return scores
+        whole = torch.zeros(count, len(text.layers), text.num_heads)
+        whole[:, list(text.site_layers)] = scores
+        return whole
 
     def positions(self, index: int, heads: Sequence[tuple[int, int]], length: int) -> Tensor:
         """Return the score of each position's write by some heads at one token.
@@ -53,12 +61,13 @@ class WriteScores:
 
         Args:
             index: the token's index in the answer.
-            heads: the heads, each (layer, head).
+            heads: the heads, each (layer, head), in layers with attention.
             length: the length of the sequence that the scores are laid out over.
 
         Returns:
             float32 [heads, length], on the CPU.
         """
+        heads = [(self.text_model.site(layer), head) for layer, head in heads]
         stop = self.trace.rows[index] + 1
         step = max(1, _WRITE_ELEMENTS // (stop * self.text_model.head_dim))
         base, first = self._base(range(index, index + 1))
@@ -66,19 +75,21 @@ class WriteScores:
         parts = []
         for start in range(0, len(heads), step):
             part = heads[start : start + step]
-            layers = {layer for layer, _ in part}
-            states = {layer: weight_state(self.text_model.outputs[layer].weight) for layer in layers}
+            states = {site: self.text_model.writes.write_state(site) for site in {site for site, _ in part}}
+            values = self.trace.position_values(index, part, self.backend)
+            if self.trace.write_scale is not None:
+                values *= self.trace.write_scale[index, [site for site, _ in part]].to(values)[:, None, None]
             scores = logprob_increase(
                 base,
-                self.trace.position_values(index, part, self.backend),
+                values,
                 unembedding=self.unembedding,
-                projection=[_on(self.text_model.projection(layer, head), device) for layer, head in part],
-                source=torch.tensor([first + layer for layer, _ in part], device=device),
+                projection=[_on(self.text_model.projection(site, head), device) for site, head in part],
+                source=torch.tensor([first + site for site, _ in part], device=device),
                 backend=self.backend,
                 operators=self.operators,
-                keys=[(layer, head, states[layer]) for layer, head in part],
+                keys=[(site, head, states[site]) for site, head in part],
             )
-            parts.append(self.trace.spread(scores, [layer for layer, _ in part], length))
+            parts.append(self.trace.spread(scores, [site for site, _ in part], length))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forget(self) -> None:
@@ -86,37 +97,41 @@ class WriteScores:
         self._logits = None
 
     def _heads(self, tokens: range) -> Tensor:
-        """Return the scores of some tokens, [len(tokens), L, H].
+        """Return the scores of some tokens, [len(tokens), S, H].
 
-        There is one row per head, so this takes the direct way, with all layers and heads in one call.
+        There is one row per head, so this takes the direct way, with all sites and heads in one call.
         """
         trace, count = self.trace, len(tokens)
-        layers, num_heads = len(self.text_model.layers), self.text_model.num_heads
+        sites, num_heads = len(self.text_model.sites), self.text_model.num_heads
         device, wide = trace.residual.device, wide_type(trace.output.dtype)
-        writes = torch.empty(layers, num_heads, count, trace.residual.shape[-1], dtype=wide, device=device)
-        output = trace.output[tokens.start : tokens.stop].to(wide).permute(1, 2, 0, 3)  # [L, H, T, D]
-        for some, weight in self.text_model.projections(device, wide):
+        writes = torch.empty(sites, num_heads, count, trace.residual.shape[-1], dtype=wide, device=device)
+        output = trace.output[tokens.start : tokens.stop].to(wide).permute(1, 2, 0, 3)  # [S, H, T, D]
+        if trace.write_scale is not None:
+            output = output * trace.write_scale[tokens.start : tokens.stop].to(wide).T[:, None, :, None]
+        for some, weight in self.text_model.writes.projections(device, wide):
             torch.matmul(output[some], weight, out=writes[some])
         base, _ = self._base(tokens)
         scores = logprob_increase(
             base, writes.permute(2, 0, 1, 3).flatten(0, 1), unembedding=self.unembedding, backend=self.backend
         )
-        return scores.reshape(count, layers, num_heads)
+        return scores.reshape(count, sites, num_heads)
 
     def _base(self, tokens: range) -> tuple[Base, int]:
-        """Return the logits at every layer's input to some tokens' rows, and the index of the first of them.
+        """Return the logits at the input of every layer with attention to some tokens' rows, and the first's index.
 
         The logits are kept, so that calls in succession compute them once.
         """
         if self._logits is None or not (self._logits[0].start <= tokens.start and tokens.stop <= self._logits[0].stop):
-            trace, layers = self.trace, len(self.text_model.layers)
-            residual = trace.residual[tokens.start : tokens.stop].flatten(0, 1)
-            named = [token for token in self.token_ids[tokens.start : tokens.stop] for _ in range(layers)]
-            final = trace.final[tokens.start : tokens.stop, None].expand(-1, layers, -1).flatten(0, 1)
+            trace, layers = self.trace, self.text_model.site_layers
+            residual = trace.residual[tokens.start : tokens.stop]
+            residual = residual if len(layers) == residual.shape[1] else residual[:, list(layers)]
+            residual = residual.flatten(0, 1)
+            named = [token for token in self.token_ids[tokens.start : tokens.stop] for _ in layers]
+            final = trace.final[tokens.start : tokens.stop, None].expand(-1, len(layers), -1).flatten(0, 1)
             ids = torch.tensor(named, device=residual.device)
             self._logits = tokens, Base(residual, ids, self.unembedding, self.norm, final)
         held, base = self._logits
-        return base, (tokens.start - held.start) * len(self.text_model.layers)
+        return base, (tokens.start - held.start) * len(self.text_model.sites)
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:

@@ -66,8 +66,8 @@ def own_features(vlm: VLM, inputs: Any) -> Tensor:
 
 def check_fixed_grid(vlm: VLM) -> None:
     """Raise InputError if the number of image tokens depends on the image."""
-    if not vlm.adapter.fixed_grid:
+    if not vlm.adapter.fixed_grid or getattr(vlm.processor, "image_break_token", None):
         raise InputError(
             f"a joint model needs a language model that gives every image the same grid of tokens; the grid of"
-            f" {vlm.adapter.model_type} varies with the image"
+            f" {vlm.model.config.model_type} varies with the image"
         )

@@ -52,8 +52,8 @@ def adapted_model(vlm: VLM, rank: int, seed: int) -> Iterator[Any]:
     """
     peft = _peft()
     names = {id(module): name for name, module in vlm.model.named_modules()}
-    layers = [names[id(layer)] for layer in vlm.text.layers]
-    targets = [f"{layer}.{vlm.adapter.attention}.{part}" for layer in layers for part in ("q_proj", "v_proj", "o_proj")]
+    attention = [names[id(module)] for module in vlm.text.attention]
+    targets = [f"{module}.{part}" for module in attention for part in ("q_proj", "v_proj", "o_proj")]
     before = {name: p.requires_grad for name, p in vlm.model.named_parameters()}
     torch.manual_seed(seed)
     with warnings.catch_warnings():

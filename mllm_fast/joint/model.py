@@ -77,7 +77,7 @@ class JointModel:
 
     def __init__(self, owl: Detector, alignment: Alignment, vlm: VLM):
         check_fixed_grid(vlm)
-        width = vlm.text.config.hidden_size
+        width = vlm.text.width
         given = alignment.config.inputs, alignment.config.outputs
         if given != (owl.width, width):
             raise InputError(

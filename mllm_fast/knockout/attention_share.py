@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.layout import TokenLayout
 
-TYPES = ("system", "image", "query", "generated")
+TYPES = ("system", "image", "image_separator", "query", "generated")
 
 
 class AttentionObserver(Protocol):
@@ -27,8 +27,8 @@ class AttentionObserver(Protocol):
             True for the mass of all rows, a bool [B, rows] for that of some rows, or False.
         """
 
-    def add(self, layer: int, mass: Tensor) -> None:
-        """Take the mass [B, H, N] of one forward pass."""
+    def add(self, site: int, mass: Tensor) -> None:
+        """Take the mass [B, H, N] of one forward pass at one attention site; see `TextModel`."""
 
 
 class AttentionShares:
@@ -38,21 +38,31 @@ class AttentionShares:
         layouts: The layout of each sequence of the batch.
         padding: The left padding of each sequence.
         num_layers: How many layers the model has.
+        site_layers: The layer of each attention site; by default every layer has one.
     """
 
-    def __init__(self, layouts: Sequence[TokenLayout], padding: Sequence[int], num_layers: int):
+    def __init__(
+        self,
+        layouts: Sequence[TokenLayout],
+        padding: Sequence[int],
+        num_layers: int,
+        site_layers: Sequence[int] | None = None,
+    ):
         self.prompt_length = max(layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True))
         self._types = torch.full((len(layouts), self.prompt_length), TYPES.index("generated"))
         for row, layout, pad in zip(self._types, layouts, padding, strict=True):
-            for i, name in enumerate(TYPES[:3]):
+            for i, name in enumerate(TYPES[:-1]):
                 row[layout.positions(name) + pad] = i
-        self._passes: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._separators = any(len(layout.separators) for layout in layouts)
+        self._num_layers = num_layers
+        self._site_layers = tuple(range(num_layers)) if site_layers is None else tuple(site_layers)
+        self._passes: list[list[Tensor]] = [[] for _ in self._site_layers]
 
     def wants(self, first_row: int, rows: int) -> bool:
         """Return True for passes that read only generated tokens."""
         return first_row >= self.prompt_length
 
-    def add(self, layer: int, mass: Tensor) -> None:
+    def add(self, site: int, mass: Tensor) -> None:
         """Add the mass [B, H, N] of one forward pass."""
         batch, heads, keys = mass.shape
         if self._types.device != mass.device:
@@ -61,16 +71,21 @@ class AttentionShares:
             fresh = self._types.new_full((batch, keys + 64 - self._types.shape[1]), TYPES.index("generated"))
             self._types = torch.cat([self._types, fresh], 1)
         types = self._types[:, None, :keys].expand(-1, heads, -1)
-        self._passes[layer].append(mass.new_zeros(batch, heads, len(TYPES)).scatter_add_(2, types, mass))
+        self._passes[site].append(mass.new_zeros(batch, heads, len(TYPES)).scatter_add_(2, types, mass))
 
     def of(self, sequence: int, tokens: int) -> dict[str, Tensor] | None:
         """Return the attention shares of one sequence, a mean over its first `tokens` passes.
 
         Returns:
             A dict from the type of token to float32 [layers, heads] on the CPU, or None if no generated token was read.
+            Layers without attention, and heads that a layer does not have, are 0. "image_separator" is there if a
+            prompt has such tokens.
         """
         count = min(tokens, len(self._passes[0]))
         if count == 0:
             return None
-        total = torch.stack([torch.stack([one[sequence] for one in layer[:count]]).mean(0) for layer in self._passes])
-        return {name: total[..., i].float().cpu() for i, name in enumerate(TYPES)}
+        means = [torch.stack([one[sequence] for one in site[:count]]).mean(0).float().cpu() for site in self._passes]
+        total = torch.zeros(self._num_layers, max(map(len, means)), len(TYPES))
+        for layer, mean in zip(self._site_layers, means, strict=True):
+            total[layer, : len(mean)] = mean
+        return {name: total[..., i] for i, name in enumerate(TYPES) if name != "image_separator" or self._separators}

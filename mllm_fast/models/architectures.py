@@ -1,4 +1,4 @@
-"""The registry of known architectures, by the model type in config.json."""
+"""The registry of adapters, by the model type in config.json."""
 
 from __future__ import annotations
 
@@ -10,57 +10,64 @@ from ..core.errors import InputError
 from ..core.registry import Registry
 from .adapter import Adapter
 
+_MODULES = {
+    "llava": ("llava", "vipllava"),
+    "llava_next": ("llava_next", "llava_next_video", "llava_onevision"),
+    "pixtral": ("mistral3",),
+    "internvl": ("internvl", "aya_vision", "cohere2_vision", "ovis2"),
+    "idefics3": ("idefics3", "smolvlm"),
+    "qwen2_vl": (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "glm4v",
+        "glm4v_moe",
+        "kimi_k25",
+    ),
+    "gemma": ("paligemma", "gemma3", "gemma4"),
+    "lfm2_vl": ("lfm2_vl",),
+    "molmo2": ("molmo2",),
+}
 ARCHITECTURES: Registry[Adapter] = Registry(
     "architecture",
     "mllm_fast.architectures",
-    {name: f"mllm_fast.models.{name}" for name in ("llava", "internvl", "qwen2_5_vl")},
+    {name: f"mllm_fast.models.{module}" for module, names in _MODULES.items() for name in names},
 )
 
 
 def architecture(adapter: type[Adapter]) -> type[Adapter]:
-    """Register an `Adapter` under its `model_type`; use it as a class decorator.
+    """Register an `Adapter` under its `model_types`; use it as a class decorator.
 
     An installed package registers an adapter by an entry point of the group "mllm_fast.architectures". The name of the
     entry point is the model type.
     """
-    if not adapter.text_types:
-        raise InputError(f"{adapter.__name__}.text_types names the language models it may hold; it is empty")
-    ARCHITECTURES.register(adapter.model_type, adapter(), adapter.__module__)
+    if not adapter.model_types:
+        raise InputError(f"{adapter.__name__}.model_types names the model types that it is for; it is empty")
+    for name in adapter.model_types:
+        ARCHITECTURES.register(name, adapter(), adapter.__module__)
     return adapter
-
-
-def adapter_for(model_type: str, has_vision: bool) -> Adapter:
-    """Return the adapter of a model type.
-
-    Args:
-        model_type: The model type in config.json.
-        has_vision: Whether the model's config has a vision part. It only affects the error message.
-
-    Raises:
-        InputError: The architecture is not known.
-    """
-    if model_type not in ARCHITECTURES:
-        hint = "" if has_vision else " (it has no vision part: a text-only model?)"
-        raise InputError(
-            f"the architecture {model_type!r} is not supported{hint}; supported are {', '.join(ARCHITECTURES)};"
-            " to add one, see docs/extending.md, 'An architecture'"
-        )
-    return ARCHITECTURES.get(model_type)
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of a model.
+    """Return the adapter of a model, or one that does not know how image tokens lie.
 
     Raises:
-        InputError: The architecture, or the language model inside it, is not known.
+        InputError: The model has no vision part.
     """
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)
-    adapter = adapter_for(kind, hasattr(config, "vision_config"))
-    text = config.get_text_config().model_type
-    if text not in adapter.text_types:
+    if kind in ARCHITECTURES:
+        return ARCHITECTURES.get(kind)
+    check_vision(kind, config.get_text_config() is not config)
+    return Adapter()
+
+
+def check_vision(kind: str, has_vision: bool) -> None:
+    """Raise InputError for a model type without a vision part."""
+    if not has_vision:
         raise InputError(
-            f"{kind} with a language model of type {text!r} is not supported; supported are"
-            f" {', '.join(adapter.text_types)}; to add one, see docs/extending.md, 'An architecture'"
+            f"the model type {kind!r} has no vision part: it is a text-only model; give a model that takes images"
         )
-    return adapter

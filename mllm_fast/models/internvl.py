@@ -1,51 +1,112 @@
-"""InternVL: tiles of a canvas that fits the shape of the image, followed by a thumbnail of the whole image."""
+"""InternVL and its relatives: tiles of a canvas that fits the shape of the image, and a view of the whole image."""
 
 from __future__ import annotations
 
 import math
 import sys
+from importlib import import_module
 from typing import Any
 
-from ..core.layout import Tile
-from .adapter import Adapter, Tiling
+from ..core.layout import Tile, Tiling
+from .adapter import Adapter
 from .architectures import architecture
 
 
-@architecture
-class InternVL(Adapter):
-    """InternVL as implemented in transformers, with a Qwen2 or LLaMA language model."""
+class Canvas(Adapter):
+    """Tiles side by side, with a view of the whole image before or after them if there are several."""
 
-    model_type = "internvl"
-    text_types = ("qwen2", "llama")
-    fixed_grid = True
+    whole_first = False
+
+    def side(self, processor: Any) -> int:
+        """Return how many tokens lie along a side of a tile."""
+        raise NotImplementedError
+
+    def crops(self, processor: Any) -> bool:
+        """Return whether the processor makes tiles."""
+        return processor.image_processor.crop_to_patches
+
+    def canvas(self, images: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the columns and rows of the canvas, by the function by which the processor itself chooses them."""
+        choose = sys.modules[type(images).__module__].get_optimal_tiled_canvas  # type: ignore[attr-defined]
+        tile = (images.size["height"], images.size["width"])
+        return choose((size[1], size[0]), tile, images.min_patches, images.max_patches)
 
     def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
-        side = math.isqrt(processor.image_seq_length)
-        width, height = size
-        images = processor.image_processor
-        crop = _internvl_defaults(processor).get("crop_to_patches", images.crop_to_patches)
-        whole = (0.0, 0.0, float(width), float(height))
-        if not crop or images.max_patches <= 1:
-            return (Tile(side, side, whole),), (1, 1)
-        # the function by which the processor itself chooses the canvas
-        choose = sys.modules[type(images).__module__].get_optimal_tiled_canvas  # type: ignore[attr-defined]
-        tile_size = (images.size["height"], images.size["width"])
-        cols, rows = choose((height, width), tile_size, images.min_patches, images.max_patches)
-        tiles = [
+        side, images, (width, height) = self.side(processor), processor.image_processor, size
+        whole = Tile(side, side, (0.0, 0.0, float(width), float(height)))
+        if not self.crops(processor) or images.max_patches <= 1:
+            return Tiling((whole,))
+        cols, rows = (int(n) for n in self.canvas(images, size))
+        tiles = tuple(
             Tile(side, side, (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows))
             for r in range(rows)
             for c in range(cols)
-        ]
-        if len(tiles) > 1:
-            tiles.append(Tile(side, side, whole))  # the thumbnail
-        return tuple(tiles), (rows, cols)
+        )
+        if len(tiles) == 1:
+            return Tiling(tiles)
+        if self.whole_first:
+            return Tiling((whole, *tiles), (rows, cols), first=1)
+        return Tiling((*tiles, whole), (rows, cols))
 
 
-def _internvl_defaults(processor: Any) -> dict[str, Any]:
-    """Return the processor's default arguments for its image processor; older releases keep them elsewhere."""
+@architecture
+class InternVL(Canvas):
+    """InternVL as implemented in transformers."""
+
+    model_types = ("internvl",)
+    fixed_grid = True
+
+    def side(self, processor: Any) -> int:
+        return math.isqrt(processor.image_seq_length)
+
+    def crops(self, processor: Any) -> bool:
+        return _crops(processor, "internvl", "InternVLProcessorKwargs")
+
+
+@architecture
+class AyaVision(Canvas):
+    """Aya Vision, whose tiles have a mark before each of them."""
+
+    model_types = ("aya_vision",)
+
+    def side(self, processor: Any) -> int:
+        return processor.img_size // processor.patch_size
+
+    def crops(self, processor: Any) -> bool:
+        return _crops(processor, "aya_vision", "AyaVisionProcessorKwargs")
+
+
+@architecture
+class Cohere2Vision(Canvas):
+    """Command A Vision, whose tiles have a line break behind each of them."""
+
+    model_types = ("cohere2_vision",)
+
+    def side(self, processor: Any) -> int:
+        return int(processor.patch_size)
+
+
+@architecture
+class Ovis2(Canvas):
+    """Ovis2: the whole image first, then the fewest tiles that cover most of it."""
+
+    model_types = ("ovis2",)
+    whole_first = True
+
+    def side(self, processor: Any) -> int:
+        return math.isqrt(processor.image_seq_length)
+
+    def canvas(self, images: Any, size: tuple[int, int]) -> tuple[int, int]:
+        if not images.use_covering_area_grid:
+            return super().canvas(images, size)
+        choose = sys.modules[type(images).__module__].get_min_tile_covering_grid  # type: ignore[attr-defined]
+        return choose((size[1], size[0]), images.size["height"], images.max_patches)
+
+
+def _crops(processor: Any, package: str, name: str) -> bool:
+    """Return whether a processor tells its image processor to make tiles; older releases keep that elsewhere."""
     found = getattr(processor, "images_kwargs", None)
     if found is None:
-        from transformers.models.internvl import processing_internvl
-
-        found = processing_internvl.InternVLProcessorKwargs._defaults["images_kwargs"]
-    return found
+        module = import_module(f"transformers.models.{package}.processing_{package}")
+        found = getattr(module, name)._defaults.get("images_kwargs", {})
+    return found.get("crop_to_patches", processor.image_processor.crop_to_patches)

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: one tile per image, resized and cropped to a square."""
+"""LLaVA 1.5 and ViP-LLaVA: one tile per image, resized and cropped to a square."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError
-from ..core.layout import Tile
-from .adapter import Adapter, Tiling
+from ..core.layout import Tile, Tiling
+from .adapter import Adapter
 from .architectures import architecture
+from .pixtral import pixtral_lengths, pixtral_tiles
 
 
 @architecture
 class Llava(Adapter):
-    """LLaVA with a LLaMA, Mistral or Qwen2 language model."""
+    """LLaVA and ViP-LLaVA, and Pixtral, whose model type is LLaVA's."""
 
-    model_type = "llava"
-    text_types = ("llama", "mistral", "qwen2")
+    model_types = ("llava", "vipllava")
     fixed_grid = True
 
     def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+        if getattr(processor, "image_break_token", None):
+            return pixtral_tiles(processor, inputs, index, size)
         if getattr(processor.image_processor, "do_pad", False):
             raise InputError("the processor pads images to squares (do_pad), which is not supported; set it to False")
         height, width = inputs["pixel_values"].shape[-2:]
         patch = processor.patch_size
         box = _cropped_box(processor.image_processor, size, (width, height))
-        return (Tile(height // patch, width // patch, box),), (1, 1)
+        return Tiling((Tile(height // patch, width // patch, box),))
 
     def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
         """Return the same number of tokens for every image; one image may directly follow another."""
+        if getattr(processor, "image_break_token", None):
+            return pixtral_lengths(processor, inputs)
         pixels = inputs.get("pixel_values")
         return None if pixels is None else [tokens // len(pixels)] * len(pixels)
 

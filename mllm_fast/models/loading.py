@@ -18,7 +18,7 @@ import torch
 
 from ..core.assets import SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
-from .architectures import adapter_for
+from .architectures import check_vision
 
 EMBEDDED = "shapes"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -87,9 +87,7 @@ def load_pretrained(
         raise InputError(f"{name}: config.json does not describe a model; copy it again")
     if not adapted:
         with _named(name):
-            adapter_for(settings["model_type"], "vision_config" in settings)
-        if "vision_config" not in settings:
-            raise InputError(f"{name}: config.json describes no vision part (vision_config); copy it again")
+            check_vision(settings["model_type"], "vision_config" in settings or "text_config" in settings)
     if "device_map" in options and find_spec("accelerate") is None:
         raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
     with failures(name), quiet():
@@ -123,10 +121,22 @@ def processor_class(config: Any) -> Any:
 
 def image_side(cls: type) -> type:
     """Return a processor class without its video processor, under the same name, or the class itself if it has none."""
-    names = [name for name in cls.get_attributes() if name != "video_processor"]  # type: ignore[attr-defined]
-    if len(names) == len(cls.get_attributes()):  # type: ignore[attr-defined]
+    from transformers import ProcessorMixin
+
+    every: list[str] = list(cls.get_attributes())  # type: ignore[attr-defined]
+    if "video_processor" not in every:
         return cls
-    return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: names)})
+    place = every.index("video_processor")
+
+    class ImageSide(ProcessorMixin):
+        """Stands between the class and its base, and leaves the video processor out of what the base is given."""
+
+        def __init__(self, *args: Any, **options: Any):
+            options.pop("video_processor", None)
+            super().__init__(*args[:place], *args[place + (len(args) == len(every)) :], **options)
+
+    names = [name for name in every if name != "video_processor"]
+    return type(cls.__name__, (cls, ImageSide), {"get_attributes": classmethod(lambda _: names)})
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,12 +15,20 @@ from ..core.errors import InputError
 
 def weight_of(module: Any) -> Tensor:
     """Return a module's weight, detached; an offloaded weight is read in."""
-    if module.weight.device.type != "meta":
+    with read_in(module):
         return module.weight.detach()
-    from accelerate.utils import align_module_device  # accelerate is installed, because it offloaded the weight
+
+
+@contextmanager
+def read_in(module: Any) -> Iterator[None]:
+    """Hold a module's offloaded weights in memory inside the block."""
+    if all(tensor.device.type != "meta" for tensor in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device  # accelerate is installed, because it offloaded the weights
 
     with align_module_device(module):
-        return module.weight.detach()
+        yield
 
 
 def stored_tensor(model: Any, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from ..core.errors import InputError, first_line
 from ..core.images import ImageSource, load_image
 from ..core.layout import TokenLayout
 from .adapter import Adapter
+from .image_tokens import image_tokens
 from .offload import device_of
 
 Images = ImageSource | Sequence[ImageSource]
@@ -34,6 +35,7 @@ class Prompts:
         self.processor = processor
         self.adapter = adapter
         self.max_pixels = max_pixels
+        self.image_tokens = image_tokens(model, processor)
         self.window: int | None = getattr(config, "max_position_embeddings", None)
 
     def load(self, image: Images | None) -> list[Any]:
@@ -64,7 +66,7 @@ class Prompts:
         layouts, first = [], 0
         for ids, pad, images in zip(inputs["input_ids"], padding, pictures, strict=True):
             sizes = [image.size for image in images]
-            layouts.append(prompt_layout(ids[pad:], self.adapter, self.processor, inputs, sizes, first))
+            layouts.append(prompt_layout(self, ids[pad:], inputs, sizes, first))
             first += len(images)
         return inputs, layouts, padding
 
@@ -96,7 +98,7 @@ class Prompts:
                 _check_text(self.processor, part or "", "message")
         inputs = self._inputs([pictures], [list(turns)])
         sizes = [picture.size for picture in pictures]
-        return inputs, prompt_layout(inputs["input_ids"][0], self.adapter, self.processor, inputs, sizes)
+        return inputs, prompt_layout(self, inputs["input_ids"][0], inputs, sizes)
 
     def _inputs(self, pictures: list[list[Any]], conversations: list[list[Turn]]) -> Any:
         if not getattr(self.processor, "chat_template", None):
@@ -111,6 +113,7 @@ class Prompts:
             )
         except Exception as error:  # a damaged template or an unusual image can make it raise anything
             raise InputError(f"the processor cannot take this image and prompt: {first_line(error)}") from error
+        inputs.pop("labels", None)  # for training
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 dtype = self.model.dtype if value.is_floating_point() else None
@@ -174,6 +177,8 @@ class Prompts:
             ids = [int(one) for one in answer]
         if not ids:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
+        if self.image_tokens.image in ids:
+            raise InputError("the answer to be explained holds the image token, which stands for a part of an image")
         return torch.tensor(ids, device=device_of(self.model))
 
     def stop_ids(self, options: dict[str, Any]) -> set[int]:
@@ -201,6 +206,21 @@ class Prompts:
             )
 
 
+_TEXT = "The quick brown fox jumps over the lazy dog while nine old men count the stars above a quiet harbour."
+
+_VARIED = 8  # different tokens that the text has at least
+
+
+def ordinary_ids(processor: Any) -> list[int]:
+    """Return the token ids of some ordinary text, on which a model can be run."""
+    tokenizer = processor.tokenizer
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    ids = [one for one in tokenizer(_TEXT, add_special_tokens=False).input_ids if one not in special]
+    if len(set(ids)) >= _VARIED:
+        return ids
+    return [one for one in range(len(tokenizer)) if one not in special]  # a tokenizer of few words
+
+
 _RUNS_ELSEWHERE = ("guidance_scale", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "streamer")
 
 
@@ -218,20 +238,28 @@ def one_answer(what: str, options: dict[str, Any]) -> None:
 
 
 def prompt_layout(
-    ids: Tensor, adapter: Adapter, processor: Any, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
+    prompts: Prompts, ids: Tensor, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
 ) -> TokenLayout:
     """Return the layout of one prompt of a batch.
 
     Args:
+        prompts: What made the inputs.
         ids: Token ids of the prompt, without padding.
-        adapter: The adapter of the model.
-        processor: The model's processor.
         inputs: The processor's output for the batch.
         sizes: The size (width, height) of each image of the prompt.
         first_image: Index of the prompt's first image among the images of the batch.
+
+    Raises:
+        InputError: It is not known which image tokens are whose.
     """
-    tilings = [(size, *adapter.tiles(processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
-    return TokenLayout.from_input_ids(ids.cpu(), adapter.image_token_id(processor), tilings, len(ids))
+    tokens, adapter = prompts.image_tokens, prompts.adapter
+    if not adapter.knows_tiles:
+        try:
+            return TokenLayout.from_prompt_ids(ids, tokens.image, None, tokens.separators, sizes)
+        except ValueError as error:
+            raise InputError(f"{error}; give one image a prompt") from None
+    tilings = [(size, *adapter.tiles(prompts.processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
+    return TokenLayout.from_input_ids(ids.cpu(), tokens.image, tilings, len(ids), tokens.separators)
 
 
 def _check_text(processor: Any, text: str, what: str) -> None:

@@ -1,137 +1,193 @@
-"""The text part of a model: its decoder layers, output projections, final norm and unembedding."""
+"""The text part of a model: its decoder layers, attention sites, final norm and unembedding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..kernels import Unembedding, weight_state
-from .adapter import Adapter, detached
-from .offload import weight_of
-
-_STACKED_BYTES = 1 << 25  # output projections up to this size are kept together in one copy
+from .linears import effective_weight, linear_state
+from .norms import Norm, norm_of, vector_of
+from .offload import device_of
+from .output_weights import OutputWeights
+from .probe import Findings, Site, find_parts
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """The text part of one model, found through its adapter.
+    """The text part of one model. Its parts were found by what they compute; see `models.probe`.
+
+    A site is the attention of one decoder layer. A hybrid model has layers without one.
 
     Attributes:
-        adapter: The adapter of the model.
+        findings: The parts as paths and numbers.
         config: The config of the decoder.
         decoder: The decoder.
         layers: The decoder layers.
+        sites: The attention sites, in the order of the layers.
+        attention: The attention module of each site.
+        outputs: The output projection of each site.
+        post_norms: The norm between the output projection and the residual stream of each site, or None.
         norm: The final norm.
         head: The unembedding.
-        outputs: The output projection of each layer.
-        num_heads: The number of query heads.
-        head_dim: The size of a head.
+        width: The size d of the residual stream.
+        num_heads: The largest number of query heads of a site.
+        head_dim: The largest size of a value.
+        site_layers: The number of each site's layer.
+        by_layer: The index of each layer's site, by the number of the layer.
+        by_module: The index of each site, by its attention module.
     """
 
-    adapter: Adapter
+    findings: Findings
     config: Any
-    decoder: nn.Module
+    decoder: Any
     layers: tuple[nn.Module, ...]
+    sites: tuple[Site, ...]
+    attention: tuple[nn.Module, ...]
+    outputs: tuple[Any, ...]
+    post_norms: tuple[nn.Module | None, ...]
     norm: nn.Module
     head: Any
-    outputs: tuple[nn.Linear, ...]
+    width: int
     num_heads: int
     head_dim: int
-    _views: dict[int, tuple[Any, int, torch.Tensor, list[torch.Tensor]]] = field(default_factory=dict, repr=False)
+    site_layers: tuple[int, ...]
+    by_layer: dict[int, int]
+    by_module: dict[nn.Module, int]
     _stacked: dict[str, Any] = field(default_factory=dict, repr=False)
+    _norms: dict[str, tuple[Any, Norm]] = field(default_factory=dict, repr=False)
 
-    def projection(self, layer: int, head: int) -> torch.Tensor:
-        """Return O_j, [hidden size, head dim], a view of the output projection's weight."""
-        return self._of_heads(layer)[1][head]
-
-    def projections(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield O_j of all heads, transposed, for one range of layers after another.
-
-        A small model yields all layers at once, from a copy that is cached. A larger one yields one layer at a time.
-
-        Yields:
-            The slice of layers, and their O_j as [layers, heads, head dim, hidden size].
-        """
-        count = len(self.outputs)
-        first: Any = self.outputs[0].weight
-        elsewhere = any(output.weight.device.type == "meta" for output in self.outputs)
-        if elsewhere or count * first.numel() * dtype.itemsize > _STACKED_BYTES:
-            for layer in range(count):
-                yield slice(layer, layer + 1), self._of_heads(layer)[0].to(device=device, dtype=dtype)[None]
-            return
-        state = device, dtype, *(weight_state(output.weight) for output in self.outputs)
-        if self._stacked.get("state") != state:
-            each = [self._of_heads(layer)[0].to(device=device, dtype=dtype) for layer in range(count)]
-            self._stacked.update(state=state, weights=torch.stack(each))
-        yield slice(0, count), self._stacked["weights"]
-
-    def _of_heads(self, layer: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the O_j of a layer, stacked and one by one.
-
-        They are cached while the weight stays in place: in a small model, making the views takes as long as using them.
-        """
-        weight: Any = self.outputs[layer].weight
-        kept = self._views.get(layer)
-        if kept is not None and kept[0] is weight and kept[1] == weight.data_ptr():
-            return kept[2:]
-        whole = weight_of(self.outputs[layer]).unflatten(1, (self.num_heads, self.head_dim)).permute(1, 2, 0)
-        each = [one.mT for one in whole]
-        if weight.device.type == "meta":  # keep only the last offloaded layer: callers ask for its heads in turn
-            for other in [i for i in self._views if self.outputs[i].weight.device.type == "meta"]:
-                del self._views[other]
-        self._views[layer] = weight, weight.data_ptr(), whole, each
-        return whole, each
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits [..., V] for the final norm's output [..., d]."""
-        logits = self.head(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def unembedding(self) -> Unembedding:
-        """Return the final norm and the unembedding, as views of the weights."""
-        norm = self.adapter.final_norm(self.norm)
-        return Unembedding(
-            weight=weight_of(self.head),
-            gain=norm.gain,
-            norm_bias=norm.bias,
-            bias=detached(getattr(self.head, "bias", None)),
-            eps=norm.eps,
-            kind=norm.kind,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+    @cached_property
+    def writes(self) -> OutputWeights:
+        """What one number of a head's output adds to the residual stream."""
+        return OutputWeights(
+            self.sites, self.outputs, self.post_norms, self.width, self.num_heads, self.head_dim, self.post_norm
         )
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether some layers read the keys and values of others."""
+        cached = [site.cache for site in self.sites if site.cache is not None]
+        return len(set(cached)) < len(cached)
 
-def text_model(model: nn.Module, adapter: Adapter) -> TextModel:
-    """Return the text part of `model`, found by the paths in the adapter.
+    @property
+    def resumable(self) -> bool:
+        """Whether keys and values alone are what the model needs of the positions before a pass."""
+        return not self.findings.others and all(site.cache is not None for site in self.sites)
+
+    def site(self, layer: int) -> int:
+        """Return the index of a layer's site.
+
+        Raises:
+            InputError: The layer has no attention.
+        """
+        if layer not in self.by_layer:
+            raise InputError(
+                f"layer {layer} has no attention heads (it is a {self.findings.others.get(layer, 'layer')}); layers"
+                f" with attention are {', '.join(map(str, self.by_layer))}"
+            )
+        return self.by_layer[layer]
+
+    def check_writes(self) -> None:
+        """Raise InputError if the writes of a site are not what it adds to the residual stream."""
+        for site in self.sites:
+            if site.problem:
+                raise InputError(f"this model cannot be explained: in layer {site.layer} {site.problem}")
+        if len({site.num_heads for site in self.sites}) > 1:
+            raise InputError("this model cannot be explained: its layers have different numbers of heads")
+
+    def projection(self, site: int, head: int) -> Tensor:
+        """Return O_j, [hidden size, head dim], see `OutputWeights`."""
+        return self.writes.projection(site, head)
+
+    def post_norm(self, site: int) -> Norm | None:
+        """Return the norm between a site's output projection and the residual stream, or None."""
+        module = self.post_norms[site]
+        return (
+            None
+            if module is None
+            else self._norm(module, f"the norm behind the attention of layer {self.sites[site].layer}")
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] for the final norm's output [..., d]."""
+        logits, found = self.head(hidden), self.findings
+        logits = logits if found.logit_scale == 1 else logits * found.logit_scale
+        return logits if found.softcap is None else found.softcap * torch.tanh(logits / found.softcap)
+
+    def unembedding(self) -> Unembedding:
+        """Return the final norm and the unembedding in the form that the kernels take."""
+        state = linear_state(self.head), *(weight_state(part) for part in self.norm.parameters())
+        if self._stacked.get("head") != state:
+            self._stacked.update(head=state, unembedding=self._unembedding())
+        return self._stacked["unembedding"]
+
+    def _unembedding(self) -> Unembedding:
+        norm, scale = self.final_norm(), self.findings.logit_scale
+        gain, norm_bias, bias = norm.gain, norm.bias, vector_of(self.head, "bias")
+        if scale != 1:  # a factor of the logits is one of the gain and of both biases
+            gain = torch.full((self.width,), scale, device=device_of(self.norm)) if gain is None else scale * gain
+            norm_bias, bias = (None if part is None else scale * part for part in (norm_bias, bias))
+        return Unembedding(
+            weight=effective_weight(self.head),
+            gain=gain,
+            norm_bias=norm_bias,
+            bias=bias,
+            eps=norm.eps,
+            kind=norm.kind,
+            softcap=self.findings.softcap,
+        )
+
+    def _norm(self, module: nn.Module, name: str) -> Norm:
+        """Return what a norm computes; it is run the first time, and read again when its weights change."""
+        state = tuple(weight_state(parameter) for parameter in module.parameters())
+        kept = self._norms.get(name)
+        if kept is None or kept[0] != state:
+            norm = norm_of(module, name, self.width) if kept is None else kept[1].read(module)
+            self._norms[name] = kept = state, norm
+        return kept[1]
+
+    def final_norm(self) -> Norm:
+        """Return what the final norm computes."""
+        return self._norm(self.norm, "the final norm")
+
+
+def text_model(model: Any, ids: Sequence[int]) -> TextModel:
+    """Return the text part of a model.
+
+    Args:
+        model: A model of transformers that generates text.
+        ids: Token ids of some ordinary text, on which the model is run once.
 
     Raises:
-        InputError: An output projection is not a plain linear layer with weights of 16 bits or more.
+        InputError: A part cannot be found.
     """
-    decoder: Any = attrgetter(adapter.decoder)(model)
-    layers = tuple(decoder.layers)
-    attention = [getattr(layer, adapter.attention) for layer in layers]
-    for module in attention:
-        output = getattr(module, adapter.output)
-        if type(output) is not nn.Linear or not output.weight.is_floating_point() or output.weight.itemsize < 2:
-            raise InputError(
-                f"the output projections are {type(output).__name__} of {output.weight.dtype}: an explanation needs"
-                " plain weights of 16 bits or more; load the model unquantised, and merge adapters into it"
-            )
+    found = find_parts(model, ids)
+    get = model.get_submodule
+    decoder: Any = get(found.decoder)
+    head: Any = get(found.head)
+    attention = tuple(get(site.attention) for site in found.sites)
     return TextModel(
-        adapter=adapter,
+        findings=found,
         config=decoder.config,
         decoder=decoder,
-        layers=layers,
-        norm=decoder.norm,
-        head=attrgetter(adapter.unembedding)(model),
-        outputs=tuple(getattr(module, adapter.output) for module in attention),
-        num_heads=decoder.config.num_attention_heads,
-        head_dim=attention[0].head_dim,
+        layers=tuple(get(found.layers)),
+        sites=found.sites,
+        attention=attention,
+        outputs=tuple(get(site.output) if site.output else None for site in found.sites),
+        post_norms=tuple(get(site.post_norm) if site.post_norm else None for site in found.sites),
+        norm=get(found.norm),
+        head=head,
+        width=int(head.in_features if hasattr(head, "in_features") else head.weight.shape[1]),
+        num_heads=max(site.num_heads for site in found.sites),
+        head_dim=max(site.head_dim for site in found.sites),
+        site_layers=tuple(site.layer for site in found.sites),
+        by_layer={site.layer: i for i, site in enumerate(found.sites)},
+        by_module={module: i for i, module in enumerate(attention)},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,6 @@ def answer_of(
     while ids and ids[-1] in stop_ids:
         ids.pop()
     kept = sequence[: prompt.prompt_length + len(ids)].cpu()
-    layout = TokenLayout(len(kept), prompt.prompt_length, prompt.images)
+    layout = replace(prompt, length=len(kept))
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return Answer(text, ids, token_texts(tokenizer, ids), layout, kept)

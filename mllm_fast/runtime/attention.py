@@ -1,113 +1,26 @@
-"""Masks that are kept as a rule, and exact attention under them."""
+"""Exact attention under masks and knockouts."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function
 
 from ..core.errors import InputError
 from ..kernels import Attention, join, knockout_attention, wide_type
 from ..kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from ..kernels.knockout_attention.reference import open_pairs
+from .row_mask import RowMask
 
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
 Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
-
-
-@dataclass
-class RowMask:
-    """Which keys each row sees, kept as a rule.
-
-    A [rows, keys] array is made for one block of rows at a time. Row i of a call is row `offset + i` of the sequence.
-
-    Attributes:
-        rule: The mask function of transformers, of (batch, head, row, key) indices.
-        padding: bool [B, N], False where a key is padding. None if no key is padding.
-        rows, keys: How many rows and keys the call has.
-        offset: Position of the first row in the sequence.
-        key_offset: Position of the first key in the sequence.
-        device: The device of the arrays.
-        start: The first key of each sequence that is no padding, int32 [B], if all padding is on the left.
-    """
-
-    rule: Callable[..., Any]
-    padding: Tensor | None
-    rows: int
-    keys: int
-    offset: int
-    key_offset: int
-    device: torch.device
-    start: Tensor | None = None
-
-    @property
-    def causal(self) -> bool:
-        """True if the rows are the last ones of plain causal attention without padding."""
-        return self.rule is causal_mask_function and self.padding is None and self.offset + self.rows == self.keys
-
-    @property
-    def left_padded(self) -> bool:
-        """True if the rows are the last ones of causal attention, with padding on the left or none."""
-        padded = self.padding is None or self.start is not None
-        return self.rule is causal_mask_function and padded and self.offset + self.rows == self.keys
-
-    def contiguous(self) -> RowMask:
-        """Raise InputError: `generate` calls this where it makes the mask for a static cache, which can be compiled."""
-        raise InputError("a static cache is not supported here; leave cache_implementation at transformers' default")
-
-    @property
-    def ndim(self) -> int:
-        """Raise InputError like `contiguous`: older releases of transformers read this property instead."""
-        return self.contiguous().ndim
-
-    def block(self, start: int, stop: int) -> Tensor:
-        """Return which keys rows `start` to `stop` see, bool [B or 1, 1, stop - start, N], True where a key is seen."""
-        row = torch.arange(start, stop, device=self.device)[:, None] + self.offset
-        key = torch.arange(self.keys, device=self.device)[None, :] + self.key_offset
-        batch = torch.arange(1 if self.padding is None else len(self.padding), device=self.device)
-        head = torch.zeros((), dtype=torch.long, device=self.device)
-        seen = self.rule(batch[:, None, None], head, row[None], key[None])
-        seen = seen.expand(len(batch), stop - start, self.keys)[:, None]
-        return seen if self.padding is None else seen & self.padding[:, None, None, :]
-
-
-def row_mask(  # noqa: PLR0913
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> RowMask:
-    """Make the `RowMask` of a forward pass; transformers calls this once a forward pass, as its mask function."""
-    if use_vmap:
-        raise NotImplementedError("a mask rule that is not a function of indices alone is not supported here")
-    padding, start = None, None
-    if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
-        padding = F.pad(padding, (0, kv_length - padding.shape[1]))  # the unused end of a static cache
-        if padding.all():
-            padding = None
-        elif not (padding[:, :-1] & ~padding[:, 1:]).any():
-            start = (~padding).sum(1, dtype=torch.int32)
-    where = torch.device(device)
-    return RowMask(mask_function, padding, q_length, kv_length, int(q_offset), int(kv_offset), where, start)
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: RowMask | Tensor | None,
+    mask: Tensor | None,
     scale: float,
     closed: Closed | None = None,
     mass: bool | Tensor = False,
@@ -133,6 +46,10 @@ def attend(
     Raises:
         InputError: `backend` names a kernel, but only SDPA computes this attention.
     """
+    if query.shape[3] != value.shape[3]:
+        size, (query, key, value) = value.shape[3], _even(query, key, value)
+        found = attend(query, key, value, mask, scale, closed, mass, backend)
+        return found._replace(output=found.output[..., :size])
     fits = HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]
     if isinstance(mask, RowMask) and mask.left_padded and fits:
         segments, table = closed or (None, None)
@@ -182,6 +99,10 @@ def attend_split(
 
     The result has the log-sum-exp that joins it to attention over the other keys; see `knockout_attention`.
     """
+    if query.shape[3] != value.shape[3]:
+        size, (query, key, value) = value.shape[3], _even(query, key, value)
+        found = attend_split(query, key, value, start, scale, causal=causal, mass=mass, backend=backend)
+        return found._replace(output=found.output[..., :size])
     if HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]:
         return knockout_attention(
             query, key, value, start=start, scale=scale, lse=True, mass=mass, causal=causal, backend=backend
@@ -192,6 +113,28 @@ def attend_split(
             " use backend='auto' or 'torch'"
         )
     return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal))
+
+
+def _even(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of one head size, filled up with zeros, which change no score and no output."""
+    size = max(query.shape[3], value.shape[3])
+    return tuple(F.pad(one, (0, size - one.shape[3])) for one in (query, key, value))  # type: ignore[return-value]
+
+
+def attend_seen(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Attention:
+    """Compute attention over the keys that a mask lets each row see, with the log-sum-exp of the scores.
+
+    Args:
+        query: [B, H, R, D].
+        key, value: [B, Hkv, N, D].
+        seen: bool [B or 1, 1, R, N].
+        scale: The factor of the scores.
+    """
+    wide, groups = wide_type(query.dtype), query.shape[1] // key.shape[1]
+    scores = query.to(wide) @ key.to(wide).repeat_interleave(groups, 1).mT * scale
+    lse = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), -1)
+    alpha = (scores - lse.clamp_min(torch.finfo(wide).min)[..., None]).exp().masked_fill(~seen, 0)
+    return Attention((alpha @ value.to(wide).repeat_interleave(groups, 1)).to(value.dtype), lse, None)
 
 
 def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
@@ -206,7 +149,7 @@ def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
 
 
 def attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: RowMask | Tensor | None, scale: float, closed: Closed | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, closed: Closed | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of `attend` with its weights as an array, through which gradients flow.
 
@@ -227,7 +170,7 @@ def attend_dense(
 
 
 def seen_by(
-    mask: RowMask | Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
+    mask: Tensor, start: int, stop: int, rows: int, keys: int, closed: Closed | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return which keys rows `start` to `stop` of `rows` see, and what a ready float mask adds to their scores.
 
@@ -251,6 +194,6 @@ def seen_by(
     return seen, bias
 
 
-def first_row(mask: RowMask | Tensor, rows: int, keys: int) -> int:
+def first_row(mask: Tensor, rows: int, keys: int) -> int:
     """Return the position of the first row among the keys; under a ready mask the rows are the last keys."""
     return mask.offset - mask.key_offset if isinstance(mask, RowMask) else keys - rows

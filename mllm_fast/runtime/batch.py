@@ -275,7 +275,7 @@ class Batch:
         rows = query[0].transpose(0, 1)  # [T, H, D]
         count = len(self.rows)
         output, total = (
-            torch.empty_like(rows),
+            rows.new_empty(*rows.shape[:2], value.shape[3]),
             rows.new_empty(rows.shape[:2], dtype=wide_type(rows.dtype)),
         )
         if self._single:
@@ -332,8 +332,8 @@ class Batch:
         """Store the keys and values [Hkv, T, D] of the pass, and return all of the layer, [S, Hkv, room, D] each."""
         count = len(self.rows)
         if layer == len(self._own):
-            empty = key.new_zeros(max(4, count), key.shape[0], self._room, key.shape[2])
-            self._own.append((empty, torch.zeros_like(empty)))
+            empty = [one.new_zeros(max(4, count), one.shape[0], self._room, one.shape[2]) for one in (key, value)]
+            self._own.append((empty[0], empty[1]))
         elif len(self._own[layer][0]) < count:
             more = max(count, 2 * len(self._own[layer][0]))
             grown = [torch.cat([held, held.new_zeros(more - len(held), *held.shape[1:])]) for held in self._own[layer]]

@@ -54,11 +54,11 @@ def one_sequence(
 def own_state(runner: ModelRunner, state: list[Any]) -> Iterator[None]:
     """Hold the model's lock, and give the model the per-sequence state in `state` while the block runs.
 
-    The adapter's `state` names what the model keeps about a sequence. Other calls may have changed it since the last
+    `Findings.state` names what the model keeps about a sequence. Other calls may have changed it since the last
     block. On leaving, `state` holds the values of this sequence, and the model holds those it had before. An empty
     `state` leaves the model's values as they are on entry.
     """
-    model, names = runner.model, runner.adapter.state
+    model, names = runner.model, runner.text.findings.state
     with model_lock(runner.text), torch.inference_mode():
         outside = [attrgetter(name)(model) for name in names]
         if state:

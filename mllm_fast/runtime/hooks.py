@@ -24,21 +24,24 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core.errors import InputError
+from ..kernels import wide_type
 from ..knockout.attention_share import AttentionObserver
 from ..knockout.plan import Plan
-from ..models.offload import device_of
+from ..models.linears import device_of_linear
+from ..models.norms import Norm
 from ..models.text_model import TextModel
-from .attention import Closed, RowMask, attend, attend_dense, row_mask, seen_by
+from .attention import Closed, attend, attend_dense, seen_by
 from .linear import skinny_linears
+from .row_mask import RowMask, row_mask
 
 # arguments of a decoder that a replay makes itself, or that only choose what the decoder returns
 _REPLAYED = (
     "input_ids", "inputs_embeds", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
-    "return_dict", "output_attentions", "output_hidden_states",
+    "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep",
 )  # fmt: skip
 _REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not supported here
-AttentionFn = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, query, key, value, scale -> output
-OnWeights = Callable[[int, Tensor], None]  # layer, alpha [B, H, R, N]
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # site, query, key, value, scale -> output
+OnWeights = Callable[[int, Tensor], None]  # site, alpha [B, H, R, N]
 _names = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -61,14 +64,20 @@ class Recording:
     Attributes:
         rows: How many rows are recorded of each pass.
         num_layers: How many layers the model has.
+        num_sites: How many of them have attention.
         device: Where the recorded rows are stored.
         residual: Residual input of each layer, one list of passes a layer.
-        query: Rotated queries, [B, rows, H, D], one list of passes a layer.
-        output: Outputs of the attention heads, in the shape of `query`, one list of passes a layer.
+        query: Rotated queries, [B, rows, H, D], one list of passes a site.
+        output: What the heads give to the output projection, [B, rows, H, Dv], one list of passes a site.
+        gate: The factor of the heads' output before the output projection, in the shape of `output`, one list of passes
+            a site; empty for a site without a gate.
+        write_scale: The scale of the norm behind the output projection, [B, rows], one list of passes a site; empty for
+            a site without such a norm.
+        attended: The keys and values of the last pass, [B, Hkv, N, D], of each site whose cache holds something else.
         final: Inputs of the final norm, one a pass.
-        seen: Which keys the rows see, one list of passes a layer: bool [B or 1, rows, N], or None for plain causal
+        seen: Which keys the rows see, one list of passes a site: bool [B or 1, rows, N], or None for plain causal
             attention.
-        scale: The factor of the attention scores, one a layer.
+        scale: The factor of the attention scores, one a site.
         last: Position of the last row of each pass, or None if the caller's own mask does not tell it.
         embeds: Input embeddings of all rows of each pass, [B, R, d].
         positions: Position ids of all rows of each pass, [..., B, R], or None.
@@ -77,10 +86,14 @@ class Recording:
 
     rows: int
     num_layers: int
+    num_sites: int
     device: torch.device
     residual: list[list[Tensor]] = field(init=False)
     query: list[list[Tensor]] = field(init=False)
     output: list[list[Tensor]] = field(init=False)
+    gate: list[list[Tensor]] = field(init=False)
+    write_scale: list[list[Tensor]] = field(init=False)
+    attended: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     final: list[Tensor] = field(default_factory=list)
     seen: list[list[Tensor | None]] = field(init=False)
     scale: list[float] = field(init=False)
@@ -91,15 +104,16 @@ class Recording:
 
     def __post_init__(self) -> None:
         self.residual = [[] for _ in range(self.num_layers)]
-        self.query = [[] for _ in range(self.num_layers)]
-        self.output = [[] for _ in range(self.num_layers)]
-        self.seen = [[] for _ in range(self.num_layers)]
-        self.scale = [0.0] * self.num_layers
+        sites = range(self.num_sites)
+        self.query, self.output = [[] for _ in sites], [[] for _ in sites]
+        self.gate, self.write_scale = [[] for _ in sites], [[] for _ in sites]
+        self.seen = [[] for _ in range(self.num_sites)]
+        self.scale = [0.0] * self.num_sites
 
     def cut(self) -> Recording:
         """Return what was recorded until now as a separate recording, and clear this one."""
         past = copy(self)
-        self.__init__(self.rows, self.num_layers, self.device)  # type: ignore[misc]
+        self.__init__(self.rows, self.num_layers, self.num_sites, self.device)  # type: ignore[misc]
         return past
 
     def take(self, hidden: Tensor) -> Tensor:
@@ -111,11 +125,11 @@ class Recording:
         return (rows.detach() if rows.requires_grad else rows).to(self.device)
 
     def on_attention(
-        self, layer: int, query: Tensor, keys: int, mask: RowMask | Tensor | None, scale: float, closed: Closed | None
+        self, site: int, query: Tensor, keys: int, mask: Tensor | None, scale: float, closed: Closed | None
     ) -> None:
-        self.scale[layer] = scale
-        self.query[layer].append(self.take(query.transpose(1, 2)))
-        if layer == 0:
+        self.scale[site] = scale
+        self.query[site].append(self.take(query.transpose(1, 2)))
+        if site == 0:
             self.last.append(mask.offset + mask.rows - 1 if isinstance(mask, RowMask) else None)
         seen = None
         if mask is not None and not (isinstance(mask, RowMask) and mask.causal and closed is None):
@@ -127,7 +141,7 @@ class Recording:
                     " explanation knows masks that close keys alone, for all heads; pass such a mask to generate only"
                 )
             seen = visible[:, 0]
-        self.seen[layer].append(seen)
+        self.seen[site].append(seen)
 
 
 @contextmanager
@@ -152,9 +166,9 @@ def recording(
         knockouts: The plan of the knockouts that apply.
         shares: An observer that receives the attention mass.
         backend: The backend of the kernels.
-        attention_fn: Called in place of `attend`, (layer, query, key, value, scale) -> output. It is for callers that
+        attention_fn: Called in place of `attend`, (site, query, key, value, scale) -> output. It is for callers that
             keep keys, values and the mask rule elsewhere.
-        on_weights: Called with the number and the attention weights of every layer. Gradients flow through the weights
+        on_weights: Called with the number and the attention weights of every site. Gradients flow through the weights
             if they are enabled.
 
     Yields:
@@ -182,7 +196,9 @@ class _Attachment:
     record: Recording = field(init=False)
 
     def __post_init__(self) -> None:
-        self.record = Recording(self.rows, len(self.text.layers), device_of(self.text.outputs[-1]))
+        self.record = Recording(
+            self.rows, len(self.text.layers), len(self.text.sites), device_of_linear(self.text.head)
+        )
 
     def forward(
         self, module: nn.Module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
@@ -193,49 +209,69 @@ class _Attachment:
                 raise NotImplementedError(f"attention with {refused!r} is not supported by mllm-fast")
         if dropout:
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        site = self.text.by_module.get(module)
+        if site is None:
+            raise InputError(
+                f"a {type(module).__name__} attends, which does not when the model reads text alone: cross-attention to"
+                " keys outside the sequence cannot be explained, knocked out or compressed"
+            )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if self.attention_fn is not None:
             if self.rows:
-                self.record.on_attention(layer, query, key.shape[2], None, scale, None)
-            output = self.attention_fn(layer, query, key, value, scale)
+                self.record.on_attention(site, query, key.shape[2], None, scale, None)
+            output = self.attention_fn(site, query, key, value, scale)
         else:
-            closed = self._closed(layer, len(query), key.shape[2], attention_mask)
+            closed = self._closed(site, len(query), key.shape[2], attention_mask)
             if self.on_weights is not None:
                 output, alpha = attend_dense(query, key, value, attention_mask, scale, closed)
-                self.on_weights(layer, alpha)
+                self.on_weights(site, alpha)
                 return output.transpose(1, 2).contiguous(), None
-            output = self._attend(layer, query, key, value, attention_mask, scale, closed)
+            output = self._attend(site, query, key, value, attention_mask, scale, closed)
         output = output.transpose(1, 2)
         if self.rows:
-            self.record.output[layer].append(self.record.take(output))
+            self.record.output[site].append(self.record.take(output))
         return output.contiguous(), None
 
-    def _closed(self, layer: int, batch: int, keys: int, mask: RowMask | Tensor | None) -> Closed | None:
-        """Return segments and table of the knockouts in a layer, or None if it has none."""
-        table = None if self.knockouts is None else self.knockouts.tables[layer]
+    def _closed(self, site: int, batch: int, keys: int, mask: Tensor | None) -> Closed | None:
+        """Return segments and table of the knockouts at a site, or None if it has none."""
+        table = None if self.knockouts is None else self.knockouts.tables[self.text.sites[site].layer]
         if self.knockouts is None or table is None:
             return None
         # keep only the positions of the keys: with a sliding window they do not begin at 0
         before = mask.key_offset if isinstance(mask, RowMask) else 0
         return self.knockouts.segments(batch, before + keys)[:, before:], table
 
-    def _attend(self, layer: int, query, key, value, mask, scale: float, closed: Closed | None) -> Tensor:
+    def _attend(self, site: int, query, key, value, mask, scale: float, closed: Closed | None) -> Tensor:
         if self.rows:
-            self.record.on_attention(layer, query, key.shape[2], mask, scale, closed)
+            if self.text.sites[site].cache is None:
+                self.record.attended[site] = key, value
+            self.record.on_attention(site, query, key.shape[2], mask, scale, closed)
         observed = self.shares
         mass = False if observed is None else observed.wants(key.shape[2] - query.shape[2], query.shape[2])
         if isinstance(mass, Tensor):
             mass = mass.to(query.device)
         found = attend(query, key, value, mask, scale, closed, mass, self.backend)
         if observed is not None and found.mass is not None:
-            observed.add(layer, found.mass)
+            observed.add(site, found.mass)
         return found.output
 
     def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Record the residual input of a layer."""
         hidden = args[0] if args else kwargs["hidden_states"]
         self.record.residual[layer].append(self.record.take(hidden))
+
+    def before_output(self, site: int, module: nn.Module, args: tuple) -> None:
+        """Record what a gated site gives to its output projection, and the gate."""
+        attended = self.record.output[site][-1]
+        given = self.record.take(args[0]).reshape(attended.shape)
+        # a head whose output is 0 has no gate to be read, and nothing that it multiplies
+        self.record.gate[site].append(torch.where(attended == 0, 0, given / attended))
+        self.record.output[site][-1] = given
+
+    def before_post_norm(self, site: int, norm: Norm, module: nn.Module, args: tuple) -> None:
+        """Record the scale of the norm behind an output projection."""
+        rows = self.record.take(args[0])
+        self.record.write_scale[site].append(norm.scale(rows.to(wide_type(rows.dtype))))
 
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Record the arguments that the decoder gets in a pass."""
@@ -263,6 +299,12 @@ class _Attachment:
                 handles.append(text.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
                 for i, layer in enumerate(text.layers):
                     handles.append(layer.register_forward_pre_hook(partial(self.before_layer, i), with_kwargs=True))
+                for i, site in enumerate(text.sites):
+                    norm, behind = text.post_norm(i), text.post_norms[i]
+                    if site.gated:
+                        handles.append(text.outputs[i].register_forward_pre_hook(partial(self.before_output, i)))
+                    if norm is not None and behind is not None:
+                        handles.append(behind.register_forward_pre_hook(partial(self.before_post_norm, i, norm)))
                 take = lambda _, args: record.final.append(record.take(args[0]))  # noqa: E731
                 handles.append(text.norm.register_forward_pre_hook(take))
             text.config._attn_implementation = name

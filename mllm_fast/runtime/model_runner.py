@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,10 @@ from ..models.adapter import Adapter
 from ..models.architectures import find_adapter
 from ..models.offload import check_one_device, device_of
 from ..models.part_checks import check_parts
-from ..models.processing import Images, Prompts
+from ..models.processing import Images, Prompts, ordinary_ids
 from ..models.text_model import text_model
 from .hooks import Recording, model_lock, recording
-from .kv_cache import cache_of
+from .kv_cache import CACHE, cache_of, full_cache
 
 _OPERATOR_BYTES = 1 << 30  # default budget of the operator cache
 
@@ -34,16 +35,16 @@ class ModelRunner:
     """A model loaded with transformers and its processor, ready to be run and recorded.
 
     Args:
-        model: An image-text-to-text model. Its architecture is a known one (`mllm-fast info` lists them), or `adapter`
-            is given.
+        model: An image-text-to-text model of any type. Its parts are found by running it once on a short text.
         processor: The model's processor, with a chat template.
         max_pixels: The size of the largest image that is accepted, in pixels.
         operator_bytes: The budget of the operator cache, which makes repeated explanations fast.
         backend: The kernels' backend, "auto", "triton", "cpu" or "torch"; see `mllm-fast info`.
-        adapter: Says where the model keeps its parts, for an architecture that is not registered.
+        adapter: Says how the processor lays out image tokens, for an architecture that is not registered. Without it
+            heatmaps of such a model are refused.
 
     Raises:
-        InputError: The architecture is not supported, or the backend is unknown or does not work on the model's device.
+        InputError: A part of the model cannot be found, or the backend is unknown or does not work on its device.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ModelRunner:
         self.model = model
         self.processor = processor
         self.backend = backend
-        self.text = text_model(model, self.adapter)
+        self.text = text_model(model, ordinary_ids(processor))
         check_parts(self.text)
         self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
         self.operators = OperatorCache(operator_bytes)
@@ -82,8 +83,22 @@ class ModelRunner:
     def plan(
         self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None
     ) -> Plan | None:
-        """Return the plan of some knockouts for sequences of these layouts, or None if there is no knockout."""
+        """Return the plan of some knockouts for sequences of these layouts, or None if there is no knockout.
+
+        In a hybrid model a warning says which layers a knockout does not reach, see `Findings.others`.
+        """
+        others = self.text.findings.others
+        if knockout and others:
+            warnings.warn(
+                f"knockouts close attention; {len(others)} of {self.text.findings.num_layers} layers of this model are"
+                f" {next(iter(others.values()))}, which still carry what they read from one position to the next",
+                stacklevel=3,
+            )
         return plan_of(knockout, layouts, len(self.text.layers), padding, device_of(self.model), self.prompts.window)
+
+    def whole_cache(self) -> dict[str, Any]:
+        """Return a cache that keeps every position, as an argument of the model; empty if its own cache does."""
+        return {CACHE: full_cache(self.text)} if any(site.window for site in self.text.sites) else {}
 
     def run(
         self,
@@ -113,6 +128,14 @@ class ModelRunner:
             with recording(self.text, 0, plan, shares, self.backend):
                 return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
 
+    def _type_of_answers(self, inputs: Any, name: str) -> int:
+        """Return the token type of an answer's tokens, which see the tokens before them alone: not that of images.
+
+        Gemma 3 gives images the type 1, PaliGemma the type 0.
+        """
+        image = inputs["input_ids"] == self.prompts.image_tokens.image
+        return 1 - int(inputs[name][image][0]) if image.any() else 0
+
     def run_forced(self, inputs: Any, sequence: Tensor, plan: Plan | None) -> tuple[Recording, Any]:
         """Run one forward pass over prompt and answer, without the last token, whose row is not needed.
 
@@ -121,12 +144,19 @@ class ModelRunner:
         """
         count = len(sequence) - inputs["input_ids"].shape[1]
         extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-        if "mm_token_type_ids" in extra:
-            kinds = extra["mm_token_type_ids"]
-            extra["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, count - 1))
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in extra:
+                extra[name] = torch.nn.functional.pad(
+                    extra[name], (0, count - 1), value=self._type_of_answers(inputs, name)
+                )
         ids = sequence[None, :-1]
         with recording(self.text, count, plan, backend=self.backend) as record, torch.inference_mode():
             output = self.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1, **extra
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=True,
+                logits_to_keep=count if self.text.shares_keys else 1,  # such a decoder leaves out the other rows
+                **self.whole_cache(),
+                **extra,
             )
         return record, cache_of(output)

@@ -63,7 +63,6 @@ class _Patch:
         self.calls = calls
         self.original = runner.model.generate
         self.record: Recording | None = None
-        self._image_token = runner.adapter.image_token_id(runner.processor)
         self._current: PatchedCall | None = None
         self._generating = False
         self._by_cache: weakref.WeakKeyDictionary[Any, PatchedCall] = weakref.WeakKeyDictionary()
@@ -182,10 +181,11 @@ class _Patch:
 
     def _layouts(self, rows: Sequence[Tensor], inputs: dict[str, Any]) -> list[TokenLayout]:
         """Return the layouts of a call's prompts, each without padding."""
-        counts = [int((row == self._image_token).sum()) for row in rows]
+        tokens = self.runner.prompts.image_tokens
+        counts = [int((row == tokens.image).sum()) for row in rows]
         lengths = self.runner.adapter.image_lengths(self.runner.processor, inputs, sum(counts))
         if lengths is None:
-            return [TokenLayout.from_prompt_ids(row, self._image_token) for row in rows]
+            return [TokenLayout.from_prompt_ids(row, tokens.image, None, tokens.separators) for row in rows]
         layouts, left = [], list(lengths)
         for row, count in zip(rows, counts, strict=True):
             mine: list[int] = []
@@ -196,7 +196,7 @@ class _Patch:
                     f"a prompt holds {count} image tokens, which its images' {lengths} tokens do not add up to: give"
                     " the model all images of the prompts"
                 )
-            layouts.append(TokenLayout.from_prompt_ids(row, self._image_token, mine))
+            layouts.append(TokenLayout.from_prompt_ids(row, tokens.image, mine, tokens.separators))
         return layouts
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..knockout.attention_share import AttentionObserver
+from ..models.text_model import TextModel
 from .decoding import own_state
 from .hooks import Recording, recording
 from .kv_cache import cache_of
 from .model_runner import ModelRunner
+from .trace import held
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Prefill:
     """The result of the forward pass over a prompt.
 
     Attributes:
-        keys, values: Keys and values of all tokens of the prompt, one [Hkv, N, D] a layer.
+        keys, values: Keys and values of all tokens of the prompt, one [Hkv, N, D] a site.
         layout: The layout of the prompt.
         input_ids: Token ids of the prompt, int64 [N], on the CPU.
         position: Position of the next token, for the rotary embedding.
@@ -45,30 +47,37 @@ def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Atte
         layout: The layout of the prompt.
         watcher: An observer that receives the attention mass, as `shares` of `recording`.
     """
+    check_batches(runner.text)
     state: list[Any] = []
     with own_state(runner, state), recording(runner.text, 1, shares=watcher, backend=runner.backend) as record:
-        output = runner.model(**inputs, use_cache=True, logits_to_keep=1)
-    cache, length = cache_of(output), layout.length
-    check_cache(cache, length)
+        output = runner.model(**inputs, **runner.whole_cache(), use_cache=True, logits_to_keep=1)
+    keys, values = keys_and_values(runner.text, record, cache_of(output), layout.length)
     return Prefill(
-        keys=tuple(layer.keys[0, :, :length] for layer in cache.layers),
-        values=tuple(layer.values[0, :, :length] for layer in cache.layers),
+        keys=keys,
+        values=values,
         layout=layout,
         input_ids=inputs["input_ids"][0].cpu(),
-        position=next_position(record, length),
+        position=next_position(record, layout.length),
         logits=output.logits[0, -1],
     )
 
 
-def check_cache(cache: Any, length: int) -> None:
-    """Raise InputError for a cache that does not hold the keys and values of all `length` tokens as tensors."""
-    for layer in cache.layers:
-        keys = getattr(layer, "keys", None)
-        if not isinstance(keys, Tensor) or keys.shape[-2] < length or not isinstance(layer.values, Tensor):
+def keys_and_values(
+    text: TextModel, record: Recording, cache: Any, length: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the keys and values of the first `length` positions of one sequence, one [Hkv, N, D] a site.
+
+    Raises:
+        InputError: The cache does not hold them as tensors.
+    """
+    found = [held(text, record, cache, site) for site in range(len(text.sites))]
+    for keys, values, kind in found:
+        if keys is None or values is None or keys.shape[-2] < length:
             raise InputError(
-                f"a {type(layer).__name__} does not hold all keys and values as they are: leave cache_implementation at"
-                " transformers' default"
+                f"a {kind} does not hold all keys and values as they are: leave cache_implementation at transformers'"
+                " default"
             )
+    return tuple(k[0, :, :length] for k, _, _ in found), tuple(v[0, :, :length] for _, v, _ in found)  # type: ignore[index]
 
 
 def next_position(record: Recording, length: int) -> int:
@@ -84,12 +93,21 @@ def next_position(record: Recording, length: int) -> int:
     return int(given[..., -1].max()) + 1
 
 
-def check_full_attention(runner: ModelRunner) -> None:
-    """Raise InputError if a layer has sliding-window attention, in which dropping a token would move the window."""
-    kinds = set(getattr(runner.text.config, "layer_types", None) or ["full_attention"])
-    window = getattr(runner.text.config, "sliding_window", None)
-    if kinds != {"full_attention"} or (window and getattr(runner.text.config, "use_sliding_window", True)):
+def check_batches(text: TextModel) -> None:
+    """Raise InputError if a `Batch` cannot carry what a layer keeps of the image, because it is not keys and values."""
+    others = text.findings.others
+    if others:
         raise InputError(
-            f"layers of type {', '.join(sorted(kinds))} with a sliding window of {window} cannot be compressed: a"
-            " dropped token would move the window; use a model with full attention"
+            f"this model cannot be served: {len(others)} of its layers are of the class {next(iter(others.values()))},"
+            " whose state the server's batches do not hold; VLM.generate, explain and compress work"
+        )
+
+
+def check_sliding(text: TextModel, length: int) -> None:
+    """Raise InputError if a sequence in a `Batch` is longer than a sliding window, which a batch does not follow."""
+    window = min((site.window for site in text.sites if site.window), default=None)
+    if window is not None and length > window:
+        raise InputError(
+            f"the request takes {length} tokens, and layers of this model see a sliding window of {window}, which the"
+            " server's batches do not follow: give a smaller image, a shorter text or fewer new tokens"
         )

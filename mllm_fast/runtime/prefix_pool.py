@@ -64,10 +64,10 @@ class SlotGroup:
             self.keys[layer][slot, :, first:] = key
             self.values[layer][slot, :, first:] = value
 
-    def grow(self, count: int, like: Sequence[Tensor]) -> None:
-        """Enlarge the group to `count` slots; `like` has one tensor [Hkv, M, D] a layer."""
+    def grow(self, count: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Enlarge the group to `count` slots, for keys and values like these, [Hkv, M, D] a layer."""
         before = len(self.held)
-        for tensors in (self.keys, self.values):
+        for tensors, like in ((self.keys, keys), (self.values, values)):
             for layer, one in enumerate(like):
                 wide = one.new_zeros(count, one.shape[0], self.room, one.shape[2])
                 if before:
@@ -117,7 +117,7 @@ class PrefixPool:
         if found is None:
             length = keys[0].shape[1]
             stack = self._stack((name is not None, exclusive), length)
-            slot = self._slot(stack, keys)
+            slot = self._slot(stack, keys, values)
             stack.put(slot, keys, values)
             found = Prefix(stack, slot, length, name)
             stack.held[slot] = found
@@ -159,7 +159,7 @@ class PrefixPool:
             self._stacks[key] = SlotGroup(room)
         return self._stacks[key]
 
-    def _slot(self, stack: SlotGroup, keys: Sequence[Tensor]) -> int:
+    def _slot(self, stack: SlotGroup, keys: Sequence[Tensor], values: Sequence[Tensor]) -> int:
         if None in stack.held:
             return stack.held.index(None)
         idle = [one for one in stack.held if one is not None and not one.users]
@@ -168,5 +168,5 @@ class PrefixPool:
             self._named.pop(oldest.name, None)
             return oldest.slot
         count = len(stack.held)
-        stack.grow(max(4, 2 * count), keys)
+        stack.grow(max(4, 2 * count), keys, values)
         return count

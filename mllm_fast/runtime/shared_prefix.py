@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..models.text_model import TextModel
-from .attention import attend_split, join_rows
+from .attention import attend_seen, attend_split, join_rows
 from .hooks import Recording, recording
 from .trace import Trace, trace_of
 
@@ -32,6 +33,8 @@ class SharedPrefixDecoder:
         count: The number of questions B.
         backend: The backend of the kernels.
         expected: How many tokens are likely to be read after the first ones. Space for them is allocated at once.
+        places: Where the prefix's tokens lie in the sequence before tokens were dropped, int64 [S, M], and the length
+            of that sequence. It is needed for layers with a sliding window.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class SharedPrefixDecoder:
         count: int,
         backend: str = "auto",
         expected: int = _ROOM,
+        places: tuple[Tensor, int] | None = None,
     ):
         self.text = text
         self.backend = backend
@@ -50,10 +54,11 @@ class SharedPrefixDecoder:
         self.length = 0  # own positions of the longest question; shorter questions begin later
         self._next = torch.full((count,), position)
         self._start: Tensor | None = None
-        self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [B, room, Hkv, D]
+        self._own: list[tuple[Tensor, Tensor]] = []  # a site's own keys and values, [B, room, Hkv, D]
         self._rows = torch.empty(0, dtype=torch.long)  # where the tokens of the current pass lie in [B, longest]
         self._longest = 0
         self._room = min(expected, _ROOM)
+        self._places = places
 
     def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
         """Return a context manager that attaches the model to this session and records the last `rows` rows.
@@ -81,20 +86,24 @@ class SharedPrefixDecoder:
         positions = (self._next[question] + within).to(self._device)
         self._next = self._next + lengths
         tokens = torch.tensor([[token for one in ids for token in one]], device=self._device)
-        hidden = self.text.decoder(
+        hidden = self._decode(tokens, positions[None])
+        return self.text.logits(hidden[0, lengths.cumsum(0).to(self._device) - 1])
+
+    def _decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Run the decoder on tokens [1, T] at positions [1, T], and return what the final norm gives, [1, T, d]."""
+        return self.text.decoder(
             input_ids=tokens,
             # a ready mask keeps transformers from making one; `attend` knows what each row sees
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._device),
-            position_ids=positions[None],
+            position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        return self.text.logits(hidden[0, lengths.cumsum(0).to(self._device) - 1])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Return the attention of the pass's T tokens in one layer.
+    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return the attention of the pass's T tokens at one site.
 
         Args:
-            layer: The number of the layer.
+            site: The number of the site.
             query: Queries of the tokens, [1, H, T, D].
             key, value: Their own keys and values, [1, Hkv, T, D].
             scale: The factor of the scores.
@@ -103,20 +112,40 @@ class SharedPrefixDecoder:
             [1, H, T, D].
         """
         count, longest = len(self._next), self._longest
-        own_key, own_value = (self._add(layer, i, one[0].transpose(0, 1)) for i, one in enumerate((key, value)))
+        own_key, own_value = self._add(site, [one[0].transpose(0, 1) for one in (key, value)])
         rows = query[0].transpose(0, 1)  # [T, H, D]
         padded = rows
         if self._start is not None and longest > 1:
             padded = rows.new_zeros(count * longest, *rows.shape[1:])
             padded[self._rows] = rows
         padded = padded.reshape(count, longest, *rows.shape[1:]).transpose(1, 2)
-        own = attend_split(padded, own_key, own_value, self._start, scale, causal=True, backend=self.backend)
-        keys, values = self.keys[layer][None], self.values[layer][None]
-        shared = attend_split(query, keys, values, None, scale, causal=False, backend=self.backend)
+        window = self.text.sites[site].window
+        keys, values = self.keys[site][None], self.values[site][None]
+        if window is not None and self._places is not None and self._places[1] + self.length > window:
+            own_seen, prefix_seen = self._within(site, window)
+            own = attend_seen(padded, own_key, own_value, own_seen, scale)
+            shared = attend_seen(query, keys, values, prefix_seen, scale)
+        else:
+            own = attend_split(padded, own_key, own_value, self._start, scale, causal=True, backend=self.backend)
+            shared = attend_split(query, keys, values, None, scale, causal=False, backend=self.backend)
         output, total = own.output.transpose(1, 2).flatten(0, 1), own.lse.transpose(1, 2).flatten(0, 1)  # type: ignore[union-attr]
         if self._start is not None and longest > 1:
             output, total = output[self._rows], total[self._rows]
         return join_rows((output, total), shared)
+
+    def _within(self, site: int, window: int) -> tuple[Tensor, Tensor]:
+        """Return which own keys, bool [B, 1, longest, length], and prefix keys, [1, 1, T, M], lie in a window."""
+        places, before = self._places  # type: ignore[misc]
+        slots, device = torch.arange(self.length, device=self._device), self._device
+        row = slots[self.length - self._longest :, None]
+        seen = (slots <= row) & (slots > row - window)
+        start = torch.zeros(len(self._next), device=device).int() if self._start is None else self._start
+        own = (seen[None] & (slots >= start[:, None, None]))[:, None]
+        # a question begins behind its padding, and its first token follows the prefix
+        question, place = self._rows // self._longest, self._rows % self._longest
+        index = before + self.length - self._longest + place - start[question]
+        prefix = places[site].to(device) > (index - window)[:, None]
+        return own, prefix[None, None]
 
     def mark(self) -> tuple[int, Tensor]:
         """Return the current state of the questions, for `back`."""
@@ -150,7 +179,13 @@ class SharedPrefixDecoder:
             for i, shared in enumerate((self.keys, self.values))
         )
         rows = range(keys[0].shape[1] - num_tokens, keys[0].shape[1])
-        return trace_of(record, keys, values, rows, positions)
+        trace = trace_of(record, keys, values, rows, positions)
+        windows = [site.window for site in self.text.sites]
+        seen = [
+            None if window is None else place > place[rows.start : rows.stop, None] - window
+            for window, place in zip(windows, positions, strict=True)
+        ]
+        return replace(trace, seen=tuple(None if one is None or one.all() else one for one in seen))
 
     @property
     def nbytes(self) -> int:
@@ -161,21 +196,23 @@ class SharedPrefixDecoder:
     def _device(self) -> torch.device:
         return self.keys[0].device
 
-    def _add(self, layer: int, which: int, rows: Tensor) -> Tensor:
-        """Store the pass's keys (or values) [T, Hkv, D], and return all of the layer, [B, Hkv, length, D]."""
+    def _add(self, site: int, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Store the pass's keys and values, [T, Hkv, D] each, and return all of the site, [B, Hkv, length, D] each."""
         count = len(self._next)
-        if layer == len(self._own):
-            empty = rows.new_zeros(count, self.length + self._room, *rows.shape[1:])
-            self._own.append((empty, torch.zeros_like(empty)))
-        elif self._own[layer][which].shape[1] < self.length:
-            more = rows.new_zeros(count, self.length + _ROOM, *rows.shape[1:])
-            grown = [torch.cat([old, more], 1) for old in self._own[layer]]
-            self._own[layer] = grown[0], grown[1]
-        held = self._own[layer][which]
+        if site == len(self._own):
+            empty = [one.new_zeros(count, self.length + self._room, *one.shape[1:]) for one in rows]
+            self._own.append((empty[0], empty[1]))
+        elif self._own[site][0].shape[1] < self.length:
+            grown = [
+                torch.cat([old, old.new_zeros(count, self.length + _ROOM - old.shape[1], *old.shape[2:])], 1)
+                for old in self._own[site]
+            ]
+            self._own[site] = grown[0], grown[1]
         before = self.length - self._longest
-        if self._longest == 1:
-            held[:, before] = rows
-        else:
-            question, slot = self._rows // self._longest, self._rows % self._longest
-            held[question, before + slot] = rows
-        return held[:, : self.length].transpose(1, 2)
+        for held, new in zip(self._own[site], rows, strict=True):
+            if self._longest == 1:
+                held[:, before] = new
+            else:
+                question, slot = self._rows // self._longest, self._rows % self._longest
+                held[question, before + slot] = new
+        return [held[:, : self.length].transpose(1, 2) for held in self._own[site]]

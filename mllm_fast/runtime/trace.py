@@ -8,30 +8,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.errors import InputError
 from ..kernels import weighted_values, wide_type
+from ..models.text_model import TextModel
 from .hooks import Recording
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The recording of one sequence, with T explained rows, L layers, H query heads and N cached positions.
+    """The recording of one sequence, with T explained rows, L layers, S attention sites, H query heads, N positions.
 
-    A row sees the keys up to its own position. If `seen` has an entry for the layer, it sees only the keys marked
-    there.
+    A row sees the keys up to its own position. If `seen` has an entry for the site, it sees only the keys marked there.
 
     Attributes:
         residual: h, the input of each layer at the row, [T, L, d].
-        query: Rotated queries, [T, L, H, D].
-        output: sum_p alpha_jp v_jp of every head, the input of the output projection, [T, L, H, D].
+        query: Rotated queries, [T, S, H, D].
+        output: What every head gives to the output projection, sum_p alpha_jp v_jp times the gate, [T, S, H, Dv].
         final: Output of the last layer at the row, [T, d].
-        keys, values: One [Hkv, N, D] a layer.
+        keys, values: One [Hkv, N, D] a site.
         rows: The position of each explained row.
-        seen: Which keys the rows see, one bool [T, N] or None a layer.
-        scale: The factor of the attention scores, one a layer.
-        positions: Positions of the keys in the whole sequence, int64 [L, N]; None if the cache holds the whole
+        seen: Which keys the rows see, one bool [T, N] or None a site.
+        scale: The factor of the attention scores, one a site.
+        positions: Positions of the keys in the whole sequence, int64 [S, N]; None if the cache holds the whole
             sequence.
+        gate: The factor between the attention's output and the output projection, one [T, H, Dv] or None a site.
+        write_scale: The scale of the norm behind the output projection, [T, S]; None if no site has one.
     """
 
     residual: Tensor
@@ -44,13 +47,15 @@ class Trace:
     seen: tuple[Tensor | None, ...]
     scale: tuple[float, ...]
     positions: Tensor | None = None
+    gate: tuple[Tensor | None, ...] = ()
+    write_scale: Tensor | None = None
 
-    def spread(self, values: Tensor, layers: Sequence[int], length: int) -> Tensor:
-        """Spread values over the keys of some layers over the whole sequence.
+    def spread(self, values: Tensor, sites: Sequence[int], length: int) -> Tensor:
+        """Spread values over the keys of some sites over the whole sequence.
 
         Args:
-            values: Values of the first N' keys of n layers, [n, N'].
-            layers: The n layers.
+            values: Values of the first N' keys of n sites, [n, N'].
+            sites: The n sites.
             length: The length of the sequence.
 
         Returns:
@@ -59,49 +64,82 @@ class Trace:
         values, count = values.float().cpu(), values.shape[1]
         if self.positions is None:
             return torch.constant_pad_nd(values, (0, length - count))
-        return torch.zeros(len(values), length).scatter_(1, self.positions[list(layers), :count], values)
+        return torch.zeros(len(values), length).scatter_(1, self.positions[list(sites), :count], values)
 
-    def attention(self, token: int, layer: int) -> Tensor:
+    def attention(self, token: int, site: int) -> Tensor:
         """Return the attention weights alpha of one row, float32 or wider [H, N'], where N' is its position + 1."""
         stop = self.rows[token] + 1
-        keys = self.keys[layer][:, :stop]
-        query = self.query[token, layer]
+        keys = self.keys[site][:, :stop]
+        query = self.query[token, site, :, : keys.shape[2]]
         wide = wide_type(query.dtype)
         heads, width = query.shape
         grouped = query.to(wide).reshape(keys.shape[0], heads // keys.shape[0], width)
-        scores = (grouped @ keys.to(wide).mT * self.scale[layer]).reshape(heads, stop)
-        seen = self.seen[layer]
+        scores = (grouped @ keys.to(wide).mT * self.scale[site]).reshape(heads, stop)
+        seen = self.seen[site]
         if seen is not None:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return torch.softmax(scores, -1)
 
     def position_values(self, token: int, heads: Sequence[tuple[int, int]], backend: str = "auto") -> Tensor:
-        """Return alpha_jp v_jp of some heads for every position that one row can see, [len(heads), N', D].
+        """Return what some heads give to the output projection from every position that one row can see.
+
+        It is alpha_jp v_jp times the row's gate.
 
         Args:
             token: Index of the row.
-            heads: (layer, head) pairs.
+            heads: (site, head) pairs.
             backend: The backend of the kernel.
+
+        Returns:
+            [len(heads), N', Dv].
         """
-        seen = [None if mask is None else mask[token] for mask in self.seen]
-        return weighted_values(
-            self.query[token],
-            self.keys,
-            self.values,
-            heads,
-            count=self.rows[token] + 1,
-            scale=self.scale,
-            seen=seen,
-            backend=backend,
-        )
+        found = self._weighted(token, heads, backend)
+        gates = [self.gate[site] if self.gate else None for site, _ in heads]
+        for one, gate, (_, head) in zip(found, gates, heads, strict=True):
+            if gate is not None:
+                one.mul_(gate[token, head].to(one))
+        return found
+
+    def _weighted(self, token: int, heads: Sequence[tuple[int, int]], backend: str) -> Tensor:
+        """Return alpha_jp v_jp, [len(heads), N', Dv]; smaller heads than the largest end with zeros."""
+        stop = self.rows[token] + 1
+        if len({(*k.shape[::2], *v.shape[::2]) for k, v in zip(self.keys, self.values, strict=True)}) == 1 and (
+            self.keys[0].shape[2] == self.values[0].shape[2]
+        ):
+            seen = [None if mask is None else mask[token] for mask in self.seen]
+            return weighted_values(
+                self.query[token],
+                self.keys,
+                self.values,
+                heads,
+                count=stop,
+                scale=self.scale,
+                seen=seen,
+                backend=backend,
+            )
+        width = self.output.shape[-1]
+        alphas = {site: self.attention(token, site) for site in {site for site, _ in heads}}
+        found = alphas[heads[0][0]].new_zeros(len(heads), stop, width)
+        for i, (site, head) in enumerate(heads):
+            values = self.values[site]
+            value = values[head * len(values) // self.query.shape[2], :stop].to(found)
+            found[i, :, : value.shape[1]] = alphas[site][head, :, None] * value
+        return found
 
 
 def make_trace(
-    record: Recording, cache: Any, num_tokens: int, prompt_length: int, batch_index: int | None = None, padding: int = 0
+    text: TextModel,
+    record: Recording,
+    cache: Any,
+    num_tokens: int,
+    prompt_length: int,
+    batch_index: int | None = None,
+    padding: int = 0,
 ) -> Trace:
     """Join a recording with the cache that the same forward passes filled.
 
     Args:
+        text: The text part of the model.
         record: The recorded rows.
         cache: The KV cache.
         num_tokens: How many rows are explained. The first one is at position `prompt_length` - 1.
@@ -118,14 +156,13 @@ def make_trace(
     _check_passes(record, [row + padding for row in rows], one_sequence=batch_index is None)
     batch_index = batch_index or 0
     keys, values = [], []
-    for i in range(record.num_layers):
-        layer = cache.layers[i]
-        k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.shape[-2] < padding + length:
-            held = k.shape[-2] if isinstance(k, Tensor) else "no"
+    for i, site in enumerate(text.sites):
+        k, v, kind = held(text, record, cache, i)
+        if k is None or v is None or k.shape[-2] < padding + length:
+            count = "no" if k is None else k.shape[-2]
             raise InputError(
-                f"layer {i}'s {type(layer).__name__} holds {held} positions, an explanation needs all {length};"
-                " use transformers' default cache and a sequence shorter than the model's sliding window"
+                f"layer {site.layer}'s {kind} holds {count} positions, an explanation needs all {length}: use"
+                " transformers' default cache, and a sequence shorter than the model's sliding window"
             )
         k, v = k[batch_index], v[batch_index]
         if k.device != record.device:
@@ -137,6 +174,20 @@ def make_trace(
     return trace_of(record, keys, values, rows, batch_index=batch_index, padding=padding)
 
 
+def held(text: TextModel, record: Recording, cache: Any, site: int) -> tuple[Tensor | None, Tensor | None, str]:
+    """Return the keys and values of a site, [B, Hkv, N, D] each or None, and the name of what holds them.
+
+    A model that caches something else, from which it makes keys and values, has them in the recording.
+    """
+    place = text.sites[site].cache
+    if place is None:
+        return *record.attended[site], "recording"
+    layer = cache.layers[place]
+    found = [getattr(layer, name, None) for name in ("keys", "values")]
+    keys, values = (one if isinstance(one, Tensor) else None for one in found)
+    return keys, values, type(layer).__name__
+
+
 def trace_of(
     record: Recording,
     keys: Sequence[Tensor],
@@ -146,7 +197,7 @@ def trace_of(
     batch_index: int = 0,
     padding: int = 0,
 ) -> Trace:
-    """Join a recording of `len(rows)` rows with keys and values, one [Hkv, N, D] a layer; see `Trace`."""
+    """Join a recording of `len(rows)` rows with keys and values, one [Hkv, N, D] a site; see `Trace`."""
     count, length = len(rows), keys[0].shape[1]
     return Trace(
         residual=_rows(record.residual, batch_index, count),
@@ -159,7 +210,18 @@ def trace_of(
         seen=tuple(_seen(masks, batch_index, count, length, padding) for masks in record.seen),
         scale=tuple(record.scale),
         positions=positions,
+        gate=tuple(_rows([passes], batch_index, count)[:, 0] if passes else None for passes in record.gate),
+        write_scale=_write_scale(record, batch_index, count),
     )
+
+
+def _write_scale(record: Recording, batch_index: int, count: int) -> Tensor | None:
+    """Return the scales of the norms behind the output projections, [count, S], with 1 where there is none."""
+    if not any(record.write_scale):
+        return None
+    found = [_rows([passes], batch_index, count)[:, 0] if passes else None for passes in record.write_scale]
+    like = next(one for one in found if one is not None)
+    return torch.stack([torch.ones_like(like) if one is None else one for one in found], 1)
 
 
 def _check_passes(record: Recording, rows: Sequence[int], one_sequence: bool) -> None:
@@ -178,10 +240,15 @@ def _check_passes(record: Recording, rows: Sequence[int], one_sequence: bool) ->
 
 
 def _rows(layers: list[list[Tensor]], batch_index: int, count: int) -> Tensor:
-    """Return the first `count` rows of one sequence, [count, L, ...], from the passes [B, rows, ...] of each layer."""
+    """Return the first `count` rows of one sequence, [count, L, ...], from the passes [B, rows, ...] of each layer.
+
+    Where the last dimension differs from layer to layer, shorter ones end with zeros.
+    """
     joined = [passes[0] if len(passes) == 1 else torch.cat(passes, 1) for passes in layers]
     if len(joined[0]) > 1:
         joined, batch_index = [one[batch_index : batch_index + 1] for one in joined], 0
+    width = max(one.shape[-1] for one in joined)
+    joined = [one if one.shape[-1] == width else pad(one, (0, width - one.shape[-1])) for one in joined]
     return torch.stack(joined, 2)[batch_index, :count]
 
 
@@ -195,5 +262,5 @@ def _seen(passes: list[Tensor | None], batch_index: int, count: int, length: int
             rows.append(torch.ones(1, length, dtype=torch.bool))
             continue
         mask = one[min(batch_index, len(one) - 1), :, padding : padding + length].cpu()
-        rows.append(torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=True))
+        rows.append(pad(mask, (0, length - mask.shape[1]), value=True))
     return torch.cat(rows)[:count]

@@ -16,7 +16,7 @@ from ..context.registry import PRUNING_SCORES
 from ..context.scores import AttendedTokens
 from ..core.errors import InputError
 from ..runtime.batch import Row
-from ..runtime.prefill import Prefill, check_full_attention, prefill
+from ..runtime.prefill import Prefill, check_batches, prefill
 from ..runtime.sampling import Sampler, SamplerCache, Sampling
 from .requests import ContextSpec, Generation
 
@@ -80,9 +80,9 @@ class ContextBuilder:
         """
         self.running = True
         vlm, spec = self.vlm, self.spec
-        check_full_attention(vlm)
+        check_batches(vlm.text)
         observes = PRUNING_SCORES.get(spec.score).observes
-        watcher = AttendedTokens(spec.layout, "query", len(vlm.text.layers)) if observes == "query" else None
+        watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites)) if observes == "query" else None
         first = self._first = prefill(vlm, spec.inputs, spec.layout, watcher)
         if observes != "generated":
             self._mass = None if watcher is None else watcher.mean()

@@ -15,6 +15,7 @@ from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import load_image
 from ..runtime.model_runner import ModelRunner
+from ..runtime.prefill import check_sliding
 from .errors import ServiceError, service_error
 from .image_fetch import picture_bytes
 from .messages import Conversation
@@ -146,7 +147,7 @@ class RequestPreparer:
             return PreparedRequest(key, found)
         inputs, (layout,), _ = self.vlm.prompts.prepare([pictures], [prompt])
         kept_count(keep, len(layout.positions("image")))
-        self.vlm.prompts.check_window(layout.length + length, "the images and their description take")
+        self._check_window(layout.length + length, "the images and their description take")
         return PreparedRequest(key, spec=ContextSpec(inputs, layout, prompt, keep, score, length))
 
     def _after_context(
@@ -156,13 +157,17 @@ class RequestPreparer:
         source: Any = spec if context is None else context
         ids = self.vlm.prompts.further_ids(source.prompt, len(source.layout.images), asked.spoken)
         length = source.layout.length + len(ids) + count
-        self.vlm.prompts.check_window(length, "the images, the conversation and the longest answer take")
+        self._check_window(length, "the images, the conversation and the longest answer take")
         return PreparedRequest(key, context, spec, ids)
+
+    def _check_window(self, length: int, what: str) -> None:
+        self.vlm.prompts.check_window(length, what)
+        check_sliding(self.vlm.text, length)
 
     def _whole(self, asked: Conversation, files: list[bytes], count: int) -> PreparedRequest:
         """Prepare a prompt that is read whole, without a context."""
         inputs, layout = self.vlm.prompts.conversation([self.image(one) for one in files], asked.turns)
-        self.vlm.prompts.check_window(layout.length + count, "the conversation and the longest answer take")
+        self._check_window(layout.length + count, "the conversation and the longest answer take")
         return PreparedRequest(inputs=inputs, layout=layout)
 
 

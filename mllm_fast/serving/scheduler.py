@@ -130,7 +130,8 @@ class Scheduler:
                 wanted.sink(FinishEvent("length"))
                 return
             wanted.sampler = self._samplers.make(sequence, wanted.sampling)
-            wanted.row = self.batch.join(context.keys, context.values, context.position, wanted.ids, wanted.key)
+            asked = context.questions
+            wanted.row = self.batch.join(asked.keys, asked.values, context.position, wanted.ids, wanted.key)
             self.members.append(wanted)
             return
         assert wanted.layout is not None

@@ -16,8 +16,14 @@ from ..samples import Sample
 if TYPE_CHECKING:
     from ...vlm import VLM
 
-_MARKS = {"system": "s", "image": "o", "query": "^", "generated": "D"}
-_COLORS = {"system": "#777777", "image": COLORS[0], "query": COLORS[1], "generated": COLORS[2]}
+_MARKS = {"system": "s", "image": "o", "image_separator": "x", "query": "^", "generated": "D"}
+_COLORS = {
+    "system": "#777777",
+    "image": COLORS[0],
+    "image_separator": COLORS[3],
+    "query": COLORS[1],
+    "generated": COLORS[2],
+}
 
 
 @evaluation
@@ -46,16 +52,17 @@ class AttentionShare(Evaluation):
         said = vlm.generate(sample.image, self.settings["prompt"], attention_share=True, max_new_tokens=limit)
         if said.attention_share is None:  # the answer ended at once, so no generated token was read
             return []
-        shares = {name: said.attention_share[name].mean(1).tolist() for name in TYPES}
+        shares = {name: share.mean(1).tolist() for name, share in said.attention_share.items()}
         layers = range(len(shares["image"]))
-        return [{"layer": layer, **{name: shares[name][layer] for name in TYPES}} for layer in layers]
+        return [{"layer": layer, **{name: share[layer] for name, share in shares.items()}} for layer in layers]
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         samples = [one for one in rows.values() if one]
         if not samples:
             return self.nothing("No sample gave an answer.")
         # [type][sample, layer]
-        shares = {name: np.array([[row[name] for row in one] for one in samples]) for name in TYPES}
+        types = [name for name in TYPES if name in samples[0][0]]
+        shares = {name: np.array([[row[name] for row in one] for one in samples]) for name in types}
         spread = {name: np.percentile(array, (25, 50, 75), axis=0) for name, array in shares.items()}
         image = spread["image"][1]
         top = int(image.argmax())
@@ -67,12 +74,12 @@ class AttentionShare(Evaluation):
             says.append(f"{len(rows) - len(samples)} images were answered with nothing, and are left out.")
         table = Table(
             "Share of the generated tokens' attention, median (quartiles), %",
-            ["layer", *TYPES],
-            [[str(layer), *(_cell(spread[name][:, layer]) for name in TYPES)] for layer in range(len(image))],
+            ["layer", *types],
+            [[str(layer), *(_cell(spread[name][:, layer]) for name in types)] for layer in range(len(image))],
         )
         figures = {
             "samples": len(samples),
-            "quartiles": {name: [list(map(float, q)) for q in spread[name]] for name in TYPES},
+            "quartiles": {name: [list(map(float, q)) for q in spread[name]] for name in types},
         }
         chart = Chart(
             "attention-share",

@@ -16,14 +16,6 @@ from ...vlm import VLM
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
 
-class TextOnly(Adapter):
-    """The adapter of a causal language model, which has no image tokens."""
-
-    model_type = "text"
-    text_types = ARCHITECTURES
-    decoder = "model"
-
-
 class TextProcessor:
     """A processor for text alone, with the parts that a VLM needs.
 
@@ -72,4 +64,4 @@ def load_text_model(name: str, like: VLM) -> VLM:
         raise EndsRunError(f"{name}: a text model is one of {', '.join(ARCHITECTURES)}, got {kind!r}")
     model: Any = loaded
     model = model.to(device_of(like.model)).eval()
-    return VLM(model, TextProcessor(tokenizer, like.processor), adapter=TextOnly(), backend=like.backend)
+    return VLM(model, TextProcessor(tokenizer, like.processor), adapter=Adapter(), backend=like.backend)

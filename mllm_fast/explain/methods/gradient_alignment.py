@@ -34,7 +34,7 @@ def token_means(found: BoxWeights, image: ImageLayout) -> Tensor:
     width, height = (max(1, round(side * scale)) for side in image.size)
     pixels = found.pixels((width, height)).numpy()
     values = []
-    for tile in image.tiles:
+    for tile in image.known_tiles:
         left, top, right, bottom = tile.box
         down = overlaps(np.linspace(top, bottom, tile.rows + 1), np.linspace(0, image.size[1], height + 1))
         across = overlaps(np.linspace(left, right, tile.cols + 1), np.linspace(0, image.size[0], width + 1))

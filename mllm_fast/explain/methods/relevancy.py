@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
-from ..scores import Scores
+from ..scores import Scores, check_attention_everywhere
 
 
 @heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the relevance of each image token, without a unit, float32 [n]."""
+    check_attention_everywhere(scores, "relevancy")
     row = scores.trace.rows[token]
     flow: Tensor | None = None
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
-from ..scores import Scores
+from ..scores import Scores, check_attention_everywhere
 
 
 @heatmap_method("rollout", "attention rollout", needs_rerun=True)
 @torch.inference_mode()
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the share of 1 that reaches each image token, float32 [n]."""
+    check_attention_everywhere(scores, "rollout")
     row = scores.trace.rows[token]
     layers: list[Tensor] = []
     scores.replay.hidden_states(row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))

@@ -32,7 +32,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     relevance = F.relu(text.logits(hidden[context.to(hidden.device)])[:, scores.token_ids[token]].float())
     own = less(activation[-1], activation[:-1], relevance)
     start, parts = 0, []
-    for tile in image.tiles:
+    for tile in image.known_tiles:
         part = own[start : start + tile.rows * tile.cols].reshape(tile.rows, tile.cols)
         parts.append(rank_gaussian(part).flatten())
         start += tile.rows * tile.cols

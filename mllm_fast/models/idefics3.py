@@ -1,0 +1,50 @@
+"""Idefics3 and SmolVLM: square tiles side by side, each behind a mark, and a view of the whole image last."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from ..core.layout import Tile, Tiling
+from .adapter import Adapter
+from .architectures import architecture
+
+
+@architecture
+class Idefics3(Adapter):
+    """Idefics3 and SmolVLM."""
+
+    model_types = ("idefics3", "smolvlm")
+
+    def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
+        side, (width, height) = math.isqrt(processor.image_seq_len), size
+        whole = Tile(side, side, (0.0, 0.0, float(width), float(height)))
+        rows, cols = _splits(processor.image_processor, size)
+        if rows == cols == 1:
+            return Tiling((whole,))
+        tiles = [
+            Tile(side, side, (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows))
+            for r in range(rows)
+            for c in range(cols)
+        ]
+        return Tiling((*tiles, whole), (rows, cols))
+
+
+def _splits(images: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Return into how many rows and columns of tiles the processor cuts an image."""
+    if not images.do_image_splitting:
+        return 1, 1
+    width, height = size
+    if images.do_resize:
+        resize = sys.modules[type(images).__module__].get_resize_output_image_size  # type: ignore[attr-defined]
+        empty = np.broadcast_to(np.uint8(0), (3, height, width))
+        height, width = resize(empty, resolution_max_side=images.size["longest_edge"])
+    edge, ratio = images.max_image_size["longest_edge"], width / height
+    if width >= height:  # as the processor rounds: the longer side first
+        cols = math.ceil(width / edge)
+        return math.ceil(int(cols * edge / ratio) / edge), cols
+    rows = math.ceil(height / edge)
+    return rows, math.ceil(int(rows * edge * ratio) / edge)

@@ -1,0 +1,273 @@
+"""What must hold for a model of any type, shown on tiny random models of transformers' own classes."""
+
+from __future__ import annotations
+
+import re
+
+import families
+import numpy as np
+import pytest
+import torch
+from family_oracle import Double, Eager, Parts, added, full_cache, log_probs, run, writes
+from PIL import Image
+
+import mllm_fast as mf
+from mllm_fast.runtime.hooks import recording
+from mllm_fast.runtime.kv_cache import CACHE
+
+QUESTION, ANSWER = "what color is the circle ?", "red green , blue"
+NEAR = 1e-6
+TEXT_TYPE = {"paligemma": 1}  # of text behind the prompt, 0 elsewhere
+PICTURE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Family:
+    """A model with what the tests of its family share."""
+
+    def __init__(self, name: str):
+        self.name = name
+        model, self.processor = families.BUILD[name]()
+        self.model = model.double()
+        self.vlm = mf.VLM(self.model, self.processor)
+        self.parts = Parts.of(self.model)
+        self.inputs, (self.layout,), _ = self.vlm.prompts.prepare([[PICTURE]], [QUESTION])
+        self.inputs = dict(self.inputs)
+        self.ids = self.processor.tokenizer(ANSWER, add_special_tokens=False).input_ids
+        self.prompt = self.layout.length
+
+    def said(self, count: int) -> list[int]:
+        """What the model generates itself, over a cache that keeps every position, so that keys have their numbers."""
+        options = {CACHE: full_cache(self.parts), "max_new_tokens": count, "do_sample": False}
+        return self.model.generate(**self.inputs, **options)[0, self.prompt :].tolist()
+
+    def extended(self, ids: list[int]) -> dict:
+        """The inputs with more tokens of text behind."""
+        more = torch.tensor([ids])
+        inputs = {**self.inputs, "input_ids": torch.cat([self.inputs["input_ids"], more], 1)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, len(ids)), value=TEXT_TYPE.get(self.name, 0))
+        return inputs
+
+
+@pytest.fixture(scope="module", params=[name for name in families.BUILD if name != "mllama"])
+def one(request):
+    return Family(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with Double():
+        yield
+
+
+@pytest.fixture
+def near(record_property):
+    """Compares with the oracle, and notes the largest error for docs/models.md."""
+
+    def compare(got, wanted):
+        record_property("error", f"{float((got - wanted).abs().max()):.0e}")
+        torch.testing.assert_close(got, wanted, rtol=0, atol=NEAR)
+
+    return compare
+
+
+def test_logits_and_generation(one, near):
+    """The model on this package's attention says what it says on its own, and in as many words."""
+    own = run(one.parts, one.inputs).logits
+    with recording(one.vlm.text, 1), torch.no_grad():
+        got = one.model(**one.inputs).logits[0]
+    near(got, own)
+    with Eager(one.parts), torch.no_grad():
+        said = one.said(6)
+    plain = one.vlm.generate(PICTURE, QUESTION, max_new_tokens=6)
+    shared = one.vlm.generate(PICTURE, QUESTION, max_new_tokens=6, attention_share=True)
+    assert plain.token_ids == shared.token_ids == said[: len(plain.token_ids)]
+    assert len(plain.token_ids) >= len([t for t in said if t != 2])
+
+
+@pytest.mark.parametrize("norm", ["own", "frozen"])
+def test_scores(one, norm, record_property):
+    ex = one.vlm.explain(PICTURE, QUESTION, ANSWER, final_norm=norm)
+    seen = run(one.parts, one.extended(one.ids[:-1]))
+    worst, largest = 0.0, 0.0
+    for t, token in enumerate(one.ids):
+        row = one.prompt - 1 + t
+        final = seen.final[row] if norm == "frozen" else None
+        for layer in seen.alpha:
+            base = log_probs(one.parts, seen.inputs[layer][row], final)[token]
+            heads, positions = writes(one.parts, seen, layer, row)
+            truth = log_probs(one.parts, seen.inputs[layer][row] + heads, final)[:, token] - base
+            got = ex.head_scores[t, layer].double()
+            worst, largest = max(worst, float((got - truth).abs().max())), max(largest, float(truth.abs().max()))
+            if t == 1:
+                each = log_probs(one.parts, seen.inputs[layer][row] + positions[:, : row + 1], final)[..., token] - base
+                mine = ex.position_scores(t, [(layer, head) for head in range(len(heads))])[:, : row + 1].double()
+                worst, largest = max(worst, float((mine - each).abs().max())), max(largest, float(each.abs().max()))
+    record_property("error", f"{worst / largest:.0e}")
+    assert worst <= NEAR * largest, f"{worst:.1e} of {largest:.2f}"
+
+
+def test_an_answer_that_is_given(one):
+    """Its scores are those that it has when it is generated."""
+    special = one.processor.tokenizer.added_tokens_decoder  # which a random model may say
+    said = one.vlm.explain(PICTURE, QUESTION, max_new_tokens=3, suppress_tokens=list(special))
+    given = one.vlm.explain(PICTURE, QUESTION, said.token_ids)
+    largest = said.head_scores.abs().max()
+    assert (said.head_scores - given.head_scores).abs().max() <= NEAR * largest
+    positions = [ex.position_scores(len(said.tokens) - 1, "all") for ex in (said, given)]
+    assert (positions[0] - positions[1]).abs().max() <= NEAR * largest
+
+
+def test_writes_add_up(one, record_property):
+    """What the heads write and the bias are what the attention adds to the residual stream."""
+    ex = one.vlm.explain(PICTURE, QUESTION, ANSWER)
+    seen, text, trace, worst = run(one.parts, one.extended(one.ids[:-1])), one.vlm.text, ex.trace, 0.0
+    for site, found in enumerate(text.sites):
+        output = text.outputs[site]
+        bias = torch.zeros(text.width) if output.bias is None else output.bias
+        norm = text.post_norm(site)
+        for t in range(len(one.ids)):
+            write = sum(text.projection(site, head) @ trace.output[t, site, head] for head in range(found.num_heads))
+            if trace.write_scale is not None:
+                write = write * trace.write_scale[t, site]
+            if norm is None:
+                write = write + bias
+            wanted = added(seen, found.layer)[one.prompt - 1 + t]
+            worst = max(worst, float((write - wanted).norm() / wanted.norm()))
+    record_property("error", f"{worst:.0e}")
+    assert worst <= 1e-10
+
+
+def test_knockouts(one, near):
+    image, query = one.layout.positions("image"), one.layout.positions("query")
+
+    def close(rows, keys):
+        closed = torch.zeros(keys, keys, dtype=torch.bool)
+        closed[torch.cat([query, torch.arange(one.prompt, keys)])[:, None], image[None]] = True
+        return closed[keys - rows :]
+
+    wanted = run(one.parts, one.inputs, close).logits
+    plan = one.vlm.plan(mf.Knockout("image", "query+generated"), [one.layout])
+    with recording(one.vlm.text, 1, plan), torch.no_grad():
+        got = one.model(**one.inputs).logits[0]
+    near(got, wanted)
+    with Eager(one.parts, close), torch.no_grad():
+        said = one.said(4)
+    rule = mf.Knockout("image", "query+generated")
+    mine = one.vlm.generate(PICTURE, QUESTION, knockout=rule, max_new_tokens=4).token_ids
+    assert mine == said[: len(mine)]
+
+
+def test_a_knockout_that_closes_nothing(one, near):
+    own = run(one.parts, one.inputs).logits
+    plan = one.vlm.plan(mf.Knockout((one.prompt + 3,), (0,)), [one.layout])
+    with recording(one.vlm.text, 1, plan), torch.no_grad():
+        got = one.model(**one.inputs).logits[0]
+    near(got, own)
+
+
+def test_contexts(one, near):
+    """A context that keeps everything is the whole sequence."""
+    context = one.vlm.compress(PICTURE, keep=1.0, prompt=QUESTION, score="query")
+    ids = list(context.questions.ids("is the circle red ?", 3))
+    wanted = run(one.parts, one.extended(ids)).logits[-1]
+    session = context.questions.decoder(1)
+    with context.questions.running(), session.recording():
+        got = session.read([ids])[0]
+    near(got, wanted)
+    small = one.vlm.compress(PICTURE, keep=0.3, prompt=QUESTION, score="generated", max_new_tokens=4)
+    assert small.ask("is the circle red ?", max_new_tokens=3).input_ids is not None
+
+
+def test_maps_that_run_the_model_again(one, near):
+    """Replays are the sequence as it was: gradients and verdicts equal whole-sequence recomputation."""
+    ex = one.vlm.explain(PICTURE, QUESTION, ANSWER)
+    seen = run(one.parts, one.extended(one.ids[:-1]))
+    row = one.prompt + 1
+    with torch.no_grad():
+        hidden = ex.replay.hidden_states(row + 1)
+        normed = one.parts.norm(seen.final[: row + 1])
+    near(hidden, normed)
+    checked = ex.verify(tokens=[1], controls=2)[0]
+    assert abs(checked.log_prob - float(torch.log_softmax(seen.logits[row - 1], -1)[one.ids[1]])) < NEAR
+    for method in ("attention", "gradient-input"):
+        assert ex.attribution(1, method).isfinite().all()
+
+
+LAST = ("out_proj", "o_proj", "fc2", "down_proj", "attn.proj", "linear_fc2", "w2", "wo")
+
+
+def patches_alone(model):
+    """Make each image token depend on its own patch: the layers of the vision tower add nothing."""
+    decoder = Parts.of(model).decoder
+    inside = {id(module) for module in decoder.modules()}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            in_tower = re.search(r"\.(layers|blocks|layer|resblocks)\.", name) and id(module) not in inside
+            if in_tower and name.endswith(LAST):
+                for parameter in module.parameters():
+                    parameter.zero_()
+
+
+TILED = [name for name in families.BUILD if name not in ("mllama", "gemma3_short", "gemma4_shared")]
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("size", [(90, 40), (50, 61)])
+def test_each_tile_covers_its_box(name, size):
+    """Of the tokens of each tile, the one whose box holds a painted square changes most."""
+    model, processor = families.BUILD[name]()
+    patches_alone(model)
+    vlm = mf.VLM(model.double(), processor)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+
+    def tokens(array):
+        inputs, (layout,), _ = vlm.prompts.prepare([[Image.fromarray(array)]], ["what"])
+        seen = []
+        take = lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+        handle = vlm.text.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+        with torch.no_grad():
+            vlm.model(**inputs)
+        handle.remove()
+        return seen[0][0, layout.images[0].positions], layout.images[0]
+
+    before, layout = tokens(pixels)
+    assert len(layout.positions) == sum(tile.rows * tile.cols for tile in layout.tiles)
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        x, y = int(rng.integers(2, size[0] - 8)), int(rng.integers(2, size[1] - 8))
+        painted = pixels.copy()
+        painted[y : y + 6, x : x + 6] = 255 - painted[y : y + 6, x : x + 6]
+        change, first = (tokens(painted)[0] - before).norm(dim=-1), 0
+        for tile in layout.tiles:
+            count = tile.rows * tile.cols
+            if not count:
+                continue
+            part, boxes = change[first : first + count], tile.token_boxes()
+            first += count
+            centre = (x + 3, y + 3)
+            if not (tile.box[0] <= centre[0] < tile.box[2] and tile.box[1] <= centre[1] < tile.box[3]):
+                continue
+            left, top, right, bottom = boxes[int(part.argmax())]
+            assert left - 4 <= centre[0] <= right + 4
+            assert top - 4 <= centre[1] <= bottom + 4
+
+
+def test_cross_attention_is_refused_by_name():
+    """Its image keys lie outside the sequence. It generates as ever."""
+    model, processor = families.BUILD["mllama"]()
+    vlm = mf.VLM(model.double(), processor)
+    assert len(vlm.generate(PICTURE, QUESTION, max_new_tokens=3).input_ids) > 3
+    rule = mf.Knockout("image", "generated")
+    for call in (
+        lambda: vlm.explain(PICTURE, QUESTION, ANSWER),
+        lambda: vlm.generate(PICTURE, QUESTION, knockout=rule),
+        lambda: vlm.compress(PICTURE, prompt=QUESTION),
+    ):
+        with pytest.raises(mf.InputError, match=r"MllamaTextCrossAttention attends.*cross-attention"):
+            call()
+    assert not str(model.config.get_text_config()._attn_implementation).startswith("mllm_fast")
