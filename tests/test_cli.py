@@ -177,3 +177,18 @@ def test_bad_input(run, tmp_path, case):
     if case != "option":  # typer's own usage message has a frame
         assert len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "out.png").exists()
+
+
+def test_what_was_found_in_a_model(run):
+    """The parts of the embedded model, and what works with it, each tried."""
+    code, out, err = run("info", "--model", "shapes", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["type"], facts["layers"], len(facts["attention"])) == ("llava", 6, 6)
+    assert facts["attention"][0]["output projection"].endswith("layers.0.self_attn.o_proj")
+    assert facts["features"] == dict.fromkeys(
+        ("generate", "explain", "heatmap", "verify", "knockout", "compress"), "works"
+    )
+    code, out, err = run("info", "--model", "shapes")
+    assert code == 0, err
+    assert "6, 6 of them with attention" in out

@@ -177,7 +177,7 @@ class Prompts:
             ids = [int(one) for one in answer]
         if not ids:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
-        if self.image_tokens.image in ids:
+        if self.image_tokens.image in ids[:-1]:  # the model does not read the last one
             raise InputError("the answer to be explained holds the image token, which stands for a part of an image")
         return torch.tensor(ids, device=device_of(self.model))
 
