@@ -11,6 +11,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import tiny
 import torch
 import transformers as hf
@@ -41,6 +42,16 @@ def family(build: Callable[[], tuple[Any, Any]]) -> Callable[[], tuple[Any, Any]
 def images(module: str, name: str) -> Any:
     """An image processor of transformers that works on PIL images alone."""
     return getattr(import_module(f"transformers.models.{module}.image_processing_pil_{module}"), name)
+
+
+def build(name: str) -> tuple[Any, Any]:
+    """A family's model and processor; the test is skipped if this release of transformers does not know it."""
+    try:
+        return BUILD[name]()
+    except AttributeError as error:
+        if "module transformers has no attribute" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def text(vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -92,7 +103,7 @@ def gain(norm: torch.nn.Module, width: int) -> float:
     weight.zero_()
     try:
         return float(not norm(torch.linspace(-1, 1, width, dtype=weight.dtype)[None]).any())
-    except TypeError:  # a gated norm, which takes a second argument
+    except (TypeError, AttributeError):  # a gated norm, which takes a second argument
         return 1.0
 
 
@@ -375,6 +386,23 @@ def llava_next():
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template("<image>"),
+    )
+    return finish(hf.LlavaNextForConditionalGeneration(made)), processor
+
+
+@family
+def granite_vision():
+    """Granite in LLaVA-NeXT, which multiplies what it adds to the residual stream."""
+    _, processor = llava_next()
+    tokenizer = processor.tokenizer
+    factors = {"residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 2.0}
+    made = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(projection_dim=32, **VISION),
+        text_config=hf.GraniteConfig(**text(len(tokenizer), embedding_multiplier=3.0, **factors)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=PINPOINTS,
     )
     return finish(hf.LlavaNextForConditionalGeneration(made)), processor
 

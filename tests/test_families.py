@@ -28,7 +28,7 @@ class Family:
 
     def __init__(self, name: str):
         self.name = name
-        model, self.processor = families.BUILD[name]()
+        model, self.processor = families.build(name)
         self.model = model.double()
         self.vlm = mf.VLM(self.model, self.processor)
         self.parts = Parts.of(self.model)
@@ -172,6 +172,10 @@ def test_a_knockout_that_closes_nothing(one, near):
 
 def test_contexts(one, near):
     """A context that keeps everything is the whole sequence."""
+    if one.vlm.text.findings.others and CACHE != "cache":
+        with pytest.raises(mf.InputError, match="newer release of transformers"):
+            one.vlm.compress(PICTURE, prompt=QUESTION)
+        return
     context = one.vlm.compress(PICTURE, keep=1.0, prompt=QUESTION, score="query")
     ids = list(context.questions.ids("is the circle red ?", 3))
     wanted = run(one.parts, one.extended(ids)).logits[-1]
@@ -220,7 +224,7 @@ TILED = [name for name in families.BUILD if name not in ("mllama", "gemma3_short
 @pytest.mark.parametrize("size", [(90, 40), (50, 61)])
 def test_each_tile_covers_its_box(name, size):
     """Of the tokens of each tile, the one whose box holds a painted square changes most."""
-    model, processor = families.BUILD[name]()
+    model, processor = families.build(name)
     patches_alone(model)
     vlm = mf.VLM(model.double(), processor)
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -22,7 +22,7 @@ from ..runtime.hooks import model_lock, recording
 from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
 from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import keys_and_values, next_position
-from ..runtime.recurrent import State, state_of
+from ..runtime.recurrent import State, check_state, state_of
 from .context import Context
 from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
 from .scores import PARTS, AttendedTokens, kept_count
@@ -166,6 +166,7 @@ def prefill_and_score(
     """
     observed = {PRUNING_SCORES.get(score_name(score)).observes for score in scores}
     one_answer("compress", options)
+    check_state(vlm.text)
     pictures = vlm.prompts.load(image)
     if not pictures:
         raise InputError("there is no image to compress; give one, or a list of them")

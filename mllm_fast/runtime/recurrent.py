@@ -8,18 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
+from ..core.errors import InputError
 from ..models.text_model import TextModel
 from .hooks import Recording, recording
 from .kv_cache import CACHE, full_cache
 from .shared_prefix import SharedPrefixDecoder
 from .trace import Trace
 
+# older releases of transformers continue from a state by one token a pass only
+_GOES_ON = "conv_kernel_size" in signature(LinearAttentionLayer.update_conv_state).parameters
 State = dict[int, dict[str, Any]]  # by layer of the cache, its attributes
+
+
+def check_state(text: TextModel) -> None:
+    """Raise InputError if a hybrid model is given, and transformers cannot read several tokens from a state."""
+    if text.findings.others and not _GOES_ON:
+        raise InputError(
+            "contexts of a model with layers without attention need a newer release of transformers, which reads"
+            " several tokens from a state: pip install --upgrade transformers (5.24 does)"
+        )
 
 
 def state_of(cache: Any, text: TextModel) -> State:
