@@ -1,78 +1,83 @@
-"""Write docs/models.md: which architectures work, from the results of tests/test_families.py on tiny random models.
-
-python benchmarks/models.py
-"""
+"""A LLaVA of random weights, as large as a benchmark needs it."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from xml.etree import ElementTree
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "models.md"
-COLUMNS = {
-    "test_logits_and_generation": "logits",
-    "test_scores": "scores",
-    "test_writes_add_up": "writes",
-    "test_knockouts": "knockouts",
-    "test_contexts": "contexts",
-    "test_maps_that_run_the_model_again": "replays",
-    "test_each_tile_covers_its_box": "heatmaps",
-}
-HEAD = """# Models
+import mllm_fast as mf
+from mllm_fast.shapes.build import CHAT_TEMPLATE, build_tokenizer
 
-A model of any type works: its parts are found by what they compute when it is loaded
-(`mllm-fast info --model NAME` shows them, and what works). This table has the types that the tests try, as tiny random
-models of transformers' own classes, in float64. A number is the largest error against the model's own eager attention:
-of logits, of scores relative to the largest score, of writes relative to what is added to the residual stream, of
-logits under a knockout, of logits over a context that keeps everything, and of a replayed sequence. Heatmaps are
-checked by painting squares on the image. `python benchmarks/models.py` makes this page.
-
-"""
-TAIL = """
-Cross-attention models (Mllama) generate; explanations, knockouts and contexts of them are refused, because their image
-keys lie outside the sequence. In hybrid models (Qwen3.5, LFM2) the heads of the layers with attention are explained;
-contexts carry the state of the other layers, and a warning says that knockouts do not reach them. The server does not
-serve hybrid models. Attention with soft caps or sinks, and models whose code does not use transformers' attention
-interface, are refused by name when they are loaded. A type whose processor is not known works, except for heatmaps.
-"""
+_PATCH = 8
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        tests = ROOT / "tests" / "test_families.py"
-        subprocess.run([Path(sys.executable).parent / "pytest", "-q", tests, f"--junitxml={report}"], cwd=ROOT)
-        found = results(report)
-    rows = [f"| {name} | " + " | ".join(found[name].get(c, "—") for c in COLUMNS.values()) + " |" for name in found]
-    titles = "| type | " + " | ".join(COLUMNS.values()) + " |"
-    lines = [titles, "| --- |" + " --- |" * len(COLUMNS), *rows]
-    PAGE.write_text(HEAD + "\n".join(lines) + "\n" + TAIL)
-    print(f"{PAGE.relative_to(ROOT)}: {len(rows)} types")
+def random_llava(
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    grid: tuple[int, int],
+    window: int,
+    ends: bool = False,
+    vocab: int | None = None,
+    device: str | torch.device = "cpu",
+) -> mf.VLM:
+    """grid: rows and columns of the picture's tokens. ends: answers may end before the tokens asked for. vocab: words,
+    those of the embedded model and made-up ones.
+
+    The vision tower is not what is measured: each patch becomes its own token, without attention.
+    """
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range((vocab or 0) - len(tokenizer))])
+    rows, cols = grid
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=_PATCH * max(grid),
+        patch_size=_PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=window,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config).eval()
+    model.model.get_image_features = _patches_as_tokens(model)
+    if not ends:
+        model.generation_config.eos_token_id = None
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"height": _PATCH * rows, "width": _PATCH * cols}, do_center_crop=False
+        ),
+        tokenizer=tokenizer,
+        patch_size=_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return mf.VLM(model, processor)
 
 
-def results(report: Path) -> dict[str, dict[str, str]]:
-    """Family -> column -> its largest error, "yes" or "fails"."""
-    found: dict[str, dict[str, str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        match = re.fullmatch(r"(\w+)\[(.+)\]", case.get("name") or "")
-        if not match or match[1] not in COLUMNS:
-            continue
-        family = next(part for part in match[2].split("-") if part not in ("own", "frozen", "size0", "size1"))
-        column = found.setdefault(family, {})
-        errors = [float(one.get("value") or 0) for one in case.iter("property") if one.get("name") == "error"]
-        if case.find("failure") is not None or case.find("error") is not None:
-            column[COLUMNS[match[1]]] = "fails"
-        elif column.get(COLUMNS[match[1]]) != "fails":
-            before = column.get(COLUMNS[match[1]], "0")
-            worst = max([*errors, float(before) if before != "yes" else 0.0], default=0.0)
-            column[COLUMNS[match[1]]] = f"{worst:.0e}" if errors else "yes"
-    return found
+def _patches_as_tokens(model):
+    def features(pixel_values, **_):
+        patches = model.model.vision_tower.embeddings.patch_embedding(pixel_values).flatten(2).mT
+        return BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(patches)))
 
-
-if __name__ == "__main__":
-    main()
+    return features

@@ -327,7 +327,7 @@ def test_quantised_weights_are_refused():
 def test_projections_are_those_of_the_weight_there_is(built, together, monkeypatch):
     """Kept views, or copies, of one that was replaced, moved or trained are not used."""
     vlm = mf.VLM(*built("llava"))
-    monkeypatch.setattr("mllm_fast.models.text_model._STACKED_BYTES", together << 25)
+    monkeypatch.setattr("mllm_fast.models.output_weights._STACKED_BYTES", together << 25)
 
     def everywhere():
         found = list(vlm.text.writes.projections(kept.device, kept.dtype))
