@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from .linears import compute_dtype, device_of_linear, is_plain
 from .norms import allowed_error, relative_error
 from .offload import weight_of
@@ -45,6 +45,13 @@ def check_parts(text: TextModel) -> None:
 
 def _check_linear(name: str, module: Any, draw: torch.Generator) -> None:
     """Compare a plain layer with its weight; of any other, check that it is linear."""
+    try:
+        _run_linear(name, module, draw)
+    except RuntimeError as error:  # a quantised layer can raise anything
+        raise InputError(f"the {name} ({type(module).__name__}) cannot be run: {first_line(error)}") from None
+
+
+def _run_linear(name: str, module: Any, draw: torch.Generator) -> None:
     rows = torch.randn(_ROWS, module.in_features, generator=draw)
     if not is_plain(module):
         rows = rows.to(device_of_linear(module), compute_dtype(module))

@@ -144,7 +144,8 @@ def _structure(model: Any) -> str:
     modules = [
         f"{name}:{type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()
     ]
-    settings = [str(model.dtype), str(getattr(model.config, "_attn_implementation", ""))]
+    dtypes = ",".join(sorted({str(parameter.dtype) for parameter in model.parameters()}))
+    settings = [dtypes, str(getattr(model.config, "_attn_implementation", ""))]
     return hashlib.sha256("\n".join([config, *settings, *modules]).encode()).hexdigest()
 
 
