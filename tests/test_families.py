@@ -170,7 +170,7 @@ def test_a_knockout_that_closes_nothing(one, near):
     near(got, own)
 
 
-def test_contexts(one, near):
+def test_contexts(one, near, tmp_path):
     """A context that keeps everything is the whole sequence."""
     if one.vlm.text.findings.others and CACHE != "cache":
         with pytest.raises(mf.InputError, match="newer release of transformers"):
@@ -183,6 +183,12 @@ def test_contexts(one, near):
     with context.questions.running(), session.recording():
         got = session.read([ids])[0]
     near(got, wanted)
+    context.save(tmp_path / "a.safetensors")
+    loaded = mf.Context.load(tmp_path / "a.safetensors", one.vlm)
+    again = loaded.questions.decoder(1)
+    with loaded.questions.running(), again.recording():
+        assert torch.equal(again.read([ids])[0], got)
+    assert torch.equal(loaded.layout.separators, context.layout.separators)
     small = one.vlm.compress(PICTURE, keep=0.3, prompt=QUESTION, score="generated", max_new_tokens=4)
     assert small.ask("is the circle red ?", max_new_tokens=3).input_ids is not None
 

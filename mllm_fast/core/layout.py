@@ -41,6 +41,22 @@ class Tile:
         return np.stack([lefts, tops, rights, bottoms], -1).reshape(-1, 4)
 
 
+def side_by_side(rows: int, cols: int, tile: tuple[int, int], size: tuple[int, int]) -> tuple[Tile, ...]:
+    """Return equal tiles that cover an image, row by row.
+
+    Args:
+        rows, cols: How many tiles lie below and beside each other.
+        tile: (rows, cols) of the tokens of each.
+        size: (width, height) of the image in pixels.
+    """
+    (down, across), (width, height) = tile, size
+    return tuple(
+        Tile(down, across, (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows))
+        for r in range(rows)
+        for c in range(cols)
+    )
+
+
 class Tiling(NamedTuple):
     """How the tokens of one image lie.
 

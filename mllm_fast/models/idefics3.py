@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.layout import Tile, Tiling
+from ..core.layout import Tile, Tiling, side_by_side
 from .adapter import Adapter
 from .architectures import architecture
 
@@ -25,11 +25,7 @@ class Idefics3(Adapter):
         rows, cols = _splits(processor.image_processor, size)
         if rows == cols == 1:
             return Tiling((whole,))
-        tiles = [
-            Tile(side, side, (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows))
-            for r in range(rows)
-            for c in range(cols)
-        ]
+        tiles = side_by_side(rows, cols, (side, side), size)
         return Tiling((*tiles, whole), (rows, cols))
 
 

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from ..core.layout import Tile, Tiling
+from ..core.layout import Tile, Tiling, side_by_side
 from .adapter import Adapter
 from .architectures import architecture
 
@@ -37,11 +37,7 @@ class Canvas(Adapter):
         if not self.crops(processor) or images.max_patches <= 1:
             return Tiling((whole,))
         cols, rows = (int(n) for n in self.canvas(images, size))
-        tiles = tuple(
-            Tile(side, side, (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows))
-            for r in range(rows)
-            for c in range(cols)
-        )
+        tiles = side_by_side(rows, cols, (side, side), size)
         if len(tiles) == 1:
             return Tiling(tiles)
         if self.whole_first:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..core.errors import InputError
-from ..core.layout import Tile, Tiling
+from ..core.layout import Tile, Tiling, side_by_side
 from .adapter import Adapter
 from .architectures import architecture
 
@@ -36,10 +36,6 @@ class Lfm2VL(Adapter):
                 f"the image has {count} tiles, the batch {len(views)} views, so it is not known which are whose: give"
                 " one image at a time"
             )
-        boxes = [
-            (c * width / cols, r * height / rows, (c + 1) * width / cols, (r + 1) * height / rows)
-            for r in range(rows)
-            for c in range(cols)
-        ]
-        tiles = [Tile(down, across, box) for (down, across), box in zip(views, [*boxes, whole], strict=False)]
-        return Tiling(tuple(tiles), (rows, cols))
+        tiles = side_by_side(rows, cols, views[0], size)
+        thumbnail = [Tile(view[0], view[1], whole) for view in views[count:]]
+        return Tiling((*tiles, *thumbnail), (rows, cols))
