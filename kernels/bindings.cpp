@@ -58,7 +58,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention",
       [](std::array<uintptr_t, 3> operands, bool bfloat16, std::array<std::array<int64_t, 4>, 3> strides,
-         std::array<uintptr_t, 3> mask, int64_t segment_stride, float scale, std::array<int64_t, 7> sizes,
+         std::array<uintptr_t, 4> mask, int64_t segment_stride, std::array<float, 2> scoring, std::array<int64_t, 7> sizes,
          std::array<uintptr_t, 4> results, int threads, const std::string& isa) {
         mllm::AttentionProblem p;
         p.query = pointer<const void>(operands[0]);
@@ -73,7 +73,9 @@ PYBIND11_MODULE(_cpu, m) {
         p.segment_stride = segment_stride;
         p.table = pointer<const uint32_t>(mask[1]);
         p.start = pointer<const int32_t>(mask[2]);
-        p.scale = scale;
+        p.sinks = pointer<const float>(mask[3]);
+        p.scale = scoring[0];
+        p.softcap = scoring[1];
         p.batch = sizes[0];
         p.heads = sizes[1];
         p.kv_heads = sizes[2];
@@ -89,9 +91,10 @@ PYBIND11_MODULE(_cpu, m) {
         mllm::attention(p, isa);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("operands"), py::arg("bfloat16"), py::arg("strides"),
-      py::arg("mask"), py::arg("segment_stride"), py::arg("scale"), py::arg("sizes"), py::arg("results"),
+      py::arg("mask"), py::arg("segment_stride"), py::arg("scoring"), py::arg("sizes"), py::arg("results"),
       py::arg("threads"), py::arg("isa"),
-      "Operands query, key, value and their strides of batch, head, row; mask segments, table, start; sizes batch,"
+      "Operands query, key, value and their strides of batch, head, row; mask segments, table, start, sinks; scoring"
+      " scale and soft cap, 0 for none; sizes batch,"
       " heads, key heads, rows, keys, width and the first row's position; results output, lse, mass and the rows it counts. See"
       " knockout_attention/problem.h.");
   m.def(

@@ -360,6 +360,23 @@ def internvl_qwen3():
     return finish(hf.InternVLForConditionalGeneration(made)), processor
 
 
+@family
+def internvl_gpt_oss():
+    """Attention sinks, experts, and a sliding window in every other layer."""
+    model, processor = tiny.internvl()
+    like = model.config
+    settings = text(len(processor.tokenizer), head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    made = hf.InternVLConfig(
+        vision_config=like.vision_config,
+        text_config=hf.GptOssConfig(**settings, sliding_window=8, layer_types=SLIDING, rope_parameters=rope),
+        image_token_id=like.image_token_id,
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    )
+    return finish(hf.InternVLForConditionalGeneration(made)), processor
+
+
 def next_parts(**vision: Any) -> tuple[Any, Any, Callable[[str], int]]:
     tokenizer, number = words("<image>", "<video>", image_token="<image>", video_token="<video>")
     reader = images("llava_next", "LlavaNextImageProcessorPil")(
@@ -566,6 +583,17 @@ def paligemma():
         hidden_size=64,
         image_token_index=number("<image>"),
     )
+    return finish(hf.PaliGemmaForConditionalGeneration(made)), processor
+
+
+@family
+def paligemma2():
+    """Soft caps of the scores and of the logits, and a norm behind the attention."""
+    model, processor = paligemma()
+    made = model.config
+    capped = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0}
+    settings = text(len(processor.tokenizer), head_dim=16, sliding_window=8, layer_types=SLIDING, **capped)
+    made.text_config = hf.Gemma2Config(**settings)
     return finish(hf.PaliGemmaForConditionalGeneration(made)), processor
 
 

@@ -95,6 +95,10 @@ class Eager:
     def __init__(self, parts: Parts, close: Close | None = None, seen: Seen | None = None):
         self.parts, self.close, self.seen = parts, close, seen
         self.text = {module: i for i, module in enumerate(parts.attention) if module is not None}
+        configs = {id(m.config): m.config for m in parts.model.modules() if hasattr(m, "config")}
+        self.before = [
+            (one, one._attn_implementation) for one in configs.values() if hasattr(one, "_attn_implementation")
+        ]
 
     def __enter__(self) -> Eager:
         AttentionInterface.register("oracle", self._forward)
@@ -103,7 +107,8 @@ class Eager:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.parts.model.set_attn_implementation("sdpa")
+        for config, implementation in self.before:
+            config._attn_implementation = implementation
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop("oracle", None)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mllm_fast.core.errors import InputError
-from mllm_fast.runtime.attention import attend
+from mllm_fast.runtime.attention import Scoring, attend
 from mllm_fast.runtime.hooks import recording
 from mllm_fast.runtime.row_mask import RowMask, row_mask
 
@@ -138,7 +138,7 @@ def test_attend_equals_the_formula(rows, keys, padded):
     scores = query @ key.repeat_interleave(3, 1).mT * 0.3
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0)
     expected = weights @ value.repeat_interleave(3, 1)
-    torch.testing.assert_close(attend(query, key, value, mask, 0.3).output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attend(query, key, value, mask, Scoring(0.3)).output, expected, rtol=0, atol=1e-12)
 
 
 def test_static_cache_end_is_not_seen():
@@ -155,8 +155,8 @@ def test_unknown_attention_is_refused(built, picture):
     with recording(vlm.text, rows=1):
         function = AttentionInterface._global_mapping[vlm.text.config._attn_implementation]
         q = torch.zeros(1, 3, 2, 16)
-        with pytest.raises(NotImplementedError, match="softcap"):
-            function(attention, q, q, q, None, softcap=30.0)
+        with pytest.raises(NotImplementedError, match="position_bias"):
+            function(attention, q, q, q, None, position_bias=q)
         with pytest.raises(RuntimeError, match="no mask"):
             function(attention, q, q, q, None)
         with pytest.raises(NotImplementedError, match="dropout"):

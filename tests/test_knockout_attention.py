@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mllm_fast.kernels import knockout_attention, segment_table
+from mllm_fast.kernels import join, knockout_attention, segment_table
 from mllm_fast.kernels.dispatch import cpu_extension
 from mllm_fast.kernels.knockout_attention import SEGMENTS, Attention, cpu_kernel, reference, torch_kernel
 
@@ -51,10 +51,13 @@ class Problem:
     start: torch.Tensor | None = None
     scale: float = 0.25
     options: dict = field(default_factory=lambda: {"lse": False, "mass": False})
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     def arguments(self, dtype: torch.dtype | None = None) -> list:
         operands = [t if dtype is None else t.to(dtype) for t in (self.query, self.key, self.value)]
-        return [*operands, self.segments, self.table, self.start, self.scale, *self.options.values()]
+        masks = self.segments, self.table, self.start
+        return [*operands, *masks, self.scale, *self.options.values(), True, self.softcap, self.sinks]
 
     @property
     def seen(self) -> torch.Tensor:
@@ -154,18 +157,21 @@ def check(way: str, problem: Problem) -> Attention:
     seen, groups = problem.seen, problem.query.shape[1] // problem.key.shape[1]
     some = seen.any(-1)[:, None].expand(-1, problem.query.shape[1], -1)
     assert (got.output[~some] == 0).all()
-    low = F.scaled_dot_product_attention(
-        problem.query,
-        problem.key.repeat_interleave(groups, 1),
-        problem.value.repeat_interleave(groups, 1),
-        attn_mask=seen[:, None],
-        scale=problem.scale,
-    )
+    if problem.softcap is None and problem.sinks is None:
+        low = F.scaled_dot_product_attention(
+            problem.query,
+            problem.key.repeat_interleave(groups, 1),
+            problem.value.repeat_interleave(groups, 1),
+            attn_mask=seen[:, None],
+            scale=problem.scale,
+        )
+    else:
+        low = reference.attention(*problem.arguments())[0]
     # a weight's relative error is its score's absolute one
     key, value = (t.double().repeat_interleave(groups, 1) for t in (problem.key, problem.value))
-    scores = problem.query.double() @ key.mT * problem.scale
+    scores = reference.capped(problem.query.double() @ key.mT * problem.scale, problem.softcap)
     if some.any() and dtype == torch.float32:
-        alpha = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
+        alpha = reference.weights(scores.masked_fill(~seen[:, None], -torch.inf), problem.sinks).nan_to_num(0)
         moved = (alpha * scores.abs() * torch.cdist(truth.output, value, p=torch.inf)).sum(-1).max()
         within(got.output[some], low[some], truth.output[some], 1, 4 * truth.output.abs().max() + moved)
     elif some.any():
@@ -176,7 +182,8 @@ def check(way: str, problem: Problem) -> Attention:
     assert (got.lse is None, got.mass is None) == (truth.lse is None, truth.mass is None)
     if got.lse is not None:
         assert got.lse.dtype == torch.float32
-        assert (got.lse[~some] == -torch.inf).all()
+        blind = torch.full((got.lse.shape[1],), -torch.inf) if problem.sinks is None else problem.sinks
+        torch.testing.assert_close(got.lse[~some], blind[:, None].expand_as(got.lse)[~some], atol=0, rtol=1e-6)
         if some.any():
             within(got.lse[some], single.lse[some], truth.lse[some], 4, scores + 1)
     if got.mass is not None:
@@ -222,6 +229,43 @@ def test_awkward_shapes(way, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("softcap", "sinks"), [(50.0, False), (0.7, True), (None, True)])
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_soft_caps_and_sinks(way, shape, softcap, sinks, dtype):
+    """Scores far below the cap and far beyond it, sinks that take little and nearly all; rows that see nothing."""
+    sizes = torch.linspace(-9, 9, shape[0]) if sinks else None
+    extra = {"softcap": softcap, "sinks": sizes}
+    check(way, replace(make(*shape, dtype, lse=True, mass=True), **extra))
+    masked = make(*shape, dtype, batch=2, segments="own", padded=True, lse=True, mass=True, seed=1, size=2.0)
+    check(way, replace(masked, **extra))
+
+
+@pytest.mark.parametrize("sink", [-1e4, 300.0, 1e4])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("way", WAYS)
+def test_extreme_sinks(way, rows, sink):
+    """A sink beyond the range of a float's exponent takes nothing, or all."""
+    problem = replace(make(2, 1, rows, 65, 16, lse=True, mass=True), sinks=torch.tensor([sink, 0.0]))
+    got = check(way, problem)
+    if sink > 0:
+        assert (got.output[:, 0] == 0).all()
+        assert (got.mass[:, 0] < 1e-37).all()
+        torch.testing.assert_close(got.lse[:, 0], torch.full_like(got.lse[:, 0], sink), atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+def test_one_of_two_joined_calls_takes_the_sinks(backend):
+    problem = make(4, 2, 1, 40, 16)
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 4.0])
+    part = lambda keys: (problem.query, problem.key[:, :, keys], problem.value[:, :, keys])  # noqa: E731
+    whole = knockout_attention(*part(slice(None)), softcap=2.0, sinks=sinks, backend=backend)
+    first = knockout_attention(*part(slice(25)), causal=False, softcap=2.0, lse=True, backend=backend)
+    second = knockout_attention(*part(slice(25, None)), softcap=2.0, sinks=sinks, lse=True, backend=backend)
+    torch.testing.assert_close(join(first, second), whole.output, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 257])
 @pytest.mark.parametrize("way", WAYS)
 def test_scores_that_grow(way, rows, dtype):
@@ -259,7 +303,9 @@ def test_any_problem(way, data):
         lse=data.draw(st.booleans(), "lse"),
         mass={"none": False, "all": True, "some": chosen}[mass],
     )
-    check(way, problem)
+    softcap = data.draw(st.sampled_from([None, 0.5, 50.0]), "softcap")
+    sinks = torch.randn(kv_heads * groups, generator=torch.Generator().manual_seed(seed + 1))
+    check(way, replace(problem, softcap=softcap, sinks=sinks if data.draw(st.booleans(), "sinks") else None))
 
 
 @pytest.mark.parametrize("rows", [3, 70])
@@ -344,7 +390,7 @@ def test_nothing_is_written_beyond_the_outputs(isa, rows):
     buffers[2][: sizes[2]] = 0  # the caller gives the mass as zeros
     EXTENSION.attention(
         tuple(t.data_ptr() for t in (problem.query, problem.key, problem.value)), False,
-        tuple(t.stride() for t in (problem.query, problem.key, problem.value)), (0, 0, 0), 0, 0.25,
+        tuple(t.stride() for t in (problem.query, problem.key, problem.value)), (0, 0, 0, 0), 0, (0.25, 0.0),
         (1, heads, heads, rows, keys, width, keys - rows), (*(b.data_ptr() for b in buffers), 0), 2, isa,
     )  # fmt: skip
     for buffer, size in zip(buffers, sizes, strict=True):
@@ -359,7 +405,7 @@ def test_float64_equals_the_definition(rows):
     truth = reference.attention(*problem.arguments())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_kernel, "_BLOCK_ELEMENTS", 2 * 6 * 300 * 7)
-        names = ("segments", "table", "start", "scale", "lse", "mass")
+        names = ("segments", "table", "start", "scale", "lse", "mass", "causal", "softcap", "sinks")
         options = dict(zip(names, problem.arguments()[3:], strict=True))
         got = knockout_attention(problem.query, problem.key, problem.value, **options)
     for a, b in zip(got, truth, strict=True):

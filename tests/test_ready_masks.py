@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 import mllm_fast as mf
 from mllm_fast.core.errors import InputError
 from mllm_fast.knockout.plan import plan_of
-from mllm_fast.runtime.attention import attend, attend_dense, seen_by
+from mllm_fast.runtime.attention import Scoring, attend, attend_dense, seen_by
 from mllm_fast.runtime.hooks import recording
 from mllm_fast.runtime.row_mask import RowMask, row_mask
 
@@ -79,11 +79,13 @@ def test_a_knockout_that_closes_nothing_is_the_identity(operands, kind, form, ro
     segments = torch.randint(0, 4, (2, KEYS), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     nothing = segments, segment_table([(9, 8), (4, 5)])  # of kinds that no position is of
     for mass in (False, True):
-        plain, closed = (attend(query, key, value, mask, 0.25, c, mass) for c in (None, nothing))
+        plain, closed = (attend(query, key, value, mask, Scoring(0.25), c, mass) for c in (None, nothing))
         torch.testing.assert_close(closed.output, plain.output, rtol=0, atol=1e-12)
         if mass:
             torch.testing.assert_close(closed.mass, plain.mass, rtol=0, atol=1e-12)
-    for got, wanted in zip(*(attend_dense(query, key, value, mask, 0.25, c) for c in (nothing, None)), strict=True):
+    for got, wanted in zip(
+        *(attend_dense(query, key, value, mask, Scoring(0.25), c) for c in (nothing, None)), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
@@ -105,7 +107,7 @@ def test_a_knockout_closes_what_it_names(operands, kind, form, rows):
                     seen[b, :, r, k] = False
     scores = (query @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~seen, -torch.inf)
     wanted = torch.softmax(scores, -1).nan_to_num(0) @ value.repeat_interleave(2, 1)
-    got = attend(query, key, value, mask, 0.25, (segments, segment_table(closed)))
+    got = attend(query, key, value, mask, Scoring(0.25), (segments, segment_table(closed)))
     torch.testing.assert_close(got.output, wanted, rtol=0, atol=1e-12)
 
 

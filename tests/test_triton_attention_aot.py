@@ -30,6 +30,8 @@ FIXED = {
     **dict.fromkeys(("table", "start"), "*i32"),
     **dict.fromkeys(("segments", "chosen"), "*u8"),
     "scale": "fp32",
+    "softcap": "fp32",
+    "sinks": "*fp32",
 }
 COUNTS = ("heads", "per_kv", "packed")  # integers that need not be multiples of 16
 
@@ -39,12 +41,15 @@ def build(fn, capability: int, tile: triton_kernel.Config, types: dict | None = 
     return compile_kernel(fn, types, constexprs, capability, tile.warps, tile.stages, COUNTS, tile.registers)
 
 
-def attention_kernel(kind: str, dtype: torch.dtype, block_d: int, capability: int, even: bool, full: bool) -> Compiled:
-    """`attend` or `mass` as the launch code would call it; `full`: with segments, padding and by-products."""
-    tile = triton_kernel.config(dtype, block_d, divmod(capability, 10), kind)
+def attention_kernel(
+    kind: str, dtype: torch.dtype, block_d: int, capability: int, even: bool, full: bool, capped: bool = False
+) -> Compiled:
+    """`attend` or `mass` as the launch code would call it; `full`: with segments, padding and by-products; `capped`:
+    with a soft cap and sinks."""
+    tile = triton_kernel.config(dtype, block_d, divmod(capability, 10), kind, capped)
     absent = {} if full else dict.fromkeys(("segments", "table", "start"))
     flags = {"HAS_SEGMENTS": full, "HAS_START": full, "PRECISION": tile.precision, "BLOCK_D": block_d}
-    flags |= {"CHUNK": tile.chunk, "EVEN_D": even}
+    flags |= {"CHUNK": tile.chunk, "EVEN_D": even, "HAS_SOFTCAP": capped}
     types = dict.fromkeys(("query", "key"), TYPES[dtype])
     if kind == "mass":
         fn, types["output"] = triton_mass.mass, "*fp32"
@@ -57,7 +62,8 @@ def attention_kernel(kind: str, dtype: torch.dtype, block_d: int, capability: in
             block = f"tensordesc<{TYPES[dtype][1:]}[1,1,{tile.block_n},{block_d}]>"
             types |= {"key": block, "value": block}
         flags |= {"WITH_LSE": full, "PACKED": full and kind == "decode", "SPLIT": full, "GROUPED": full}
-        flags["DESCRIBED"] = kind == "described"
+        flags |= {"DESCRIBED": kind == "described", "HAS_SINKS": capped}
+        absent |= {} if capped else {"sinks": None}
         absent |= {} if full else {"lse": None}
     flags |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     return build(fn, capability, tile, types, **flags, **absent)
@@ -87,15 +93,17 @@ def default_cases():
         widths = [d for d in BLOCKS_D if has_kind(kind, dtype, capability, d)]
         served = {triton_kernel.config(dtype, d, divmod(capability, 10), kind): d for d in widths}
         for block_d in served.values():
-            yield kind, dtype, block_d, capability, True, True
-            yield kind, dtype, block_d, capability, False, False
+            yield kind, dtype, block_d, capability, True, True, False
+            yield kind, dtype, block_d, capability, False, False, False
+            if capability < 100:
+                yield kind, dtype, block_d, capability, True, True, True
         if widths:
-            yield kind, dtype, 16, capability, True, True
+            yield kind, dtype, 16, capability, True, True, False
     for capability in SHARED:
-        yield "prefill", torch.float16, 128, capability, True, True
+        yield "prefill", torch.float16, 128, capability, True, True, False
 
 
-NAMES = ("kind", "dtype", "block_d", "capability", "even", "full")
+NAMES = ("kind", "dtype", "block_d", "capability", "even", "full", "capped")
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +114,8 @@ def compiled(request):
 
 
 @pytest.mark.parametrize(NAMES, list(dict.fromkeys(default_cases())))
-def test_attention_kernels(compiled, kind, dtype, block_d, capability, even, full):
-    made = compiled(kind, dtype, block_d, capability, even, full)
+def test_attention_kernels(compiled, kind, dtype, block_d, capability, even, full, capped):
+    made = compiled(kind, dtype, block_d, capability, even, full, capped)
     check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
     if kind in ("prefill", "described") and dtype.itemsize == 2:
         assert TENSOR_CORES[capability][-1] in made.ptx, "the chip's own matrix instructions"
@@ -118,7 +126,7 @@ def test_attention_kernels(compiled, kind, dtype, block_d, capability, even, ful
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("block_d", [16, 256])
 def test_combine(block_d, capability):
-    flags = {"WITH_LSE": True, "MAX_SPLITS": triton_kernel.MAX_SPLITS, "BLOCK_D": block_d}
+    flags = {"HAS_SINKS": True, "WITH_LSE": True, "MAX_SPLITS": triton_kernel.MAX_SPLITS, "BLOCK_D": block_d}
     check(build(triton_attend.combine, capability, triton_kernel.Config(0, 0, 4, 3), **flags), capability, False)
 
 
@@ -133,14 +141,14 @@ def test_a_new_length_compiles_nothing(fn):
 def main() -> None:
     """The whole product, a line each; ends with an error at the first that fails."""
     flags = (False, True)
-    for case in itertools.product(triton_kernel.KINDS, TYPES, BLOCKS_D, SHARED, flags, flags):
-        kind, dtype, block_d, capability, even, full = case
+    for case in itertools.product(triton_kernel.KINDS, TYPES, BLOCKS_D, SHARED, flags, flags, flags):
+        kind, dtype, block_d, capability, even, full, capped = case
         if not has_kind(kind, dtype, capability, block_d):
             continue
         made = attention_kernel(*case)
         print(f"sm_{capability} {kind:8}{TYPES[dtype][1:]:5}{block_d:4} {'even' if even else 'odd ':5}"
-              f"{'full' if full else 'bare':5}{made.registers:4} registers{made.spills:5} spilled"
-              f"{made.shared:7} shared", flush=True)  # fmt: skip
+              f"{'full' if full else 'bare':5}{'capped' if capped else '':7}{made.registers:4} registers"
+              f"{made.spills:5} spilled{made.shared:7} shared", flush=True)  # fmt: skip
         check(made, capability, uses_tensor_cores(kind, dtype, block_d, capability))
 
 

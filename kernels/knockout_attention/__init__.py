@@ -1,6 +1,9 @@
 """Causal attention under a segment mask (arXiv 2411.17491, equation 3).
 
-    O_r = sum_k alpha_rk v_k,    alpha_r = softmax over the keys k that row r sees of scale q_r . k_k
+    O_r = sum_k alpha_rk v_k,    alpha_r = softmax over the keys k that row r sees of s_rk,    s_rk = scale q_r . k_k
+
+With a soft cap c the scores are c tanh(s_rk / c) (Gemma Team 2024, arXiv 2408.00118). With an attention sink z_h the
+softmax of a head has one more score, z_h, which takes weight and gives no value (OpenAI 2025, arXiv 2508.10925).
 
 Row r sees key k if k is not after r, k is not left padding, and bit s_k of table[s_r] is 0, where s are the segment
 ids. The output of a row that sees no key is zero. A block of keys that no row of a row block sees is never read, so the
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import kernel_of
+from ..dispatch import kernel_of, wide_type
 
 __all__ = ["SEGMENTS", "Attention", "join", "knockout_attention", "segment_table"]
 
@@ -32,7 +35,7 @@ class Attention(NamedTuple):
 
     Attributes:
         output: Attention output, [B, H, R, D], a view of [B, R, H, D].
-        lse: Log-sum-exp of the scores of each row, [B, H, R], or None.
+        lse: Log-sum-exp of the scores of each row, its sink's included, [B, H, R], or None.
         mass: Attention mass of each key, [B, H, N], or None.
     """
 
@@ -74,6 +77,8 @@ def knockout_attention(
     lse: bool = False,
     mass: bool | Tensor = False,
     causal: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Attention:
     """Compute the attention of the last R of N positions, R <= N, under a segment mask. Inference only.
@@ -86,13 +91,16 @@ def knockout_attention(
         table: The blocked segments of each segment, int32 [32]; see `segment_table`.
         start: First position of each sequence that is not left padding, int32 [B].
         scale: Factor of the scores, D ** -0.5 by default.
-        lse: Whether to return the log-sum-exp (natural logarithm) of the scaled scores of each row. It is -inf for a
-            row that sees no key.
+        lse: Whether to return the log-sum-exp (natural logarithm) of the scores of each row. It is -inf for a row that
+            sees no key, or the head's sink.
         mass: Whether to return the mean of alpha over rows. True counts all rows, bool [B, R] selects the rows to
             count. Rows that see no key count as zeros. The mass is 0 if no row is selected.
         causal: If False, all rows come after all N positions, so that each row sees every key except padding, and R
             is any number. This serves a prefix that several sequences share: `join` merges two results by their
             log-sum-exps. It excludes `segments` and `mass`.
+        softcap: Soft cap of the scores, or None.
+        sinks: Score of each head's attention sink, floating [H], or None. Of two calls that `join` merges, one takes
+            the sinks.
         backend: "triton", "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
 
     Returns:
@@ -107,8 +115,14 @@ def knockout_attention(
         scale = query.shape[3] ** -0.5
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale is a positive number, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is a positive number or None, got {softcap}")
+    if sinks is not None:
+        sinks = _checked_sinks(sinks, query)
     kernel = kernel_of("knockout_attention", query.device, query.dtype, backend)
-    return Attention(*kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass, causal))
+    return Attention(
+        *kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass, causal, softcap, sinks)
+    )
 
 
 def join(first: Attention, second: Attention) -> Tensor:
@@ -176,6 +190,15 @@ def _check(query, key, value, segments, table, start, mass, causal) -> None:
     for name, tensor in (("segments", segments), ("table", table), ("start", start), ("mass", masses)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, query on {device}: move it there")
+
+
+def _checked_sinks(sinks: Tensor, query: Tensor) -> Tensor:
+    """Return the sinks in the type in which the scores are computed, contiguous."""
+    if sinks.shape != query.shape[1:2] or not sinks.dtype.is_floating_point:
+        raise ValueError(f"sinks is floating [{query.shape[1]}], got {sinks.dtype} {list(sinks.shape)}")
+    if sinks.device != query.device:
+        raise ValueError(f"sinks is on {sinks.device}, query on {query.device}: move it there")
+    return sinks.detach().to(wide_type(query.dtype)).contiguous()
 
 
 def _check_each(query, key, value) -> None:

@@ -268,24 +268,33 @@ class Prefill {
   }
 
   void advance() {
-    switch (pending->count) {
-      case 1: weigh<1>(*pending, next_row); break;
-      case 2: weigh<2>(*pending, next_row); break;
-      case 3: weigh<3>(*pending, next_row); break;
-      default: weigh<TURN>(*pending, next_row); break;
-    }
+    p.softcap != 0 ? weigh_chunks<true>() : weigh_chunks<false>();
     if (++next_row == SIDE) pending = nullptr;
   }
 
+  template <bool CAPPED>
+  void weigh_chunks() {
+    switch (pending->count) {
+      case 1: return weigh<1, CAPPED>(*pending, next_row);
+      case 2: return weigh<2, CAPPED>(*pending, next_row);
+      case 3: return weigh<3, CAPPED>(*pending, next_row);
+      default: return weigh<TURN, CAPPED>(*pending, next_row);
+    }
+  }
+
   // One row's scores of an item to weights 2^(score - peak), in parts.
-  template <int N>
+  template <int N, bool CAPPED>
   __attribute__((noinline)) void weigh(const Item& item, int r) {
     Block& b = blocks[item.block];
-    const float factor = p.log2_scale();
+    const float factor = CAPPED ? 1.0f : p.log2_scale();
     const float* from = pending_scores + r * TURN * CHUNK;
     vec x[2 * N];
 #pragma GCC unroll 8
     for (int j = 0; j < 2 * N; ++j) x[j] = load(from + j * LANES);
+    if (CAPPED) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 2 * N; ++j) x[j] = capped(x[j] * p.log2_scale(), p.log2_softcap());
+    }
     if (item.masked) {
       const int64_t position = sight.position(b.row + r);
 #pragma GCC unroll 8

@@ -160,7 +160,7 @@ class Decode {
       for (int64_t i = 1; i < count; ++i)
         if (share[i] != 0)
           for (int64_t e = 0; e < p.width; ++e) o[e] += share[i] * parts[i].out[m * wide + e];
-      write_row<T>(p, b, head, row, o, sum, top);
+      const float factor = write_row<T>(p, b, head, row, o, sum, top);
       if (p.mass && sum != 0 && (!p.mass_rows || p.mass_rows[b * p.rows + row])) {
         int64_t chosen = p.rows;
         if (p.mass_rows) chosen = std::count_if(p.mass_rows + b * p.rows, p.mass_rows + (b + 1) * p.rows, [](auto x) { return x; });
@@ -168,7 +168,7 @@ class Decode {
         for (int64_t i = 0; i < count; ++i) {
           const float* w = parts[i].weights.data() + m * parts[i].count;
           each_run(parts[i], [&](int64_t from, int64_t to, int64_t index) {
-            for (int64_t k = from; k < to; ++k) mass[k] += w[index + k - from] * (share[i] / sum) / chosen;
+            for (int64_t k = from; k < to; ++k) mass[k] += w[index + k - from] * (share[i] * factor) / chosen;
           });
         }
       }
@@ -243,6 +243,7 @@ class Decode {
 
   void weigh(Part& part, int64_t m) const {
     float* x = part.weights.data() + m * part.count;
+    if (p.softcap != 0) cap(x, part.count);
     if (p.rows > 1) hide(part, m % p.rows, x);  // a single row sees every key that is open
     float top = mllm::UNSET, sum = 0;
     for (int64_t i = 0; i < part.count; ++i) top = x[i] > top || x[i] != x[i] ? x[i] : top;
@@ -271,6 +272,12 @@ class Decode {
     }
     part.peak[m] = top;
     part.sum[m] = sum;
+  }
+
+  void cap(float* x, int64_t count) const {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(x + i, capped(load(x + i), p.log2_softcap()));
+    for (; i < count; ++i) x[i] = capped(splat(x[i]), p.log2_softcap())[0];
   }
 
   // The scores of keys that another row sees, but not this one.

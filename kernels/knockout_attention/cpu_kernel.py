@@ -19,6 +19,8 @@ def attention(
     lse: bool,
     mass: bool | Tensor,
     causal: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `reference.attention` for operands in float32 or bfloat16.
@@ -44,9 +46,9 @@ def attention(
             (query.data_ptr(), key.data_ptr(), value.data_ptr()),
             query.dtype == torch.bfloat16,
             (query.stride(), key.stride(), value.stride()),
-            (_address(segments), _address(table), _address(start)),
+            (_address(segments), _address(table), _address(start), _address(sinks)),
             segment_stride,
-            scale,
+            (scale, softcap or 0.0),
             (batch, heads, kv_heads, rows, keys, width, keys - rows if causal else keys),
             (output.data_ptr(), _address(total), _address(share), _address(chosen)),
             torch.get_num_threads(),

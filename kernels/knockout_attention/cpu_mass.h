@@ -41,6 +41,7 @@ static void add_mass(const mllm::AttentionProblem& p) {
             const int64_t row = chosen[at + r];
             if (lse[row] == mllm::UNSET) continue;
             for (int j = 0; j < VECS; ++j) {
+              if (p.softcap != 0) x[r][j] = capped(x[r][j], p.log2_softcap());
               const ivec unseen = hidden(sight, from + j * LANES, sight.position(row), sight.closed(row));
               const vec alpha = exp2(x[r][j] - lse[row] * 1.4426950408889634f);
               sum[j] += unseen ? (vec){} : alpha;

@@ -146,13 +146,18 @@ class Prefill {
 
   // weights[held ..] = 2^(scores - peak) of one block and the first `seen` keys of a chunk.
   void weigh(Block& b, int64_t slot, int64_t chunk, int64_t seen, bool masked, int64_t held) {
-    if (seen > 2 * LANES) return weigh_vectors<VECS>(b, slot, chunk, masked, held);
-    if (seen > LANES) return weigh_vectors<2>(b, slot, chunk, masked, held);
-    weigh_vectors<1>(b, slot, chunk, masked, held);
+    if (seen > 2 * LANES) return weigh_some<VECS>(b, slot, chunk, masked, held);
+    if (seen > LANES) return weigh_some<2>(b, slot, chunk, masked, held);
+    weigh_some<1>(b, slot, chunk, masked, held);
+  }
+  template <int NV>
+  void weigh_some(Block& b, int64_t slot, int64_t chunk, bool masked, int64_t held) {
+    if (p.softcap != 0) return weigh_vectors<NV, true>(b, slot, chunk, masked, held);
+    weigh_vectors<NV, false>(b, slot, chunk, masked, held);
   }
 
   // Not inlined: its accumulators take all registers.
-  template <int NV>
+  template <int NV, bool CAPPED>
   __attribute__((noinline)) void weigh_vectors(Block& b, int64_t slot, int64_t chunk, bool masked, int64_t held) {
     vec x[ROWS][NV];
     Products::multiply(queries.data() + slot * ROWS * depth, keys.data() + chunk * CHUNK * depth, depth,
@@ -160,6 +165,10 @@ class Prefill {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       ivec unseen[NV];
+      if (CAPPED) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) x[r][j] = capped(x[r][j], p.log2_softcap());
+      }
       if (masked) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {

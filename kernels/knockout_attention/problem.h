@@ -25,7 +25,9 @@ struct AttentionProblem {
   int64_t segment_stride = 0;
   const uint32_t* table = nullptr;  // [32]
   const int32_t* start = nullptr;   // [batch] or null
+  const float* sinks = nullptr;     // [heads] or null
   float scale = 1;
+  float softcap = 0;  // 0 for none
   int64_t batch = 0, heads = 0, kv_heads = 0, rows = 0, keys = 0, width = 0;
   int64_t offset = 0;  // position of the first row; that of the last is keys - 1 or beyond
   void* out = nullptr;                  // [batch, rows, heads, width]
@@ -36,6 +38,7 @@ struct AttentionProblem {
 
   int64_t group() const { return heads / kv_heads; }
   float log2_scale() const { return scale * 1.4426950408889634f; }
+  float log2_softcap() const { return softcap * 1.4426950408889634f; }
 };
 
 // Bits of segments. A row is closed to the segments in its bits; a key is in one segment.

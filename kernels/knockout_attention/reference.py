@@ -48,15 +48,40 @@ def attention(
     lse: bool,
     mass: bool | Tensor,
     causal: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `mllm_fast.kernels.knockout_attention`, with the same arguments and result, in the operands' dtype."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     seen = visible(query.shape[2], key.shape[2], segments, table, start, causal).to(query.device)[:, None]
-    scores = (query @ key.mT * scale).masked_fill(~seen, -torch.inf)
-    alpha = torch.softmax(scores, -1).masked_fill(~seen, 0)  # zeros, not NaN, for a row that sees no key
-    total = torch.logsumexp(scores, -1) if lse else None
+    scores = capped(query @ key.mT * scale, softcap).masked_fill(~seen, -torch.inf)
+    alpha = weights(scores, sinks).masked_fill(~seen, 0)  # zeros, not NaN, for a row that sees no key
+    total = log_sum_exp(scores, sinks) if lse else None
     return alpha @ value, total, mean_over_rows(alpha, mass)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Return scores under a soft cap, or as they are if it is None."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return scores [B, H, R, N] with the score of each head's sink [H], if there are sinks, as one more key."""
+    if sinks is None:
+        return scores
+    column = sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1)
+
+
+def weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the attention weights of scores [B, H, R, N], of which a head's sink takes its part."""
+    return torch.softmax(with_sinks(scores, sinks), -1)[..., : scores.shape[-1]]
+
+
+def log_sum_exp(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the log-sum-exp of scores [B, H, R, N] and of each head's sink, [B, H, R]."""
+    return torch.logsumexp(with_sinks(scores, sinks), -1)
 
 
 def mean_over_rows(alpha: Tensor, mass: bool | Tensor) -> Tensor | None:

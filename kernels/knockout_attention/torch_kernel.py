@@ -22,6 +22,8 @@ def attention(
     lse: bool,
     mass: bool | Tensor,
     causal: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `reference.attention` in float32 or wider, without repeating the key heads of grouped heads."""
     batch, heads, rows, width = query.shape
@@ -44,11 +46,11 @@ def attention(
         seen = reference.visible(stop - first, last, ids, table, start, causal).to(query.device)
         seen = seen[:, None, None]
         scores = grouped[:, :, :, first:stop].to(wide) @ key[..., :last, :].mT * scale
-        scores = scores.masked_fill(~seen, -torch.inf)
-        alpha = torch.softmax(scores, -1).masked_fill(~seen, 0)
+        scores = reference.capped(scores, softcap).masked_fill(~seen, -torch.inf)
+        alpha = reference.weights(scores.flatten(1, 2), sinks).view_as(scores).masked_fill(~seen, 0)
         output[:, :, first:stop] = (alpha @ value[..., :last, :]).flatten(1, 2).to(query.dtype)
         if total is not None:
-            total[:, :, first:stop] = torch.logsumexp(scores, -1).flatten(1, 2)
+            total[:, :, first:stop] = reference.log_sum_exp(scores.flatten(1, 2), sinks)
         if share is not None and weight is not None:
             share[..., :last] += (weight[:, None, None, None, first:stop] @ alpha)[..., 0, :].flatten(1, 2)
     return output, total, share

@@ -66,6 +66,21 @@ def count_bits(bits):
 
 
 @triton.jit
+def soft_capped(scores, cap):
+    """Compute cap * tanh(scores / cap), near 0 by a polynomial, as 1 - 2 / (e^2u + 1) would lose the digits there."""
+    u = scores / cap
+    square = u * u
+    near = 0.02059098519384861 - 0.005659984890371561 * square  # minimax for tanh(u) / u up to 0.625, 4e-9 relative
+    near = near * square - 0.05372106656432152
+    near = near * square + 0.13331127166748047
+    near = near * square - 0.3333325982093811
+    near = near * square * u + u
+    size = tl.abs(u)
+    far = 1.0 - 2.0 / (tl.exp2(tl.where(size > 10.0, 10.0, size) * 2.8853900817779268) + 1.0)  # NaN stays NaN
+    return cap * tl.where(size < 0.625, near, tl.where(u < 0.0, -far, far))
+
+
+@triton.jit
 def survey(
     segments,
     base,
@@ -98,7 +113,7 @@ def survey(
 
 
 @triton.jit
-def _step(
+def _step(  # long: one kernel, whose parts share registers
     q,
     peak,
     total,
@@ -119,7 +134,9 @@ def _step(
     keys,
     width,
     scale,
+    softcap,
     HAS_SEGMENTS: tl.constexpr,  # noqa: N803
+    HAS_SOFTCAP: tl.constexpr,  # noqa: N803
     DESCRIBED: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     BLOCK_D: tl.constexpr,  # noqa: N803
@@ -147,6 +164,9 @@ def _step(
             k = tl.load(key_at, mask=(d < width)[None, :], other=0.0)
             v = tl.load(value_at, mask=(d < width)[None, :], other=0.0)
     scores = dot(q, tl.trans(k), None, PRECISION)
+    if HAS_SOFTCAP:
+        scores = soft_capped(scores * scale, softcap)
+        scale = 1.0
     if (base + BLOCK_N - 1 > lowest) | (base < first):  # blocks on the diagonal or at the end of the padding
         scores = tl.where(before_and_real(position, base + n, first), scores, float("-inf"))
     if HAS_SEGMENTS and barred:
@@ -171,7 +191,9 @@ def attend(  # long: one kernel, whose parts share registers
     segments,
     table,
     start,
+    sinks,
     scale,
+    softcap,
     query_batch,
     query_head,
     query_row,
@@ -192,6 +214,8 @@ def attend(  # long: one kernel, whose parts share registers
     splits,
     HAS_SEGMENTS: tl.constexpr,  # noqa: N803
     HAS_START: tl.constexpr,  # noqa: N803
+    HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+    HAS_SINKS: tl.constexpr,  # noqa: N803
     WITH_LSE: tl.constexpr,  # noqa: N803
     SPLIT: tl.constexpr,  # noqa: N803
     PACKED: tl.constexpr,  # noqa: N803
@@ -208,9 +232,9 @@ def attend(  # long: one kernel, whose parts share registers
 
     The grid is (H / packed, row blocks * splits, B). Each split takes an even share of the key blocks and writes its
     own normalised output [splits, B, R, H, D] and log-sum-exp [splits, B, H, R]. With one split these are the result.
-    `scale` includes log2 e. If DESCRIBED, `key` and `value` are descriptors of [B, Hkv, N, D] with blocks of
-    [1, 1, BLOCK_N, BLOCK_D], which the chip's copy engine reads without the help of the threads. Else they are
-    addresses.
+    `sinks` is float32 [H], which `combine` counts where there are splits. `scale` and `softcap` include log2 e. If
+    DESCRIBED, `key` and `value` are descriptors of [B, Hkv, N, D] with blocks of [1, 1, BLOCK_N, BLOCK_D], which the
+    chip's copy engine reads without the help of the threads. Else they are addresses.
     """
     group, place, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batches, split, row_blocks = tl.num_programs(2), 0, tl.num_programs(1)
@@ -270,17 +294,24 @@ def attend(  # long: one kernel, whose parts share registers
                 open_bits &= open_bits - 1
                 peak, total, acc = _step(
                     q, peak, total, acc, key, value, key_row, value_row, batch, kv_head, segments, base + bit,
-                    ((barred_bits >> bit) & 1) != 0, position, lowest, words, first, keys, width, scale,
-                    True, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                    ((barred_bits >> bit) & 1) != 0, position, lowest, words, first, keys, width, scale, softcap,
+                    True, HAS_SOFTCAP, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
                 )  # fmt: skip
     else:
         for block in range(lower, upper):
             peak, total, acc = _step(
                 q, peak, total, acc, key, value, key_row, value_row, batch, kv_head, segments, block,
-                False, position, lowest, words, first, keys, width, scale,
-                False, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                False, position, lowest, words, first, keys, width, scale, softcap,
+                False, HAS_SOFTCAP, DESCRIBED, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
             )  # fmt: skip
 
+    if HAS_SINKS and not SPLIT:
+        sink = tl.load(sinks + head) * LOG2E
+        top = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - top)
+        total = total * fade + tl.exp2(sink - top)
+        acc *= fade[:, None]
+        peak = top
     blind = total == 0  # a row that sees no key
     safe = tl.where(blind, 1.0, total)
     at = ((split * batches + wide) * rows + row) * heads + head
@@ -297,10 +328,12 @@ def combine(
     part_lse,
     output,
     lse,
+    sinks,
     heads,
     rows,
     width,
     splits,
+    HAS_SINKS: tl.constexpr,  # noqa: N803
     WITH_LSE: tl.constexpr,  # noqa: N803
     MAX_SPLITS: tl.constexpr,  # noqa: N803
     BLOCK_D: tl.constexpr,  # noqa: N803
@@ -308,7 +341,7 @@ def combine(
     """Merge the results of several splits into the output [B, R, H, D] and the log-sum-exp [B, H, R].
 
     The grid is (B * R * H). The outputs [splits, B, R, H, D] of the splits are weighted by their log-sum-exp
-    [splits, B, H, R]. Everything except the merged output is float32.
+    [splits, B, H, R], and the sinks [H] are added to the sums. Everything except the merged output is float32.
     """
     at = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0).to(tl.int64)
@@ -318,8 +351,13 @@ def combine(
     every = tl.arange(0, MAX_SPLITS)
     logs = tl.load(part_lse + every * count, mask=every < splits, other=float("-inf"))
     peak = tl.max(logs, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head)
+        peak = tl.maximum(peak, sink)
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2((logs - safe) * LOG2E), 0)
+    if HAS_SINKS:
+        total += tl.exp2((sink - safe) * LOG2E)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for base in range(0, splits, SPLIT_TILE):
         s = base + tl.arange(0, SPLIT_TILE)

@@ -87,13 +87,15 @@ if RELEASE < (3, 9):  # with these releases the tiles above spill 8 to 32 bytes
     _DESCRIBED[9][256] = Config(64, 32, 4, 3, chunk=16) if RELEASE == (3, 8) else Config(128, 16, 8, 3, chunk=16)
 
 
-def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind: str) -> Config:
-    """Return the config for operands of `dtype` on a GPU of this compute capability; `kind` is one of `KINDS`."""
+def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind: str, capped: bool = False) -> Config:
+    """Return the config for operands of `dtype` on a GPU of this compute capability, with or without a soft cap.
+
+    `kind` is one of `KINDS`.
+    """
     tiles = _DESCRIBED[capability[0]] if kind == "described" else _TILES[kind][dtype.itemsize]
     tile = next(tile for limit, tile in tiles.items() if head_size <= limit)
-    if kind == "prefill" and dtype.itemsize == 2 and capability[0] == 10:
-        return tile._replace(registers=255)
-    return tile
+    spills = capped if kind == "mass" else kind == "prefill" and capability[0] == 10
+    return tile._replace(registers=255) if spills and dtype.itemsize == 2 else tile
 
 
 def attention(
@@ -107,13 +109,16 @@ def attention(
     lse: bool,
     mass: bool | Tensor,
     causal: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute `reference.attention`, with lse and mass in float32."""
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        output, total = _attend(query, key, value, segments, table, start, scale, lse or mass is not False, causal)
+        with_lse = lse or mass is not False
+        output, total = _attend(query, key, value, segments, table, start, scale, with_lse, causal, softcap, sinks)
         share = None
         if mass is not False and total is not None:
-            share = _mass(query, key, total, segments, table, start, scale, mass)
+            share = _mass(query, key, total, segments, table, start, scale, mass, softcap)
     return output.transpose(1, 2), total if lse else None, share
 
 
@@ -136,7 +141,9 @@ class _Plan(NamedTuple):
 _PLANS: dict[Any, _Plan] = {}
 
 
-def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tuple[Tensor, Tensor | None]:
+def _attend(
+    query, key, value, segments, table, start, scale, lse, causal, softcap, sinks
+) -> tuple[Tensor, Tensor | None]:
     """Return the output [B, R, H, D] and the log-sum-exp [B, H, R], which is None unless `lse` is set."""
     batch, heads, rows, width = query.shape
     like = {"device": query.device, "dtype": torch.float32}
@@ -146,11 +153,11 @@ def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tu
         return output, total
     sizes = (
         query.dtype, query.device, query.shape, key.shape, query.stride(), key.stride(), value.stride(),
-        _segment_stride(segments), segments is None, start is None, lse, causal,
+        _segment_stride(segments), segments is None, start is None, lse, causal, softcap is None, sinks is None,
         # Triton compiles other code for these
-        tuple(one is None or one.data_ptr() % 16 == 0 for one in (query, key, value, segments, table, start)),
+        tuple(one is None or one.data_ptr() % 16 == 0 for one in (query, key, value, segments, table, start, sinks)),
     )  # fmt: skip
-    plan = remembered(_PLANS, sizes, partial(_plan, query, key, value, segments, start, lse, causal))
+    plan = remembered(_PLANS, sizes, partial(_plan, query, key, value, segments, start, lse, causal, softcap, sinks))
     parts, part_total = output, total
     if plan.splits > 1:
         parts = torch.empty(plan.splits, batch, rows, heads, width, **like)
@@ -158,31 +165,34 @@ def _attend(query, key, value, segments, table, start, scale, lse, causal) -> tu
     if plan.described is not None:
         key, value = (_described(one, *plan.described) for one in (key, value))
     plan.attend(
-        query, key, value, parts, part_total, segments, table, start, scale * _LOG2E, *plan.strides, *plan.counts
-    )
+        query, key, value, parts, part_total, segments, table, start, sinks, scale * _LOG2E, (softcap or 1.0) * _LOG2E,
+        *plan.strides, *plan.counts,
+    )  # fmt: skip
     if plan.combine is not None:
-        plan.combine(parts, part_total, output, total, heads, rows, width, plan.splits)
+        plan.combine(parts, part_total, output, total, sinks, heads, rows, width, plan.splits)
     return output, total
 
 
-def _plan(query, key, value, segments, start, lse, causal) -> _Plan:
+def _plan(query, key, value, segments, start, lse, causal, softcap, sinks) -> _Plan:
     batch, heads, rows, width = query.shape
     keys, per_kv = key.shape[2], heads // key.shape[1]
     capability, processors = chip(query.device)
     decode = per_kv * rows <= _DECODE_ROWS and width <= max(_TILES["decode"][query.element_size()])
     packed = per_kv if decode else 1
     described = not decode and capability[0] in _DESCRIBED and all(map(is_describable, (key, value)))
-    tile = config(query.dtype, width, capability, "decode" if decode else "described" if described else "prefill")
+    kind = "decode" if decode else "described" if described else "prefill"
+    tile = config(query.dtype, width, capability, kind, softcap is not None)
     row_blocks, key_blocks = triton.cdiv(packed * rows, tile.block_m), triton.cdiv(keys, tile.block_n)
     groups = heads // packed
     splits = split_count(batch * groups * row_blocks, key_blocks, processors)
     block_d = triton.next_power_of_2(width)
     flags = {"HAS_SEGMENTS": segments is not None, "HAS_START": start is not None, "WITH_LSE": lse or splits > 1}
+    flags |= {"HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None}
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d, "EVEN_D": block_d == width}
     ways = {"SPLIT": splits > 1, "PACKED": packed > 1, "GROUPED": per_kv > 1}
     ways |= {"DESCRIBED": described, "CHUNK": tile.chunk}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **_OPTIONS}
-    last = {"WITH_LSE": lse, "MAX_SPLITS": MAX_SPLITS, "BLOCK_D": block_d}
+    last = {"HAS_SINKS": sinks is not None, "WITH_LSE": lse, "MAX_SPLITS": MAX_SPLITS, "BLOCK_D": block_d}
     constants = flags | ways | shape | {"PRECISION": tile.precision}
     return _Plan(
         Launch(attend, (groups, row_blocks * splits, batch), constants, options),
@@ -206,11 +216,11 @@ def _described(tensor: Tensor, block_n: int, block_d: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, block_n, block_d])
 
 
-def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
+def _mass(query, key, total, segments, table, start, scale, chosen, softcap) -> Tensor:
     """Return the mean of alpha over the chosen rows, [B, H, N], computed from the log-sum-exp [B, H, R]."""
     batch, heads, rows, width = query.shape
     keys, per_kv = key.shape[2], heads // key.shape[1]
-    tile = config(query.dtype, width, chip(query.device)[0], "mass")
+    tile = config(query.dtype, width, chip(query.device)[0], "mass", softcap is not None)
     share = torch.empty(batch, heads, keys, device=query.device, dtype=torch.float32)
     if not share.numel():
         return share
@@ -218,8 +228,10 @@ def _mass(query, key, total, segments, table, start, scale, chosen) -> Tensor:
     mass_of_keys[(batch * heads, triton.cdiv(keys, tile.block_n))](
         query, key, total, chosen.contiguous().view(torch.uint8) if some else None,
         chosen.sum(-1, dtype=torch.float32) if some else None, share, segments, table, start, scale * _LOG2E,
-        *query.stride()[:3], *key.stride()[:3], _segment_stride(segments), heads, per_kv, rows, keys, width,
-        HAS_CHOSEN=some, HAS_SEGMENTS=segments is not None, HAS_START=start is not None, CHUNK=tile.chunk,
+        (softcap or 1.0) * _LOG2E, *query.stride()[:3], *key.stride()[:3], _segment_stride(segments),
+        heads, per_kv, rows, keys, width,
+        HAS_CHOSEN=some, HAS_SEGMENTS=segments is not None, HAS_START=start is not None,
+        HAS_SOFTCAP=softcap is not None, CHUNK=tile.chunk,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, EVEN_D=block_d == width,
         PRECISION=tile.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **_OPTIONS,
     )  # fmt: skip

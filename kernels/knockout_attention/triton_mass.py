@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_attend import LENGTHS, LOG2E, before_and_real, count_bits, dot, first_bit, unblocked
+from .triton_attend import LENGTHS, LOG2E, before_and_real, count_bits, dot, first_bit, soft_capped, unblocked
 
 
 @triton.jit
@@ -81,6 +81,7 @@ def mass(  # long: one kernel, whose parts share registers
     table,
     start,
     scale,
+    softcap,
     query_batch,
     query_head,
     query_row,
@@ -96,6 +97,7 @@ def mass(  # long: one kernel, whose parts share registers
     HAS_CHOSEN: tl.constexpr,  # noqa: N803
     HAS_SEGMENTS: tl.constexpr,  # noqa: N803
     HAS_START: tl.constexpr,  # noqa: N803
+    HAS_SOFTCAP: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
@@ -106,8 +108,8 @@ def mass(  # long: one kernel, whose parts share registers
     """Compute the mean of alpha over the chosen rows, or over all rows, as `output` [B, H, N].
 
     The grid is (B * H, key blocks). alpha is computed again from the scores and the log-sum-exp [B, H, R] of the rows,
-    in float32. `chosen` is uint8 [B, R], and `counted`, float32 [B], is the number of chosen rows. `scale` includes
-    log2 e.
+    in float32. `chosen` is uint8 [B, R], and `counted`, float32 [B], is the number of chosen rows. `scale` and
+    `softcap` include log2 e.
     """
     batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     base = tl.program_id(1) * BLOCK_N
@@ -142,7 +144,10 @@ def mass(  # long: one kernel, whose parts share registers
             whole_bits &= whole_bits - 1
             q = _rows(query, query_row, row, rows, width, False, BLOCK_D, EVEN_D)
             logs = tl.load(lse + row) * LOG2E
-            total += tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - logs[:, None])
+            scores = dot(q, tl.trans(k), None, PRECISION) * scale
+            if HAS_SOFTCAP:
+                scores = soft_capped(scores, softcap)
+            total += tl.exp2(scores - logs[:, None])
         for _ in range(count_bits(partial_bits)):
             row = (low + first_bit(partial_bits)) * BLOCK_M + m
             partial_bits &= partial_bits - 1
@@ -155,7 +160,10 @@ def mass(  # long: one kernel, whose parts share registers
             words = row
             if HAS_SEGMENTS:
                 words = tl.load(table + tl.load(segments + position, mask=counts, other=0).to(tl.int32))
-            alpha = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * scale - logs[:, None])
+            scores = dot(q, tl.trans(k), None, PRECISION) * scale
+            if HAS_SOFTCAP:
+                scores = soft_capped(scores, softcap)
+            alpha = tl.exp2(scores - logs[:, None])
             seen = before_and_real(position, n, first) & counts[:, None]
             if HAS_SEGMENTS:
                 seen = seen & unblocked(words, ids)

@@ -25,11 +25,12 @@ from transformers.masking_utils import sdpa_mask
 
 from ..core.errors import InputError, first_line
 from ..kernels import wide_type
+from ..kernels.knockout_attention.reference import capped, weights
 from .norms import relative_error
 from .offload import device_of
 
 LENGTH = 24  # tokens of the pass
-_UNKNOWN_ATTENTION = ("softcap", "s_aux", "position_bias")  # arguments that change the attention
+_UNKNOWN_ATTENTION = ("position_bias",)  # arguments that change the attention, in ways that are not supported
 _ROUNDINGS = 64  # how many roundings of the largest term a finding may be off
 _SNAP = 0.01  # a factor this near to a number of the model's settings is that number
 _numbers = itertools.count()
@@ -245,10 +246,10 @@ class _Probe:
         groups = query.shape[1] // key.shape[1]
         wide = wide_type(query.dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = query.to(wide) @ key.to(wide).repeat_interleave(groups, 1).mT * scale
+        scores = capped(query.to(wide) @ key.to(wide).repeat_interleave(groups, 1).mT * scale, kwargs.get("softcap"))
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask[..., : key.shape[2]], torch.finfo(wide).min)
-        alpha = torch.softmax(scores, -1)
+        alpha = weights(scores, kwargs.get("s_aux"))
         output = (alpha @ value.to(wide).repeat_interleave(groups, 1)).to(value.dtype).transpose(1, 2).contiguous()
         window = kwargs.get("sliding_window")
         self.attended.append(_Attended(module, self.names[module], query, key, value, output, window, len(self.calls)))

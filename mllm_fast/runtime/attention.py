@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +11,38 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..kernels import Attention, join, knockout_attention, wide_type
 from ..kernels.knockout_attention import HEAD_SIZES, torch_kernel
-from ..kernels.knockout_attention.reference import open_pairs
+from ..kernels.knockout_attention.reference import capped, log_sum_exp, open_pairs, weights
 from .row_mask import RowMask
 
 _ROW_BLOCK = 256  # query rows whose mask is materialised at a time
 Closed = tuple[Tensor, Tensor]  # segments and table of `knockout_attention`
+
+
+class Scoring(NamedTuple):
+    """How queries and keys become attention weights; see `knockout_attention`.
+
+    Attributes:
+        scale: Factor of the scores.
+        softcap: Soft cap of the scores, or None.
+        sinks: Score of each head's attention sink, [H], or None.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are the softmax of the scaled scores alone."""
+        return self.softcap is None and self.sinks is None
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the scores [B, H, R, N] of queries [B, H, R, D] and keys [B, H, N, D]."""
+        return capped(query @ key.mT * self.scale, self.softcap)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Return the attention weights of scores, in which unseen keys are -inf, or the lowest number."""
+        return weights(scores, self.sinks)
 
 
 def attend(
@@ -21,7 +50,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float,
+    scoring: Scoring,
     closed: Closed | None = None,
     mass: bool | Tensor = False,
     backend: str = "auto",
@@ -35,7 +64,7 @@ def attend(
         query: [B, H, R, D].
         key, value: [B, Hkv, N, D].
         mask: A `RowMask`, or a ready 4-D mask, as transformers lets a caller pass one.
-        scale: The factor of the scores.
+        scoring: How scores become weights.
         closed: Segments and table of the knockouts, which apply on top of the mask.
         mass: True for the mean attention of all rows to each key, or a bool [B, R] for the mean over these rows.
         backend: The backend of the kernel.
@@ -48,14 +77,13 @@ def attend(
     """
     if query.shape[3] != value.shape[3]:
         size, (query, key, value) = value.shape[3], _even(query, key, value)
-        found = attend(query, key, value, mask, scale, closed, mass, backend)
+        found = attend(query, key, value, mask, scoring, closed, mass, backend)
         return found._replace(output=found.output[..., :size])
     fits = HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]
     if isinstance(mask, RowMask) and mask.left_padded and fits:
         segments, table = closed or (None, None)
-        return knockout_attention(
-            query, key, value, segments=segments, table=table, start=mask.start, scale=scale, mass=mass, backend=backend
-        )
+        masks = {"segments": segments, "table": table, "start": mask.start}
+        return knockout_attention(query, key, value, **masks, **scoring._asdict(), mass=mass, backend=backend)
     if mask is None:  # without a mask the attention would not be causal
         raise RuntimeError("no mask came with this attention: the model does not use transformers' mask interface")
     if backend in ("cpu", "triton"):
@@ -72,15 +100,19 @@ def attend(
     for start in range(0, rows, _ROW_BLOCK):
         stop = min(start + _ROW_BLOCK, rows)
         seen, bias = seen_by(mask, start, stop, rows, keys, closed)
-        block = seen if bias is None else bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
-        part = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, attn_mask=block, scale=scale)
-        out[:, :, start:stop] = part.masked_fill(~seen.any(-1, keepdim=True), 0)
-        if mass is not False:
-            scores = query[:, :, start:stop].to(share.dtype) @ key.to(share.dtype).mT * scale
+        part = query[:, :, start:stop]
+        if scoring.plain:
+            block = seen if bias is None else bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
+            found = F.scaled_dot_product_attention(part, key, value, attn_mask=block, scale=scoring.scale)
+            out[:, :, start:stop] = found.masked_fill(~seen.any(-1, keepdim=True), 0)
+        if mass is not False or not scoring.plain:
+            scores = scoring.scores(part.to(share.dtype), key.to(share.dtype))
             if bias is not None:
                 scores = scores + bias
-            alpha = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0)
+            alpha = scoring.weights(scores.masked_fill(~seen, -torch.inf)).masked_fill(~seen, 0)
             share += (weight[:, None, None, start:stop] @ alpha)[:, :, 0]
+        if not scoring.plain:
+            out[:, :, start:stop] = alpha @ value.to(alpha)
     return Attention(out, None, None if mass is False else share)
 
 
@@ -89,7 +121,7 @@ def attend_split(
     key: Tensor,
     value: Tensor,
     start: Tensor | None,
-    scale: float,
+    scoring: Scoring,
     *,
     causal: bool,
     mass: bool = False,
@@ -101,18 +133,20 @@ def attend_split(
     """
     if query.shape[3] != value.shape[3]:
         size, (query, key, value) = value.shape[3], _even(query, key, value)
-        found = attend_split(query, key, value, start, scale, causal=causal, mass=mass, backend=backend)
+        found = attend_split(query, key, value, start, scoring, causal=causal, mass=mass, backend=backend)
         return found._replace(output=found.output[..., :size])
     if HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[1]:
         return knockout_attention(
-            query, key, value, start=start, scale=scale, lse=True, mass=mass, causal=causal, backend=backend
+            query, key, value, start=start, **scoring._asdict(), lse=True, mass=mass, causal=causal, backend=backend
         )
     if backend in ("cpu", "triton"):
         raise InputError(
             f"backend={backend!r} serves heads of {HEAD_SIZES[0]} to {HEAD_SIZES[1]}; these are of {query.shape[3]}:"
             " use backend='auto' or 'torch'"
         )
-    return Attention(*torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal))
+    scale, softcap, sinks = scoring
+    found = torch_kernel.attention(query, key, value, None, None, start, scale, True, mass, causal, softcap, sinks)
+    return Attention(*found)
 
 
 def _even(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,18 +155,18 @@ def _even(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return tuple(F.pad(one, (0, size - one.shape[3])) for one in (query, key, value))  # type: ignore[return-value]
 
 
-def attend_seen(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Attention:
+def attend_seen(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring) -> Attention:
     """Compute attention over the keys that a mask lets each row see, with the log-sum-exp of the scores.
 
     Args:
         query: [B, H, R, D].
         key, value: [B, Hkv, N, D].
         seen: bool [B or 1, 1, R, N].
-        scale: The factor of the scores.
+        scoring: How scores become weights.
     """
     wide, groups = wide_type(query.dtype), query.shape[1] // key.shape[1]
-    scores = query.to(wide) @ key.to(wide).repeat_interleave(groups, 1).mT * scale
-    lse = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), -1)
+    scores = scoring.scores(query.to(wide), key.to(wide).repeat_interleave(groups, 1))
+    lse = log_sum_exp(scores.masked_fill(~seen, -torch.inf), scoring.sinks)
     alpha = (scores - lse.clamp_min(torch.finfo(wide).min)[..., None]).exp().masked_fill(~seen, 0)
     return Attention((alpha @ value.to(wide).repeat_interleave(groups, 1)).to(value.dtype), lse, None)
 
@@ -149,7 +183,7 @@ def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
 
 
 def attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, closed: Closed | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring, closed: Closed | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of `attend` with its weights as an array, through which gradients flow.
 
@@ -162,10 +196,10 @@ def attend_dense(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     seen, bias = seen_by(mask, 0, rows, rows, keys, closed)
     wide = wide_type(query.dtype)
-    scores = query.to(wide) @ key.to(wide).mT * scale
+    scores = scoring.scores(query.to(wide), key.to(wide))
     scores = scores if bias is None else scores + bias
     # the lowest number in place of -inf, which would give NaN gradients for a row that sees no key
-    alpha = torch.softmax(scores.masked_fill(~seen, torch.finfo(wide).min), -1).masked_fill(~seen, 0)
+    alpha = scoring.weights(scores.masked_fill(~seen, torch.finfo(wide).min)).masked_fill(~seen, 0)
     return alpha.to(value.dtype) @ value, alpha
 
 

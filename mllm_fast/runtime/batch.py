@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import Attention, wide_type
 from ..models.text_model import TextModel
-from .attention import attend_split, join_rows
+from .attention import Scoring, attend_split, join_rows
 from .hooks import Recording, recording
 from .prefix_pool import Prefix, PrefixPool, SlotGroup
 
@@ -269,7 +269,7 @@ class Batch:
             self._own[layer] = grown[0], grown[1]
         self._room = room
 
-    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of the pass's T tokens, [1, H, T, D], where key and value are [1, Hkv, T, D]."""
         own_key, own_value = self._keep(layer, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
@@ -282,7 +282,7 @@ class Batch:
             # all slots in one call; rows that read several tokens see no key here, their start is behind the end
             alone = rows[self._last][:, :, None]
             found = attend_split(
-                alone, own_key[:count], own_value[:count], self._starts, scale, causal=False, backend=self._backend
+                alone, own_key[:count], own_value[:count], self._starts, scoring, causal=False, backend=self._backend
             )
             output[self._last], total[self._last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
         if self._first is not None:
@@ -291,7 +291,7 @@ class Batch:
                 _padded(part, token, place, several, width)
                 for part in (rows, *(x[0].transpose(0, 1) for x in (key, value)))
             ]
-            found = attend_split(padded[0], padded[1], padded[2], start, scale, causal=True, backend=self._backend)
+            found = attend_split(padded[0], padded[1], padded[2], start, scoring, causal=True, backend=self._backend)
             output[token] = found.output.transpose(1, 2).flatten(0, 1)[place]
             total[token] = found.lse.transpose(1, 2).flatten(0, 1)[place]  # type: ignore[union-attr]
         behind, weight = torch.empty_like(output), torch.empty_like(total)
@@ -305,7 +305,7 @@ class Batch:
                 stack.keys[layer],
                 stack.values[layer],
                 part.start,
-                scale,
+                scoring._replace(sinks=None),  # a token's own keys take the sinks
                 causal=watched,
                 mass=watched,
                 backend=self._backend,

@@ -30,7 +30,7 @@ from ..knockout.plan import Plan
 from ..models.linears import device_of_linear
 from ..models.norms import Norm
 from ..models.text_model import TextModel
-from .attention import Closed, attend, attend_dense, seen_by
+from .attention import Closed, Scoring, attend, attend_dense, seen_by
 from .linear import skinny_linears
 from .row_mask import RowMask, row_mask
 
@@ -39,8 +39,7 @@ _REPLAYED = (
     "input_ids", "inputs_embeds", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
     "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep",
 )  # fmt: skip
-_REFUSED = ("softcap", "s_aux", "position_bias")  # arguments that change the attention and are not supported here
-AttentionFn = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # site, query, key, value, scale -> output
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor, Scoring], Tensor]  # site, query, key, value, scoring -> output
 OnWeights = Callable[[int, Tensor], None]  # site, alpha [B, H, R, N]
 _names = itertools.count()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -77,7 +76,7 @@ class Recording:
         final: Inputs of the final norm, one a pass.
         seen: Which keys the rows see, one list of passes a site: bool [B or 1, rows, N], or None for plain causal
             attention.
-        scale: The factor of the attention scores, one a site.
+        scoring: How scores become attention weights, one a site.
         last: Position of the last row of each pass, or None if the caller's own mask does not tell it.
         embeds: Input embeddings of all rows of each pass, [B, R, d].
         positions: Position ids of all rows of each pass, [..., B, R], or None.
@@ -96,7 +95,7 @@ class Recording:
     attended: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     final: list[Tensor] = field(default_factory=list)
     seen: list[list[Tensor | None]] = field(init=False)
-    scale: list[float] = field(init=False)
+    scoring: list[Scoring] = field(init=False)
     last: list[int | None] = field(default_factory=list)
     embeds: list[Tensor] = field(default_factory=list)
     positions: list[Tensor | None] = field(default_factory=list)
@@ -108,7 +107,7 @@ class Recording:
         self.query, self.output = [[] for _ in sites], [[] for _ in sites]
         self.gate, self.write_scale = [[] for _ in sites], [[] for _ in sites]
         self.seen = [[] for _ in range(self.num_sites)]
-        self.scale = [0.0] * self.num_sites
+        self.scoring = [Scoring(0.0)] * self.num_sites
 
     def cut(self) -> Recording:
         """Return what was recorded until now as a separate recording, and clear this one."""
@@ -125,9 +124,9 @@ class Recording:
         return (rows.detach() if rows.requires_grad else rows).to(self.device)
 
     def on_attention(
-        self, site: int, query: Tensor, keys: int, mask: Tensor | None, scale: float, closed: Closed | None
+        self, site: int, query: Tensor, keys: int, mask: Tensor | None, scoring: Scoring, closed: Closed | None
     ) -> None:
-        self.scale[site] = scale
+        self.scoring[site] = scoring
         self.query[site].append(self.take(query.transpose(1, 2)))
         if site == 0:
             self.last.append(mask.offset + mask.rows - 1 if isinstance(mask, RowMask) else None)
@@ -166,7 +165,7 @@ def recording(
         knockouts: The plan of the knockouts that apply.
         shares: An observer that receives the attention mass.
         backend: The backend of the kernels.
-        attention_fn: Called in place of `attend`, (site, query, key, value, scale) -> output. It is for callers that
+        attention_fn: Called in place of `attend`, (site, query, key, value, scoring) -> output. It is for callers that
             keep keys, values and the mask rule elsewhere.
         on_weights: Called with the number and the attention weights of every site. Gradients flow through the weights
             if they are enabled.
@@ -204,9 +203,8 @@ class _Attachment:
         self, module: nn.Module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
     ) -> tuple[Tensor, None]:
         """Compute the attention of one layer, as transformers calls it."""
-        for refused in _REFUSED:
-            if kwargs.get(refused) is not None:
-                raise NotImplementedError(f"attention with {refused!r} is not supported by mllm-fast")
+        if kwargs.get("position_bias") is not None:
+            raise NotImplementedError("attention with 'position_bias' is not supported by mllm-fast")
         if dropout:
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
         site = self.text.by_module.get(module)
@@ -216,17 +214,18 @@ class _Attachment:
                 " keys outside the sequence cannot be explained, knocked out or compressed"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scoring = Scoring(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         if self.attention_fn is not None:
             if self.rows:
-                self.record.on_attention(site, query, key.shape[2], None, scale, None)
-            output = self.attention_fn(site, query, key, value, scale)
+                self.record.on_attention(site, query, key.shape[2], None, scoring, None)
+            output = self.attention_fn(site, query, key, value, scoring)
         else:
             closed = self._closed(site, len(query), key.shape[2], attention_mask)
             if self.on_weights is not None:
-                output, alpha = attend_dense(query, key, value, attention_mask, scale, closed)
+                output, alpha = attend_dense(query, key, value, attention_mask, scoring, closed)
                 self.on_weights(site, alpha)
                 return output.transpose(1, 2).contiguous(), None
-            output = self._attend(site, query, key, value, attention_mask, scale, closed)
+            output = self._attend(site, query, key, value, attention_mask, scoring, closed)
         output = output.transpose(1, 2)
         if self.rows:
             self.record.output[site].append(self.record.take(output))
@@ -241,16 +240,16 @@ class _Attachment:
         before = mask.key_offset if isinstance(mask, RowMask) else 0
         return self.knockouts.segments(batch, before + keys)[:, before:], table
 
-    def _attend(self, site: int, query, key, value, mask, scale: float, closed: Closed | None) -> Tensor:
+    def _attend(self, site: int, query, key, value, mask, scoring: Scoring, closed: Closed | None) -> Tensor:
         if self.rows:
             if self.text.sites[site].cache is None:
                 self.record.attended[site] = key, value
-            self.record.on_attention(site, query, key.shape[2], mask, scale, closed)
+            self.record.on_attention(site, query, key.shape[2], mask, scoring, closed)
         observed = self.shares
         mass = False if observed is None else observed.wants(key.shape[2] - query.shape[2], query.shape[2])
         if isinstance(mass, Tensor):
             mass = mass.to(query.device)
-        found = attend(query, key, value, mask, scale, closed, mass, self.backend)
+        found = attend(query, key, value, mask, scoring, closed, mass, self.backend)
         if observed is not None and found.mass is not None:
             observed.add(site, found.mass)
         return found.output

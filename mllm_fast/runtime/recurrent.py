@@ -17,6 +17,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ..core.errors import InputError
 from ..models.text_model import TextModel
+from .attention import Scoring
 from .hooks import Recording, recording
 from .kv_cache import CACHE, full_cache
 from .shared_prefix import SharedPrefixDecoder
@@ -142,8 +143,8 @@ class RecurrentPrefixDecoder(SharedPrefixDecoder):
         self.length = max(one.length for one in self._each)
         return torch.cat(logits)
 
-    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return self._current.attend(site, query, key, value, scale)
+    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        return self._current.attend(site, query, key, value, scoring)
 
     def mark(self) -> Any:
         return [one.mark() for one in self._each]
@@ -175,10 +176,10 @@ class _One(SharedPrefixDecoder):
         found = self.text.decoder(input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE: self._cache})
         return found.last_hidden_state
 
-    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         # the cache hands over all own keys; the earlier ones are kept here already
         count = query.shape[2]
-        return super().attend(site, query, key[:, :, -count:], value[:, :, -count:], scale)
+        return super().attend(site, query, key[:, :, -count:], value[:, :, -count:], scoring)
 
     def mark(self) -> Any:
         return super().mark(), state_of(self._cache, self.text)

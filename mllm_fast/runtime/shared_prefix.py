@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.text_model import TextModel
-from .attention import attend_seen, attend_split, join_rows
+from .attention import Scoring, attend_seen, attend_split, join_rows
 from .hooks import Recording, recording
 from .trace import Trace, trace_of
 
@@ -99,14 +99,14 @@ class SharedPrefixDecoder:
             use_cache=False,
         ).last_hidden_state
 
-    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, site: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of the pass's T tokens at one site.
 
         Args:
             site: The number of the site.
             query: Queries of the tokens, [1, H, T, D].
             key, value: Their own keys and values, [1, Hkv, T, D].
-            scale: The factor of the scores.
+            scoring: How scores become weights.
 
         Returns:
             [1, H, T, D].
@@ -121,13 +121,14 @@ class SharedPrefixDecoder:
         padded = padded.reshape(count, longest, *rows.shape[1:]).transpose(1, 2)
         window = self.text.sites[site].window
         keys, values = self.keys[site][None], self.values[site][None]
+        behind = scoring._replace(sinks=None)  # the own keys' part takes the sinks
         if window is not None and self._places is not None and self._places[1] + self.length > window:
             own_seen, prefix_seen = self._within(site, window)
-            own = attend_seen(padded, own_key, own_value, own_seen, scale)
-            shared = attend_seen(query, keys, values, prefix_seen, scale)
+            own = attend_seen(padded, own_key, own_value, own_seen, scoring)
+            shared = attend_seen(query, keys, values, prefix_seen, behind)
         else:
-            own = attend_split(padded, own_key, own_value, self._start, scale, causal=True, backend=self.backend)
-            shared = attend_split(query, keys, values, None, scale, causal=False, backend=self.backend)
+            own = attend_split(padded, own_key, own_value, self._start, scoring, causal=True, backend=self.backend)
+            shared = attend_split(query, keys, values, None, behind, causal=False, backend=self.backend)
         output, total = own.output.transpose(1, 2).flatten(0, 1), own.lse.transpose(1, 2).flatten(0, 1)  # type: ignore[union-attr]
         if self._start is not None and longest > 1:
             output, total = output[self._rows], total[self._rows]

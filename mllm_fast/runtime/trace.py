@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from ..core.errors import InputError
 from ..kernels import weighted_values, wide_type
 from ..models.text_model import TextModel
+from .attention import Scoring
 from .hooks import Recording
 
 
@@ -30,7 +31,7 @@ class Trace:
         keys, values: One [Hkv, N, D] a site.
         rows: The position of each explained row.
         seen: Which keys the rows see, one bool [T, N] or None a site.
-        scale: The factor of the attention scores, one a site.
+        scoring: How scores become attention weights, one a site.
         positions: Positions of the keys in the whole sequence, int64 [S, N]; None if the cache holds the whole
             sequence.
         gate: The factor between the attention's output and the output projection, one [T, H, Dv] or None a site.
@@ -45,7 +46,7 @@ class Trace:
     values: tuple[Tensor, ...]
     rows: Sequence[int]
     seen: tuple[Tensor | None, ...]
-    scale: tuple[float, ...]
+    scoring: tuple[Scoring, ...]
     positions: Tensor | None = None
     gate: tuple[Tensor | None, ...] = ()
     write_scale: Tensor | None = None
@@ -74,11 +75,12 @@ class Trace:
         wide = wide_type(query.dtype)
         heads, width = query.shape
         grouped = query.to(wide).reshape(keys.shape[0], heads // keys.shape[0], width)
-        scores = (grouped @ keys.to(wide).mT * self.scale[site]).reshape(heads, stop)
+        scoring = self.scoring[site]
+        scores = scoring.scores(grouped, keys.to(wide)).reshape(heads, stop)
         seen = self.seen[site]
         if seen is not None:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
-        return torch.softmax(scores, -1)
+        return scoring.weights(scores[None, :, None])[0, :, 0]
 
     def position_values(self, token: int, heads: Sequence[tuple[int, int]], backend: str = "auto") -> Tensor:
         """Return what some heads give to the output projection from every position that one row can see.
@@ -103,9 +105,9 @@ class Trace:
     def _weighted(self, token: int, heads: Sequence[tuple[int, int]], backend: str) -> Tensor:
         """Return alpha_jp v_jp, [len(heads), N', Dv]; smaller heads than the largest end with zeros."""
         stop = self.rows[token] + 1
-        if len({(*k.shape[::2], *v.shape[::2]) for k, v in zip(self.keys, self.values, strict=True)}) == 1 and (
-            self.keys[0].shape[2] == self.values[0].shape[2]
-        ):
+        shapes = {(*k.shape[::2], *v.shape[::2]) for k, v in zip(self.keys, self.values, strict=True)}
+        same = len(shapes) == 1 and self.keys[0].shape[2] == self.values[0].shape[2]
+        if same and all(one.plain for one in self.scoring):
             seen = [None if mask is None else mask[token] for mask in self.seen]
             return weighted_values(
                 self.query[token],
@@ -113,7 +115,7 @@ class Trace:
                 self.values,
                 heads,
                 count=stop,
-                scale=self.scale,
+                scale=[one.scale for one in self.scoring],
                 seen=seen,
                 backend=backend,
             )
@@ -208,7 +210,7 @@ def trace_of(
         values=tuple(values),
         rows=rows,
         seen=tuple(_seen(masks, batch_index, count, length, padding) for masks in record.seen),
-        scale=tuple(record.scale),
+        scoring=tuple(record.scoring),
         positions=positions,
         gate=tuple(_rows([passes], batch_index, count)[:, 0] if passes else None for passes in record.gate),
         write_scale=_write_scale(record, batch_index, count),

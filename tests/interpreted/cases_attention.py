@@ -47,6 +47,8 @@ class Case(NamedTuple):
     splits: bool = False  # that there are several
     scale: float | None = None
     described: bool = False  # keys and values by the copy engine
+    softcap: float | None = None
+    sinks: bool = False
 
 
 CASES = [
@@ -68,6 +70,13 @@ CASES = [
     Case(2, 2, 1, 129, 65, 40, BRAIN, described=True, mass="some"),
     Case(2, 2, 2, 65, 51, 32, HALF, "none", described=True, mass=False),
     Case(1, 1, 1, 65, 39, 16, BRAIN, "shared", described=True, splits=True, mass=False, lse=False),
+    Case(2, 4, 2, 65, 65, 40, HALF, softcap=50.0, sinks=True),
+    Case(2, 2, 1, 65, 65, 40, FLOAT, scale=0.9, softcap=0.5, mass="some"),
+    Case(1, 6, 1, 97, 5, 16, FLOAT, splits=True, softcap=2.0, sinks=True),
+    Case(2, 17, 1, 65, 1, 16, HALF, splits=True, sinks=True),
+    Case(2, 4, 2, 65, 3, 40, FLOAT, "shared", splits=True, softcap=1.0, mass=False),
+    Case(2, 4, 2, 65, 65, 16, BRAIN, described=True, softcap=5.0, sinks=True),
+    Case(1, 4, 2, 33, 9, 80, FLOAT, "none", small=False, softcap=3.0, sinks=True, mass="some"),
     # the tiles that the launch chooses
     Case(1, 2, 1, 257, 257, 80, HALF, small=False, described=True, mass=False),
     Case(1, 2, 1, 129, 49, 256, BRAIN, "none", small=False, described=True, mass=False, splits=True),
@@ -87,7 +96,9 @@ if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
 
 
 def name(case: Case) -> str:
-    way = "-described" * case.described
+    way = (
+        "-described" * case.described + f"-softcap-{case.softcap}" * (case.softcap is not None) + "-sinks" * case.sinks
+    )
     return f"{case.heads}x{case.rows}x{case.keys}x{case.width}-{str(case.dtype)[6:]}-{case.segments}{way}"
 
 
@@ -188,16 +199,21 @@ def test_matches_float64_definition(case, monkeypatch):
     seen = visible(case.rows, case.keys, given["segments"], given["table"], given["start"]).to(DEVICE)
     mass = chosen_rows(case)
     scale = case.width**-0.5 if case.scale is None else case.scale
-    arguments = (given["segments"], given["table"], given["start"], scale, True, mass)
+    sinks = torch.linspace(-4, 4, case.heads, device=DEVICE) if case.sinks else None
+    arguments = (given["segments"], given["table"], given["start"], scale, True, mass, True, case.softcap, sinks)
     truth = reference(query.double(), key.double(), value.double(), *arguments)
     plain = plain_torch(query, key, value, *arguments)
-    own = F.scaled_dot_product_attention(query, key, value, seen[:, None], scale=scale, enable_gqa=True)
+    if case.softcap is None and not case.sinks:
+        own = F.scaled_dot_product_attention(query, key, value, seen[:, None], scale=scale, enable_gqa=True)
+    else:
+        own = reference(query, key, value, *arguments)[0]
 
     unread = unread_blocks(case, seen)
     assert unread.any() or case.segments in ("one", "none") or case.keys < 65, "nothing is poisoned"
     for tensor in (key, value):
         tensor.masked_fill_(unread[:, None, :, None], torch.nan)
-    got = knockout_attention(query, key, value, **given, scale=case.scale, lse=case.lse, mass=mass, backend="triton")
+    given |= {"softcap": case.softcap, "sinks": sinks, "scale": case.scale}
+    got = knockout_attention(query, key, value, **given, lse=case.lse, mass=mass, backend="triton")
 
     assert got.output.dtype == case.dtype
     assert got.output.transpose(1, 2).is_contiguous()

@@ -48,7 +48,7 @@ def attention(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
     mass = np.zeros((batch, heads, keys), np.float32)
     module.attention(
         [at(query), at(key), at(value)], query.dtype == np.uint16, [steps(query), steps(key), steps(value)],
-        [at(segments), at(table), at(start)], segments.shape[1], width**-0.5,
+        [at(segments), at(table), at(start), at(given["sinks"])], segments.shape[1], [width**-0.5, given["softcap"]],
         [batch, heads, kv_heads, rows, keys, width, keys - rows],
         [at(out), at(total), at(mass) if given["mass"] else 0, 0], threads, isa,
     )  # fmt: skip
@@ -73,6 +73,7 @@ def attention_cases():
                     "value": numbers(batch, kv_heads, keys, width, bfloat16=bfloat16),
                     "segments": np.ascontiguousarray(segments), "table": table,
                     "start": DRAW.integers(0, 9, batch).astype(np.int32), "mass": mass,
+                    "softcap": 2.0 * mass, "sinks": DRAW.standard_normal(heads).astype(np.float32),
                 }  # fmt: skip
 
 
