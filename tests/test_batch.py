@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 
+import families
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +70,13 @@ def test_rows_that_come_and_go(vlm, picture, seed):
                 batch.leave(row)
                 going.remove(entry)
     assert not batch.rows
+
+
+@pytest.mark.parametrize("name", ["internvl_gpt_oss", "paligemma2"])
+def test_sinks_and_soft_caps(name, picture):
+    """A token's attention lies in two calls, one of which takes the sinks."""
+    model, processor = families.build(name)
+    test_rows_that_come_and_go(mf.VLM(model.double(), processor), picture, 0)
 
 
 def test_a_watched_row_sums_what_compression_keeps_by(vlm, picture):
