@@ -53,22 +53,27 @@ class VLM(ModelRunner):
         max_pixels: int = MAX_PIXELS,
         backend: str = "auto",
         adapter: Adapter | type[Adapter] | None = None,
+        progress: bool | None = None,
         **options: Any,
     ) -> VLM:
         """Load a model and its processor.
 
         Args:
-            name: "shapes" (the embedded model), a folder, or a hub id.
+            name: "shapes" (the embedded model), a folder, or a hub id. A folder of LoRA adapters loads the model that
+                it names, and adds them to it.
             device: By default the GPU if there is one, or else the CPU. "auto" keeps the layers that do not fit the GPU
                 on the CPU and (with `offload_folder`) on the disk, and reads them in layer by layer.
             dtype: By default float32 on the CPU and bfloat16 elsewhere.
             max_pixels, backend, adapter: As in `ModelRunner`.
+            progress: Show the progress of the download and of the weights on stderr; by default in a terminal, an
+                interactive Python or a notebook.
             options: Further arguments of transformers' `from_pretrained`.
         """
         if device == "auto":
             device, options = None, {"device_map": "auto", "max_memory": one_gpu(), **options}
         where = parse_device(device)
-        model, processor = load_pretrained(str(name), where, parse_dtype(dtype, where), adapter is not None, **options)
+        kind = parse_dtype(dtype, where)
+        model, processor = load_pretrained(str(name), where, kind, adapter is not None, progress, **options)
         return cls(model, processor, max_pixels=max_pixels, backend=backend, adapter=adapter)
 
     @overload

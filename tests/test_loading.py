@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import families
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import mllm_fast as mf
 from mllm_fast.models.architectures import ARCHITECTURES
@@ -125,3 +127,61 @@ def test_token_texts_keep_spaces_and_split_characters():
 def test_every_adapter_has_a_tiny_model():
     tried = {families.BUILD[name]()[0].config.model_type for name in families.BUILD} | set(tiny.FAMILIES)
     assert set(ARCHITECTURES) <= tried
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_a_folder_of_adapters_loads_their_model(picture, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, processor = tiny.llava()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["o_proj", "v_proj", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = mf.VLM.from_pretrained(tmp_path / "adapter", device="cpu").explain(picture, QUESTION, "red blue")
+    wanted = mf.VLM(adapted.merge_and_unload(), processor).explain(picture, QUESTION, "red blue")
+    torch.testing.assert_close(loaded.head_scores, wanted.head_scores, rtol=1e-4, atol=1e-5)
+
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for wrong, message in ((None, "names no base_model"), (str(tmp_path), "which has no config.json")):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(
+            json.dumps(settings | {"base_model_name_or_path": wrong})
+        )
+        with pytest.raises(mf.InputError, match=message):
+            mf.VLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_processor_without_a_patch_size(picture):
+    """As old checkpoints have it; the number of image tokens follows from the config."""
+    model, processor = tiny.llava()
+    wanted = mf.VLM(model, processor).generate(picture, QUESTION, max_new_tokens=4).input_ids
+    processor.patch_size, processor.num_additional_image_tokens = None, 0
+    assert torch.equal(mf.VLM(model, processor).generate(picture, QUESTION, max_new_tokens=4).input_ids, wanted)
+
+
+@pytest.mark.parametrize("kind", ["internvl_chat", "llava_llama", "llava_qwen", "multi_modality"])
+def test_the_authors_own_checkpoints_are_named(kind, tmp_path):
+    model, processor = tiny.llava()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": kind}))
+    with pytest.raises(mf.InputError, match=f"{kind}.*load the converted checkpoint"):
+        mf.VLM.from_pretrained(tmp_path)
+
+
+def test_progress_is_shown_to_whom_it_is_asked_for(tmp_path, capfd):
+    model, processor = tiny.llava()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    capfd.readouterr()
+    mf.VLM.from_pretrained(tmp_path, device="cpu")
+    assert capfd.readouterr() == ("", "")
+    mf.VLM.from_pretrained(tmp_path, device="cpu", progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Loading weights" in err

@@ -82,7 +82,7 @@ def detect(  # long: the options of a command are its parameters
     if not wanted:
         raise InputError("name what to look for: --class dog --class cat, or give a --vocabulary")
     with progress("loading the models"):
-        joint = JointModel.from_pretrained(name, device=device, dtype=dtype)
+        joint = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
     with progress("looking"):
         seen = joint.see(SAMPLE if image is None else image)
         checked = check_classes(joint, seen, wanted, threshold, eyes)

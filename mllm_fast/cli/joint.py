@@ -89,7 +89,7 @@ def train(  # long: the options of a command are its parameters
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
     with progress("loading the models"):
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
-        vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+        vlm = VLM.from_pretrained(model, device=device, dtype=dtype, progress=False)
     width = vlm.text.width
     if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
@@ -155,7 +155,7 @@ def finetune(
     parts = read_settings(joint_folder(name))
     names = parts["detector"], parts["model"]
     with progress("loading the models"):
-        model = JointModel.from_pretrained(name, device=device, dtype=dtype)
+        model = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
     with tqdm(desc="fine-tuning", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
 
         def tell(done: int, total: int, what: str) -> None:

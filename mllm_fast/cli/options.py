@@ -63,7 +63,9 @@ def load(model: str, device: str | None, dtype: str | None, max_pixels: int, bac
     with progress("loading the libraries"):
         from ..vlm import VLM
     with progress(f"loading {model}"):
-        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
+        return VLM.from_pretrained(
+            model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend, progress=False
+        )
 
 
 def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> JointModel:
@@ -71,7 +73,9 @@ def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int
     with progress("loading the libraries"):
         from ..joint.model import JointModel
     with progress(f"loading {name}"):
-        return JointModel.from_pretrained(name, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
+        return JointModel.from_pretrained(
+            name, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend, progress=False
+        )
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def prefill_and_score(
         if score == "generated":
             description = vlm.processor.tokenizer.decode(output.sequences[0, layout.length :], skip_special_tokens=True)
     if vlm.text.findings.others and state is None:  # the answer was read after the prompt: read the prompt alone
-        with model_lock(vlm.text), torch.inference_mode():
+        with model_lock(vlm.text), vlm.text.inference():
             read = vlm.model(**inputs, **{CACHE: full_cache(vlm.text)}, use_cache=True, logits_to_keep=1)
         state = state_of(cache_of(read), vlm.text)
     return ScoredPrefill(

@@ -41,7 +41,9 @@ class ModelChoice:
         load_plugins(self.plugins)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return VLM.from_pretrained(self.name, device=self.device, dtype=self.dtype, backend=self.backend)
+        return VLM.from_pretrained(
+            self.name, device=self.device, dtype=self.dtype, backend=self.backend, progress=False
+        )
 
 
 def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..core.layout import TokenLayout
 from ..knockout.plan import plan_of
 from ..knockout.rule import Knockout
@@ -160,13 +160,12 @@ class Replay:
             found = text.decoder(inputs_embeds=embeds[None], use_cache=False, **self.arguments(0, stop))
         return found.last_hidden_state[0]
 
-    @torch.inference_mode()
     def layer_inputs(self, position: int) -> Tensor:
         """Return the residual vector at one position before each layer and after the last one, [L + 1, d]."""
         found: list[Tensor] = []
         take = lambda _, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0, position])  # noqa: E731
         modules = [*self.text.layers, self.text.norm]
-        with model_lock(self.text):  # the hooks would also catch another thread's pass
+        with model_lock(self.text), self.text.inference():  # the hooks would also catch another thread's pass
             handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in modules]
             try:
                 self.hidden_states(position + 1)
@@ -180,6 +179,9 @@ class Replay:
         """Yield the input embeddings as a leaf tensor [stop, d] that requires gradients.
 
         Inside the block gradients are enabled for this tensor and disabled for the weights.
+
+        Raises:
+            InputError: A layer of the model has no gradient.
         """
         with model_lock(self.text), torch.inference_mode(False), torch.enable_grad():
             # list the weights once: an offloaded weight is a new tensor each time it is loaded
@@ -189,9 +191,24 @@ class Replay:
                 for weight in weights:
                     weight.requires_grad_(False)
                 yield self.embeds[0, :stop].clone().requires_grad_()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a quantised layer without a backward pass can raise anything
+                raise _no_gradient(first_line(error)) from error
             finally:
                 for weight in weights:
                     weight.requires_grad_(True)
+
+
+def gradient(value: Tensor, embeds: Tensor) -> Tensor:
+    """Return the gradient of a number with the embeddings that `Replay.differentiable` yields.
+
+    Raises:
+        InputError: No gradient flows through the model's layers.
+    """
+    if not value.requires_grad:
+        raise _no_gradient("quantised layers that round their inputs have none")
+    return torch.autograd.grad(value, embeds)[0]
 
 
 def _hides_nothing(mask: Any) -> bool:
@@ -205,6 +222,13 @@ def _hides_nothing(mask: Any) -> bool:
 
 def _is_mask(value: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == shape
+
+
+def _no_gradient(why: str) -> InputError:
+    return InputError(
+        f"no gradient flows through this model's layers ({why}): take a heatmap method without gradients"
+        ' ("logprob", "attention", "rollout", "tam")'
+    )
 
 
 def _cannot_be_cut(name: str) -> InputError:

@@ -7,6 +7,8 @@ exact. They are computed from the key/value cache and two recorded vectors per l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,17 @@ from .registry import DEFAULT, HEATMAP_METHODS, Heads
 from .replay import Replay
 from .verification import Verification
 from .write_scores import WriteScores
+
+
+def without_gradients(function: Any) -> Any:
+    """Run a function whose first argument is a `Scores` with gradients disabled, as the model's layers can run."""
+
+    @wraps(function)
+    def call(scores: Scores, *args: Any, **kwargs: Any) -> Any:
+        with scores.text_model.inference():
+            return function(scores, *args, **kwargs)
+
+    return call
 
 
 def check_norm(final_norm: str) -> None:

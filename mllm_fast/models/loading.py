@@ -9,6 +9,8 @@ import contextlib
 import io
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,15 @@ from ..core.errors import InputError, first_line
 from .architectures import check_vision
 
 EMBEDDED = "shapes"
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# what the checkpoints of some authors' own code are called once they are converted to transformers' classes
+_CONVERTED = {
+    "internvl_chat": "the same name with '-hf' behind it, such as OpenGVLab/InternVL3-8B-hf",
+    "llava_llama": "one of the organisation llava-hf, such as llava-hf/llava-1.5-7b-hf",
+    "llava_mistral": "one of the organisation llava-hf, such as llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_qwen": "one of the organisation llava-hf, such as llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "multi_modality": "one of the organisation deepseek-community, such as deepseek-community/Janus-Pro-7B",
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -60,15 +71,25 @@ def model_folder(name: str) -> str:
 
 
 def load_pretrained(
-    name: str, device: torch.device, dtype: torch.dtype, adapted: bool = False, **options: Any
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapted: bool = False,
+    progress: bool | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its processor through transformers' Auto classes.
+
+    A folder of LoRA adapters alone loads the model that they were trained on, by the name in adapter_config.json, and
+    adds the adapters to it.
 
     Args:
         name: "shapes" (the embedded model), a folder, or a hub id.
         device: The device of the model, unless `options` has a `device_map`.
         dtype: The dtype of the weights.
         adapted: Whether the caller has an adapter for the model.
+        progress: Whether transformers' progress bars of the download and of the weights are shown on stderr. By default
+            they are if a person sees it: in a terminal, an interactive Python or a notebook.
         options: Further arguments of transformers' `from_pretrained`.
 
     Returns:
@@ -80,17 +101,25 @@ def load_pretrained(
     from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
     source = model_folder(name)
+    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        return _load_adapters(name, Path(source), device, dtype, adapted, progress, options)
     _check_folder(name, Path(source))
+    bars = name != EMBEDDED and (_is_watched() if progress is None else progress)
     with failures(name), quiet():
         settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise InputError(f"{name}: config.json does not describe a model; copy it again")
+    if settings["model_type"] in _CONVERTED:
+        raise InputError(
+            f"{name}: the model type {settings['model_type']!r} is that of the authors' own code, which transformers"
+            f" does not read; load the converted checkpoint, {_CONVERTED[settings['model_type']]}"
+        )
     if not adapted:
         with _named(name):
             check_vision(settings["model_type"], "vision_config" in settings or "text_config" in settings)
     if "device_map" in options and find_spec("accelerate") is None:
         raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
-    with failures(name), quiet():
+    with failures(name), quiet(bars):
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
         loader: Any = AutoModelForImageTextToText
@@ -102,6 +131,38 @@ def load_pretrained(
         with failures(name):
             model = model.to(device)
     return model.eval(), processor
+
+
+def _load_adapters(
+    name: str,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapted: bool,
+    progress: bool | None,
+    options: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Load the model that a folder of adapters names, and add the adapters to it."""
+    if find_spec("peft") is None:
+        raise InputError(f"{name} holds adapters without their model, which needs peft: pip install peft")
+    with failures(f"{name}: adapter_config.json"):
+        base = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{name}: adapter_config.json names no base_model_name_or_path; write the base model there")
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise InputError(f"{name}: adapter_config.json names the base model {base}, which has no config.json")
+    model, processor = load_pretrained(base, device, dtype, adapted, progress, **options)
+    with failures(name), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers has changed
+        model.load_adapter(str(folder))
+        if any((folder / f).is_file() for f in _PROCESSOR_FILES):
+            processor = processor_class(model.config).from_pretrained(str(folder))
+    return model.eval(), processor
+
+
+def _is_watched() -> bool:
+    """Return whether a person sees stderr: a terminal, an interactive Python or a notebook."""
+    return sys.stderr.isatty() or hasattr(sys, "ps1")
 
 
 def processor_class(config: Any) -> Any:
@@ -155,7 +216,7 @@ def _check_folder(name: str, folder: Path) -> None:
             raise InputError(f"{name}: config.json does not describe a model; copy it again")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{name}: the folder has no weights (*.safetensors); copy the model again")
-    if not any((folder / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
+    if not any((folder / f).is_file() for f in _PROCESSOR_FILES):
         raise InputError(f"{name}: the folder has no processor_config.json; save the processor beside the model")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{name}: the folder has no tokenizer (tokenizer.json); save the processor beside the model")
@@ -182,8 +243,8 @@ def failures(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and messages of the libraries inside the block.
+def quiet(progress: bool = False) -> Iterator[None]:
+    """Silence the messages of the libraries inside the block, and the progress bars unless `progress` is set.
 
     Stdout and stderr belong to the caller.
     """
@@ -191,9 +252,10 @@ def quiet() -> Iterator[None]:
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
+    if not progress:
+        hf_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         hf_logging.set_verbosity(level)

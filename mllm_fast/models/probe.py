@@ -308,7 +308,9 @@ class _Probe:
             if call.name.startswith(f"{layer}.") and _is_linear(call) and call.given.shape[-1] == flat.shape[-1]
         ]
         # of a module and the one inside it, which an adapter or a quantiser wraps, the outer one
-        direct = [call for call in later if _same(call.given.reshape(flat.shape), flat)]
+        direct = [
+            call for call in later if call.given.numel() == flat.numel() and _same(call.given.reshape(flat.shape), flat)
+        ]
         if direct:
             return min(direct, key=lambda call: call.name.count(".")), False
         inside = [call for call in later if call.name.startswith(f"{one.name}.")]

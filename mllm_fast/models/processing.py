@@ -14,6 +14,7 @@ from ..core.layout import TokenLayout
 from .adapter import Adapter
 from .image_tokens import image_tokens
 from .offload import device_of
+from .processor_settings import fill_settings
 
 Images = ImageSource | Sequence[ImageSource]
 Turn = tuple[str, list[str | None]]  # a role and its parts: a text, or None for the next image
@@ -35,6 +36,7 @@ class Prompts:
         self.processor = processor
         self.adapter = adapter
         self.max_pixels = max_pixels
+        fill_settings(processor, model.config)
         self.image_tokens = image_tokens(model, processor)
         self.window: int | None = getattr(config, "max_position_embeddings", None)
 

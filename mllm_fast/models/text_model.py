@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..kernels import Unembedding, weight_state
-from .linears import effective_weight, linear_state
+from .linears import compute_dtype, device_of_linear, effective_weight, is_plain, linear_state
 from .norms import Norm, norm_of, vector_of
 from .offload import device_of
 from .output_weights import OutputWeights
@@ -69,6 +70,19 @@ class TextModel:
         return OutputWeights(
             self.sites, self.outputs, self.post_norms, self.width, self.num_heads, self.head_dim, self.post_norm
         )
+
+    @cached_property
+    def inference(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What disables gradients: torch's inference mode, or no_grad if quantised layers cannot run in that."""
+        layer = next((output for output in self.outputs if output is not None and not is_plain(output)), None)
+        if layer is None:
+            return torch.inference_mode
+        try:
+            with torch.inference_mode():
+                layer(torch.zeros(1, layer.in_features, device=device_of_linear(layer), dtype=compute_dtype(layer)))
+        except RuntimeError:  # torch's own error about version counters
+            return torch.no_grad
+        return torch.inference_mode
 
     @property
     def shares_keys(self) -> bool:

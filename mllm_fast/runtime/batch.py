@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,17 @@ from .prefix_pool import Prefix, PrefixPool, SlotGroup
 
 _ROOM = 32  # spare own positions that are allocated when a row runs out of them
 _IDLE_BYTES = 1 << 28  # own keys and values up to this size are kept while there is no row
+
+
+def _without_gradients(method: Any) -> Any:
+    """Run a method of a `Batch` with gradients disabled, in the way that the model's layers can run in."""
+
+    @wraps(method)
+    def call(batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        with batch.text.inference():
+            return method(batch, *args, **kwargs)
+
+    return call
 
 
 @dataclass(eq=False)
@@ -78,7 +91,7 @@ class Batch:
 
     def __init__(self, text: TextModel, backend: str = "auto"):
         self.rows: list[Row] = []
-        self._text = text
+        self.text = text
         self._backend = backend
         self._prefixes = PrefixPool()
         self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [S, Hkv, room, D], newest first
@@ -94,7 +107,7 @@ class Batch:
         """Bytes of the keys and values of the prefixes and of the rows' own tokens."""
         return self._prefixes.nbytes + sum(tensor.nbytes for pair in self._own for tensor in pair)
 
-    @torch.inference_mode()
+    @_without_gradients
     def join(
         self,
         keys: Sequence[Tensor] | Tensor,
@@ -124,7 +137,7 @@ class Batch:
         self.rows.append(row)
         return row
 
-    @torch.inference_mode()
+    @_without_gradients
     def leave(self, row: Row) -> None:
         """Remove a row; the last row takes its slot."""
         last = self.rows.pop()
@@ -153,9 +166,9 @@ class Batch:
 
     def recording(self) -> AbstractContextManager[Recording]:
         """Return a context manager that attaches the model to this batch; `read` works only inside it."""
-        return recording(self._text, backend=self._backend, attention_fn=self._attend)
+        return recording(self.text, backend=self._backend, attention_fn=self._attend)
 
-    @torch.inference_mode()
+    @_without_gradients
     def read(self) -> Tensor:
         """Run one forward pass over the unread tokens of all rows, and return the logits after the last token of each.
 
@@ -169,7 +182,7 @@ class Batch:
         self._plan(lengths)
         tokens = [token for row in self.rows for token in row.unread]
         positions = [row.position + i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)]
-        hidden = self._text.decoder(
+        hidden = self.text.decoder(
             input_ids=torch.tensor([tokens], device=device),
             # a ready mask keeps transformers from making one; `_attend` knows what each token sees
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
@@ -180,7 +193,7 @@ class Batch:
             row.position += count
             row.length += count
             row.unread = []
-        return self._text.logits(hidden[0, self._last])
+        return self.text.logits(hidden[0, self._last])
 
     @property
     def _device(self) -> torch.device:

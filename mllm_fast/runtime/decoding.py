@@ -59,7 +59,7 @@ def own_state(runner: ModelRunner, state: list[Any]) -> Iterator[None]:
     `state` leaves the model's values as they are on entry.
     """
     model, names = runner.model, runner.text.findings.state
-    with model_lock(runner.text), torch.inference_mode():
+    with model_lock(runner.text), runner.text.inference():
         outside = [attrgetter(name)(model) for name in names]
         if state:
             _set_state(model, names, state)

@@ -103,7 +103,7 @@ def _log_probs(runner: ModelRunner, inputs: Any, ids: list[int]) -> Tensor:
     if "mm_token_type_ids" in extra:
         kinds = extra["mm_token_type_ids"]
         extra["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, len(ids) - 1))
-    with model_lock(runner.text), torch.inference_mode():
+    with model_lock(runner.text), runner.text.inference():
         output = runner.model(
             input_ids=sequence,
             attention_mask=torch.ones_like(sequence),

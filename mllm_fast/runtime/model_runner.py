@@ -122,7 +122,7 @@ class ModelRunner:
         if not settings["do_sample"]:
             # a checkpoint's own sampling settings would only make transformers warn
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
-        with model_lock(self.text), torch.inference_mode():
+        with model_lock(self.text), self.text.inference():
             if plan is None and shares is None:
                 return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
             with recording(self.text, 0, plan, shares, self.backend):
@@ -150,7 +150,7 @@ class ModelRunner:
                     extra[name], (0, count - 1), value=self._type_of_answers(inputs, name)
                 )
         ids = sequence[None, :-1]
-        with recording(self.text, count, plan, backend=self.backend) as record, torch.inference_mode():
+        with recording(self.text, count, plan, backend=self.backend) as record, self.text.inference():
             output = self.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..runtime.batch import Batch
@@ -203,7 +202,7 @@ class Scheduler:
         by_row = {id(one.row): one for one in self.members}
         members = [by_row[id(row)] for row in self.batch.rows]
         try:
-            with torch.inference_mode(), self.batch.recording():
+            with self.batch.recording():
                 logits = self.batch.read()
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # such as out of memory: no row of the batch can go on

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core.layout import ImageLayout
 from ...kernels import wide_type
 from ..registry import Heads, heatmap_method
+from ..replay import gradient
 from ..scores import Scores
 
 
@@ -23,5 +24,5 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
         logits = scores.replay.text.logits(hidden[-1])
         wide = wide_type(logits.dtype)
         log_prob = torch.log_softmax(logits.to(wide), -1)[scores.token_ids[token]]
-        (gradient,) = torch.autograd.grad(log_prob, embeds)
-    return (gradient.to(wide) * embeds.detach().to(wide)).sum(-1)[image.positions.to(embeds.device)]
+        found = gradient(log_prob, embeds)
+    return (found.to(wide) * embeds.detach().to(wide)).sum(-1)[image.positions.to(embeds.device)]

@@ -7,11 +7,11 @@ layers from the last to the first, so one row is enough.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
+from ..replay import gradient
 from ..scores import Scores, check_attention_everywhere
 
 
@@ -25,18 +25,18 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     def on_weights(layer: int, alpha: Tensor) -> None:
         weights = alpha.detach()  # detached, since a hook that holds its own tensor is never freed
 
-        def backward(gradient: Tensor) -> None:
+        def backward(change: Tensor) -> None:
             nonlocal flow
             if flow is None:
                 flow = weights.new_zeros(row + 1)
                 flow[row] = 1.0
-            flow = flow + flow @ (gradient * weights)[0].clamp_min(0).mean(0)
+            flow = flow + flow @ (change * weights)[0].clamp_min(0).mean(0)
 
         alpha.register_hook(backward)
 
     with scores.replay.differentiable(row + 1) as embeds:
         hidden = scores.replay.hidden_states(row + 1, on_weights, embeds)
         logit = scores.replay.text.logits(hidden[-1])[scores.token_ids[token]]
-        torch.autograd.grad(logit, embeds)
+        gradient(logit, embeds)
     assert flow is not None
     return flow.detach()[image.positions.to(flow.device)]

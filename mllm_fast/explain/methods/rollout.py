@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
-from ..scores import Scores, check_attention_everywhere
+from ..scores import Scores, check_attention_everywhere, without_gradients
 
 
 @heatmap_method("rollout", "attention rollout", needs_rerun=True)
-@torch.inference_mode()
+@without_gradients
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the share of 1 that reaches each image token, float32 [n]."""
     check_attention_everywhere(scores, "rollout")
