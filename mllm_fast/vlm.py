@@ -122,6 +122,8 @@ class VLM(ModelRunner):
             said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids)
             if shares is not None:
                 said = replace(said, attention_share=shares.of(b, len(said.token_ids)))
+            if plan is not None:
+                said = replace(said, unreached_layers=plan.unreached(self.text.findings.others))
             answers.append(said)
         return answers[0] if isinstance(prompt, str) else answers
 
@@ -177,6 +179,8 @@ class VLM(ModelRunner):
         said = answer_of(sequence, layout, self.processor.tokenizer, self.prompts.stop_ids(options))
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
+        if plan is not None:
+            said = replace(said, unreached_layers=plan.unreached(self.text.findings.others))
         return Explanation.of(
             self,
             make_trace(self.text, record, cache, len(said.token_ids), layout.prompt_length),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -160,6 +162,62 @@ def test_knockouts(one, near):
     rule = mf.Knockout("image", "query+generated")
     mine = one.vlm.generate(PICTURE, QUESTION, knockout=rule, max_new_tokens=4).token_ids
     assert mine == said[: len(mine)]
+
+
+HYBRID = {"qwen3_5": "linear_attn", "qwen3_5_moe": "linear_attn", "lfm2_vl": "conv"}
+
+
+@contextmanager
+def zeros(parts, name, positions):
+    """Zeros in the place of some rows of the prompt, where layers without attention read them."""
+
+    def clear(_, args, kwargs):
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        if hidden.shape[1] > 1:
+            hidden[:, positions] = 0
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    mixers = [getattr(layer, name) for layer in parts.layers if hasattr(layer, name)]
+    handles = [mixer.register_forward_pre_hook(clear, with_kwargs=True) for mixer in mixers]
+    try:
+        yield len(mixers)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_zeros_for_layers_without_attention(name, near):
+    """The state that they carry then holds nothing of the picture."""
+    one = Family(name)
+    image = one.layout.positions("image")
+    after = torch.arange(int(image[-1]) + 1, one.prompt)
+
+    def close(rows, keys):
+        closed = torch.zeros(keys, keys, dtype=torch.bool)
+        closed[torch.cat([after, torch.arange(one.prompt, keys)])[:, None], image[None]] = True
+        return closed[keys - rows :]
+
+    targets = tuple([*after.tolist(), *range(one.prompt, one.prompt + 8)])
+    rule = mf.Knockout(tuple(image.tolist()), targets, zero_inputs=True)
+    with zeros(one.parts, HYBRID[name], image) as count:
+        wanted = run(one.parts, one.inputs, close).logits
+        with Eager(one.parts, close), torch.no_grad():
+            said = one.said(4)
+    with recording(one.vlm.text, 1, one.vlm.plan(rule, [one.layout])), torch.no_grad():
+        got = one.model(**one.inputs).logits[0]
+    near(got, wanted)
+    answer = one.vlm.generate(PICTURE, QUESTION, knockout=rule, max_new_tokens=4)
+    assert answer.token_ids == said[: len(answer.token_ids)]
+    assert answer.unreached_layers == ()
+    other = Image.fromarray(255 - np.asarray(PICTURE))
+    blind = [one.vlm.explain(p, QUESTION, ANSWER, knockout=rule).head_scores for p in (PICTURE, other)]
+    torch.testing.assert_close(*blind, rtol=0, atol=NEAR)
+    kept = replace(rule, zero_inputs=False)
+    with pytest.warns(UserWarning, match="zero_inputs=True"):
+        assert len(one.vlm.generate(PICTURE, QUESTION, knockout=kept, max_new_tokens=2).unreached_layers) == count
+    seen = [one.vlm.explain(p, QUESTION, ANSWER, knockout=kept).head_scores for p in (PICTURE, other)]
+    assert (seen[0] - seen[1]).abs().max() > 0.01
 
 
 def test_a_knockout_that_closes_nothing(one, near):

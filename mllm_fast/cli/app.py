@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,7 @@ from .options import (
     Model,
     NewTokens,
     Question,
+    ZeroInputs,
     inputs,
     load,
     load_joint,
@@ -104,6 +106,7 @@ def explain(  # long: the options of a command are its parameters
     ] = None,
     block: Block = None,
     layers: Layers = "all",
+    zero_inputs: ZeroInputs = False,
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
     device: Device = None,
@@ -132,7 +135,7 @@ def explain(  # long: the options of a command are its parameters
     if out is not None:
         check_target(out, ENDINGS)
     pictures, prompt = inputs(images, question)
-    rules = _rules(block, layers)
+    rules = _rules(block, layers, zero_inputs)
     options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules}
     if joint is None:
         reader: Any = load(model, device, dtype, max_pixels, backend)
@@ -166,6 +169,7 @@ def generate(
     question: Question = None,
     block: Block = None,
     layers: Layers = "all",
+    zero_inputs: ZeroInputs = False,
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
     device: Device = None,
@@ -176,7 +180,7 @@ def generate(
 ) -> None:
     """Answer a question about an image."""
     pictures, prompt = inputs(images, question)
-    rules = _rules(block, layers)
+    rules = _rules(block, layers, zero_inputs)
     vlm = load(model, device, dtype, max_pixels, backend)
     with progress("generating"):
         said = vlm.generate(pictures, prompt, knockout=rules, max_new_tokens=max_new_tokens)
@@ -193,6 +197,7 @@ def knockout(
     question: Question = None,
     block: Block = None,
     layers: Layers = "all",
+    zero_inputs: ZeroInputs = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a chart of the shares (.png, .svg).")] = None,
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
@@ -212,7 +217,7 @@ def knockout(
     if out is not None:
         knockout_report.check_chart(out)
     pictures, prompt = inputs(images, question)
-    compared = configurations(_rules(block, layers), layers)
+    compared = configurations(_rules(block, layers, zero_inputs), layers, zero_inputs)
     vlm = load(model, device, dtype, max_pixels, backend)
     rows = []
     for label, rules in compared:
@@ -317,10 +322,10 @@ def _model_info(name: str, device: str | None, dtype: str | None, as_json: bool)
     OUT.print(table, highlight=False)
 
 
-def _rules(block: list[str] | None, layers: str) -> list[Knockout]:
+def _rules(block: list[str] | None, layers: str, zero_inputs: bool) -> list[Knockout]:
     from ..knockout.rule import Knockout
 
-    return [Knockout.parse(text, layers) for text in block or []]
+    return [replace(Knockout.parse(text, layers), zero_inputs=zero_inputs) for text in block or []]
 
 
 def _index_or_word(token: str) -> int | str:

@@ -81,6 +81,7 @@ def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
             "answer": said.text,
             "tokens": said.tokens,
             "attention_share": _lists(said.attention_share),
+            "unreached_layers": list(said.unreached_layers),
         }
         for label, said in rows
     ]

@@ -48,6 +48,12 @@ Block = Annotated[
     ),
 ]
 Layers = Annotated[str, typer.Option(help='Layers of the rules: all, "from 20", "until 20", "except 20-40", 0-7,12.')]
+ZeroInputs = Annotated[
+    bool,
+    typer.Option(
+        "--zero-inputs", help="In layers without attention (hybrid models), give zeros in place of the rules' source."
+    ),
+]
 MaxPixels = Annotated[int, typer.Option(help="The largest image that is read, in pixels.")]
 
 

@@ -64,6 +64,7 @@ class Scores:
         unembedding: the final norm and the unembedding in the form that the kernels take, an `Unembedding`.
         decode: a function from token ids to text.
         verification: the results of the last `verify`; empty before.
+        unreached_layers: as in `Answer`.
     """
 
     def __init__(  # noqa: PLR0913
@@ -85,6 +86,7 @@ class Scores:
         self.text: str = answer.text
         self.layout: TokenLayout = answer.layout
         self.input_ids: Tensor = answer.input_ids
+        self.unreached_layers: tuple[int, ...] = answer.unreached_layers
         self.prompt = prompt
         self.images = images
         self.final_norm = final_norm

@@ -165,6 +165,8 @@ class Stream(Iterator[Step]):
         """The answer so far."""
         sequence = torch.empty(0, dtype=torch.long) if self._sequence is None else self._sequence
         said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._stop_ids)
+        if self._plan is not None:
+            said = replace(said, unreached_layers=self._plan.unreached(self._vlm.text.findings.others))
         if self._shares is None:
             return said
         return replace(said, attention_share=self._shares.of(0, len(said.token_ids)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..knockout.plan import PerSequencePositions, Plan
+from ..knockout.plan import PerSequencePositions, Plan, PlanRule, plan_rules
 from ..runtime.hooks import recording
 from ..runtime.kv_cache import CACHE, full_cache
 from .registry import DEFAULT, Heads
@@ -100,9 +100,8 @@ def _run(scores: Scores, variants: Sequence[Tensor], first: int, row: int) -> Te
     if first:
         given = {"use_cache": True, CACHE: _cache_until(first, count, scores)}
     patches = PerSequencePositions(tuple(tuple(v.tolist()) for v in variants))
-    rules: list = [(rule.source, rule.target, rule.layers) for rule in replay.rules]
     plan = Plan(
-        [*rules, (patches, "query+generated", "all")],
+        [*plan_rules(replay.rules), PlanRule(patches, "query+generated", "all")],
         [scores.layout] * count,
         len(text.layers),
         device=replay.embeds.device,

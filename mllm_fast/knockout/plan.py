@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,20 +29,33 @@ class PerSequencePositions:
     positions: tuple[tuple[int, ...], ...]
 
 
+class PlanRule(NamedTuple):
+    """A `Knockout` whose sets of tokens may differ between the sequences of a batch."""
+
+    source: Tokens | PerSequencePositions
+    target: Tokens | PerSequencePositions
+    layers: Layers
+    zero_inputs: bool = False
+
+
 class Plan:
     """The rules of one batch of sequences, in the form that the kernel reads.
 
     Args:
-        rules: The source and target (`Tokens` or `PerSequencePositions`) and the layers of each rule.
+        rules: The rules.
         layouts: The layout of each sequence, or at least of its prompt.
         num_layers: How many layers the model has.
         padding: The left padding of each sequence in the batch.
         device: The device of the tensors.
+
+    Attributes:
+        tables: The closed segments of each layer, int32 [32], or None for a layer without a rule.
+        zeroed: The segments whose inputs to each layer are zeros if it has no attention, bool [kinds], or None.
     """
 
     def __init__(
         self,
-        rules: Sequence[tuple[Tokens | PerSequencePositions, Tokens | PerSequencePositions, Layers]],
+        rules: Sequence[PlanRule],
         layouts: Sequence[TokenLayout],
         num_layers: int,
         padding: Sequence[int] | None = None,
@@ -58,7 +72,7 @@ class Plan:
         for i, one in enumerate(sets):
             for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
                 _mark(member[i, b], one, b, layout, pad)
-        for source, target, _ in rules:
+        for source, target, *_ in rules:
             _check_apart(member[sets.index(source)] & member[sets.index(target)], source, target, padding)
         kinds, ids = torch.unique(member.flatten(1), dim=1, return_inverse=True)
         if kinds.shape[1] > _SEGMENTS:
@@ -68,17 +82,20 @@ class Plan:
             )
         self._ids = ids.reshape(len(layouts), length + 1).to(torch.uint8)
         closed: list[list[tuple[int, int]]] = [[] for _ in range(num_layers)]
-        for source, target, layers in rules:
+        zeroed = torch.zeros(num_layers, kinds.shape[1], dtype=torch.bool)
+        for source, target, layers, zero_inputs in rules:
             sources, targets = kinds[sets.index(source)].nonzero()[:, 0], kinds[sets.index(target)].nonzero()[:, 0]
             pairs = [(s, t) for s in sources.tolist() for t in targets.tolist()]
             for layer in parse_layers(layers, num_layers):
                 closed[layer] += pairs
+                zeroed[layer, sources] |= zero_inputs
         made: dict[tuple, Tensor | None] = {(): None}
         for pairs in closed:
             key = tuple(sorted(set(pairs)))
             if key not in made:
                 made[key] = segment_table(key, self.device)
         self.tables = [made[tuple(sorted(set(pairs)))] for pairs in closed]
+        self.zeroed = [one.to(self.device) if one.any() else None for one in zeroed]
         self._made = self._ids[:, :0]
         self._last: tuple[tuple[int, int], Tensor] | None = None
 
@@ -98,6 +115,10 @@ class Plan:
             self._made = ids.to(self.device)
         self._last = (batch, keys), self._made[:, :keys]
         return self._last[1]
+
+    def unreached(self, others: Iterable[int]) -> tuple[int, ...]:
+        """Return which of the layers without attention have a rule that leaves their inputs as they are."""
+        return tuple(i for i in others if self.tables[i] is not None and self.zeroed[i] is None)
 
 
 def plan_of(
@@ -130,7 +151,12 @@ def plan_of(
         )
         if window is not None and furthest >= window:
             raise InputError(f"positions of a knockout are 0 to {window - 1}, the model's window; got {furthest}")
-    return Plan([(r.source, r.target, r.layers) for r in rules], layouts, num_layers, padding, device)
+    return Plan(plan_rules(rules), layouts, num_layers, padding, device)
+
+
+def plan_rules(rules: Iterable[Knockout]) -> list[PlanRule]:
+    """Return knockouts as the rules of a plan."""
+    return [PlanRule(rule.source, rule.target, rule.layers, rule.zero_inputs) for rule in rules]
 
 
 def _all_positions(one: Tokens | PerSequencePositions) -> Iterable[int]:

@@ -21,13 +21,20 @@ class Knockout:
         source, target: A segment ("system", "image", "image:1", "query", "generated"), several segments joined by "+"
             ("query+generated"), or positions of the sequence, those of generated tokens included.
         layers: Layer numbers, or a text: "all", "from 20", "until 20" (20 itself excluded), "except 20-40", "0-7,12".
+        zero_inputs: What happens in layers without attention (of hybrid models: linear attention, state spaces,
+            convolutions), which carry the source from one position to the next in a state. If set, what mixes the
+            positions there is given zeros in place of the source's rows, so that the state holds nothing of them, for
+            all targets. Otherwise these layers stay as they are, and a warning names them.
     """
 
     source: Tokens
     target: Tokens
     layers: Layers = "all"
+    zero_inputs: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.zero_inputs, bool):
+            raise InputError(f"zero_inputs of a knockout is True or False, got {self.zero_inputs!r}")
         for name in ("source", "target", "layers"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -137,7 +144,9 @@ def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout,
     return rules
 
 
-def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, list[Knockout]]]:
+def configurations(
+    rules: Sequence[Knockout], layers: str, zero_inputs: bool = False
+) -> list[tuple[str, list[Knockout]]]:
     """Return the configurations of a comparison, each a name and its knockouts; the first has no knockout.
 
     The others are the given rules together, or, without rules, the three configurations of arXiv 2411.17491.
@@ -145,5 +154,5 @@ def configurations(rules: Sequence[Knockout], layers: str) -> list[tuple[str, li
     if rules:
         return [("nothing", []), (" and ".join(str(rule).removesuffix("@all") for rule in rules), list(rules))]
     targets = ("generated", "query", "query+generated")
-    three = [Knockout("image", target, layers) for target in targets]
+    three = [Knockout("image", target, layers, zero_inputs) for target in targets]
     return [("nothing", []), *((str(rule).removesuffix("@all"), [rule]) for rule in three)]

@@ -268,7 +268,7 @@ class _Probe:
             number = int(one.name[len(layers) + 1 :].split(".")[0])
             sites.append(self._site(one, f"{layers}.{number}", number, cache))
         have = {site.layer for site in sites}
-        others = {i: _mixer(layer) for i, layer in enumerate(modules) if i not in have}
+        others = {i: type(mixer_of(layer)).__name__ for i, layer in enumerate(modules) if i not in have}
         norm, head, raw = self._head(layers)
         scale, softcap = self._logits(raw, output.logits)
         state = [f"{name}.rope_deltas" for name, module in self.model.named_modules() if hasattr(module, "rope_deltas")]
@@ -448,11 +448,11 @@ def _is_linear(call: _Call) -> bool:
     return hasattr(call.module, "in_features") or (isinstance(weight, Tensor) and weight.ndim == 2)
 
 
-def _mixer(layer: nn.Module) -> str:
-    """Return the class of what a layer without attention mixes positions with."""
+def mixer_of(layer: nn.Module) -> nn.Module:
+    """Return what a layer without attention mixes positions with."""
     rest = re.compile("norm|mlp|feed_forward|moe|expert|dropout")
     named = [child for name, child in layer.named_children() if not rest.search(name)]
-    return type(named[0] if named else layer).__name__
+    return named[0] if named else layer
 
 
 def _settings(*owners: Any) -> Iterator[float]:

@@ -24,6 +24,8 @@ class Answer:
         attention_share: The share of the generated tokens' attention that goes to each type of token, if it was asked
             for. It maps "system", "image", "query" and "generated" to float32 [layers, heads], a mean over the
             generated tokens that the model read. It is None if the model read no generated token.
+        unreached_layers: The layers that a knockout names and does not reach, because they have no attention and carry
+            what they read in a state; see `Knockout.zero_inputs`.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Answer:
     layout: TokenLayout
     input_ids: Tensor
     attention_share: dict[str, Tensor] | None = None
+    unreached_layers: tuple[int, ...] = ()
 
 
 def answer_of(

@@ -29,6 +29,7 @@ from ..knockout.attention_share import AttentionObserver
 from ..knockout.plan import Plan
 from ..models.linears import device_of_linear
 from ..models.norms import Norm
+from ..models.probe import mixer_of
 from ..models.text_model import TextModel
 from .attention import Closed, Scoring, attend, attend_dense, seen_by
 from .linear import skinny_linears
@@ -193,6 +194,7 @@ class _Attachment:
     attention_fn: AttentionFn | None
     on_weights: OnWeights | None
     record: Recording = field(init=False)
+    first: int = 0  # positions that were read before the pass
 
     def __post_init__(self) -> None:
         self.record = Recording(
@@ -254,6 +256,21 @@ class _Attachment:
             observed.add(site, found.mass)
         return found.output
 
+    def before_mixer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Give what mixes the positions of a layer without attention zeros for the rows that a knockout names."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert self.knockouts is not None
+        stop = self.first + hidden.shape[1]
+        kinds = self.knockouts.segments(len(hidden), stop)[:, self.first :].long()
+        hidden = hidden.masked_fill(self.knockouts.zeroed[layer][kinds][..., None], 0)  # type: ignore[index]
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def count_before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note how many positions were read before a pass."""
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cached = next(site.cache for site in self.text.sites if site.cache is not None)
+        self.first = 0 if cache is None else cache.get_seq_length(cached)
+
     def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Record the residual input of a layer."""
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -294,6 +311,13 @@ class _Attachment:
         try:
             AttentionInterface.register(name, self.forward)
             AttentionMaskInterface.register(name, row_mask)
+            zeros = [] if self.knockouts is None else self.knockouts.zeroed
+            zeroed = [i for i in text.findings.others if zeros and zeros[i] is not None]
+            if zeroed:
+                handles.append(text.decoder.register_forward_pre_hook(self.count_before, with_kwargs=True))
+            for i in zeroed:
+                mixer = mixer_of(text.layers[i])
+                handles.append(mixer.register_forward_pre_hook(partial(self.before_mixer, i), with_kwargs=True))
             if self.rows:
                 handles.append(text.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
                 for i, layer in enumerate(text.layers):

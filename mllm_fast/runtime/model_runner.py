@@ -87,14 +87,17 @@ class ModelRunner:
 
         In a hybrid model a warning says which layers a knockout does not reach, see `Findings.others`.
         """
-        others = self.text.findings.others
-        if knockout and others:
+        count, others = len(self.text.layers), self.text.findings.others
+        plan = plan_of(knockout, layouts, count, padding, device_of(self.model), self.prompts.window)
+        missed = () if plan is None else plan.unreached(others)
+        if missed:
             warnings.warn(
-                f"knockouts close attention; {len(others)} of {self.text.findings.num_layers} layers of this model are"
-                f" {next(iter(others.values()))}, which still carry what they read from one position to the next",
+                f"knockouts close attention; {len(missed)} of the {count} layers of this model are {others[missed[0]]},"
+                " which still carry what they read from one position to the next: Knockout(..., zero_inputs=True) gives"
+                " them zeros in place of the source",
                 stacklevel=3,
             )
-        return plan_of(knockout, layouts, len(self.text.layers), padding, device_of(self.model), self.prompts.window)
+        return plan
 
     def whole_cache(self) -> dict[str, Any]:
         """Return a cache that keeps every position, as an argument of the model; empty if its own cache does."""
