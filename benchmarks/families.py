@@ -35,11 +35,16 @@ checked by painting squares on the image. `python benchmarks/families.py` makes 
 
 """
 TAIL = """
-Cross-attention models (Mllama) generate; explanations, knockouts and contexts of them are refused, because their image
-keys lie outside the sequence. In hybrid models (Qwen3.5, LFM2) the heads of the layers with attention are explained;
-contexts carry the state of the other layers, and a warning says that knockouts do not reach them. The server does not
-serve hybrid models. Attention with soft caps or sinks, and models whose code does not use transformers' attention
-interface, are refused by name when they are loaded. A type whose processor is not known works, except for heatmaps.
+In models with cross-attention (Mllama) the image's keys lie outside the sequence. They generate, with knockouts and
+attention shares: a row that may not attend to the image's token sees none of these keys. Explanations and contexts of
+them are refused. In hybrid models (Qwen3.5, LFM2) the heads of the layers with attention are explained, and contexts
+carry the state of the other layers. Knockouts leave these as they are, which a warning and `unreached_layers` say, or
+give them zeros in place of the source (`Knockout(..., zero_inputs=True)`). The server does not serve hybrid models.
+Models whose code does not use transformers' attention interface are refused by name when they are loaded. A type whose
+processor is not known works, except for heatmaps.
+
+Layers that a library has quantised (torchao, quanto, bitsandbytes, HQQ, GPTQ) or adapted (LoRA, DoRA) compute as they
+are, and their scores are those of the dequantised, merged weights; tests/test_quantised.py compares them.
 """
 
 

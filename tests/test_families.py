@@ -325,16 +325,71 @@ def test_each_tile_covers_its_box(name, size):
             assert top - 4 <= centre[1] <= bottom + 4
 
 
+class Crossed:
+    """A model with cross-attention, and what the tests need of it."""
+
+    def __init__(self):
+        model, self.processor = families.BUILD["mllama"]()
+        self.model = model.double()
+        self.vlm = mf.VLM(self.model, self.processor)
+        self.inputs, (self.layout,), _ = self.vlm.prompts.prepare([[PICTURE]], [QUESTION])
+        self.crossed = [layer for layer in Parts.of(self.model).layers if hasattr(layer, "cross_attn")]
+
+
+@contextmanager
+def blind(crossed: Crossed, rows):
+    """Rows that read nothing from the image: zeros from the heads of every layer of cross-attention."""
+
+    def clear(_, args):
+        given = args[0].clone()
+        given[:, [row for row in rows if row < given.shape[1]] if given.shape[1] > 1 else slice(None)] = 0
+        return (given,)
+
+    handles = [layer.cross_attn.o_proj.register_forward_pre_hook(clear) for layer in crossed.crossed]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_cross_attention_is_knocked_out(near):
+    """Its image keys lie outside the sequence; a row that may not attend to the image's token sees none of them."""
+    one = Crossed()
+    assert len(one.crossed) == 2
+    image, after = one.layout.positions("image"), one.layout.positions("query")
+    parts = Parts.of(one.model)
+
+    def close(rows, keys):
+        closed = torch.zeros(keys, keys, dtype=torch.bool)
+        closed[torch.cat([after, torch.arange(one.layout.length, keys)])[:, None], image[None]] = True
+        return closed[keys - rows :]
+
+    rule = mf.Knockout("image", "query+generated")
+    with blind(one, after.tolist()), Eager(parts, close), torch.no_grad():
+        wanted = one.model(**one.inputs).logits[0]
+        said = one.model.generate(**one.inputs, max_new_tokens=4, do_sample=False)[0, one.layout.length :].tolist()
+    with recording(one.vlm.text, 0, one.vlm.plan(rule, [one.layout])), torch.no_grad():
+        got = one.model(**one.inputs).logits[0]
+    near(got, wanted)
+    answer = one.vlm.generate(PICTURE, QUESTION, knockout=rule, max_new_tokens=4, attention_share=True)
+    assert answer.token_ids == said[: len(answer.token_ids)]
+    assert answer.unreached_layers == ()
+    layers = [i for i, layer in enumerate(parts.layers) if hasattr(layer, "cross_attn")]
+    assert (answer.attention_share["image"][layers] == 0).all()
+    plain = one.vlm.generate(PICTURE, QUESTION, max_new_tokens=4, attention_share=True)
+    with Eager(parts), torch.no_grad():
+        said = one.model.generate(**one.inputs, max_new_tokens=4, do_sample=False)[0, one.layout.length :].tolist()
+    assert plain.token_ids == said[: len(plain.token_ids)]
+    assert (plain.attention_share["image"][layers] == 1).all()
+
+
 def test_cross_attention_is_refused_by_name():
-    """Its image keys lie outside the sequence. It generates as ever."""
-    model, processor = families.BUILD["mllama"]()
-    vlm = mf.VLM(model.double(), processor)
+    """What would have to explain or keep keys outside the sequence. It generates as ever."""
+    vlm = Crossed().vlm
+    model = vlm.model
     assert len(vlm.generate(PICTURE, QUESTION, max_new_tokens=3).input_ids) > 3
-    rule = mf.Knockout("image", "generated")
-    calls = [
-        lambda: vlm.explain(PICTURE, QUESTION, ANSWER),
-        lambda: vlm.generate(PICTURE, QUESTION, knockout=rule),
-    ]
+    calls = [lambda: vlm.explain(PICTURE, QUESTION, ANSWER)]
     if CACHE == "cache":  # an older release is refused for its own reason
         calls.append(lambda: vlm.compress(PICTURE, prompt=QUESTION))
     for call in calls:

@@ -63,6 +63,12 @@ class AttendedTokens:
         self._sum[site] = here + self._counted * mass[0, :, : self._length].float().mean(0)
         self._rows[site] += self._counted
 
+    def add_outside(self, layer: int, mass: Tensor) -> None:
+        """Refuse a model with cross-attention, whose image keys are no tokens of the prompt."""
+        raise InputError(
+            "a model with cross-attention keeps its image outside the sequence, so it cannot be compressed"
+        )
+
     def mean(self) -> Tensor | None:
         """Return the mean over heads and counted rows, float32 [S, N]; None if a site has no counted row."""
         if not all(self._rows):

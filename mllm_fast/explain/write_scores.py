@@ -75,7 +75,9 @@ class WriteScores:
         parts = []
         for start in range(0, len(heads), step):
             part = heads[start : start + step]
-            states = {site: self.text_model.writes.write_state(site) for site in {site for site, _ in part}}
+            writes = self.text_model.writes
+            states = {site: writes.write_state(site) for site in {site for site, _ in part}}
+            projections = {site: writes.of_heads(site, state)[1] for site, state in states.items()}
             values = self.trace.position_values(index, part, self.backend)
             if self.trace.write_scale is not None:
                 values *= self.trace.write_scale[index, [site for site, _ in part]].to(values)[:, None, None]
@@ -83,7 +85,7 @@ class WriteScores:
                 base,
                 values,
                 unembedding=self.unembedding,
-                projection=[_on(self.text_model.projection(site, head), device) for site, head in part],
+                projection=[_on(projections[site][head], device) for site, head in part],
                 source=torch.tensor([first + site for site, _ in part], device=device),
                 backend=self.backend,
                 operators=self.operators,

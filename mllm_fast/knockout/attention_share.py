@@ -30,6 +30,9 @@ class AttentionObserver(Protocol):
     def add(self, site: int, mass: Tensor) -> None:
         """Take the mass [B, H, N] of one forward pass at one attention site; see `TextModel`."""
 
+    def add_outside(self, layer: int, mass: Tensor) -> None:
+        """Take the mass [B, H] that goes to image keys outside the sequence, in a layer of cross-attention."""
+
 
 class AttentionShares:
     """Sums the attention mass of every decoding pass by type of token, layer and head.
@@ -56,6 +59,7 @@ class AttentionShares:
         self._separators = any(len(layout.separators) for layout in layouts)
         self._num_layers = num_layers
         self._site_layers = tuple(range(num_layers)) if site_layers is None else tuple(site_layers)
+        self._outside: dict[int, list[Tensor]] = {}  # of each layer of cross-attention
         self._passes: list[list[Tensor]] = [[] for _ in self._site_layers]
 
     def wants(self, first_row: int, rows: int) -> bool:
@@ -73,6 +77,10 @@ class AttentionShares:
         types = self._types[:, None, :keys].expand(-1, heads, -1)
         self._passes[site].append(mass.new_zeros(batch, heads, len(TYPES)).scatter_add_(2, types, mass))
 
+    def add_outside(self, layer: int, mass: Tensor) -> None:
+        """Add the mass [B, H] that went to image keys outside the sequence."""
+        self._outside.setdefault(layer, []).append(mass)
+
     def of(self, sequence: int, tokens: int) -> dict[str, Tensor] | None:
         """Return the attention shares of one sequence, a mean over its first `tokens` passes.
 
@@ -88,4 +96,7 @@ class AttentionShares:
         total = torch.zeros(self._num_layers, max(map(len, means)), len(TYPES))
         for layer, mean in zip(self._site_layers, means, strict=True):
             total[layer, : len(mean)] = mean
+        for layer, passes in self._outside.items():
+            outside = torch.stack([one[sequence] for one in passes[:count]]).mean(0).float().cpu()
+            total[layer, : len(outside), TYPES.index("image")] = outside
         return {name: total[..., i] for i, name in enumerate(TYPES) if name != "image_separator" or self._separators}

@@ -6,7 +6,7 @@ kind of a position as its segment id. Each layer has a table that says which kin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +50,8 @@ class Plan:
 
     Attributes:
         tables: The closed segments of each layer, int32 [32], or None for a layer without a rule.
+        images: The segment of each image's first token in each sequence, int64 [B, images], or None if sequences have
+            different numbers of images.
         zeroed: The segments whose inputs to each layer are zeros if it has no attention, bool [kinds], or None.
     """
 
@@ -81,6 +83,7 @@ class Plan:
                 " possible; use fewer, or larger, sets"
             )
         self._ids = ids.reshape(len(layouts), length + 1).to(torch.uint8)
+        self.images = self._of_images(layouts, padding)
         closed: list[list[tuple[int, int]]] = [[] for _ in range(num_layers)]
         zeroed = torch.zeros(num_layers, kinds.shape[1], dtype=torch.bool)
         for source, target, layers, zero_inputs in rules:
@@ -99,6 +102,15 @@ class Plan:
         self._made = self._ids[:, :0]
         self._last: tuple[tuple[int, int], Tensor] | None = None
 
+    def _of_images(self, layouts: Sequence[TokenLayout], padding: Sequence[int]) -> Tensor | None:
+        if len({len(layout.images) for layout in layouts}) != 1:
+            return None
+        first = [
+            [int(image.positions[0]) + pad for image in layout.images]
+            for layout, pad in zip(layouts, padding, strict=True)
+        ]
+        return self._ids.long().gather(1, torch.tensor(first, dtype=torch.long).reshape(len(layouts), -1))
+
     def segments(self, batch: int, keys: int) -> Tensor:
         """Return the segment ids of the first `keys` positions, uint8 [batch or 1, keys].
 
@@ -116,9 +128,20 @@ class Plan:
         self._last = (batch, keys), self._made[:, :keys]
         return self._last[1]
 
-    def unreached(self, others: Iterable[int]) -> tuple[int, ...]:
-        """Return which of the layers without attention have a rule that leaves their inputs as they are."""
-        return tuple(i for i in others if self.tables[i] is not None and self.zeroed[i] is None)
+    @property
+    def zero_layers(self) -> frozenset[int]:
+        """The layers with a rule that zeroes inputs."""
+        return frozenset(i for i, one in enumerate(self.zeroed) if one is not None)
+
+    def unreached(self, others: Mapping[int, str]) -> tuple[int, ...]:
+        """Return which of the layers without attention have a rule that leaves their inputs as they are.
+
+        Args:
+            others: The classes of these layers by number, see `Findings.others`. Cross-attention to images, which does
+                nothing where there is text alone, is not among them: rules reach it.
+        """
+        layers = [i for i, kind in others.items() if "CrossAttention" not in kind]
+        return tuple(i for i in layers if self.tables[i] is not None and self.zeroed[i] is None)
 
 
 def plan_of(

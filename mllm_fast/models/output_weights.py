@@ -44,7 +44,7 @@ class OutputWeights:
         A norm behind the output projection is folded in, without its scale, which differs from row to row
         (`write_scale`).
         """
-        return self._of_heads(site)[1][head]
+        return self.of_heads(site)[1][head]
 
     def projections(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield O_j of all heads, transposed, for one range of sites after another.
@@ -55,29 +55,33 @@ class OutputWeights:
             The slice of sites, and their O_j as [sites, heads, head dim, hidden size].
         """
         count = len(self.outputs)
-        elsewhere = any(parameter.device.type == "meta" for output in self.outputs for parameter in output.parameters())
+        elsewhere = any(map(_offloaded, self.outputs))
         size = self.num_heads * self.head_dim * self.width
         if elsewhere or count * size * dtype.itemsize > _STACKED_BYTES:
             for site in range(count):
-                yield slice(site, site + 1), self._of_heads(site)[0].to(device=device, dtype=dtype)[None]
+                yield slice(site, site + 1), self.of_heads(site)[0].to(device=device, dtype=dtype)[None]
             return
         state = device, dtype, *(self.write_state(site) for site in range(count))
         if self._stacked.get("state") != state:
-            each = [self._of_heads(site)[0].to(device=device, dtype=dtype) for site in range(count)]
+            each = [self.of_heads(site)[0].to(device=device, dtype=dtype) for site in range(count)]
             self._stacked.update(state=state, weights=torch.stack(each))
         yield slice(0, count), self._stacked["weights"]
 
     def write_state(self, site: int) -> Any:
         """Return a value that changes whenever the weights behind a site's O_j do."""
-        norm = self.post_norms[site]
-        return linear_state(self.outputs[site]), *(weight_state(p) for p in (norm.parameters() if norm else ()))
+        norm, output = self.post_norms[site], linear_state(self.outputs[site])
+        return output if norm is None else (output, *(weight_state(parameter) for parameter in norm.parameters()))
 
-    def _of_heads(self, site: int) -> tuple[Tensor, list[Tensor]]:
-        """Return the O_j of a site, stacked and one by one.
+    def of_heads(self, site: int, state: Any = None) -> tuple[Tensor, list[Tensor]]:
+        """Return the O_j of a site, stacked [heads, head dim, hidden size] and one by one.
 
         They are cached while the weight stays in place: in a small model, making the views takes as long as using them.
+
+        Args:
+            site: The number of the site.
+            state: What `write_state` just returned for it, if the caller has it.
         """
-        state = self.write_state(site)
+        state = self.write_state(site) if state is None else state
         kept = self._views.get(site)
         if kept is not None and kept[0] == state:
             return kept[1:]
@@ -89,13 +93,12 @@ class OutputWeights:
         each = [one.mT for one in whole]
         if type(output) is not nn.Linear or output.weight.device.type == "meta":
             # keep only the last weight that is no view: callers ask for its heads in turn
-            for other in [i for i in self._views if type(self.outputs[i]) is not nn.Linear or self._offloaded(i)]:
+            for other in [
+                i for i in self._views if type(self.outputs[i]) is not nn.Linear or _offloaded(self.outputs[i])
+            ]:
                 del self._views[other]
         self._views[site] = state, whole, each
         return whole, each
-
-    def _offloaded(self, site: int) -> bool:
-        return self.outputs[site].weight.device.type == "meta"
 
     def _folded(self, site: int, weight: Tensor) -> Tensor:
         """Return the output projection's weight with the norm behind it and the multiplier folded in."""
@@ -105,3 +108,10 @@ class OutputWeights:
             weight = weight if norm.kind == "rms" else weight - weight.mean(0)
             weight = weight if norm.gain is None else weight * norm.gain.to(weight)[:, None]
         return weight if multiplier == 1 else multiplier * weight
+
+
+def _offloaded(output: Any) -> bool:
+    """Return whether a layer's weights lie elsewhere; a streamed explanation asks once a token."""
+    if type(output) is nn.Linear:
+        return output.weight.device.type == "meta"
+    return any(parameter.device.type == "meta" for parameter in output.parameters())

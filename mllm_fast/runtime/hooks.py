@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core.errors import InputError
 from ..kernels import wide_type
+from ..kernels.knockout_attention.reference import open_pairs
 from ..knockout.attention_share import AttentionObserver
 from ..knockout.plan import Plan
 from ..models.linears import device_of_linear
@@ -210,13 +211,10 @@ class _Attachment:
         if dropout:
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
         site = self.text.by_module.get(module)
-        if site is None:
-            raise InputError(
-                f"a {type(module).__name__} attends, which does not when the model reads text alone: cross-attention to"
-                " keys outside the sequence cannot be explained, knocked out or compressed"
-            )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scoring = Scoring(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        if site is None:
+            return self._attend_outside(module, query, key, value, attention_mask, scoring), None
         if self.attention_fn is not None:
             if self.rows:
                 self.record.on_attention(site, query, key.shape[2], None, scoring, None)
@@ -232,6 +230,37 @@ class _Attachment:
         if self.rows:
             self.record.output[site].append(self.record.take(output))
         return output.contiguous(), None
+
+    def _attend_outside(self, module: nn.Module, query, key, value, mask, scoring: Scoring) -> Tensor:
+        """Compute cross-attention to the keys of the images, which lie outside the sequence, [B, R, H, D].
+
+        A row that may not attend to an image's token may not attend to its keys either.
+        """
+        layer = next((i for i in self.text.findings.others if module in set(self.text.layers[i].modules())), None)
+        if layer is None or self.rows or self.attention_fn is not None or self.on_weights is not None:
+            raise InputError(
+                f"a {type(module).__name__} attends, which does not when the model reads text alone: cross-attention to"
+                " keys outside the sequence can be knocked out, and cannot be explained or compressed"
+            )
+        batch, rows, keys = len(query), query.shape[2], key.shape[2]
+        seen = torch.ones(batch, 1, rows, keys, dtype=torch.bool, device=query.device)
+        if mask is not None:
+            whole, bias = seen_by(mask, 0, rows, rows, keys, None)
+            seen = seen & (whole if bias is None else bias == 0)
+        table = None if self.knockouts is None else self.knockouts.tables[layer]
+        if self.knockouts is not None and table is not None:
+            images = self.knockouts.images
+            if images is None or keys % max(1, images.shape[1]):
+                raise InputError("knockouts of a model with cross-attention need the same number of images a prompt")
+            kinds = self.knockouts.segments(batch, self.first + rows)[:, self.first :]
+            images = images.to(kinds.device).repeat_interleave(batch // len(images), 0)
+            images = images.repeat_interleave(keys // images.shape[1], 1)
+            seen = seen & open_pairs(kinds.expand(batch, -1), images, table)[:, None]
+        found = attend(query, key, value, seen, scoring, None, False, self.backend)
+        observed = self.shares
+        if observed is not None and observed.wants(self.first, rows) is not False:
+            observed.add_outside(layer, seen.any(-1).to(query.dtype).mean(2).expand(-1, query.shape[1]))
+        return found.output.transpose(1, 2).contiguous()
 
     def _closed(self, site: int, batch: int, keys: int, mask: Tensor | None) -> Closed | None:
         """Return segments and table of the knockouts at a site, or None if it has none."""
@@ -260,9 +289,12 @@ class _Attachment:
         """Give what mixes the positions of a layer without attention zeros for the rows that a knockout names."""
         hidden = args[0] if args else kwargs["hidden_states"]
         assert self.knockouts is not None
+        zeroed = self.knockouts.zeroed[layer]
+        if zeroed is None:
+            return None
         stop = self.first + hidden.shape[1]
         kinds = self.knockouts.segments(len(hidden), stop)[:, self.first :].long()
-        hidden = hidden.masked_fill(self.knockouts.zeroed[layer][kinds][..., None], 0)  # type: ignore[index]
+        hidden = hidden.masked_fill(zeroed[kinds][..., None], 0)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def count_before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -311,9 +343,8 @@ class _Attachment:
         try:
             AttentionInterface.register(name, self.forward)
             AttentionMaskInterface.register(name, row_mask)
-            zeros = [] if self.knockouts is None else self.knockouts.zeroed
-            zeroed = [i for i in text.findings.others if zeros and zeros[i] is not None]
-            if zeroed:
+            zeroed = frozenset() if self.knockouts is None else self.knockouts.zero_layers & set(text.findings.others)
+            if text.findings.others and (self.knockouts is not None or self.shares is not None):
                 handles.append(text.decoder.register_forward_pre_hook(self.count_before, with_kwargs=True))
             for i in zeroed:
                 mixer = mixer_of(text.layers[i])

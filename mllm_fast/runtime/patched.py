@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..knockout.plan import Plan
-from ..knockout.rule import Knockout
+from ..knockout.rule import Knockout, parse_layers
 from .hooks import Recording, recording
 from .kv_cache import CACHE, cache_of
 from .model_runner import ModelRunner
@@ -72,6 +72,22 @@ class _Patch:
     def tables(self) -> list[Tensor | None]:
         """The tables of the current call; see `Plan`."""
         return self._plan().tables
+
+    @property
+    def zeroed(self) -> list[Tensor | None]:
+        """The segments with zeros as inputs; see `Plan`."""
+        return self._plan().zeroed
+
+    @property
+    def images(self) -> Tensor | None:
+        """The segments of the images; see `Plan`."""
+        return self._plan().images
+
+    @property
+    def zero_layers(self) -> frozenset[int]:
+        """The layers with a rule that zeroes inputs; see `Plan`."""
+        count = len(self.runner.text.layers)
+        return frozenset().union(*(parse_layers(rule.layers, count) for rule in self.rules if rule.zero_inputs))
 
     def segments(self, batch: int, keys: int) -> Tensor:
         """Return the segment ids of the current call; see `Plan.segments`."""
