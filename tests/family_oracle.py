@@ -36,6 +36,7 @@ class Parts:
     attention: list[Any]  # one a layer, or None
     norm: nn.Module
     head: nn.Module
+    softcap: float | None = None  # of the logits; set by `run`, as some releases leave it out
 
     @classmethod
     def of(cls, model: Any) -> Parts:
@@ -184,6 +185,8 @@ def run(parts: Parts, inputs: dict, close: Close | None = None) -> Seen:
     finally:
         for handle in handles:
             handle.remove()
+    cap = getattr(parts.model.config.get_text_config(), "final_logit_softcapping", None)
+    parts.softcap = None if torch.allclose(parts.head(parts.norm(seen.final)), output.logits[0]) else cap
     seen.logits, seen.cache = output.logits[0], output.get("cache", output.get("past_key_values"))
     return seen
 
@@ -230,9 +233,8 @@ def log_probs(parts: Parts, rows: Tensor, final: Tensor | None = None) -> Tensor
         mean = final.mean() if centred else 0.0
         hidden = (rows - mean) * ((norm(final[None])[0] - bias) / (final - mean)) + bias
     logits = parts.head(hidden)
-    config = parts.model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    logits = logits if not cap else cap * torch.tanh(logits / cap)
+    cap = parts.softcap
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return torch.log_softmax(logits, -1)
 
 
