@@ -808,6 +808,37 @@ def molmo2():
 
 
 @family
+def perception_lm():
+    """Its vision tower is one of timm, its image processor needs torchvision."""
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    tokenizer, number = words("<|image|>", "<|video|>", image_token="<|image|>", video_token="<|video|>")
+    tower = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [32, 32], "patch_size": 8, "global_pool": ""}
+    made = hf.PerceptionLMConfig(
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "vit_tiny_patch16_224",
+            "do_pooling": False,
+            "model_args": {**tower, "class_token": True},
+        },
+        text_config={**text(len(tokenizer)), "model_type": "llama"},
+        vision_use_cls_token=True,
+        projector_pooling_ratio=2,
+        image_token_id=number("<|image|>"),
+        video_token_id=number("<|video|>"),
+    )
+    reader = hf.PerceptionLMImageProcessor(tile_size=32, max_num_tiles=4, vision_input_type="thumb+tile", **HALVES)
+    processor = image_side(hf.PerceptionLMProcessor)(
+        image_processor=reader,
+        tokenizer=tokenizer,
+        patch_size=8,
+        pooling_ratio=2,
+        chat_template=template("<|image|>"),
+    )
+    return finish(hf.PerceptionLMForConditionalGeneration(made)), processor
+
+
+@family
 def mllama():
     tokenizer, number = words("<image>")
     made = hf.MllamaConfig(

@@ -57,7 +57,8 @@ class Family:
 
 @pytest.fixture(scope="module", params=[name for name in families.BUILD if name != "mllama"])
 def one(request):
-    return Family(request.param)
+    with Double():  # processors compute too
+        return Family(request.param)
 
 
 @pytest.fixture(autouse=True)

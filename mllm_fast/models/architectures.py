@@ -30,6 +30,7 @@ _MODULES = {
     "gemma": ("paligemma", "gemma3", "gemma4"),
     "lfm2_vl": ("lfm2_vl",),
     "molmo2": ("molmo2",),
+    "perception_lm": ("perception_lm",),
 }
 ARCHITECTURES: Registry[Adapter] = Registry(
     "architecture",
