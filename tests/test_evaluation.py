@@ -126,12 +126,26 @@ def test_mean_and_error():
     [
         (1, ["from 0", "except 0-0"]),
         (6, [*(f"from {i}" for i in range(6)), "except 1-3"]),
-        (32, [*(f"from {i}" for i in range(0, 32, 2)), "except 8-23"]),
-        (80, [*(f"from {i}" for i in range(0, 80, 5)), "except 20-59"]),
+        (32, [*(f"from {i}" for i in range(0, 32, 2)), "except 4-20"]),
+        (80, [*(f"from {i}" for i in range(0, 80, 5)), "except 20-40"]),
     ],
 )
 def test_layers_of_the_sweep(layers, expected):
     assert configurations(layers) == expected
+
+
+def test_bands_of_the_sweep(shapes):
+    sweep = KnockoutSweep(bands=("1-2", "0-3"))
+    sample = scenes(1).list[0]
+    layers = [row["layers"] for row in sweep.rows(shapes, sample)]
+    assert [one for one in layers if one.startswith("except")] == ["except 1-2", "except 0-3"] * 3
+    report = sweep.report({sample.name: sweep.rows(shapes, sample)})
+    assert [chart.name for chart in report.charts] == ["knockout-sweep", "knockout-bars"]
+    assert "except 1-2" in report.says[0]
+    with pytest.raises(InputError, match=r"a band is the first and the last layer.*got 'middle'"):
+        KnockoutSweep(bands=("middle",))
+    with pytest.raises(InputError, match="the model has layers 0 to"):
+        KnockoutSweep(bands=("1-99",)).rows(shapes, sample)
 
 
 def test_the_sweep_by_hand():

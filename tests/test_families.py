@@ -165,6 +165,26 @@ def test_knockouts(one, near):
     assert mine == said[: len(mine)]
 
 
+@pytest.mark.parametrize("name", ["internvl_qwen3", "llava_next", "idefics3", "mistral3"])
+def test_a_block_knocked_out_of_the_text_leaves_nothing_of_the_picture(name):
+    """Row ends and marks around the image see it too: image -> query leaves these ways open."""
+    vlm = mf.VLM(families.build(name)[0].double(), families.build(name)[1])
+    other = Image.fromarray(255 - np.asarray(PICTURE))
+    change = {}
+    for rule in (mf.Knockout("image", "query"), mf.Knockout("image_block", "text")):
+        found = []
+        for picture in (PICTURE, other):
+            inputs, layouts, _ = vlm.prompts.prepare([[picture]], [QUESTION])
+            with recording(vlm.text, 0, vlm.plan(rule, layouts)), torch.no_grad():
+                found.append(vlm.model(**inputs).logits[0, -1])
+        change[rule.target] = float((found[0] - found[1]).abs().max())
+    assert change["text"] == 0
+    assert change["query"] > 1e-3
+    segments = layouts[0].segments
+    parts = torch.cat([segments[part] for part in ("image_block", "text", "generated")])
+    assert torch.equal(parts.sort().values, torch.arange(layouts[0].length))
+
+
 HYBRID = {"qwen3_5": "linear_attn", "qwen3_5_moe": "linear_attn", "lfm2_vl": "conv"}
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 from types import SimpleNamespace
 
+import families
 import knocked
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mllm_fast.evaluation.studies import heads
 from mllm_fast.evaluation.studies.heads import Heads, readable
 from mllm_fast.evaluation.studies.heads_report import importance, overlap, top
 from mllm_fast.evaluation.studies.word_alignment import cells, widened
+from mllm_fast.explain import logit_lens
 from mllm_fast.shapes.scenes import COLORS
 
 
@@ -49,6 +51,24 @@ def test_layer_inputs(family, built, picture):
     for mine, theirs in zip(stages[:-1], found[:-1], strict=True):
         torch.testing.assert_close(mine, theirs[0, position], rtol=0, atol=1e-9)
     torch.testing.assert_close(vlm.text.norm(stages[-1]), found[-1][0, position], rtol=0, atol=1e-9)
+
+
+def test_writes_pass_the_norm_behind_the_attention(picture):
+    """As `project` has them: scaled by that norm at the row."""
+    model, processor = families.build("gemma3")
+    vlm = mf.VLM(model.double(), processor)
+    ex = vlm.explain(picture, "what color is the circle ?", "red")
+    against = int(vlm.prompts.answer_ids("blue")[0])
+    words = vlm.text.head.weight.shape[0]
+    wanted = []
+    for layer, head, _ in ex.top_heads(0, heads.TOP):
+        at = int(ex.position_scores(0, [(layer, head)])[0].argmax())
+        values = logit_lens.word_values(ex, 0, logit_lens.write_of(ex, 0, layer, head, at), "unembedding", write=True)
+        named = dict(ex.project(0, layer, head, at, k=words))
+        assert named[vlm.processor.tokenizer.decode([ex.token_ids[0]])] == pytest.approx(float(values[ex.token_ids[0]]))
+        wanted.append(float(values[ex.token_ids[0]] - values[against]))
+    assert heads._from_writes(ex, against)["logit minus"] == pytest.approx(np.mean(wanted), abs=1e-6)
+    assert ex.trace.write_scale is not None
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from mllm_fast.evaluation.joint.bias import (
     words_kept,
 )
 from mllm_fast.evaluation.joint.caption_score import parse_score
-from mllm_fast.evaluation.joint.hallucination import Hallucination, measure
+from mllm_fast.evaluation.joint.hallucination import Hallucination, is_a, measure
 from mllm_fast.evaluation.joint.quality import box_of
 from mllm_fast.evaluation.joint.simulatability import fit, told_apart
 from mllm_fast.evaluation.judges.judge import NounJudge, shapes_judge
@@ -42,6 +42,23 @@ from mllm_fast.joint.presence import check_classes, check_text
 from mllm_fast.runtime.likelihood import answer_probabilities, expectation, yes_probabilities
 
 scored = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40)
+
+
+@pytest.mark.parametrize(
+    ("thing", "kind", "same"),
+    [
+        ("dog", "dog", True),
+        ("red circle", "circle", True),
+        ("red circle", "red circle", True),
+        ("red circle", "blue circle", False),
+        ("teddy bear", "bear", False),
+        ("hot dog", "dog", False),
+        ("Teddy bear", "teddy bear", True),
+        ("circle", "red circle", False),
+    ],
+)
+def test_what_an_object_is(thing, kind, same):
+    assert is_a(thing, kind) is same
 
 
 @settings(max_examples=80)

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import mllm_fast as mf
-from mllm_fast.knockout.plan import plan_of
+from mllm_fast.knockout.plan import Plan, PlanRule, plan_of
 from mllm_fast.knockout.rule import parse_layers
 from mllm_fast.runtime.hooks import recording
 from mllm_fast.shapes.questions import TASKS, ask
@@ -81,6 +81,26 @@ def test_prefill_equals_the_definition(vlm, picture, rules):
 
 def targets_in_prompt(rule, layout):
     return knocked.members(layout, rule.target, layout.prompt_length + 99)[: layout.prompt_length]
+
+
+def test_every_layer_has_sets_of_its_own(vlm, picture):
+    """Layers may name more than 32 kinds of position together, as they would in a deep model."""
+    inputs, layouts, padding = vlm.prompts.prepare([[picture]], [QUESTION])
+    image, last = layouts[0].positions("image").tolist(), layouts[0].prompt_length - 1
+    count = len(vlm.text.layers)
+    rules = [
+        Rule((image[(9 * layer + i) % len(image)],), (last - i,), (layer,), (layer,))
+        for layer in range(count)
+        for i in range(5)
+    ]
+    assert len({rule.source for rule in rules}) + 5 > 16
+    inside, outside = both(vlm, rules * 3, layouts, padding, lambda: vlm.model(**inputs).logits)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-9)
+    deep = Plan([PlanRule((2 * i, 2 * i + 1), (200 + i,), (i,)) for i in range(80)], layouts, 80)
+    for i, one in enumerate(deep.layers):
+        ids = one.segments(1, 300)[0].long()
+        closed = (one.table[ids][:, None] >> ids[None] & 1).nonzero().tolist()
+        assert closed == [[200 + i, 2 * i], [200 + i, 2 * i + 1]]
 
 
 def test_cached_decoding_equals_the_definition(vlm, picture, rules):
@@ -250,7 +270,7 @@ def test_parse_takes_layers_for_rules_without():
 BAD = [
     (
         (mf.Knockout("picture", "query"),),
-        "one of system, image, image_separator, query, generated, image:0, or positions; got 'picture'",
+        "one of system, image, image_separator, query, generated, image_block, text, image:0, .*; got 'picture'",
     ),
     ((mf.Knockout("image+words", "query"),), "got 'words'"),
     ((mf.Knockout("image:1", "query"),), "got 'image:1'"),
@@ -271,7 +291,7 @@ BAD = [
     ((mf.Knockout((5, 10**12), "query"),), "positions of a knockout are 0 to [0-9]+, the model's window; got 10{12}$"),
     (
         tuple(mf.Knockout((i,), (i + 1,)) for i in range(40)),
-        "cut the sequence into 4[0-9] kinds of position, at most 32",
+        "cut the sequence into 4[0-9] kinds of position in one layer, at most 32",
     ),
     (("image->query",), r"a knockout is Knockout\(source, target, layers\), got 'image->query'"),
     ((("image", "query"),), r"got \('image', 'query'\)"),

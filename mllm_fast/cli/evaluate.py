@@ -82,6 +82,10 @@ def evaluate(  # long: the options of a command are its parameters
     second_model: Annotated[
         str | None, typer.Option(help="For heads: a language model to compare with, a folder or a hub id.")
     ] = None,
+    band: Annotated[
+        list[str] | None,
+        typer.Option(help='For knockout-sweep: layers that stay open, "20-40", both included; several.'),
+    ] = None,
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="The processes are actors of a Ray Data job.")] = False,
     parquet: Annotated[bool, typer.Option("--parquet", help="Write the rows as rows.parquet as well.")] = False,
@@ -140,6 +144,7 @@ def evaluate(  # long: the options of a command are its parameters
         question=question,
         statement=statement,
         second_model=second_model,
+        bands=tuple(band or ()),
     )
     evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
     choice = ModelChoice(model, device, dtype, backend)

@@ -272,7 +272,9 @@ class TokenLayout:
     def segments(self) -> dict[str, torch.Tensor]:
         """The positions of each segment, by name, int64.
 
-        Every position is in exactly one of "system", "image", "image_separator", "query" and "generated".
+        Every position is in exactly one of "system", "image", "image_separator", "query" and "generated", and in
+        exactly one of "image_block", "text" and "generated": a block is an image with what lies between its tokens (row
+        ends, marks between tiles), and the text is the rest of the prompt.
         """
         image = torch.cat([i.positions for i in self.images]) if self.images else torch.empty(0, dtype=torch.long)
         first = int(image.min()) if len(image) else self.prompt_length
@@ -287,6 +289,10 @@ class TokenLayout:
             "query": prompt[first:][text[first:]],
             "generated": torch.arange(self.prompt_length, self.length),
         }
+        block = torch.zeros(self.prompt_length, dtype=torch.bool)
+        for layout in self.images:
+            block[int(layout.positions.min()) : int(layout.positions.max()) + 1] = True
+        named |= {"image_block": prompt[block], "text": prompt[~block]}
         named |= {f"image:{i}": layout.positions for i, layout in enumerate(self.images)}
         return named
 

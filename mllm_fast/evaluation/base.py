@@ -32,6 +32,7 @@ class EvaluationOptions:
         shares: The shares of the image tokens that contexts keep.
         reference: What descriptions are compared with.
         question, statement, second_model: Options of the evaluation "heads".
+        bands: The bands of layers that "knockout-sweep" leaves open.
     """
 
     prompt: str = "Describe the image."
@@ -45,6 +46,7 @@ class EvaluationOptions:
     question: str = "what color is the {noun}?"
     statement: str = "the {noun} is {attribute}."
     second_model: str | None = None
+    bands: tuple[str, ...] = ()
 
 
 class Evaluation(ABC):

@@ -27,7 +27,7 @@ def project(
         raise InputError("a position's write is a head's: give the head too")
     if k < 1:
         raise InputError(f"k is at least 1, got {k}")
-    vector = _write(scores, token, layer, head, position) if head is not None else _residual(scores, token, layer)
+    vector = write_of(scores, token, layer, head, position) if head is not None else _residual(scores, token, layer)
     values = word_values(scores, token, vector, space, head is not None).float().cpu()
     best = values.topk(min(k, len(values)))
     return [(scores.decode([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -38,7 +38,8 @@ def _residual(scores: Scores, token: int, layer: int) -> Tensor:
     return trace.final[token] if layer == scores.num_layers else trace.residual[token, layer]
 
 
-def _write(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
+def write_of(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
+    """Return what a head writes to the residual stream at a token's row, whole or from one position, [d]."""
     trace, site = scores.trace, scores.text_model.site(layer)
     if position is None:
         value = trace.output[token, site, head]

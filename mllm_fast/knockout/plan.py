@@ -1,7 +1,7 @@
 """The rules of a call in the form that the kernel reads.
 
-The sets of tokens that the rules name divide the positions of the sequence into at most 32 kinds. The kernel sees the
-kind of a position as its segment id. Each layer has a table that says which kinds are closed to which.
+The sets of tokens that the rules of a layer name divide the positions of the sequence into at most 32 kinds. The kernel
+sees the kind of a position as its segment id. A table says which kinds are closed to which.
 """
 
 from __future__ import annotations
@@ -38,78 +38,43 @@ class PlanRule(NamedTuple):
     zero_inputs: bool = False
 
 
-class Plan:
-    """The rules of one batch of sequences, in the form that the kernel reads.
+class LayerPlan:
+    """The rules of some layers, in the form that the kernel reads.
 
     Args:
-        rules: The rules.
-        layouts: The layout of each sequence, or at least of its prompt.
-        num_layers: How many layers the model has.
-        padding: The left padding of each sequence in the batch.
+        members: Which positions each side of a rule holds, bool [2 R, B, P + 1]: sources and targets in turn. The last
+            column stands for every position after it.
+        zero_inputs: Of each rule, whether it zeroes inputs.
+        images: The position of each image's first token in each sequence, int64 [B, images], or None if the sequences
+            have different numbers of images.
         device: The device of the tensors.
 
     Attributes:
-        tables: The closed segments of each layer, int32 [32], or None for a layer without a rule.
-        images: The segment of each image's first token in each sequence, int64 [B, images], or None if sequences have
-            different numbers of images.
-        zeroed: The segments whose inputs to each layer are zeros if it has no attention, bool [kinds], or None.
+        table: The closed segments, int32 [32].
+        images: The segment of each image's first token in each sequence, int64 [B, images], or None.
+        zeroed: The segments whose inputs are zeros in layers without attention, bool [kinds], or None.
     """
 
-    def __init__(
-        self,
-        rules: Sequence[PlanRule],
-        layouts: Sequence[TokenLayout],
-        num_layers: int,
-        padding: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.device = torch.device(device)
-        padding = [0] * len(layouts) if padding is None else padding
-        sets = list(dict.fromkeys(side for rule in rules for side in rule[:2]))
-        explicit = [p for one in sets if not isinstance(one, str) for p in _all_positions(one)]
-        length = max([layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True)])
-        length = max([length, *(p + 1 + max(padding) for p in explicit)])
-        # the last column stands for every position after it
-        member = torch.zeros(len(sets), len(layouts), length + 1, dtype=torch.bool)
-        for i, one in enumerate(sets):
-            for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
-                _mark(member[i, b], one, b, layout, pad)
-        for source, target, *_ in rules:
-            _check_apart(member[sets.index(source)] & member[sets.index(target)], source, target, padding)
-        kinds, ids = torch.unique(member.flatten(1), dim=1, return_inverse=True)
+    def __init__(self, members: Tensor, zero_inputs: Sequence[bool], images: Tensor | None, device: torch.device):
+        kinds, ids = torch.unique(members.flatten(1), dim=1, return_inverse=True)
         if kinds.shape[1] > _SEGMENTS:
             raise InputError(
-                f"the knockouts' sets cut the sequence into {kinds.shape[1]} kinds of position, at most {_SEGMENTS} are"
-                " possible; use fewer, or larger, sets"
+                f"the knockouts' sets cut the sequence into {kinds.shape[1]} kinds of position in one layer, at most"
+                f" {_SEGMENTS} are possible; use fewer, or larger, sets"
             )
-        self._ids = ids.reshape(len(layouts), length + 1).to(torch.uint8)
-        self.images = self._of_images(layouts, padding)
-        closed: list[list[tuple[int, int]]] = [[] for _ in range(num_layers)]
-        zeroed = torch.zeros(num_layers, kinds.shape[1], dtype=torch.bool)
-        for source, target, layers, zero_inputs in rules:
-            sources, targets = kinds[sets.index(source)].nonzero()[:, 0], kinds[sets.index(target)].nonzero()[:, 0]
-            pairs = [(s, t) for s in sources.tolist() for t in targets.tolist()]
-            for layer in parse_layers(layers, num_layers):
-                closed[layer] += pairs
-                zeroed[layer, sources] |= zero_inputs
-        made: dict[tuple, Tensor | None] = {(): None}
-        for pairs in closed:
-            key = tuple(sorted(set(pairs)))
-            if key not in made:
-                made[key] = segment_table(key, self.device)
-        self.tables = [made[tuple(sorted(set(pairs)))] for pairs in closed]
-        self.zeroed = [one.to(self.device) if one.any() else None for one in zeroed]
+        self._ids = ids.reshape(members.shape[1:]).to(torch.uint8)
+        pairs: set[tuple[int, int]] = set()
+        zeroed = torch.zeros(kinds.shape[1], dtype=torch.bool)
+        for (source, target), zero in zip(kinds.view(-1, 2, kinds.shape[1]), zero_inputs, strict=True):
+            sources, targets = source.nonzero()[:, 0].tolist(), target.nonzero()[:, 0].tolist()
+            pairs |= {(s, t) for s in sources for t in targets}
+            zeroed |= source.bool() & zero
+        self.table = segment_table(sorted(pairs), device)
+        self.images = None if images is None else self._ids.long().gather(1, images)
+        self.zeroed = zeroed.to(device) if zeroed.any() else None
+        self.device = device
         self._made = self._ids[:, :0]
         self._last: tuple[tuple[int, int], Tensor] | None = None
-
-    def _of_images(self, layouts: Sequence[TokenLayout], padding: Sequence[int]) -> Tensor | None:
-        if len({len(layout.images) for layout in layouts}) != 1:
-            return None
-        first = [
-            [int(image.positions[0]) + pad for image in layout.images]
-            for layout, pad in zip(layouts, padding, strict=True)
-        ]
-        return self._ids.long().gather(1, torch.tensor(first, dtype=torch.long).reshape(len(layouts), -1))
 
     def segments(self, batch: int, keys: int) -> Tensor:
         """Return the segment ids of the first `keys` positions, uint8 [batch or 1, keys].
@@ -128,10 +93,58 @@ class Plan:
         self._last = (batch, keys), self._made[:, :keys]
         return self._last[1]
 
+
+class Plan:
+    """The rules of one batch of sequences, layer by layer.
+
+    Args:
+        rules: The rules.
+        layouts: The layout of each sequence, or at least of its prompt.
+        num_layers: How many layers the model has.
+        padding: The left padding of each sequence in the batch.
+        device: The device of the tensors.
+
+    Attributes:
+        layers: The rules of each layer, or None for a layer without a rule. Layers with the same rules share them.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[PlanRule],
+        layouts: Sequence[TokenLayout],
+        num_layers: int,
+        padding: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        padding = [0] * len(layouts) if padding is None else padding
+        sets = list(dict.fromkeys(side for rule in rules for side in rule[:2]))
+        explicit = [p for one in sets if not isinstance(one, str) for p in _all_positions(one)]
+        length = max([layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True)])
+        length = max([length, *(p + 1 + max(padding) for p in explicit)])
+        member = torch.zeros(len(sets), len(layouts), length + 1, dtype=torch.bool)
+        for i, one in enumerate(sets):
+            for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
+                _mark(member[i, b], one, b, layout, pad)
+        sides = [(sets.index(rule.source), sets.index(rule.target)) for rule in rules]
+        for rule, (source, target) in zip(rules, sides, strict=True):
+            _check_apart(member[source] & member[target], rule.source, rule.target, padding)
+        images = _first_of_images(layouts, padding)
+        active: list[list[int]] = [[] for _ in range(num_layers)]
+        for i, rule in enumerate(rules):
+            for number in parse_layers(rule.layers, num_layers):
+                active[number].append(i)
+        made: dict[tuple[int, ...], LayerPlan | None] = {(): None}
+        for chosen in map(tuple, active):
+            if chosen not in made:
+                both = member[[side for i in chosen for side in sides[i]]]
+                zero = [rules[i].zero_inputs for i in chosen]
+                made[chosen] = LayerPlan(both, zero, images, torch.device(device))
+        self.layers = [made[tuple(chosen)] for chosen in active]
+
     @property
     def zero_layers(self) -> frozenset[int]:
         """The layers with a rule that zeroes inputs."""
-        return frozenset(i for i, one in enumerate(self.zeroed) if one is not None)
+        return frozenset(i for i, one in enumerate(self.layers) if one is not None and one.zeroed is not None)
 
     def unreached(self, others: Mapping[int, str]) -> tuple[int, ...]:
         """Return which of the layers without attention have a rule that leaves their inputs as they are.
@@ -141,7 +154,7 @@ class Plan:
                 nothing where there is text alone, is not among them: rules reach it.
         """
         layers = [i for i, kind in others.items() if "CrossAttention" not in kind]
-        return tuple(i for i in layers if self.tables[i] is not None and self.zeroed[i] is None)
+        return tuple(i for i in layers if (one := self.layers[i]) is not None and one.zeroed is None)
 
 
 def plan_of(
@@ -180,6 +193,15 @@ def plan_of(
 def plan_rules(rules: Iterable[Knockout]) -> list[PlanRule]:
     """Return knockouts as the rules of a plan."""
     return [PlanRule(rule.source, rule.target, rule.layers, rule.zero_inputs) for rule in rules]
+
+
+def _first_of_images(layouts: Sequence[TokenLayout], padding: Sequence[int]) -> Tensor | None:
+    """Return the position of each image's first token, int64 [B, images], or None if their numbers differ."""
+    if len({len(layout.images) for layout in layouts}) != 1:
+        return None
+    both = zip(layouts, padding, strict=True)
+    first = [[int(image.positions[0]) + pad for image in layout.images] for layout, pad in both]
+    return torch.tensor(first, dtype=torch.long).reshape(len(layouts), -1)
 
 
 def _all_positions(one: Tokens | PerSequencePositions) -> Iterable[int]:

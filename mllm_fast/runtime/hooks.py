@@ -247,15 +247,15 @@ class _Attachment:
         if mask is not None:
             whole, bias = seen_by(mask, 0, rows, rows, keys, None)
             seen = seen & (whole if bias is None else bias == 0)
-        table = None if self.knockouts is None else self.knockouts.tables[layer]
-        if self.knockouts is not None and table is not None:
-            images = self.knockouts.images
+        rules = None if self.knockouts is None else self.knockouts.layers[layer]
+        if rules is not None:
+            images = rules.images
             if images is None or keys % max(1, images.shape[1]):
                 raise InputError("knockouts of a model with cross-attention need the same number of images a prompt")
-            kinds = self.knockouts.segments(batch, self.first + rows)[:, self.first :]
+            kinds = rules.segments(batch, self.first + rows)[:, self.first :]
             images = images.to(kinds.device).repeat_interleave(batch // len(images), 0)
             images = images.repeat_interleave(keys // images.shape[1], 1)
-            seen = seen & open_pairs(kinds.expand(batch, -1), images, table)[:, None]
+            seen = seen & open_pairs(kinds.expand(batch, -1), images, rules.table)[:, None]
         found = attend(query, key, value, seen, scoring, None, False, self.backend)
         observed = self.shares
         if observed is not None and observed.wants(self.first, rows) is not False:
@@ -264,12 +264,12 @@ class _Attachment:
 
     def _closed(self, site: int, batch: int, keys: int, mask: Tensor | None) -> Closed | None:
         """Return segments and table of the knockouts at a site, or None if it has none."""
-        table = None if self.knockouts is None else self.knockouts.tables[self.text.sites[site].layer]
-        if self.knockouts is None or table is None:
+        rules = None if self.knockouts is None else self.knockouts.layers[self.text.sites[site].layer]
+        if rules is None:
             return None
         # keep only the positions of the keys: with a sliding window they do not begin at 0
         before = mask.key_offset if isinstance(mask, RowMask) else 0
-        return self.knockouts.segments(batch, before + keys)[:, before:], table
+        return rules.segments(batch, before + keys)[:, before:], rules.table
 
     def _attend(self, site: int, query, key, value, mask, scoring: Scoring, closed: Closed | None) -> Tensor:
         if self.rows:
@@ -288,13 +288,11 @@ class _Attachment:
     def before_mixer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give what mixes the positions of a layer without attention zeros for the rows that a knockout names."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        assert self.knockouts is not None
-        zeroed = self.knockouts.zeroed[layer]
-        if zeroed is None:
+        rules = None if self.knockouts is None else self.knockouts.layers[layer]
+        if rules is None or rules.zeroed is None:
             return None
-        stop = self.first + hidden.shape[1]
-        kinds = self.knockouts.segments(len(hidden), stop)[:, self.first :].long()
-        hidden = hidden.masked_fill(zeroed[kinds][..., None], 0)
+        kinds = rules.segments(len(hidden), self.first + hidden.shape[1])[:, self.first :].long()
+        hidden = hidden.masked_fill(rules.zeroed[kinds][..., None], 0)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def count_before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

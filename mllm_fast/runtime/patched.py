@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
-from ..knockout.plan import Plan
+from ..knockout.plan import LayerPlan, Plan
 from ..knockout.rule import Knockout, parse_layers
 from .hooks import Recording, recording
 from .kv_cache import CACHE, cache_of
@@ -69,29 +69,15 @@ class _Patch:
         self._uncached: PatchedCall | None = None
 
     @property
-    def tables(self) -> list[Tensor | None]:
-        """The tables of the current call; see `Plan`."""
-        return self._plan().tables
-
-    @property
-    def zeroed(self) -> list[Tensor | None]:
-        """The segments with zeros as inputs; see `Plan`."""
-        return self._plan().zeroed
-
-    @property
-    def images(self) -> Tensor | None:
-        """The segments of the images; see `Plan`."""
-        return self._plan().images
+    def layers(self) -> list[LayerPlan | None]:
+        """The rules of each layer in the current call; see `Plan`."""
+        return self._plan().layers
 
     @property
     def zero_layers(self) -> frozenset[int]:
         """The layers with a rule that zeroes inputs; see `Plan`."""
         count = len(self.runner.text.layers)
         return frozenset().union(*(parse_layers(rule.layers, count) for rule in self.rules if rule.zero_inputs))
-
-    def segments(self, batch: int, keys: int) -> Tensor:
-        """Return the segment ids of the current call; see `Plan.segments`."""
-        return self._plan().segments(batch, keys)
 
     def _plan(self) -> Plan:
         if self._current is None or self._current.plan is None:

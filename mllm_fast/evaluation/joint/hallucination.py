@@ -11,6 +11,7 @@ from ...core.corruptions import KINDS, degrade
 from ...core.errors import InputError
 from ...core.images import load_image
 from ...joint.presence import EYES, QUERY, best_boxes, check_names, said_yes
+from ...shapes.scenes import COLORS as SHAPE_COLORS
 from ..report import COLORS, Chart, Report, Table
 from ..roc import auroc, split_threshold
 from ..rows import Row
@@ -20,6 +21,7 @@ from .base import JointEvaluation, number_of, percent
 if TYPE_CHECKING:
     from ...vlm import VLM
 
+_COLOR_WORDS = {*SHAPE_COLORS, "black", "white", "gray", "grey", "brown", "silver", "golden"}
 ERRS = 0.1  # images count as hard if the model calls this share or more of the absent classes present
 
 
@@ -58,9 +60,8 @@ class Hallucination(JointEvaluation):
         if sample.things is None:
             raise InputError(f"{sample.name}: nothing is known of what is there; give masks")
         joint, picture = self.joint(vlm), load_image(sample.image)
-        names = [set(thing.name.split()) for thing in sample.things]
         classes: list[str] = self.settings["classes"]
-        truth = {name: any(set(name.split()) <= one for one in names) for name in classes}
+        truth = {name: any(is_a(thing.name, name) for thing in sample.things) for name in classes}
         found: list[Row] = []
         for strength in self.settings["strengths"]:
             for kind in self.settings["kinds"] if strength else ["none"]:
@@ -139,6 +140,16 @@ class Hallucination(JointEvaluation):
             (9.0, 3.6),
         )
         return Report(self.name, self.title, says, [table], [chart], figures)
+
+
+def is_a(thing: str, kind: str) -> bool:
+    """Return whether an object's name is that of a class, alone or with colours before it.
+
+    A "red circle" is a "circle". A "teddy bear" is no "bear".
+    """
+    words, own = thing.lower().split(), kind.lower().split()
+    before, last = words[: len(words) - len(own)], words[len(words) - len(own) :]
+    return last == own and all(word in _COLOR_WORDS for word in before)
 
 
 def measure(rows: Sequence[Row]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InputError
-from ...explain.logit_lens import word_values
+from ...explain.logit_lens import word_values, write_of
 from ...runtime.detokenizer import token_texts
 from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.judge import NounJudge, shapes_judge
@@ -205,11 +205,9 @@ def _from_writes(ex: Explanation, against: int) -> dict[str, float]:
     """Return how well the right word can be read from what the best heads write at their best positions, on average."""
     heads = [head[:2] for head in ex.top_heads(0, TOP)]
     at = ex.position_scores(0, heads).argmax(1)
-    sites = [(ex.text_model.site(layer), head) for layer, head in heads]
-    values = ex.trace.position_values(0, sites)
     found = []
-    for i, head in enumerate(sites):
-        write = ex.text_model.projection(*head).to(values) @ values[i, int(at[i])]
+    for (layer, head), position in zip(heads, at.tolist(), strict=True):
+        write = write_of(ex, 0, layer, head, position)
         found.append(readable(word_values(ex, 0, write, "unembedding", write=True), ex.token_ids[0], against))
     return {name: mean_and_error([one[name] for one in found])[0] for name in found[0]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ...vlm import VLM
 
 TARGETS = ("generated", "query", "query+generated")
+# the text is all of the prompt but the image's block, as in the paper: marks around an image belong to it
+_TEXT = {"generated": "generated", "query": "text", "query+generated": "text+generated"}
+_BANDS = {80: "20-40", 32: "4-20"}  # the paper's, by the number of layers of its two models
 REFERENCES = ("answer", "truth")
 _FIGURES = ("f1", "precision", "recall")
 _LOOKS = {"generated": ("o", "-"), "query": ("s", "--"), "query+generated": ("^", "-.")}
@@ -33,7 +37,8 @@ class KnockoutSweep(Evaluation):
     """An evaluation of descriptions under knockouts of image -> target.
 
     An image has one row for each configuration. A configuration knocks out a target from a layer on, knocks it out in
-    all layers except the middle half, or knocks out nothing.
+    all layers except a band, or knocks out nothing. The image is its block, row ends and marks between tiles included,
+    and the target "query" is all text of the prompt.
 
     Args:
         prompt: The prompt for the description.
@@ -42,6 +47,8 @@ class KnockoutSweep(Evaluation):
         judge: The judge of the objects. By default it is that of the generated scenes.
         max_new_tokens: The largest number of tokens in a description.
         price: The price of a million of the judge's tokens, in dollars.
+        bands: The bands of layers that stay open, such as "20-40" (both included). By default it is the paper's for a
+            model of 80 or 32 layers, else the middle half.
     """
 
     name: ClassVar[str] = "knockout-sweep"
@@ -49,7 +56,9 @@ class KnockoutSweep(Evaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.prompt, options.reference, options.judge, options.max_new_tokens, options.price)
+        return cls(
+            options.prompt, options.reference, options.judge, options.max_new_tokens, options.price, options.bands
+        )
 
     def __init__(
         self,
@@ -58,8 +67,13 @@ class KnockoutSweep(Evaluation):
         judge: Judge | None = None,
         max_new_tokens: int = 64,
         price: float | None = None,
+        bands: Sequence[str] = (),
     ):
         check_choice("reference", reference, REFERENCES)
+        for band in bands:
+            if not re.fullmatch(r"\d+-\d+", band):
+                raise InputError(f"a band is the first and the last layer that stay open, such as 20-40, got {band!r}")
+        self.bands = tuple(dict.fromkeys(bands))
         self.judge = judge or shapes_judge()
         self.price = price  # in dollars per million of the judge's tokens; changes no row
         self.settings: dict[str, Any] = {
@@ -67,6 +81,7 @@ class KnockoutSweep(Evaluation):
             "reference": reference,
             "judge": self.judge.settings,
             "max_new_tokens": max_new_tokens,
+            **({"bands": list(self.bands)} if bands else {}),
         }
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
@@ -76,8 +91,8 @@ class KnockoutSweep(Evaluation):
         first = {"target": "", "layers": "", "reference": reference, "said": answer}
         found = [first | self._judged(reference, answer)]
         for target in TARGETS:
-            for layers in configurations(len(vlm.text.layers)):
-                rule = Knockout("image", target, layers)
+            for layers in configurations(len(vlm.text.layers), self.bands):
+                rule = Knockout("image_block", _TEXT[target], layers)
                 said = vlm.generate(sample.image, prompt, knockout=rule, max_new_tokens=limit).text
                 found.append({"target": target, "layers": layers, "said": said, **self._judged(reference, said)})
         return found
@@ -95,13 +110,14 @@ class KnockoutSweep(Evaluation):
             for i, row in enumerate(next(iter(rows.values())))
         }
         everywhere = {target: found[target, "from 0"]["f1"][0] for target in TARGETS}
-        band = next(layers for _, layers in found if layers.startswith("except"))
+        bands = list(dict.fromkeys(layers for _, layers in found if layers.startswith("except")))
+        open_in = [f"{band}, {found['query+generated', band]['f1'][0]:.2f}" for band in bands]
         compared = "its own description without a knockout" if self.settings["reference"] == "answer" else "the truth"
         says = [
             f"Objects that the model names, against {compared}, over {len(rows)} images. With the image closed to"
             f" the generated tokens in all layers F1 is {everywhere['generated']:.2f}, closed to the query"
             f" {everywhere['query']:.2f}, closed to both {everywhere['query+generated']:.2f}; closed to both in all"
-            f" layers {band}, {found['query+generated', band]['f1'][0]:.2f}.",
+            f" layers {'; '.join(open_in)}.",
         ]
         every = [row for one in rows.values() for row in one]
         unjudged = [row["unjudged"] for row in every if "unjudged" in row]
@@ -125,7 +141,7 @@ class KnockoutSweep(Evaluation):
             [
                 [row["target"] or "nothing", row["layers"] or "-", row["said"] or "(nothing)"]
                 for row in one
-                if row["layers"] in ("", "from 0", band)
+                if row["layers"] in ("", "from 0", *bands)
             ],
         )
         figures = {
@@ -137,26 +153,37 @@ class KnockoutSweep(Evaluation):
                 for (target, layers), means in found.items()
             ],
         }
-        chart = Chart(
-            "knockout-sweep",
-            lambda figure: _draw(figure, found, band),
-            "F1 of the named objects when the image is closed to the query, to the generated tokens or to both from a"
-            " layer on; on the right in all layers but the middle half. Bars are standard errors.",
-        )
         labels = labels_csv(
             (one[0]["reference"], row["said"], row["labels"]) for one in rows.values() for row in one if "labels" in row
         )
-        return Report(
-            self.name, self.title, says, [table, said], [chart], _finite(figures), files={"labels.csv": labels}
-        )
+        charts, files = _charts(found, bands), {"labels.csv": labels}
+        return Report(self.name, self.title, says, [table, said], charts, _finite(figures), files=files)
 
 
-def configurations(num_layers: int) -> list[str]:
-    """Return the layers to knock out: from each of up to 16 starting layers on, and all except the middle half."""
+def _charts(found: dict[tuple[str, str], dict], bands: Sequence[str]) -> list[Chart]:
+    return [
+        Chart(
+            "knockout-sweep",
+            lambda figure: _draw(figure, found, bands),
+            "F1 of the named objects when the image is closed to the query, to the generated tokens or to both from a"
+            " layer on; on the right in all layers but a band. Bars are standard errors.",
+        ),
+        Chart(
+            "knockout-bars",
+            lambda figure: _draw_bars(figure, found, bands),
+            "F1 of the named objects with the image closed in all layers, and (dashed) in all but a band. Bars are"
+            " standard errors.",
+        ),
+    ]
+
+
+def configurations(num_layers: int, bands: Sequence[str] = ()) -> list[str]:
+    """Return the layers to knock out: from each of up to 16 starting layers on, and all except each band."""
     starts = range(0, num_layers, -(-num_layers // _STARTS))
     half = max(1, num_layers // 2)
     first = (num_layers - half) // 2
-    return [*(f"from {start}" for start in starts), f"except {first}-{first + half - 1}"]
+    bands = bands or [_BANDS.get(num_layers, f"{first}-{first + half - 1}")]
+    return [*(f"from {start}" for start in starts), *(f"except {band}" for band in bands)]
 
 
 def _truth(sample: Sample) -> str:
@@ -185,13 +212,14 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _draw(figure: Any, found: dict[tuple[str, str], dict], band: str) -> None:
+def _draw(figure: Any, found: dict[tuple[str, str], dict], bands: Sequence[str]) -> None:
     axes = figure.subplots()
     starts = [int(layers.split()[1]) for target, layers in found if target == TARGETS[0] and layers.startswith("from")]
-    aside = starts[-1] + max(1.5, 0.12 * len(starts))
+    gap = max(1.5, 0.12 * len(starts))
+    asides = [starts[-1] + gap * (i + 1) for i in range(len(bands))]
     for i, (target, color) in enumerate(zip(TARGETS, COLORS, strict=False)):
         mark, style = _LOOKS[target]
-        shift = 0.01 * (i - 1) * aside  # shows equal values side by side
+        shift = 0.01 * (i - 1) * asides[-1]  # shows equal values side by side
         means, errors = zip(*(found[target, f"from {start}"]["f1"] for start in starts), strict=True)
         axes.errorbar(
             [s + shift for s in starts],
@@ -203,11 +231,39 @@ def _draw(figure: Any, found: dict[tuple[str, str], dict], band: str) -> None:
             capsize=2,
             label=target,
         )
-        axes.errorbar([aside + shift], *([v] for v in found[target, band]["f1"]), color=color, marker=mark, capsize=2)
-    axes.set_xticks([*starts, aside], [*map(str, starts), f"all but\n{band.split()[1]}"])
-    axes.axvline((starts[-1] + aside) / 2, color="#bbbbbb", linewidth=1)
+        for aside, band in zip(asides, bands, strict=True):
+            mean, error = found[target, band]["f1"]
+            axes.errorbar([aside + shift], [mean], [error], color=color, marker=mark, capsize=2)
+    axes.set_xticks([*starts, *asides], [*map(str, starts), *(f"all but\n{band.split()[1]}" for band in bands)])
+    axes.axvline((starts[-1] + asides[0]) / 2, color="#bbbbbb", linewidth=1)
     axes.set_xlabel("knocked out from this layer on")
     axes.set_ylabel("F1 of the named objects")
     axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.25)
     axes.legend(title="image closed to", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+
+def _draw_bars(figure: Any, found: dict[tuple[str, str], dict], bands: Sequence[str]) -> None:
+    axes = figure.subplots()
+    ways = ["from 0", *bands]
+    width = 0.8 / len(ways)
+    for i, way in enumerate(ways):
+        at = np.arange(len(TARGETS)) + (i - (len(ways) - 1) / 2) * width
+        means, errors = zip(*(found[target, way]["f1"] for target in TARGETS), strict=True)
+        axes.bar(
+            at,
+            means,
+            0.9 * width,
+            yerr=errors,
+            capsize=3,
+            color=COLORS[i % len(COLORS)],
+            alpha=0.8 if i == 0 else 0.35,
+            edgecolor="#333333",
+            linestyle="-" if i == 0 else "--",
+            label="all layers" if i == 0 else f"all but {way.split()[1]}",
+        )
+    axes.set_xticks(range(len(TARGETS)), [f"image -> {target}" for target in TARGETS])
+    axes.set_ylabel("F1 of the named objects")
+    axes.set_ylim(0, 1.03)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(title="knocked out in", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
