@@ -15,7 +15,18 @@ from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.datasets import mme, pope, scene_pairs
 from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import YesNo
-from mllm_fast.evaluation.studies.yes_no import Mme, Pope, Redundancy, Way, accuracies, detection, meaning, ways
+from mllm_fast.evaluation.studies.yes_no import (
+    Mme,
+    Pope,
+    Redundancy,
+    Way,
+    accuracies,
+    detection,
+    mean_over_tasks,
+    meaning,
+    meaning_by_mme,
+    ways,
+)
 from mllm_fast.evaluation.worker import ModelChoice
 
 MODEL = ModelChoice(device="cpu", threads=1)
@@ -196,5 +207,62 @@ def test_scenes_and_what_is_kept_of_them(tmp_path):
     assert tokens["query + 5 %"] - tokens["query alone"] == 8
     report = Mme(shares).report(rows)
     assert report.figures["total"]["full"]["ACC"] >= 50
-    assert report.tables[1].rows[0][0] == "existence"
+    assert report.tables[2].rows[0][0] == "existence"
     assert Pope(shares).report({"a": [{"error": "x"}]}).failed == {"a": "x"}
+
+
+@pytest.mark.parametrize(
+    ("said", "mme", "first"),
+    [
+        ("Yes", True, True),
+        (" no.", False, False),
+        ("Yes, there is no dog.", True, True),
+        ("The answer is yes.", None, True),
+        ("Not there, yes", False, True),
+        ("I know it", None, None),
+        ("eyes", True, None),
+        ("", None, None),
+    ],
+)
+def test_the_two_ways_to_read_an_answer(said, mme, first):
+    """MME's script looks for the letters in the first four, ours for the first whole word."""
+    assert meaning_by_mme(said) is mme
+    assert meaning(said) is first
+
+
+def test_the_mean_over_tasks_by_hand():
+    """Tasks count alike, however many images they have; table 1's first row is the mean of its ten columns."""
+    nothing = float("nan")
+    small = {"ACC": 50.0, "ACC+": 0.0, "neither": 10.0, "tokens": 20.0}
+    large = {"ACC": 100.0, "ACC+": 100.0, "neither": 0.0, "tokens": nothing}
+    assert mean_over_tasks([small, large]) == {"ACC": 75.0, "ACC+": 50.0, "neither": 5.0, "tokens": 20.0}
+
+
+def test_naive_asks_about_the_image_from_the_start(shapes):
+    sample = scene_pairs(1).list[0]
+    rows = Mme((0.1,)).rows(shapes, sample)
+    naive = [row for row in rows if row["way"] == "naive"]
+    assert [row["way"] for row in rows[: len(naive)]] == ["naive"] * len(sample.questions)
+    for row, question in zip(naive, sample.questions, strict=True):
+        own = shapes.generate(sample.image, question.text, max_new_tokens=16)
+        assert (row["said"], row["tokens"]) == (own.text, own.layout.prompt_length)
+        assert row["yes"] is meaning_by_mme(own.text)
+    report = Mme((0.1,)).report({sample.name: rows})
+    mean = report.tables[0]
+    assert mean.rows[0][0] == "naive"
+    assert mean.rows[0][-2:] == ["100.0", "100.0"]
+    with pytest.raises(InputError, match=r"--task is one of .*, got nowhere"):
+        Mme((0.1,), tasks=("nowhere",)).report({sample.name: rows})
+
+
+def test_the_paper_counts_the_tasks_of_perception():
+    row = lambda group, truth, said: {"way": "full", "group": group, "truth": truth, "yes": said, "tokens": 5}  # noqa: E731
+    rows = {
+        "a": [row("existence", True, True)] * 2,
+        "b": [row("OCR", True, False)] * 2,
+        "c": [row("code_reasoning", True, True)] * 2,
+    }
+    report = Mme().report(rows)
+    assert report.figures["mean"]["full"]["ACC"] == 50
+    assert "code_reasoning do not count" in report.says[-2] + report.says[-1]
+    assert Mme(tasks=("code_reasoning",)).report(rows).figures["mean"]["full"]["ACC"] == 100

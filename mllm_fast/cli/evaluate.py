@@ -47,7 +47,9 @@ def evaluate(  # long: the options of a command are its parameters
         Path, typer.Option("--out", "-o", help="Folder of the rows and the report; used again, it goes on.")
     ] = Path("mllm-fast-eval"),
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model is asked.")] = "Describe the image.",
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The longest description, in tokens; 300 for mme, redundancy and pope, else 64.")
+    ] = None,
     masks: Annotated[
         Path | None, typer.Option(help="The images' objects: a .json in COCO's format, or a folder of .png masks.")
     ] = None,
@@ -85,6 +87,13 @@ def evaluate(  # long: the options of a command are its parameters
     band: Annotated[
         list[str] | None,
         typer.Option(help='For knockout-sweep: layers that stay open, "20-40", both included; several.'),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="For mme: a task that counts, several; the ten of perception by default.")
+    ] = None,
+    parser: Annotated[
+        str | None,
+        typer.Option(help='How a yes or no is read: "mme", as its script does, or "first", the first yes or no.'),
     ] = None,
     processes: Annotated[int, typer.Option(help="Each with its own model; the numbers do not depend on it.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="The processes are actors of a Ray Data job.")] = False,
@@ -145,6 +154,8 @@ def evaluate(  # long: the options of a command are its parameters
         statement=statement,
         second_model=second_model,
         bands=tuple(band or ()),
+        tasks=tuple(task or ()),
+        parser=parser,
     )
     evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
     choice = ModelChoice(model, device, dtype, backend)

@@ -24,7 +24,7 @@ class EvaluationOptions:
 
     Attributes:
         prompt: The prompt for the model.
-        max_new_tokens: The largest number of tokens in an answer.
+        max_new_tokens: The largest number of tokens in a description, or None for the evaluation's own default.
         words: The vocabulary of objects to look for. None stands for that of the generated scenes.
         judge: The judge of descriptions. None stands for that of the generated scenes.
         reader: A language model that answers questions from descriptions.
@@ -33,10 +33,12 @@ class EvaluationOptions:
         reference: What descriptions are compared with.
         question, statement, second_model: Options of the evaluation "heads".
         bands: The bands of layers that "knockout-sweep" leaves open.
+        tasks: The tasks of MME that count.
+        parser: How the answers to yes-or-no questions are read, "mme" or "first".
     """
 
     prompt: str = "Describe the image."
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     words: NounJudge | None = None
     judge: Judge | None = None
     reader: Any = None
@@ -47,6 +49,13 @@ class EvaluationOptions:
     statement: str = "the {noun} is {attribute}."
     second_model: str | None = None
     bands: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    parser: str | None = None
+
+    @property
+    def answer_tokens(self) -> int:
+        """The largest number of tokens in an answer: `max_new_tokens`, or 64."""
+        return 64 if self.max_new_tokens is None else self.max_new_tokens
 
 
 class Evaluation(ABC):

@@ -42,7 +42,7 @@ class AttentionShare(Evaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.prompt, options.max_new_tokens)
+        return cls(options.prompt, options.answer_tokens)
 
     def __init__(self, prompt: str = "Describe the image.", max_new_tokens: int = 64):
         self.settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}

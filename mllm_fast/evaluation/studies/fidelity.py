@@ -57,7 +57,7 @@ class Fidelity(WordEvaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.prompt, options.words, max_new_tokens=options.max_new_tokens)
+        return cls(options.prompt, options.words, max_new_tokens=options.answer_tokens)
 
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)

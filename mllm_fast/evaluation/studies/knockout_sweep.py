@@ -57,7 +57,7 @@ class KnockoutSweep(Evaluation):
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
         return cls(
-            options.prompt, options.reference, options.judge, options.max_new_tokens, options.price, options.bands
+            options.prompt, options.reference, options.judge, options.answer_tokens, options.price, options.bands
         )
 
     def __init__(

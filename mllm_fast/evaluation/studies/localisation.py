@@ -41,7 +41,7 @@ class Localisation(WordEvaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.prompt, options.words, max_new_tokens=options.max_new_tokens)
+        return cls(options.prompt, options.words, max_new_tokens=options.answer_tokens)
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         ex, words = self.explained(vlm, sample)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...context.compress import prefill_and_score
 from ...context.scores import kept_count
-from ...core.errors import InputError
+from ...core.errors import InputError, check_choice
 from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.endpoint import Unanswered, cost
 from ..registry import evaluation
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 _SAID = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 REDUNDANCY_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-FULL, QUERY, READER = "full", "query alone", "description to LLM"
+NAIVE, FULL, QUERY, READER = "naive", "full", "query alone", "description to LLM"
+DESCRIPTION_TOKENS = 300  # of a description, at most, before an image is compressed
+PARSERS = ("mme", "first")
+# the paper's ten, of MME's fourteen
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
 
 
 class Way(NamedTuple):
@@ -87,6 +93,9 @@ class YesNoBenchmark(Evaluation):
         reader: A language model that adds one more way: it answers from the image's description. In its rows
             "unanswered" is the reason why there is no answer.
         price: The price of a million of the reader's tokens, in dollars.
+        description_tokens: The largest number of tokens in the model's answer to `prompt`.
+        naive: Whether one more way asks the question itself about the image, from the start.
+        parser: How an answer is read: "mme" as MME's own script does, or "first", by the first yes or no.
     """
 
     def __init__(
@@ -96,7 +105,12 @@ class YesNoBenchmark(Evaluation):
         max_new_tokens: int = 16,
         reader: Reader | None = None,
         price: float | None = None,
+        *,
+        description_tokens: int = DESCRIPTION_TOKENS,
+        naive: bool = False,
+        parser: str = "first",
     ):
+        check_choice("parser", parser, PARSERS)
         for share in shares:
             kept_count(share, 100)
         self.shares = tuple(shares)
@@ -107,6 +121,9 @@ class YesNoBenchmark(Evaluation):
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,
             "reader": None if reader is None else reader.settings,
+            "description_tokens": description_tokens,
+            "naive": naive,
+            "parser": parser,
         }
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
@@ -114,25 +131,44 @@ class YesNoBenchmark(Evaluation):
             raise InputError(sample.problem)
         if not sample.questions:
             raise InputError(f"{sample.name}: has no yes-or-no questions")
-        prefill = prefill_and_score(vlm, sample.image, self.settings["prompt"])
+        described = self.settings["description_tokens"]
+        prefill = prefill_and_score(vlm, sample.image, self.settings["prompt"], max_new_tokens=described)
         texts = [question.text for question in sample.questions]
         found: list[Row] = []
+        for question in sample.questions if self.settings["naive"] else ():
+            said = vlm.generate(sample.image, question.text, max_new_tokens=self.settings["max_new_tokens"])
+            found.append(self._row(sample, NAIVE, question, said.text, said.layout.prompt_length))
         for way in ways(self.shares):
             context = prefill.context(way.keep, "generated", way.parts)
             answers = context.ask_many(texts, max_new_tokens=self.settings["max_new_tokens"])
             for question, answer in zip(sample.questions, answers, strict=True):
                 asked = answer.layout.prompt_length - context.prefix_length
-                found.append(_row(sample, way.name, question, answer.text, context.num_tokens + asked))
+                found.append(self._row(sample, way.name, question, answer.text, context.num_tokens + asked))
         if self.reader is not None:
-            found += [self._read(self.reader, sample, question, prefill.description) for question in sample.questions]
+            ids = vlm.processor.tokenizer
+            for question in sample.questions:
+                tokens = len(ids(f"{prefill.description} {question.text}", add_special_tokens=False).input_ids)
+                found.append(self._read(self.reader, sample, question, prefill.description, tokens))
         return found
 
-    def _read(self, reader: Reader, sample: Sample, question: YesNo, description: str) -> Row:
+    def _row(self, sample: Sample, way: str, question: YesNo, said: str, tokens: int | None) -> Row:
+        return {
+            "way": way,
+            "group": sample.group,
+            "question": question.text,
+            "truth": question.truth,
+            "said": said,
+            "yes": (meaning_by_mme if self.settings["parser"] == "mme" else meaning)(said),
+            "tokens": tokens,
+        }
+
+    def _read(self, reader: Reader, sample: Sample, question: YesNo, description: str, tokens: int) -> Row:
         try:
             said, paid = reader.answer(description, question.text)
         except Unanswered as error:
-            return _row(sample, READER, question, "", None) | {"paid": error.tokens, "unanswered": str(error)}
-        return _row(sample, READER, question, said, None) | {"paid": paid}
+            row = self._row(sample, READER, question, "", tokens)
+            return row | {"paid": error.tokens, "unanswered": str(error)}
+        return self._row(sample, READER, question, said, tokens) | {"paid": paid}
 
     def asides(self, rows: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
         """Leave out the rows of each image and way with an unanswered question, so that only whole images count.
@@ -151,22 +187,31 @@ class YesNoBenchmark(Evaluation):
         return {name: [row for row in one if (name, row["way"]) not in gone] for name, one in rows.items()}, says
 
 
-def _row(sample: Sample, way: str, question: YesNo, said: str, tokens: int | None) -> Row:
-    return {
-        "way": way,
-        "group": sample.group,
-        "question": question.text,
-        "truth": question.truth,
-        "said": said,
-        "yes": meaning(said),
-        "tokens": tokens,
-    }
-
-
 def meaning(said: str) -> bool | None:
     """Return whether an answer means yes, by the first yes or no in it, or None if it has neither."""
     found = _SAID.search(said)
     return None if found is None else found[1].lower() == "yes"
+
+
+def meaning_by_mme(said: str) -> bool | None:
+    """Return whether an answer means yes as MME's own script decides, by the first four characters of the answer.
+
+    "Yes" there means yes, else "no" there means no. The script takes the answer without the space around it.
+    """
+    begin = said.strip().lower()[:4]
+    return True if "yes" in begin else False if "no" in begin else None
+
+
+def mean_over_tasks(tasks: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the unweighted mean of each of MME's figures over tasks, of which each is one of `accuracies`.
+
+    A task without any token count, or any answer, is left out of that mean.
+    """
+    every = list(tasks)
+    return {
+        name: mean_and_error([one[name] for one in every if not math.isnan(one[name])])[0]
+        for name in ("ACC", "ACC+", "neither", "tokens")
+    }
 
 
 def accuracies(samples: Iterable[Sequence[Row]]) -> dict[str, float]:
@@ -207,6 +252,31 @@ def detection(rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
+def _table(title: str, found: dict[str, dict[str, float]]) -> Table:
+    """Return MME's figures of each way, and its ACC and tokens as shares of the naive way's."""
+    naive = found.get(NAIVE)
+    columns = ["ACC", "ACC+", "neither", "tokens"]
+    if naive is None:
+        return Table(
+            title, ["kept", *columns], [[way, *(_number(one[c]) for c in columns)] for way, one in found.items()]
+        )
+    share = lambda one, name: _number(100 * one[name] / naive[name] if naive[name] else math.nan)  # noqa: E731
+    rows = [
+        [way, *(_number(one[c]) for c in columns), share(one, "ACC"), share(one, "tokens")]
+        for way, one in found.items()
+    ]
+    return Table(title, ["kept", *columns, "ACC of naive, %", "tokens of naive, %"], rows)
+
+
+def _common(options: EvaluationOptions) -> dict[str, Any]:
+    described = options.max_new_tokens or DESCRIPTION_TOKENS
+    return {"reader": options.reader, "price": options.price, "description_tokens": described}
+
+
+def _read_by(options: EvaluationOptions) -> dict[str, Any]:
+    return {} if options.parser is None else {"parser": options.parser}
+
+
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
@@ -217,7 +287,15 @@ def _pair(figures: dict[str, float]) -> str:
 
 @evaluation
 class Mme(YesNoBenchmark):
-    """MME's ACC and ACC+ of each way, per task and over all (arXiv 2411.17491, table 1)."""
+    """MME's ACC and ACC+ of each way, per task, as the mean over tasks and over all (arXiv 2411.17491, table 1).
+
+    The way "naive" asks each question about the image from the start. "full" asks it in a second turn, after the
+    model's answer to `prompt`.
+
+    Args:
+        tasks: The names of the tasks that count; by default the ten of perception, if a folder has any of them.
+        settings: The settings of `YesNoBenchmark`.
+    """
 
     name: ClassVar[str] = "mme"
     title: ClassVar[str] = "Yes-or-no questions, answered from what is left of an image"
@@ -225,10 +303,21 @@ class Mme(YesNoBenchmark):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.shares or (0.02, 0.05), options.prompt, reader=options.reader, price=options.price)
+        shares = options.shares or (0.02, 0.05)
+        return cls(shares, options.prompt, tasks=options.tasks, parser=options.parser or "mme", **_common(options))
+
+    def __init__(self, *given: Any, tasks: Sequence[str] = (), parser: str = "mme", **settings: Any):
+        super().__init__(*given, naive=True, parser=parser, **settings)
+        self.tasks = tuple(tasks)
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         rows, asides = self.asides(rows)
+        there = {one[0]["group"] for one in rows.values()}
+        counted = set(self.tasks) or (there & set(PERCEPTION)) or there
+        if not counted <= there:
+            raise InputError(f"--task is one of {', '.join(sorted(there))}, got {', '.join(sorted(counted - there))}")
+        left_out = sorted(there - counted)
+        rows = {name: one for name, one in rows.items() if one[0]["group"] in counted}
         named = list(dict.fromkeys(row["way"] for one in rows.values() for row in one))
         groups = sorted({one[0]["group"] for one in rows.values()})
         of = lambda way, group=None: [  # noqa: E731
@@ -239,31 +328,33 @@ class Mme(YesNoBenchmark):
         total = {way: accuracies(of(way)) for way in named}
         each = {group: {way: accuracies(of(way, group)) for way in named} for group in groups}
         same = sum(len({row["truth"] for row in one}) == 1 for one in rows.values())
+        mean = {way: mean_over_tasks(each[group][way] for group in groups) for way in named}
         tasks = f"{len(groups)} task{'s' * (len(groups) != 1)}"
         says = [f"{len(rows)} images in {tasks}; answers that are neither yes nor no count as wrong."]
         says += asides
+        if left_out:
+            says.append(f"The tasks {', '.join(left_out)} do not count.")
         if same:
             says.append(f"Both answers are the same for {same} images.")
-        columns = ["ACC", "ACC+", "neither", "tokens"]
         tables = [
-            Table(
-                "Over all, %, and tokens that a re-prompt reads",
-                ["kept", *columns],
-                [[way, *(_number(total[way][column]) for column in columns)] for way in named],
-            ),
+            _table("Mean over the tasks, %, and tokens that a re-prompt reads", mean),
+            _table("Over all, %, and tokens that a re-prompt reads", total),
             Table(
                 "ACC/ACC+ per task, %",
                 ["task", *named],
                 [[g, *(_pair(each[g][w]) for w in named)] for g in groups],
             ),
         ]
-        figures = {"samples": len(rows), "same answers": same, "total": total, "tasks": each}
+        figures = {"samples": len(rows), "same answers": same, "mean": mean, "total": total, "tasks": each}
         return Report(self.name, self.title, says, tables, [], figures)
 
 
 @evaluation
 class Redundancy(YesNoBenchmark):
-    """Accuracy over the share of image tokens kept, with and without the query (arXiv 2411.17491, figure 9)."""
+    """Right yes-or-no answers over the share of image tokens kept, with and without the query.
+
+    Figure 9 of arXiv 2411.17491 has the descriptions themselves over that share, see `FewTokens`.
+    """
 
     name: ClassVar[str] = "redundancy"
     title: ClassVar[str] = "How many image tokens does an answer need?"
@@ -271,9 +362,7 @@ class Redundancy(YesNoBenchmark):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(
-            options.shares or REDUNDANCY_SHARES, prompt=options.prompt, reader=options.reader, price=options.price
-        )
+        return cls(options.shares or REDUNDANCY_SHARES, prompt=options.prompt, **_read_by(options), **_common(options))
 
     def __init__(self, shares: Sequence[float] = REDUNDANCY_SHARES, **settings: Any):
         super().__init__(shares or (1.0,), **settings)
@@ -337,7 +426,7 @@ class Pope(YesNoBenchmark):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.shares, options.prompt, reader=options.reader, price=options.price)
+        return cls(options.shares, options.prompt, **_read_by(options), **_common(options))
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         rows, asides = self.asides(rows)
