@@ -4,6 +4,8 @@ against their own eager attention, so that the tolerance (1e-9 on logits of orde
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import knocked
 import pytest
 import tiny
@@ -268,3 +270,30 @@ def test_a_turn_that_ended_is_closed_by_the_template(shapes, picture):
     assert len(chat.turns[0].token_ids) == 1, "ended, not cut off"
     expected = [*ctx.input_ids.tolist(), *turns[0], *chat.turns[0].token_ids, *turns[1]]
     assert chat.turns[1].input_ids[: chat.turns[1].layout.prompt_length].tolist() == expected
+
+
+def test_a_description_goes_on_from_what_is_kept(vlm, picture, tmp_path):
+    """From everything it is the model's own; from the query alone that with the image closed to the answer."""
+    prompt, count = "describe this picture", 6
+    own = vlm.generate(picture, prompt, max_new_tokens=count)
+    whole = vlm.compress(picture, keep=1.0, prompt=prompt, max_new_tokens=3)
+    assert whole.describe(max_new_tokens=count).token_ids == own.token_ids
+    assert torch.equal(whole.describe(max_new_tokens=count).input_ids, own.input_ids)
+    assert whole.describe(max_new_tokens=1).token_ids == own.token_ids[:1]
+    blind = vlm.generate(picture, prompt, knockout=mf.Knockout("image", "generated"), max_new_tokens=count)
+    query = vlm.compress(picture, prompt=prompt, parts="query", score="query")
+    assert query.describe(max_new_tokens=count).token_ids == blind.token_ids
+    few = vlm.compress(picture, keep=0.3, prompt=prompt)
+    dropped = [
+        mf.Knockout(
+            tuple(i for i in few.layout.positions("image").tolist() if i not in kept.positions), "generated", (n,)
+        )
+        for n, kept in enumerate(map(few.kept, range(len(vlm.text.layers))))
+    ]
+    out = vlm.generate(picture, prompt, knockout=dropped, max_new_tokens=count)
+    assert few.describe(max_new_tokens=count).token_ids == out.token_ids
+    few.save(tmp_path / "few.safetensors")
+    loaded = mf.Context.load(tmp_path / "few.safetensors", vlm)
+    assert loaded.describe(max_new_tokens=count).token_ids == out.token_ids
+    with pytest.raises(mf.InputError, match="does not hold the first token"):
+        replace(loaded, first_token=None).describe()

@@ -133,8 +133,9 @@ def evaluate(  # long: the options of a command are its parameters
         out = out.resolve()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     judge, reader = (words, None) if judge_model is None else _endpoint(judge_model, judge_url, out / "judge")
-    if images is not None and judge is None and "knockout-sweep" in chosen:
-        raise InputError("knockout-sweep needs to know your images' objects: give --vocabulary or --judge-model")
+    if images is not None and judge is None and (asks := {"knockout-sweep", "few-tokens"} & set(chosen)):
+        needy = " and ".join(sorted(asks))
+        raise InputError(f"{needy} needs to know your images' objects: give --vocabulary or --judge-model")
     if labels is not None:
         publish([_agreement(labels, words, judge, price)], out, as_json)
         return

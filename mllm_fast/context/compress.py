@@ -46,6 +46,7 @@ class ScoredPrefill:
         description: the model's answer to the prompt; empty if no score needs it.
         images: the images.
         peak_nbytes: the most bytes of keys and values that were held at once.
+        first_token: the first token of the model's answer to the prompt.
         state: the state of layers without attention after the prompt, see `runtime.recurrent`; None if there is none.
     """
 
@@ -60,6 +61,7 @@ class ScoredPrefill:
     description: str
     images: tuple[Any, ...]
     peak_nbytes: int
+    first_token: int
     state: State | None = None
 
     def context(
@@ -102,6 +104,7 @@ class ScoredPrefill:
             settings=settings,
             images=self.images,
             state=self.state,
+            first_token=self.first_token,
             peak_nbytes=self.peak_nbytes + compact.keys.nbytes + compact.values.nbytes,
         )
 
@@ -210,5 +213,6 @@ def prefill_and_score(
         description=description.strip(),
         images=tuple(pictures),
         peak_nbytes=peak,
+        first_token=int(output.sequences[0, layout.length]),
         state=state,
     )

@@ -49,7 +49,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
+class Context:  # long: what can be asked of it is a method each
     """Keys and values of an image's prefix: in each layer, those of the text tokens and of the kept image tokens.
 
     A context never changes. Questions keep their own keys and values beside it, and several threads may ask at once
@@ -71,6 +71,8 @@ class Context:
         peak_nbytes: the most bytes of keys and values held at once while the context was made; 0 if it was read from a
             file.
         state: what layers without attention keep of the whole prefix, image included; None if the model has none.
+        first_token: the first token of the model's answer to the prompt, from which `describe` goes on; None in files
+            of older releases.
     """
 
     vlm: ModelRunner
@@ -86,6 +88,7 @@ class Context:
     images: tuple[Any, ...] = ()
     peak_nbytes: int = 0
     state: State | None = None
+    first_token: int | None = None
 
     __getattr__ = renamed(pictures="canvases")
 
@@ -154,6 +157,33 @@ class Context:
             owner.append(torch.full((int(here.sum()),), i))
             boxes.append(image.token_boxes()[here.numpy()])
         return Kept(torch.cat(chosen), torch.cat(owner), np.concatenate(boxes))
+
+    def describe(self, *, max_new_tokens: int = 300, **options: Any) -> Answer:
+        """Answer the prompt of the first turn itself from what the context keeps.
+
+        The answer's tokens see the kept tokens of the prompt and one another. Its first token is that of the answer
+        from the whole image, as it follows from the prompt's last token, which saw everything (arXiv 2411.17491,
+        figure 9). With `keep=1.0` the answer is that of `VLM.generate`.
+
+        Args:
+            max_new_tokens: the most tokens that the answer may have.
+            options: options of transformers' `generate`, for one sequence and one beam.
+
+        Raises:
+            InputError: the context was saved by a release that did not keep the first token.
+        """
+        if self.first_token is None:
+            raise InputError("this context does not hold the first token of a description: make it again")
+        questions, stop = self.questions, self.vlm.prompts.stop_ids(options)
+        sequence = torch.cat([self.input_ids, torch.tensor([self.first_token])])
+        questions.check_window(max_new_tokens)
+        if max_new_tokens > 1 and self.first_token not in stop:
+            session = questions.decoder(1, max_new_tokens)
+            ids, whole = [[self.first_token]], [sequence]
+            with questions.running(), session.recording():
+                for said in questions.generate(session, ids, whole, max_new_tokens - 1, options):
+                    sequence = sequence if said is None else said[2][0].cpu()
+        return answer_of(sequence, questions.layout(len(self.input_ids)), self.vlm.processor.tokenizer, stop)
 
     def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
         """Answer a question.

@@ -160,6 +160,7 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
         ),
         "input_ids": input_ids,
         "state": state_from(description["state"], held, vlm.text) if held else None,
+        "first_token": description.get("first_token"),
         **{name: description[name] for name in ("position", "prompt", "description", "settings")},
     }
 
@@ -220,6 +221,7 @@ def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[st
         "images": images,
         "separators": fields["layout"].separators.tolist(),
         "state": plain_of(fields.get("state") or {}),
+        "first_token": fields.get("first_token"),
         **{name: fields[name] for name in ("position", "prompt", "description", "settings")},
     }
 

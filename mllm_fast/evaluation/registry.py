@@ -19,6 +19,7 @@ EVALUATIONS: Registry[type[Evaluation]] = Registry(
         for name, module in (
             ("attention-share", "attention_share"),
             ("knockout-sweep", "knockout_sweep"),
+            ("few-tokens", "few_tokens"),
             ("heads", "heads"),
             ("localisation", "localisation"),
             ("fidelity", "fidelity"),

@@ -135,5 +135,6 @@ class ContextBuilder:
             description=words,
             images=(),
             peak_nbytes=sum(tensor.nbytes for tensor in (*keys, *values)),
+            first_token=self.said[0] if self.said else int(first.logits.argmax()),
         )
         return prefill.context(spec.keep, spec.score)

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ...core.errors import InputError, check_choice
+from ...core.errors import InputError
 from ...knockout.rule import Knockout
-from ..base import Evaluation, EvaluationOptions, mean_and_error
+from ..base import Evaluation, EvaluationOptions
 from ..judges.agreement import labels_csv
-from ..judges.endpoint import cost
-from ..judges.judge import Judge, Unjudged, scores, shapes_judge
+from ..judges.judge import Judge
 from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table
 from ..rows import Row
 from ..samples import Sample
+from .descriptions import FIGURES, DescriptionEvaluation, cell_of, finite, means_of
 
 if TYPE_CHECKING:
     from ...vlm import VLM
@@ -26,14 +26,12 @@ TARGETS = ("generated", "query", "query+generated")
 # the text is all of the prompt but the image's block, as in the paper: marks around an image belong to it
 _TEXT = {"generated": "generated", "query": "text", "query+generated": "text+generated"}
 _BANDS = {80: "20-40", 32: "4-20"}  # the paper's, by the number of layers of its two models
-REFERENCES = ("answer", "truth")
-_FIGURES = ("f1", "precision", "recall")
 _LOOKS = {"generated": ("o", "-"), "query": ("s", "--"), "query+generated": ("^", "-.")}
 _STARTS = 16  # the largest number of starting layers to try in a deep model, evenly spaced
 
 
 @evaluation
-class KnockoutSweep(Evaluation):
+class KnockoutSweep(DescriptionEvaluation):
     """An evaluation of descriptions under knockouts of image -> target.
 
     An image has one row for each configuration. A configuration knocks out a target from a layer on, knocks it out in
@@ -41,12 +39,7 @@ class KnockoutSweep(Evaluation):
     and the target "query" is all text of the prompt.
 
     Args:
-        prompt: The prompt for the description.
-        reference: What a description is compared with. "answer" is the model's own description without a knockout, as
-            in the paper. "truth" is the known objects of the image.
-        judge: The judge of the objects. By default it is that of the generated scenes.
-        max_new_tokens: The largest number of tokens in a description.
-        price: The price of a million of the judge's tokens, in dollars.
+        prompt, reference, judge, max_new_tokens, price: As in `DescriptionEvaluation`.
         bands: The bands of layers that stay open, such as "20-40" (both included). By default it is the paper's for a
             model of 80 or 32 layers, else the middle half.
     """
@@ -69,68 +62,48 @@ class KnockoutSweep(Evaluation):
         price: float | None = None,
         bands: Sequence[str] = (),
     ):
-        check_choice("reference", reference, REFERENCES)
         for band in bands:
             if not re.fullmatch(r"\d+-\d+", band):
                 raise InputError(f"a band is the first and the last layer that stay open, such as 20-40, got {band!r}")
+        super().__init__(prompt, reference, judge, max_new_tokens, price)
         self.bands = tuple(dict.fromkeys(bands))
-        self.judge = judge or shapes_judge()
-        self.price = price  # in dollars per million of the judge's tokens; changes no row
-        self.settings: dict[str, Any] = {
-            "prompt": prompt,
-            "reference": reference,
-            "judge": self.judge.settings,
-            "max_new_tokens": max_new_tokens,
-            **({"bands": list(self.bands)} if bands else {}),
-        }
+        if bands:
+            self.settings["bands"] = list(self.bands)
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         limit, prompt = self.settings["max_new_tokens"], self.settings["prompt"]
         answer = vlm.generate(sample.image, prompt, max_new_tokens=limit).text
-        reference = answer if self.settings["reference"] == "answer" else _truth(sample)
+        reference = self.reference(sample, answer)
         first = {"target": "", "layers": "", "reference": reference, "said": answer}
-        found = [first | self._judged(reference, answer)]
+        found = [first | self.judged(reference, answer)]
         for target in TARGETS:
             for layers in configurations(len(vlm.text.layers), self.bands):
                 rule = Knockout("image_block", _TEXT[target], layers)
                 said = vlm.generate(sample.image, prompt, knockout=rule, max_new_tokens=limit).text
-                found.append({"target": target, "layers": layers, "said": said, **self._judged(reference, said)})
+                found.append({"target": target, "layers": layers, "said": said, **self.judged(reference, said)})
         return found
-
-    def _judged(self, reference: str, said: str) -> Row:
-        try:
-            found = self.judge.compare(reference, said)
-        except Unjudged as error:
-            return {"unjudged": str(error), "tokens": error.tokens}
-        return {**found.counts, "labels": found.labels, "tokens": found.tokens}
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         found = {
-            (row["target"], row["layers"]): _mean([one[i] for one in rows.values()])
+            (row["target"], row["layers"]): means_of([one[i] for one in rows.values()])
             for i, row in enumerate(next(iter(rows.values())))
         }
         everywhere = {target: found[target, "from 0"]["f1"][0] for target in TARGETS}
         bands = list(dict.fromkeys(layers for _, layers in found if layers.startswith("except")))
         open_in = [f"{band}, {found['query+generated', band]['f1'][0]:.2f}" for band in bands]
-        compared = "its own description without a knockout" if self.settings["reference"] == "answer" else "the truth"
         says = [
-            f"Objects that the model names, against {compared}, over {len(rows)} images. With the image closed to"
+            f"Objects that the model names, against {self.compared}, over {len(rows)} images. With the image closed to"
             f" the generated tokens in all layers F1 is {everywhere['generated']:.2f}, closed to the query"
             f" {everywhere['query']:.2f}, closed to both {everywhere['query+generated']:.2f}; closed to both in all"
             f" layers {'; '.join(open_in)}.",
         ]
-        every = [row for one in rows.values() for row in one]
-        unjudged = [row["unjudged"] for row in every if "unjudged" in row]
-        if unjudged:
-            says.append(f"{len(unjudged)} of {len(every)} descriptions are unjudged and left out: {unjudged[0]}.")
-        tokens = sum(row["tokens"] for row in every)
-        if tokens:
-            says.append(f"The judge's answers took {cost(tokens, self.price)}.")
+        asides, counts = self.asides(row for one in rows.values() for row in one)
+        says += asides
         table = Table(
             "Objects named with image -> target knocked out, mean over images ± standard error",
-            ["image -> target", "layers", *_FIGURES],
+            ["image -> target", "layers", *FIGURES],
             [
-                [target or "nothing", layers or "-", *(_cell(means[figure]) for figure in _FIGURES)]
+                [target or "nothing", layers or "-", *(cell_of(means[figure]) for figure in FIGURES)]
                 for (target, layers), means in found.items()
             ],
         )
@@ -144,20 +117,13 @@ class KnockoutSweep(Evaluation):
                 if row["layers"] in ("", "from 0", *bands)
             ],
         )
-        figures = {
-            "samples": len(rows),
-            "unjudged": len(unjudged),
-            "judge_tokens": tokens,
-            "means": [
-                {"target": target, "layers": layers, **{name: means[name] for name in _FIGURES}}
-                for (target, layers), means in found.items()
-            ],
-        }
+        means = [{"target": target, "layers": layers, **finite(one)} for (target, layers), one in found.items()]
+        figures = {"samples": len(rows), **counts, "means": means}
         labels = labels_csv(
             (one[0]["reference"], row["said"], row["labels"]) for one in rows.values() for row in one if "labels" in row
         )
         charts, files = _charts(found, bands), {"labels.csv": labels}
-        return Report(self.name, self.title, says, [table, said], charts, _finite(figures), files=files)
+        return Report(self.name, self.title, says, [table, said], charts, figures, files=files)
 
 
 def _charts(found: dict[tuple[str, str], dict], bands: Sequence[str]) -> list[Chart]:
@@ -184,32 +150,6 @@ def configurations(num_layers: int, bands: Sequence[str] = ()) -> list[str]:
     first = (num_layers - half) // 2
     bands = bands or [_BANDS.get(num_layers, f"{first}-{first + half - 1}")]
     return [*(f"from {start}" for start in starts), *(f"except {band}" for band in bands)]
-
-
-def _truth(sample: Sample) -> str:
-    if sample.things is None:
-        raise InputError(f"{sample.name}: nothing is known of its objects; use reference 'answer'")
-    return ", ".join(f"a {thing.name}" for thing in sample.things)
-
-
-def _mean(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Return the mean over images of each figure, and its standard error.
-
-    Images where the figure is not defined and images that are unjudged are left out.
-    """
-    each = [scores(row["tp"], row["fp"], row["fn"]) for row in rows if "unjudged" not in row]
-    return {name: mean_and_error([v for one in each if (v := one[name]) is not None]) for name in _FIGURES}
-
-
-def _cell(value: tuple[float, float]) -> str:
-    return "-" if np.isnan(value[0]) else f"{value[0]:.3f} ± {value[1]:.3f}"
-
-
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    for row in figures["means"]:
-        for name in _FIGURES:
-            row[name] = [None if np.isnan(value) else value for value in row[name]]
-    return figures
 
 
 def _draw(figure: Any, found: dict[tuple[str, str], dict], bands: Sequence[str]) -> None:
