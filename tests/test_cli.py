@@ -192,3 +192,25 @@ def test_what_was_found_in_a_model(run):
     code, out, err = run("info", "--model", "shapes")
     assert code == 0, err
     assert "6, 6 of them with attention" in out
+
+
+def test_lenses(run, tmp_path):
+    """A patch's words layer by layer, and what a head writes, with the ranks of chosen words."""
+    code, out, _ = run(
+        "explain", "--lens", "all@60,40", "--lens", "3.1", "--lens", "2.mlp@5", "--words", "red,blue", "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    whole = [row for row in result["lens"] if row["lens"] == "all@60,40"]
+    assert [row["layer"] for row in whole] == list(range(len(whole)))
+    assert len({row["position"] for row in whole}) == 1
+    assert all(len(row["words"]) == 5 and set(row["ranks"]) == {"red", "blue"} for row in result["lens"])
+    head, mlp = result["lens"][len(whole) :]
+    assert (head["part"], head["position"], mlp["part"], mlp["position"]) == (1, None, "mlp", 5)
+    _, out, _ = run("explain", "--lens", "all@60,40")
+    assert "residual stream before it, position" in out
+    bad = {"3.ffn": "a lens is", "all@900,900": "no image token lies at pixel 900,900", "99": "layer is 0"}
+    for lens, message in bad.items():
+        code, _, err = run("explain", "--lens", lens)
+        assert code == 2
+        assert message in err

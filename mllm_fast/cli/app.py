@@ -100,6 +100,15 @@ def explain(  # long: the options of a command are its parameters
     joint: Annotated[
         str | None, typer.Option(help="Read the image by a joint model: a folder, or 'shapes'; its model answers.")
     ] = None,
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PLACE",
+            help='Show the words of a vector: "3" (layer 3\'s input), "3.1" (what head 1 writes), "3.attention",'
+            ' "3.mlp", "all" (layer by layer); "@17" behind it for a position, "@120,40" for a pixel. Several.',
+        ),
+    ] = None,
+    words: Annotated[str | None, typer.Option(help="For --lens: words whose rank is shown, with commas.")] = None,
     query: Annotated[
         str | None,
         typer.Option(help="For gradient-alignment: what the detector looks for, by default the explained word."),
@@ -124,7 +133,9 @@ def explain(  # long: the options of a command are its parameters
     from ..core.errors import check_choice
     from ..core.files import check_target
     from ..explain.export import ENDINGS, summary
+    from .lens import Lenses
 
+    lenses = Lenses(lens or [], words or "")
     check_choice("--method", method, HEATMAP_METHODS.names())
     if joint is None and (method == ALIGNMENT or query is not None):
         if model != "shapes":
@@ -151,14 +162,17 @@ def explain(  # long: the options of a command are its parameters
             ex.verify(tokens=None if chosen is None else [chosen], method=method)
         if out is not None:
             ex.save(out, chosen, method)
+        lenses.read(ex, chosen or 0)
     if as_json:
         result = summary(ex, numbers=False)
+        result |= lenses.summary()
         if chosen is not None:
             result["tokens"] = [result["tokens"][chosen]]
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
     _print_explanation(ex, chosen, method)
+    lenses.show(OUT)
     if out is not None:
         OUT.print(f"saved {escape(str(out))}", highlight=False)
 

@@ -46,6 +46,7 @@ class Explanation(Scores):
             trace=trace,
             answer=answer,
             decode=runner.processor.tokenizer.decode,
+            encode=runner.prompts.answer_ids,
             prompt=prompt,
             images=images,
             final_norm=final_norm,
@@ -92,35 +93,77 @@ class Explanation(Scores):
         self,
         token: int | str,
         layer: int,
-        head: int | None = None,
+        head: int | str | None = None,
         position: int | None = None,
         *,
         space: str = "unembedding",
+        final_norm: str | None = None,
         k: int = 10,
     ) -> list[tuple[str, float]]:
-        """Return the k words that a recorded vector is closest to (arXiv 2411.10950).
+        """Return the k words that a vector is closest to (arXiv 2411.10950).
 
-        Without `head` the vector is the residual input of `layer` at the token's row. With `head` it is what this head
-        writes there, and with `position` too, what the head writes from that position.
+        Without `head` the vector is the residual input of `layer`, at the token's row, or at any earlier `position`: at
+        layer 0 of an image token it is the visual embedding. With a number as `head` it is what this head writes to the
+        token's row, with `position` what it writes there from that position. "attention" and "mlp" are what the layer's
+        attention and the rest of the layer add, at the token's row or at `position`.
+
+        Vectors at other positions, and those of "attention" and "mlp", are computed by running the sequence again.
 
         Args:
             token: the answer token.
-            layer: the layer; without `head`, `num_layers` stands for the output of the last layer.
-            head: the head, if the vector is a write.
-            position: the position, if the vector is a write from one position.
+            layer: the layer; for the residual stream, `num_layers` stands for the output of the last layer.
+            head: a head, "residual" (the default), "attention" or "mlp".
+            position: a position of the sequence before the token.
             space: "unembedding" or "embedding". With "unembedding" the values of a residual vector are the words'
-                log-probabilities after the final norm (the logit lens). Those of a write are the changes of the words'
-                logits, before any soft cap, under the statistics of the final row. With "embedding" they are dot
+                log-probabilities after the final norm (the logit lens). Those of what is added are the changes of the
+                words' logits, before any soft cap, under the statistics of the final row. With "embedding" they are dot
                 products with the words' input embeddings.
+            final_norm: what the final norm does in the unembedding space: "own" (the vector's own statistics, and
+                log-probabilities), "frozen" (the statistics of the final row, and logits) or "none". By default it is
+                "own" for the residual stream and "frozen" for what is added to it.
             k: how many words to return.
 
         Returns:
             A list of (word, value), largest value first.
 
         Raises:
-            InputError: there is no such token, layer, head, position or space, or k is below 1.
+            InputError: there is no such token, layer, head, position, space or norm, k is below 1, or the vector needs
+                another run that the explanation cannot make.
         """
-        return logit_lens.project(self, self.token_index(token), layer, head, position, space, k)
+        place = self._place(token, layer, head, position)
+        return logit_lens.project(self, place, space, final_norm, k)
+
+    def ranks(
+        self,
+        words: Sequence[str | int],
+        token: int | str,
+        layer: int,
+        head: int | str | None = None,
+        position: int | None = None,
+        *,
+        space: str = "unembedding",
+        final_norm: str | None = None,
+    ) -> list[tuple[int, float]]:
+        """Return where some words stand among all words for a vector.
+
+        One over the rank is the reciprocal rank. The difference of the values of two words is the logit difference of
+        arXiv 2411.10950, equation 7, with `final_norm="frozen"`.
+
+        Args:
+            words: the words, or token ids. Of a word of several tokens it is the first.
+            token, layer, head, position, space, final_norm: as in `project`.
+
+        Returns:
+            A list of (rank, value), with rank 1 for the word of the largest value.
+
+        Raises:
+            InputError: as in `project`.
+        """
+        ids = [word if isinstance(word, int) else int(self.encode(word)[0]) for word in words]
+        return logit_lens.ranks(self, self._place(token, layer, head, position), ids, space, final_norm)
+
+    def _place(self, token: int | str, layer: int, head: int | str | None, position: int | None) -> logit_lens.Place:
+        return logit_lens.Place(self.token_index(token), layer, "residual" if head is None else head, position)
 
     def save(self, path: str | os.PathLike[str], token: int | str | None = None, method: str = "logprob") -> None:
         """Write the explanation to a file, which appears whole or not at all.

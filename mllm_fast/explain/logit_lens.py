@@ -1,6 +1,13 @@
-"""The logit lens: projects a recorded vector into the unembedding or embedding space (arXiv 2411.10950, section 4)."""
+"""The logit lens: projects a vector of the residual stream into the unembedding or embedding space.
+
+See arXiv 2411.10950, sections 3 and 4. Any vector can be read: the input of a layer, what attention or MLP add to it,
+and what a head writes, at the answer's tokens or at any other position, image tokens included.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,32 +17,80 @@ from ..models.offload import weight_of
 from .scores import Scores
 
 SPACES = ("unembedding", "embedding")
+PARTS = ("residual", "attention", "mlp")
+NORMS = ("own", "frozen", "none")
+
+
+class Place(NamedTuple):
+    """Which vector is read.
+
+    Attributes:
+        token: The index of the answer's token whose row it belongs to.
+        layer: The layer. Of the residual stream it is the layer's input; the number of layers stands for the output of
+            the last one.
+        part: The head, or "residual", "attention" (what the layer's attention adds) or "mlp" (what its MLP adds).
+        position: A position before the row. Of a head it is the position from which it writes to the token's row. Of
+            the other parts it is where the vector is, in place of the token's row.
+    """
+
+    token: int
+    layer: int
+    part: int | str = "residual"
+    position: int | None = None
 
 
 @torch.no_grad()
-def project(
-    scores: Scores, token: int, layer: int, head: int | None, position: int | None, space: str, k: int
-) -> list[tuple[str, float]]:
+def project(scores: Scores, place: Place, space: str, norm: str | None, k: int) -> list[tuple[str, float]]:
     """See `Explanation.project`."""
-    check_choice("space", space, SPACES)
-    if not 0 <= layer <= scores.num_layers - (head is not None):
-        last = f"{scores.num_layers - 1}" if head is not None else f"{scores.num_layers} (behind the last)"
-        raise InputError(f"layer is 0 to {last}, got {layer}")
-    if head is not None and not 0 <= head < scores.num_heads:
-        raise InputError(f"head is 0 to {scores.num_heads - 1}, got {head}")
-    if position is not None and head is None:
-        raise InputError("a position's write is a head's: give the head too")
     if k < 1:
         raise InputError(f"k is at least 1, got {k}")
-    vector = write_of(scores, token, layer, head, position) if head is not None else _residual(scores, token, layer)
-    values = word_values(scores, token, vector, space, head is not None).float().cpu()
+    values = values_at(scores, place, space, norm).float().cpu()
     best = values.topk(min(k, len(values)))
     return [(scores.decode([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def _residual(scores: Scores, token: int, layer: int) -> Tensor:
-    trace = scores.trace
-    return trace.final[token] if layer == scores.num_layers else trace.residual[token, layer]
+@torch.no_grad()
+def ranks(scores: Scores, place: Place, ids: Sequence[int], space: str, norm: str | None) -> list[tuple[int, float]]:
+    """Return the rank among all words, from 1 on, and the value of each of some token ids; see `Explanation.ranks`."""
+    values = values_at(scores, place, space, norm)
+    return [(1 + int((values > values[i]).sum()), float(values[i])) for i in ids]
+
+
+def values_at(scores: Scores, place: Place, space: str, norm: str | None) -> Tensor:
+    """Return the value of every word for the vector at a place, float32 [V]; see `word_values`."""
+    check_choice("space", space, SPACES)
+    if norm is not None:
+        check_choice("final_norm", norm, NORMS)
+    is_write = place.part != "residual"
+    return word_values(scores, place.token, vector_at(scores, place), space, is_write, norm)
+
+
+def vector_at(scores: Scores, place: Place) -> Tensor:
+    """Return the vector at a place, [d].
+
+    Raises:
+        InputError: There is no such layer, head or position, or the explanation cannot run the model again.
+    """
+    token, layer, part, position = place
+    last = scores.num_layers - (part != "residual")
+    if isinstance(part, str) and part not in PARTS:
+        raise InputError(f"head is a number, or one of {', '.join(PARTS)}, got {part!r}")
+    if not 0 <= layer <= last:
+        behind = " (behind the last)" if part == "residual" else ""
+        raise InputError(f"layer is 0 to {last}{behind}, got {layer}")
+    row = scores.trace.rows[token]
+    if not isinstance(part, str):
+        if not 0 <= part < scores.num_heads:
+            raise InputError(f"head is 0 to {scores.num_heads - 1}, got {part}")
+        return write_of(scores, token, layer, part, position)
+    if position is not None and not 0 <= position <= row:
+        raise InputError(f"position is 0 to {row}, those that the token sees, got {position}")
+    if part != "residual":
+        return scores.replay.added(layer, row if position is None else position)[PARTS.index(part) - 1]
+    if position is None or position == row:
+        trace = scores.trace
+        return trace.final[token] if layer == scores.num_layers else trace.residual[token, layer]
+    return scores.replay.layer_inputs(position)[layer]
 
 
 def write_of(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
@@ -57,7 +112,9 @@ def write_of(scores: Scores, token: int, layer: int, head: int, position: int | 
 
 
 @torch.no_grad()
-def word_values(scores: Scores, token: int, vector: Tensor, space: str, write: bool = False) -> Tensor:
+def word_values(
+    scores: Scores, token: int, vector: Tensor, space: str, write: bool = False, norm: str | None = None
+) -> Tensor:
     """Return the value of every word for a vector, by which `project` ranks the words.
 
     Args:
@@ -66,6 +123,9 @@ def word_values(scores: Scores, token: int, vector: Tensor, space: str, write: b
         vector: the vector [d].
         space: "unembedding" or "embedding".
         write: whether the vector is a write, which is added to a residual vector, and not a residual vector itself.
+        norm: what the final norm does in the unembedding space. "own" takes the vector's own statistics, and gives
+            log-probabilities. "frozen" takes those of the token's final row, and gives what the vector adds to the
+            logits (equation 7). "none" leaves the norm out. By default it is "frozen" for a write and "own" else.
 
     Returns:
         float32 [V], as precise as the model.
@@ -74,7 +134,10 @@ def word_values(scores: Scores, token: int, vector: Tensor, space: str, write: b
     if space == "embedding":
         table = weight_of(text.decoder.get_input_embeddings())  # type: ignore[operator]
         return (table.to(vector.device) @ vector.to(table.dtype)).float()
-    if not write:
+    norm = norm or ("frozen" if write else "own")
+    if norm == "own":
         return torch.log_softmax(text.logits(text.norm(vector.to(text.head.weight.dtype))).float(), -1)  # type: ignore[arg-type]
+    if norm == "none":
+        return text.head(vector.to(text.head.weight.dtype)).float()
     unembedding, final = scores.unembedding, scores.trace.final[token].float()
     return unembedding.times((unembedding.centred(vector.float()) * unembedding.scale(final))[:, None])[:, 0]

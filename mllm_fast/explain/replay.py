@@ -174,6 +174,42 @@ class Replay:
                     handle.remove()
         return torch.stack(found)
 
+    def added(self, layer: int, position: int) -> tuple[Tensor, Tensor]:
+        """Return what a layer's attention, and the rest of the layer, add to the residual stream at one position.
+
+        Returns:
+            Two vectors [d]. The second is what the MLP adds, with all else that the layer does besides attention.
+
+        Raises:
+            InputError: the layer has no attention.
+        """
+        text = self.text
+        site = text.site(layer)
+        behind = text.post_norms[site] or text.outputs[site]
+        if behind is None:
+            raise InputError(f"layer {layer} has no output projection, so what its attention adds is not known")
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, value: Any) -> None:
+            first = value[0] if isinstance(value, tuple) else value
+            found[name] = first[0, position]
+
+        modules = [
+            text.layers[layer].register_forward_pre_hook(
+                lambda _, args, kwargs: note("before", args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            ),
+            text.layers[layer].register_forward_hook(lambda _, args, output: note("after", output)),
+            behind.register_forward_hook(lambda _, args, output: note("written", output)),
+        ]
+        try:
+            with model_lock(text), text.inference():
+                self.hidden_states(position + 1)
+        finally:
+            for handle in modules:
+                handle.remove()
+        written = text.sites[site].multiplier * found["written"]
+        return written, found["after"] - found["before"] - written
+
     @contextmanager
     def differentiable(self, stop: int) -> Iterator[Tensor]:
         """Yield the input embeddings as a leaf tensor [stop, d] that requires gradients.

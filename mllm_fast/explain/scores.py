@@ -63,6 +63,7 @@ class Scores:
         text_model: the model's decoder layers, output projections, final norm and unembedding, a `TextModel`.
         unembedding: the final norm and the unembedding in the form that the kernels take, an `Unembedding`.
         decode: a function from token ids to text.
+        encode: a function from a text to its token ids.
         verification: the results of the last `verify`; empty before.
         unreached_layers: as in `Answer`.
     """
@@ -75,6 +76,7 @@ class Scores:
         trace: Trace,
         answer: Answer,
         decode: Callable[[list[int]], str],
+        encode: Callable[[str], Any],
         prompt: str,
         images: list,
         final_norm: str,
@@ -94,6 +96,7 @@ class Scores:
         self.text_model = text_model
         self.trace = trace
         self.decode = decode
+        self.encode = encode
         self.unembedding = text_model.unembedding()
         self.verification: list[Verification] = []
         # set only for explanations by a joint model
