@@ -1,4 +1,4 @@
-"""Check whether things are in an image, by the language model and by the detector (arXiv 2405.14612, section 5)."""
+"""Check whether things are in an image, by the language model and by the detector (arXiv 2405.14612, section 4.2)."""
 
 from __future__ import annotations
 

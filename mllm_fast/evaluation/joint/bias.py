@@ -1,4 +1,4 @@
-"""Measure whether the text changes with what an image seems to show (arXiv 2405.14612, section 6).
+"""Measure whether the text changes with what an image seems to show (arXiv 2405.14612, section 4.4).
 
 The vision embedding E is changed so that the detector sees one object in place of another. The effect is compared with
 that of control changes of the same norm, which should do nothing.

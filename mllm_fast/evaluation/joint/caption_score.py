@@ -1,4 +1,4 @@
-"""A judge that scores a description from 1 to 10 (arXiv 2405.14612, section 4).
+"""A judge that scores a description from 1 to 10 (arXiv 2405.14612, supplement, section 1.1).
 
 The judge is a model behind an endpoint. It gets the image and the description.
 """

@@ -1,4 +1,4 @@
-"""Compare a language model's yes with a detector's best box: is an object there? (arXiv 2405.14612, section 5.)"""
+"""Compare a language model's yes with a detector's best box: is an object there? (arXiv 2405.14612, section 4.2.)"""
 
 from __future__ import annotations
 
