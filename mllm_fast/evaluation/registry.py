@@ -21,6 +21,7 @@ EVALUATIONS: Registry[type[Evaluation]] = Registry(
             ("knockout-sweep", "knockout_sweep"),
             ("few-tokens", "few_tokens"),
             ("heads", "heads"),
+            ("evidence", "evidence"),
             ("localisation", "localisation"),
             ("fidelity", "fidelity"),
             ("mme", "yes_no"),

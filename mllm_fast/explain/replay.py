@@ -160,19 +160,27 @@ class Replay:
             found = text.decoder(inputs_embeds=embeds[None], use_cache=False, **self.arguments(0, stop))
         return found.last_hidden_state[0]
 
-    def layer_inputs(self, position: int) -> Tensor:
-        """Return the residual vector at one position before each layer and after the last one, [L + 1, d]."""
+    def layer_inputs(self, position: int | Tensor) -> Tensor:
+        """Return the residual vector at a position before each layer and after the last one.
+
+        Args:
+            position: a position, or several, int64 [P].
+
+        Returns:
+            [L + 1, d], or [P, L + 1, d] for several positions.
+        """
+        last = int(position.max()) if isinstance(position, Tensor) else position
         found: list[Tensor] = []
         take = lambda _, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0, position])  # noqa: E731
         modules = [*self.text.layers, self.text.norm]
         with model_lock(self.text), self.text.inference():  # the hooks would also catch another thread's pass
             handles = [module.register_forward_pre_hook(take, with_kwargs=True) for module in modules]
             try:
-                self.hidden_states(position + 1)
+                self.hidden_states(last + 1)
             finally:
                 for handle in handles:
                     handle.remove()
-        return torch.stack(found)
+        return torch.stack(found, -2)
 
     def added(self, layer: int, position: int) -> tuple[Tensor, Tensor]:
         """Return what a layer's attention, and the rest of the layer, add to the residual stream at one position.

@@ -1,4 +1,4 @@
-"""Perturb the vision embedding so that a detector sees one thing in place of another (arXiv 2405.14612, section 3.4)."""
+"""Perturb the vision embedding so that a detector sees one thing for another (arXiv 2405.14612, section 3.4)."""
 
 from __future__ import annotations
 

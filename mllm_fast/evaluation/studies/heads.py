@@ -112,12 +112,17 @@ class Heads(Evaluation):
         for thing, (attribute, noun) in zip(sample.things, named, strict=True):
             if attribute and nouns.count(noun) == 1:
                 rng = np.random.default_rng([self.settings["seed"], *thing.name.encode(), *sample.name.encode()])
-                others = [other for other in nouns if other and other != noun]
-                others = others or [other for other in self.words.nouns if other != noun]
+                others = self.other_nouns(nouns, noun)
                 wrong = [other for other in self.words.attributes if other != attribute]
                 pick = lambda names, rng=rng: names[int(rng.integers(len(names)))]  # noqa: E731
                 found.append(self._row(vlm, sample.image, attribute, noun, pick(others), pick(wrong), thing.mask))
         return found
+
+    def other_nouns(self, nouns: Sequence[str], noun: str) -> list[str]:
+        """Return the nouns that stand for another object: those of the image, if it has another."""
+        return [other for other in nouns if other and other != noun] or [
+            other for other in self.words.nouns if other != noun
+        ]
 
     def _named(self, name: str) -> tuple[str, str]:
         """Return the attribute and the noun of an object's name. Each is "" where the name has none or several."""
@@ -166,13 +171,15 @@ class Heads(Evaluation):
             "attention": {"own": looks[0], "other": looks[1]},
         }
 
-    def _explain_second(self, vlm: VLM, sentence: str, attribute: str) -> Explanation | None:
+    def _second_model(self, vlm: VLM) -> VLM | None:
         name = self.settings["second_model"]
-        if name is None:
-            return None
-        if self._second is None:
+        if name is not None and self._second is None:
             self._second = load_text_model(name, vlm)
-        return self._second.explain(None, sentence, attribute)
+        return self._second
+
+    def _explain_second(self, vlm: VLM, sentence: str, attribute: str) -> Explanation | None:
+        second = self._second_model(vlm)
+        return None if second is None else second.explain(None, sentence, attribute)
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
