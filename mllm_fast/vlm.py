@@ -88,6 +88,7 @@ class VLM(ModelRunner):
         *,
         knockout: Knockouts = None,
         attention_share: bool = False,
+        prefix: str | Sequence[int] | None = None,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Answer | list[Answer]:
@@ -100,6 +101,8 @@ class VLM(ModelRunner):
                 batch.
             knockout: One `Knockout` or several, which say which tokens may not attend to which.
             attention_share: Sum up where the generated tokens attend, see `Answer`. It needs one answer a prompt.
+            prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer is
+                what the model says after them; they count as part of the prompt.
             max_new_tokens, options: As in transformers' `generate`; greedy unless `do_sample=True`.
 
         Returns:
@@ -108,6 +111,7 @@ class VLM(ModelRunner):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = self.prompts.pictures(image, prompt)
         inputs, layouts, padding = self.prompts.prepare(pictures, prompts)
+        inputs, layouts = self.begun(inputs, layouts, prefix)
         plan = self.plan(knockout, layouts, padding)
         shares = None
         if attention_share:
@@ -139,6 +143,7 @@ class VLM(ModelRunner):
         *,
         final_norm: str = "frozen",
         knockout: Knockouts = None,
+        prefix: str | Sequence[int] | None = None,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Explanation:
@@ -150,6 +155,7 @@ class VLM(ModelRunner):
             answer: A text (or its token ids) to explain in place of the model's own answer.
             final_norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
             knockout: As in `generate`; the explanation is then that of the model with these knockouts.
+            prefix: As in `generate`. What follows it is explained.
             max_new_tokens, options: As in `generate`, for one sequence and one beam.
 
         Returns:
@@ -157,7 +163,8 @@ class VLM(ModelRunner):
         """
         check_norm(final_norm)
         pictures = self.prompts.load(image)
-        inputs, (layout,), padding = self.prompts.prepare([pictures], [prompt])
+        inputs, layouts, padding = self.prompts.prepare([pictures], [prompt])
+        inputs, (layout,) = self.begun(inputs, layouts, prefix)
         plan = self.plan(knockout, [layout], padding)
         if answer is None:
             one_answer("explain", options)
@@ -201,6 +208,7 @@ class VLM(ModelRunner):
         final_norm: str = "frozen",
         knockout: Knockouts = None,
         attention_share: bool = False,
+        prefix: str | Sequence[int] | None = None,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Stream:
@@ -212,13 +220,14 @@ class VLM(ModelRunner):
         Args:
             image, prompt: As in `explain`.
             explain: Record what `heatmap`, `top_heads` and other methods of a step need.
-            final_norm, knockout, attention_share, max_new_tokens, options: As in `explain` and `generate`, for one
+            final_norm, knockout, attention_share, prefix, max_new_tokens, options: As in `explain` and `generate`, for one
                 sequence and one beam.
         """
         check_norm(final_norm)
         one_answer("stream", options)
         pictures = self.prompts.load(image)
-        inputs, (layout,), _ = self.prompts.prepare([pictures], [prompt])
+        inputs, layouts, _ = self.prompts.prepare([pictures], [prompt])
+        inputs, (layout,) = self.begun(inputs, layouts, prefix)
         stream = Stream(
             vlm=self,
             layout=layout,

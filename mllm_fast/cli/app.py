@@ -35,6 +35,7 @@ from .options import (
     MaxPixels,
     Model,
     NewTokens,
+    Prefix,
     Question,
     ZeroInputs,
     inputs,
@@ -87,6 +88,7 @@ def explain(  # long: the options of a command are its parameters
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
+    prefix: Prefix = None,
     final_norm: Annotated[
         str, typer.Option("--final-norm", "--norm", help="The statistics of the final norm: frozen or own.")
     ] = "frozen",
@@ -149,6 +151,7 @@ def explain(  # long: the options of a command are its parameters
     rules = _rules(block, layers, zero_inputs)
     options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules}
     if joint is None:
+        options["prefix"] = prefix
         reader: Any = load(model, device, dtype, max_pixels, backend)
     else:
         reader = load_joint(joint, device, dtype, max_pixels, backend)
@@ -184,6 +187,7 @@ def generate(
     block: Block = None,
     layers: Layers = "all",
     zero_inputs: ZeroInputs = False,
+    prefix: Prefix = None,
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
     device: Device = None,
@@ -197,7 +201,7 @@ def generate(
     rules = _rules(block, layers, zero_inputs)
     vlm = load(model, device, dtype, max_pixels, backend)
     with progress("generating"):
-        said = vlm.generate(pictures, prompt, knockout=rules, max_new_tokens=max_new_tokens)
+        said = vlm.generate(pictures, prompt, knockout=rules, prefix=prefix, max_new_tokens=max_new_tokens)
     if as_json:
         result = {"question": prompt, "answer": said.text, "tokens": said.tokens, "token_ids": said.token_ids}
         typer.echo(json.dumps(result, ensure_ascii=False))

@@ -48,6 +48,10 @@ Block = Annotated[
     ),
 ]
 Layers = Annotated[str, typer.Option(help='Layers of the rules: all, "from 20", "until 20", "except 20-40", 0-7,12.')]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help='Words with which the answer begins, "The color of the star is"; it goes on after them.'),
+]
 ZeroInputs = Annotated[
     bool,
     typer.Option(

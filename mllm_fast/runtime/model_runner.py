@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,6 +139,28 @@ class ModelRunner:
         """
         image = inputs["input_ids"] == self.prompts.image_tokens.image
         return 1 - int(inputs[name][image][0]) if image.any() else 0
+
+    def begun(
+        self, inputs: Any, layouts: Sequence[TokenLayout], prefix: str | Sequence[int] | None
+    ) -> tuple[Any, list[TokenLayout]]:
+        """Return the inputs and layouts of sequences whose answers begin with given words, which the model goes on from.
+
+        The words count as part of the prompt (of its segment "query").
+        """
+        if prefix is None:
+            return inputs, list(layouts)
+        ids = self.prompts.answer_ids(prefix)
+        rows, count = len(inputs["input_ids"]), len(ids)
+        longer = dict(inputs)
+        longer["input_ids"] = torch.cat([inputs["input_ids"], ids.expand(rows, -1)], 1)
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in longer:
+                kind = self._type_of_answers(inputs, name)
+                longer[name] = torch.nn.functional.pad(longer[name], (0, count), value=kind)
+        longer["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, count), value=1)
+        self.prompts.check_window(longer["input_ids"].shape[1] + 1, "the prompt, the prefix and one more token take")
+        lengths = [(layout, layout.length + count) for layout in layouts]
+        return longer, [replace(layout, length=length, prompt_length=length) for layout, length in lengths]
 
     def run_forced(self, inputs: Any, sequence: Tensor, plan: Plan | None) -> tuple[Recording, Any]:
         """Run one forward pass over prompt and answer, without the last token, whose row is not needed.
