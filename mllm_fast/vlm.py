@@ -101,8 +101,8 @@ class VLM(ModelRunner):
                 batch.
             knockout: One `Knockout` or several, which say which tokens may not attend to which.
             attention_share: Sum up where the generated tokens attend, see `Answer`. It needs one answer a prompt.
-            prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer is
-                what the model says after them; they count as part of the prompt.
+            prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer
+                is what the model says after them; they count as part of the prompt.
             max_new_tokens, options: As in transformers' `generate`; greedy unless `do_sample=True`.
 
         Returns:
@@ -220,8 +220,8 @@ class VLM(ModelRunner):
         Args:
             image, prompt: As in `explain`.
             explain: Record what `heatmap`, `top_heads` and other methods of a step need.
-            final_norm, knockout, attention_share, prefix, max_new_tokens, options: As in `explain` and `generate`, for one
-                sequence and one beam.
+            final_norm, knockout, attention_share, prefix, max_new_tokens, options: As in `explain` and `generate`, for
+                one sequence and one beam.
         """
         check_norm(final_norm)
         one_answer("stream", options)

@@ -143,9 +143,9 @@ class ModelRunner:
     def begun(
         self, inputs: Any, layouts: Sequence[TokenLayout], prefix: str | Sequence[int] | None
     ) -> tuple[Any, list[TokenLayout]]:
-        """Return the inputs and layouts of sequences whose answers begin with given words, which the model goes on from.
+        """Return the inputs and layouts of sequences whose answers begin with given words.
 
-        The words count as part of the prompt (of its segment "query").
+        The model goes on from them. They count as part of the prompt (of its segment "query").
         """
         if prefix is None:
             return inputs, list(layouts)
