@@ -54,7 +54,7 @@ def test_constants_are_the_kernels_last_parameters_in_order():
     from mllm_fast.kernels.knockout_attention import triton_kernel
 
     q, k = torch.zeros(1, 4, 1, 64), torch.zeros(1, 2, 300, 64)
-    plan = triton_kernel._plan(q, k, k, None, None, True, True)
+    plan = triton_kernel._plan(q, k, k, None, None, True, True, 2.0, torch.zeros(4))
     assert plan.splits > 1
     for launch in (plan.attend, plan.combine):
         names = [p.name for p in launch.fn.params]

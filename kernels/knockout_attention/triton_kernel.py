@@ -186,8 +186,8 @@ def _plan(query, key, value, segments, start, lse, causal, softcap, sinks) -> _P
     groups = heads // packed
     splits = split_count(batch * groups * row_blocks, key_blocks, processors)
     block_d = triton.next_power_of_2(width)
-    flags = {"HAS_SEGMENTS": segments is not None, "HAS_START": start is not None, "WITH_LSE": lse or splits > 1}
-    flags |= {"HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None}
+    flags = {"HAS_SEGMENTS": segments is not None, "HAS_START": start is not None}
+    flags |= {"HAS_SOFTCAP": softcap is not None, "HAS_SINKS": sinks is not None, "WITH_LSE": lse or splits > 1}
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d, "EVEN_D": block_d == width}
     ways = {"SPLIT": splits > 1, "PACKED": packed > 1, "GROUPED": per_kv > 1}
     ways |= {"DESCRIBED": described, "CHUNK": tile.chunk}
