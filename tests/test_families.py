@@ -268,6 +268,8 @@ def test_contexts(one, near, tmp_path):
     with loaded.questions.running(), again.recording():
         assert torch.equal(again.read([ids])[0], got)
     assert torch.equal(loaded.layout.separators, context.layout.separators)
+    own = one.vlm.generate(PICTURE, QUESTION, max_new_tokens=4)
+    assert context.describe(max_new_tokens=4).token_ids == own.token_ids
     small = one.vlm.compress(PICTURE, keep=0.3, prompt=QUESTION, score="generated", max_new_tokens=4)
     assert small.ask("is the circle red ?", max_new_tokens=3).input_ids is not None
 

@@ -230,7 +230,7 @@ def test_awkward_shapes(way, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("softcap", "sinks"), [(50.0, False), (0.7, True), (None, True)])
-@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1::4], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_soft_caps_and_sinks(way, shape, softcap, sinks, dtype):
     """Scores far below the cap and far beyond it, sinks that take little and nearly all; rows that see nothing."""

@@ -246,7 +246,9 @@ class _Attachment:
         seen = torch.ones(batch, 1, rows, keys, dtype=torch.bool, device=query.device)
         if mask is not None:
             whole, bias = seen_by(mask, 0, rows, rows, keys, None)
-            seen = seen & (whole if bias is None else bias == 0)
+            if bias is not None and torch.where(whole, bias, 0).any():
+                raise InputError("cross-attention with a mask that adds to the scores of seen keys is not supported")
+            seen = seen & whole
         rules = None if self.knockouts is None else self.knockouts.layers[layer]
         if rules is not None:
             images = rules.images
