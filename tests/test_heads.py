@@ -20,7 +20,7 @@ from mllm_fast.evaluation.report import plain, to_markdown
 from mllm_fast.evaluation.samples import Sample, Thing, scenes
 from mllm_fast.evaluation.studies import heads
 from mllm_fast.evaluation.studies.heads import Heads, readable
-from mllm_fast.evaluation.studies.heads_report import importance, overlap, top
+from mllm_fast.evaluation.studies.heads_report import importance, overlap, percents, top
 from mllm_fast.evaluation.studies.word_alignment import cells, widened
 from mllm_fast.explain import logit_lens
 from mllm_fast.shapes.scenes import COLORS
@@ -30,6 +30,8 @@ def test_measures_by_hand():
     found = importance([[[1, 2], [0, -3]], [[3, 2], [0, -5]]])
     assert found.tolist() == [[1, 1], [0, -2]]
     assert importance([[[-1, -2]]]).tolist() == [[-1, -2]]
+    assert percents(np.array([[3.0, -1.0], [1.0, 0.0]])).tolist() == [[75.0, 0.0], [25.0, 0.0]]
+    assert percents(np.array([[-3.0, -1.0]])).tolist() == [[0.0, 0.0]]
     assert top(found, 3) == [(0, 0), (0, 1), (1, 0)]
     assert overlap(found, np.array([[0, 5], [4, 3]]), 2) == 1
     values = torch.tensor([0.5, 3.0, 2.0, -1.0])

@@ -62,8 +62,10 @@ def report_of(
             "The ten best heads",
             ["rank", *map(_title, heads)],
             [[str(i + 1), *(_head(values, i) for values in heads.values())] for i in range(min(10, *sizes))],
-            "layer.head, and its importance: the mean log-probability increase of the right word, the largest being 1.",
+            "layer.head, and its share of the importance of all heads. The importance is the mean log-probability"
+            " increase of the right word; heads below 0 have none.",
         ),
+        _everywhere(heads),
     ]
     charts = [
         Chart(
@@ -85,6 +87,7 @@ def report_of(
         "objects": len(rows),
         "right": right,
         "importance": {asked: values.tolist() for asked, values in heads.items()},
+        "percent": {asked: percents(values).tolist() for asked, values in heads.items()},
         "overlap": [{"of": [a, b], "top": k, "shared": n} for a, b, k, n in shared],
         "held": held,
         "area": area,
@@ -98,6 +101,36 @@ def importance(heads: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
     """Return the mean of [n][L][H] over n, scaled so that its largest value is 1."""
     mean = np.mean(np.asarray(heads, float), 0)
     return mean / mean.max() if mean.max() > 0 else mean
+
+
+def percents(values: np.ndarray) -> np.ndarray:
+    """Return each head's share of the importance [L, H] of all heads in percent; heads below 0 have none."""
+    positive = np.maximum(values, 0)
+    return 100 * positive / positive.sum() if positive.any() else positive
+
+
+def _everywhere(heads: dict[str, np.ndarray]) -> Table:
+    """Return the shares of the heads that are among the ten best for any question, for every question.
+
+    Heads of models of other sizes are left out.
+    """
+    first = next(iter(heads.values()))
+    same = {asked: values for asked, values in heads.items() if values.shape == first.shape}
+    shares = {asked: percents(values) for asked, values in same.items()}
+    union = dict.fromkeys(one for values in same.values() for one in top(values, min(10, values.size)))
+    rows = []
+    for layer, head in union:
+        cells = []
+        for asked, values in same.items():
+            rank = 1 + top(values, values.size).index((layer, head))
+            cells.append(f"{shares[asked][layer, head]:.1f} ({rank})")
+        rows.append([f"{layer}.{head}", *cells])
+    return Table(
+        "The ten best heads of each question, in all questions",
+        ["layer.head", *map(_title, same)],
+        rows,
+        "The share of the importance of all heads in percent, and the head's rank.",
+    )
 
 
 def top(values: np.ndarray, k: int) -> list[tuple[int, int]]:
@@ -125,7 +158,7 @@ def _alike(a: str, b: str, k: int, shared: int) -> str:
 
 def _head(values: np.ndarray, rank: int) -> str:
     layer, head = top(values, rank + 1)[rank]
-    return f"{layer}.{head} ({values[layer, head]:.2f})"
+    return f"{layer}.{head} ({percents(values)[layer, head]:.1f} %)"
 
 
 def _known(values: Sequence[float | None]) -> tuple[float, float]:
