@@ -172,8 +172,10 @@ def main() -> None:
             count = 0
             for given in cases():
                 for got, alone in zip(*(run(module, isa, n, given) for n in (THREADS, 1)), strict=True):
+                    # tasks are cut by the threads, so weights of bfloat16 are rounded at other peaks: by 2^-9 each
+                    atol = 2**-9 if got.dtype == np.uint16 else 1e-3
                     np.testing.assert_allclose(
-                        widened(got), widened(alone), rtol=1e-2, atol=1e-3, err_msg=f"{name} {isa}"
+                        widened(got), widened(alone), rtol=1e-2, atol=atol, err_msg=f"{name} {isa}"
                     )
                 count += 1
             print(f"{name:16} {isa:12} {count} cases on {THREADS} threads as on one", flush=True)
