@@ -94,7 +94,7 @@ def config(dtype: torch.dtype, head_size: int, capability: tuple[int, int], kind
     """
     tiles = _DESCRIBED[capability[0]] if kind == "described" else _TILES[kind][dtype.itemsize]
     tile = next(tile for limit, tile in tiles.items() if head_size <= limit)
-    spills = capped if kind == "mass" else kind == "prefill" and capability[0] == 10
+    spills = capped if kind in ("decode", "mass") else kind == "prefill" and capability[0] == 10
     return tile._replace(registers=255) if spills and dtype.itemsize == 2 else tile
 
 
