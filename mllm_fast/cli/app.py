@@ -149,9 +149,8 @@ def explain(  # long: the options of a command are its parameters
         check_target(out, ENDINGS)
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers, zero_inputs)
-    options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules}
+    options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules, "prefix": prefix}
     if joint is None:
-        options["prefix"] = prefix
         reader: Any = load(model, device, dtype, max_pixels, backend)
     else:
         reader = load_joint(joint, device, dtype, max_pixels, backend)

@@ -177,9 +177,7 @@ class Context:  # long: what can be asked of it is a method each
         questions, stop = self.questions, self.vlm.prompts.stop_ids(options)
         sequence = torch.cat([self.input_ids, torch.tensor([self.first_token])])
         questions.check_window(max_new_tokens)
-        given = options.get("eos_token_id")
-        ends = {given} if isinstance(given, int) else set(given) if given else self.vlm.prompts.end_ids()
-        if max_new_tokens > 1 and self.first_token not in ends:
+        if max_new_tokens > 1 and self.first_token not in self.vlm.prompts.end_ids(options):
             session = questions.decoder(1, max_new_tokens)
             ids, whole = [[self.first_token]], [sequence]
             with questions.running(), session.recording():

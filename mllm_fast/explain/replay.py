@@ -44,6 +44,7 @@ class Replay:
         self.embeds = torch.cat(record.embeds, 1)  # [1, N, d]
         given = [p for p in record.positions if p is not None]
         self.positions = torch.cat(given, -1) if len(given) == len(record.positions) else None  # [..., 1, N]
+        self._inputs: tuple[int, Tensor] | None = None  # of the last position that was asked for
         self._others = [(embeds.shape[:2], others) for embeds, others in zip(record.embeds, record.others, strict=True)]
 
     def arguments(self, start: int, stop: int, count: int = 1) -> dict[str, Any]:
@@ -167,8 +168,12 @@ class Replay:
             position: a position, or several, int64 [P].
 
         Returns:
-            [L + 1, d], or [P, L + 1, d] for several positions.
+            [L + 1, d], or [P, L + 1, d] for several positions. Those of one position are kept until another is asked
+            for, as a lens reads layer after layer.
         """
+        kept = self._inputs
+        if kept is not None and isinstance(position, int) and kept[0] == position:
+            return kept[1]
         last = int(position.max()) if isinstance(position, Tensor) else position
         found: list[Tensor] = []
         take = lambda _, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"])[0, position])  # noqa: E731
@@ -180,7 +185,10 @@ class Replay:
             finally:
                 for handle in handles:
                     handle.remove()
-        return torch.stack(found, -2)
+        stacked = torch.stack(found, -2)
+        if isinstance(position, int):
+            self._inputs = position, stacked
+        return stacked
 
     def added(self, layer: int, position: int) -> tuple[Tensor, Tensor]:
         """Return what a layer's attention, and the rest of the layer, add to the residual stream at one position.
@@ -202,7 +210,7 @@ class Replay:
             first = value[0] if isinstance(value, tuple) else value
             found[name] = first[0, position]
 
-        modules = [
+        handles = [
             text.layers[layer].register_forward_pre_hook(
                 lambda _, args, kwargs: note("before", args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             ),
@@ -213,7 +221,7 @@ class Replay:
             with model_lock(text), text.inference():
                 self.hidden_states(position + 1)
         finally:
-            for handle in modules:
+            for handle in handles:
                 handle.remove()
         written = text.sites[site].multiplier * found["written"]
         return written, found["after"] - found["before"] - written

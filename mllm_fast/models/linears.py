@@ -16,7 +16,7 @@ from ..kernels import weight_state
 from .norms import relative_error
 from .offload import device_of, weight_of
 
-ROUNDED_INPUTS = 0.05  # by which the output of a layer that rounds its inputs to 8 bits may differ from W x
+_ROUNDED_INPUTS = 0.05  # by which the output of a layer that rounds its inputs to 8 bits may differ from W x
 _ROWS = 512  # rows of the identity that a layer is run on at a time
 
 
@@ -73,10 +73,15 @@ def dequantised(module: Any) -> Tensor | None:
         return None
     if found.shape != (module.out_features, module.in_features):
         return None
+    return found if weight_error(module, found) <= _ROUNDED_INPUTS else None
+
+
+def weight_error(module: Any, weight: Tensor) -> float:
+    """Return by how much of its output a layer differs from a weight [out, in], on a random row."""
     row = torch.randn(1, module.in_features, generator=torch.Generator().manual_seed(0))
     row = row.to(device_of_linear(module), compute_dtype(module))
     got = module(row) - module(torch.zeros_like(row))
-    return found if relative_error(got, row.double() @ found.double().mT) <= ROUNDED_INPUTS else None
+    return relative_error(got, row.double() @ weight.double().mT)
 
 
 def linear_state(module: Any) -> Hashable:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..kernels import weight_state, wide_type
+from .findings import Site
 from .linears import effective_weight, linear_state
 from .norms import Norm
-from .probe import Site
 
 _STACKED_BYTES = 1 << 25  # output projections up to this size are kept together in one copy
 

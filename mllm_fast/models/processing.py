@@ -191,12 +191,14 @@ class Prompts:
         padding = self.processor.tokenizer.pad_token_id
         return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
 
-    def end_ids(self) -> set[int]:
-        """Return the ids at which the model ends an answer.
+    def end_ids(self, options: dict[str, Any] | None = None) -> set[int]:
+        """Return the ids at which the model ends an answer, under options of transformers' `generate`.
 
         `stop_ids` also has the padding, after which generation continues.
         """
-        end = self.model.generation_config.eos_token_id
+        options = options or {}
+        config = options.get("generation_config", self.model.generation_config)
+        end = options.get("eos_token_id", getattr(config, "eos_token_id", None))
         return {*(end if isinstance(end, (list, tuple)) else [end])} - {None}
 
     def check_window(self, length: int, what: str) -> None:

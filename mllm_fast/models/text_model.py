@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..kernels import Unembedding, weight_state
+from .findings import Findings, Site
 from .linears import compute_dtype, device_of_linear, effective_weight, is_plain, linear_state
 from .norms import Norm, norm_of, vector_of
 from .offload import device_of
 from .output_weights import OutputWeights
-from .probe import Findings, Site, find_parts
+from .probe import find_parts
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,13 @@ class TextModel:
     @cached_property
     def inference(self) -> Callable[[], AbstractContextManager[Any]]:
         """What disables gradients: torch's inference mode, or no_grad if quantised layers cannot run in that."""
-        layer = next((output for output in self.outputs if output is not None and not is_plain(output)), None)
-        if layer is None:
-            return torch.inference_mode
+        linear = [module for module in (*self.decoder.modules(), self.head) if hasattr(module, "in_features")]
+        kinds = {(type(one), type(getattr(one, "weight", None))): one for one in linear if not is_plain(one)}
         try:
-            with torch.inference_mode():
-                layer(torch.zeros(1, layer.in_features, device=device_of_linear(layer), dtype=compute_dtype(layer)))
+            for one in kinds.values():
+                row = torch.zeros(1, one.in_features, device=device_of_linear(one), dtype=compute_dtype(one))
+                with torch.inference_mode():
+                    one(row)
         except RuntimeError:  # torch's own error about version counters
             return torch.no_grad
         return torch.inference_mode

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import InputError, check_choice
-from ..base import Evaluation, mean_and_error
+from ..base import Evaluation, EvaluationOptions, mean_and_error
 from ..judges.endpoint import cost
 from ..judges.judge import Judge, Unjudged, scores, shapes_judge
 from ..rows import Row
@@ -46,6 +46,17 @@ class DescriptionEvaluation(Evaluation):
             "reference": reference,
             "judge": self.judge.settings,
             "max_new_tokens": max_new_tokens,
+        }
+
+    @staticmethod
+    def common(options: EvaluationOptions) -> dict[str, Any]:
+        """Return what all evaluations of descriptions take from the command line's options."""
+        return {
+            "prompt": options.prompt,
+            "reference": options.reference,
+            "judge": options.judge,
+            "max_new_tokens": options.answer_tokens,
+            "price": options.price,
         }
 
     @property

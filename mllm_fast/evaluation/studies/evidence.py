@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.errors import InputError
 from ...explain.logit_lens import word_values, write_of
-from ...runtime.detokenizer import token_texts
 from ..base import mean_and_error
 from ..registry import evaluation
 from ..report import Report, Table, cell
 from ..rows import Row
-from .heads import TOP, Heads
+from .heads import TOP, Heads, attention_of, readable, tokens_of
 
 if TYPE_CHECKING:
     from ...explain.explanation import Explanation
@@ -81,7 +81,7 @@ class Evidence(Heads):
             _ranked(ex, [vectors[layer] for layer in layers], ids["noun"], ids["other noun"])
             for ex, vectors in zip((s0, s1), read, strict=True)
         ]
-        looks = [float(_attention(ex, heads, where.nonzero()[-1:, 0]).mean()) for ex, where in found]
+        looks = [float(attention_of(ex, heads, where.nonzero()[-1:, 0]).mean()) for ex, where in found]
         return {
             "a: share of the increase at the attribute": float(scores[:, inside].sum() / scores.sum()),
             "b: 1/rank of the attribute in writes": colour[0],
@@ -102,7 +102,10 @@ class Evidence(Heads):
         """Return the explanation of a text, and where the attribute stands in it, bool [prompt length]."""
         statement = self.settings["statement"].format(noun=stated, attribute=attribute)
         ex = vlm.explain(None, f"{statement} {self.settings['question'].format(noun=asked)}", attribute)
-        return ex, tokens_of(vlm, ex, statement, attribute)
+        inside = tokens_of(vlm, ex, statement, attribute)
+        if inside is None:
+            raise InputError(f"the tokens of the prompt do not spell {statement!r}")
+        return ex, inside
 
     def _of_image(self, vlm: VLM, image: Any, words: dict[str, str]) -> Measures:
         """Return the evidence b to e of section 3.3; a is the figure "held" of the evaluation "heads"."""
@@ -127,7 +130,7 @@ class Evidence(Heads):
         chance = int((rest if len(rest) else tokens)[int(rng.integers(max(1, len(rest))))])
         away = [ex.replay.layer_inputs(chance)[0]]
         looks = [
-            float(torch.stack([_attention(one, [h], at).sum() for h, at in zip(heads, best, strict=True)]).mean())
+            float(torch.stack([attention_of(one, [h], at).sum() for h, at in zip(heads, best, strict=True)]).mean())
             for one in (ex, elsewhere)
         ]
         near = {name: _ranked(ex, embedded, ids[name], ids[f"other {name}"], "embedding") for name in _PAIRS}
@@ -187,20 +190,6 @@ class Evidence(Heads):
 _PAIRS = ("attribute", "noun")
 
 
-def tokens_of(vlm: VLM, ex: Explanation, statement: str, word: str) -> Tensor:
-    """Return which tokens of a prompt spell the last mention of a word in a statement, bool [prompt length].
-
-    Raises:
-        ValueError: The prompt's tokens do not spell the statement.
-    """
-    ids = ex.input_ids[: ex.layout.prompt_length].tolist()
-    texts = token_texts(vlm.processor.tokenizer, ids)
-    ends = np.cumsum([len(one) for one in texts])
-    begin = "".join(texts).index(statement) + statement.rindex(word)
-    inside = (ends > begin) & (ends - [len(one) for one in texts] < begin + len(word))
-    return torch.from_numpy(inside)
-
-
 def _ranked(
     ex: Explanation, vectors: Sequence[Tensor], right: int, wrong: int, space: str = "unembedding"
 ) -> tuple[float, float, float]:
@@ -208,16 +197,10 @@ def _ranked(
     found = []
     for vector in vectors:
         values = word_values(ex, 0, vector, space, norm="frozen")
-        ranks = [1 / (1 + int((values > values[word]).sum())) for word in (right, wrong)]
-        found.append((*ranks, float(values[right] - values[wrong])))
-    first, second, third = np.mean(found, 0)
-    return float(first), float(second), float(third)
-
-
-def _attention(ex: Explanation, heads: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
-    """Return the attention of heads to tokens, summed over the tokens, [heads]."""
-    alpha = ex.attention(0)
-    return torch.stack([alpha[layer, head, tokens].sum() for layer, head in heads])
+        first, second = readable(values, right, wrong), readable(values, wrong, right)
+        found.append((first["reciprocal rank"], second["reciprocal rank"], first["logit minus"]))
+    right_rank, wrong_rank, gap = np.mean(found, 0)
+    return float(right_rank), float(wrong_rank), float(gap)
 
 
 def _rank(value: tuple[float, float]) -> str:

@@ -39,9 +39,7 @@ class FewTokens(DescriptionEvaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        own = {"prompt": options.prompt, "reference": options.reference, "judge": options.judge}
-        shares = options.shares or SHARES
-        return cls(shares, **own, max_new_tokens=options.answer_tokens, price=options.price)
+        return cls(options.shares or SHARES, **cls.common(options))
 
     def __init__(self, shares: Sequence[float] = SHARES, **settings: Any):
         super().__init__(**settings)
@@ -50,10 +48,10 @@ class FewTokens(DescriptionEvaluation):
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         limit, prompt = self.settings["max_new_tokens"], self.settings["prompt"]
-        answer = vlm.generate(sample.image, prompt, max_new_tokens=limit).text
+        prefill = prefill_and_score(vlm, sample.image, prompt, ["generated"], max_new_tokens=limit)
+        answer = prefill.description
         reference = self.reference(sample, answer)
         found = [{"keep": None, "said": answer, "reference": reference, **self.judged(reference, answer)}]
-        prefill = prefill_and_score(vlm, sample.image, prompt, ["generated"], max_new_tokens=limit)
         for share in (0.0, *self.shares):
             kept = prefill.context(share or 1.0, "generated", "query+image" if share else "query")
             said = kept.describe(max_new_tokens=limit).text

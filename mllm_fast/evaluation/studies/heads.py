@@ -148,7 +148,7 @@ class Heads(Evaluation):
         tokens = picture.positions[values.topk(min(TOP, len(values))).indices]
         against = int(vlm.prompts.answer_ids(wrong)[0])
         stages = visual.replay.layer_inputs(int(tokens[0]))
-        looks = [float(_attention(ex, best, tokens)) for ex in (visual, elsewhere)]
+        looks = [float(attention_of(ex, best, tokens).mean()) for ex in (visual, elsewhere)]
         spread = visual.heatmap(0, heads=best).clamp_min(0)
         rest = visual.position_scores(0, best).sum(0).clamp_min(0).sum() - values.clamp_min(0).sum()
         return {
@@ -219,9 +219,10 @@ def _from_writes(ex: Explanation, against: int) -> dict[str, float]:
     return {name: mean_and_error([one[name] for one in found])[0] for name in found[0]}
 
 
-def _attention(ex: Explanation, heads: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
+def attention_of(ex: Explanation, heads: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
+    """Return the attention of heads to tokens, summed over the tokens, [heads]."""
     alpha = ex.attention(0)
-    return torch.stack([alpha[layer, head, tokens].sum() for layer, head in heads]).mean()
+    return torch.stack([alpha[layer, head, tokens].sum() for layer, head in heads])
 
 
 def _share(part: Tensor, whole: Tensor) -> float | None:
@@ -230,6 +231,18 @@ def _share(part: Tensor, whole: Tensor) -> float | None:
 
 def _at_word(vlm: VLM, ex: Explanation, statement: str, word: str) -> float | None:
     """Return the increase's share at the tokens of the statement's word, or None if the tokens do not spell it."""
+    inside = tokens_of(vlm, ex, statement, word)
+    if inside is None:
+        return None
+    scores = ex.position_scores(0, TOP).sum(0).clamp_min(0)
+    return _share(scores[: len(inside)][inside].sum(), scores.sum())
+
+
+def tokens_of(vlm: VLM, ex: Explanation, statement: str, word: str) -> Tensor | None:
+    """Return which tokens of a prompt spell the last mention of a word in a statement, bool [prompt length].
+
+    It is None if the tokens do not spell the statement.
+    """
     ids = ex.input_ids[: ex.layout.prompt_length].tolist()
     texts = token_texts(vlm.processor.tokenizer, ids)
     text, ends = "".join(texts), np.cumsum([len(one) for one in texts])
@@ -238,5 +251,4 @@ def _at_word(vlm: VLM, ex: Explanation, statement: str, word: str) -> float | No
         return None
     begin = at + statement.rindex(word)
     inside = (ends > begin) & (ends - [len(one) for one in texts] < begin + len(word))
-    scores = ex.position_scores(0, TOP).sum(0).clamp_min(0)
-    return _share(scores[: len(inside)][torch.from_numpy(inside)].sum(), scores.sum())
+    return torch.from_numpy(inside)

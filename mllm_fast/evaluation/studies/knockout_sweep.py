@@ -12,7 +12,6 @@ from ...core.errors import InputError
 from ...knockout.rule import Knockout
 from ..base import Evaluation, EvaluationOptions
 from ..judges.agreement import labels_csv
-from ..judges.judge import Judge
 from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table
 from ..rows import Row
@@ -39,9 +38,9 @@ class KnockoutSweep(DescriptionEvaluation):
     and the target "query" is all text of the prompt.
 
     Args:
-        prompt, reference, judge, max_new_tokens, price: As in `DescriptionEvaluation`.
         bands: The bands of layers that stay open, such as "20-40" (both included). By default it is the paper's for a
             model of 80 or 32 layers, else the middle half.
+        settings: The settings of `DescriptionEvaluation`.
     """
 
     name: ClassVar[str] = "knockout-sweep"
@@ -49,23 +48,13 @@ class KnockoutSweep(DescriptionEvaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(
-            options.prompt, options.reference, options.judge, options.answer_tokens, options.price, options.bands
-        )
+        return cls(options.bands, **cls.common(options))
 
-    def __init__(
-        self,
-        prompt: str = "Describe the image.",
-        reference: str = "answer",
-        judge: Judge | None = None,
-        max_new_tokens: int = 64,
-        price: float | None = None,
-        bands: Sequence[str] = (),
-    ):
+    def __init__(self, bands: Sequence[str] = (), **settings: Any):
         for band in bands:
             if not re.fullmatch(r"\d+-\d+", band):
                 raise InputError(f"a band is the first and the last layer that stay open, such as 20-40, got {band!r}")
-        super().__init__(prompt, reference, judge, max_new_tokens, price)
+        super().__init__(**settings)
         self.bands = tuple(dict.fromkeys(bands))
         if bands:
             self.settings["bands"] = list(self.bands)
