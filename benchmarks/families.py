@@ -45,7 +45,8 @@ Models whose code does not use transformers' attention interface are refused by 
 processor is not known works, except for heatmaps.
 
 Layers that a library has quantised (torchao, quanto, bitsandbytes, HQQ, GPTQ) or adapted (LoRA, DoRA) compute as they
-are, and their scores are those of the dequantised, merged weights; tests/test_quantised.py compares them.
+are, and their scores are those of the dequantised, merged weights; tests/test_quantised.py compares them. Layers that
+round their inputs too differ from their weights, which a warning says when the model is loaded, and by how much.
 """
 
 

@@ -46,7 +46,7 @@ def check_parts(text: TextModel) -> None:
         rounded.append(_check_linear(f"output projection of layer {site.layer}", output, draw))
     if max(rounded):
         warnings.warn(
-            f"{sum(map(bool, rounded))} quantised layers round what they are given, by up to {max(rounded):.2g} of their"
+            f"{sum(map(bool, rounded))} quantised layers round their inputs, by up to {max(rounded):.2g} of their"
             " output: scores are those of their weights, and differ by as much from what these layers add",
             stacklevel=2,
         )
