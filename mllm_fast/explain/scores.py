@@ -7,7 +7,7 @@ exact. They are computed from the key/value cache and two recorded vectors per l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..core.deprecation import renamed
 from ..core.errors import InputError
 from ..core.layout import ImageLayout, TokenLayout
 from ..kernels import OperatorCache
-from ..models.text_model import TextModel
+from ..models.text_model import TextModel, without_gradients
 from ..runtime.answer import Answer
 from ..runtime.trace import Trace
 from .box_weights import BoxWeights
@@ -26,16 +26,7 @@ from .replay import Replay
 from .verification import Verification
 from .write_scores import WriteScores
 
-
-def without_gradients(function: Any) -> Any:
-    """Run a function whose first argument is a `Scores` with gradients disabled, as the model's layers can run."""
-
-    @wraps(function)
-    def call(scores: Scores, *args: Any, **kwargs: Any) -> Any:
-        with scores.text_model.inference():
-            return function(scores, *args, **kwargs)
-
-    return call
+in_inference = without_gradients(attrgetter("text_model"))  # for functions of a `Scores`
 
 
 def check_norm(final_norm: str) -> None:

@@ -18,14 +18,14 @@ from ..knockout.plan import PerSequencePositions, Plan, PlanRule, plan_rules
 from ..runtime.hooks import recording
 from ..runtime.kv_cache import CACHE, full_cache
 from .registry import DEFAULT, Heads
-from .scores import Scores, without_gradients
+from .scores import Scores, in_inference
 from .verification import Verification
 
 _SEED = 0
 _CACHE_BYTES = 1 << 30  # limit for the caches of the variants that run in one batch
 
 
-@without_gradients
+@in_inference
 def verify(scores: Scores, token: int, top: float, controls: int, heads: Heads, method: str = DEFAULT) -> Verification:
     """See `Explanation.verify`."""
     if not 0 < top < 1:
@@ -47,7 +47,7 @@ def verify(scores: Scores, token: int, top: float, controls: int, heads: Heads, 
     return Verification(token, float(logs[0]), count, len(patches), *changes, method, heads)
 
 
-@without_gradients
+@in_inference
 def log_probs(scores: Scores, token: int, variants: Sequence[Tensor]) -> Tensor:
     """Return log p(token) with each set of patches knocked out.
 

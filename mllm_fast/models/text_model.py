@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -207,3 +207,21 @@ def text_model(model: Any, ids: Sequence[int]) -> TextModel:
         by_layer={site.layer: i for i, site in enumerate(found.sites)},
         by_module={module: i for i, module in enumerate(attention)},
     )
+
+
+def without_gradients(text: Callable[[Any], TextModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that disables gradients in the way that the model's layers can run in.
+
+    Args:
+        text: Returns the text model of the decorated function's first argument.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(owner: Any, *args: Any, **options: Any) -> Any:
+            with text(owner).inference():
+                return function(owner, *args, **options)
+
+        return call
+
+    return decorate

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from ..kernels import Attention, wide_type
-from ..models.text_model import TextModel
+from ..models.text_model import TextModel, without_gradients
 from .attention import Scoring, attend_split, join_rows
 from .hooks import Recording, recording
 from .prefix_pool import Prefix, PrefixPool, SlotGroup
@@ -26,16 +25,7 @@ from .prefix_pool import Prefix, PrefixPool, SlotGroup
 _ROOM = 32  # spare own positions that are allocated when a row runs out of them
 _IDLE_BYTES = 1 << 28  # own keys and values up to this size are kept while there is no row
 
-
-def _without_gradients(method: Any) -> Any:
-    """Run a method of a `Batch` with gradients disabled, in the way that the model's layers can run in."""
-
-    @wraps(method)
-    def call(batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        with batch.text.inference():
-            return method(batch, *args, **kwargs)
-
-    return call
+_without_gradients = without_gradients(attrgetter("text"))
 
 
 @dataclass(eq=False)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
-from ..scores import Scores, check_attention_everywhere, without_gradients
+from ..scores import Scores, check_attention_everywhere, in_inference
 
 
 @heatmap_method("rollout", "attention rollout", needs_rerun=True)
-@without_gradients
+@in_inference
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the share of 1 that reaches each image token, float32 [n]."""
     check_attention_everywhere(scores, "rollout")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ...core.layout import ImageLayout
 from ..registry import Heads, heatmap_method
-from ..scores import Scores, without_gradients
+from ..scores import Scores, in_inference
 
 _SIDE = 3  # side of the filter's window, in cells
 
 
 @heatmap_method("tam", "token activation map", needs_rerun=True)
-@without_gradients
+@in_inference
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the activation of each image token, without a unit, float32 [n]."""
     row, text = scores.trace.rows[token], scores.replay.text
