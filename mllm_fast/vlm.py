@@ -89,6 +89,7 @@ class VLM(ModelRunner):
         knockout: Knockouts = None,
         attention_share: bool = False,
         prefix: str | Sequence[int] | None = None,
+        chat_template: bool = True,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Answer | list[Answer]:
@@ -103,6 +104,8 @@ class VLM(ModelRunner):
             attention_share: Sum up where the generated tokens attend, see `Answer`. It needs one answer a prompt.
             prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer
                 is what the model says after them; they count as part of the prompt.
+            chat_template: Whether the prompt is the user's turn in the model's chat template. Without it the model
+                reads the images and the prompt alone, as in "Q: What is the color of the dog? A:".
             max_new_tokens, options: As in transformers' `generate`; greedy unless `do_sample=True`.
 
         Returns:
@@ -110,7 +113,7 @@ class VLM(ModelRunner):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = self.prompts.pictures(image, prompt)
-        inputs, layouts, padding = self.prompts.prepare(pictures, prompts)
+        inputs, layouts, padding = self.prompts.prepare(pictures, prompts, chat_template)
         inputs, layouts = self.begun(inputs, layouts, prefix)
         plan = self.plan(knockout, layouts, padding)
         shares = None
@@ -144,6 +147,7 @@ class VLM(ModelRunner):
         final_norm: str = "frozen",
         knockout: Knockouts = None,
         prefix: str | Sequence[int] | None = None,
+        chat_template: bool = True,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Explanation:
@@ -156,14 +160,14 @@ class VLM(ModelRunner):
             final_norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
             knockout: As in `generate`; the explanation is then that of the model with these knockouts.
             prefix: As in `generate`. What follows it is explained.
-            max_new_tokens, options: As in `generate`, for one sequence and one beam.
+            chat_template, max_new_tokens, options: As in `generate`, for one sequence and one beam.
 
         Returns:
             An `Explanation`.
         """
         check_norm(final_norm)
         pictures = self.prompts.load(image)
-        inputs, layouts, padding = self.prompts.prepare([pictures], [prompt])
+        inputs, layouts, padding = self.prompts.prepare([pictures], [prompt], chat_template)
         inputs, (layout,) = self.begun(inputs, layouts, prefix)
         plan = self.plan(knockout, [layout], padding)
         if answer is None:
@@ -199,7 +203,7 @@ class VLM(ModelRunner):
         )
 
     @renamed_parameters(norm="final_norm")
-    def stream(
+    def stream(  # noqa: PLR0913
         self,
         image: Images | None,
         prompt: str,
@@ -209,6 +213,7 @@ class VLM(ModelRunner):
         knockout: Knockouts = None,
         attention_share: bool = False,
         prefix: str | Sequence[int] | None = None,
+        chat_template: bool = True,
         max_new_tokens: int = 32,
         **options: Any,
     ) -> Stream:
@@ -220,13 +225,13 @@ class VLM(ModelRunner):
         Args:
             image, prompt: As in `explain`.
             explain: Record what `heatmap`, `top_heads` and other methods of a step need.
-            final_norm, knockout, attention_share, prefix, max_new_tokens, options: As in `explain` and `generate`, for
-                one sequence and one beam.
+            final_norm, knockout, attention_share, prefix, chat_template, max_new_tokens, options: As in `explain` and
+                `generate`, for one sequence and one beam.
         """
         check_norm(final_norm)
         one_answer("stream", options)
         pictures = self.prompts.load(image)
-        inputs, layouts, _ = self.prompts.prepare([pictures], [prompt])
+        inputs, layouts, _ = self.prompts.prepare([pictures], [prompt], chat_template)
         inputs, (layout,) = self.begun(inputs, layouts, prefix)
         stream = Stream(
             vlm=self,

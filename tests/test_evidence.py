@@ -108,3 +108,15 @@ def test_report_and_layer_inputs_of_several_positions(shapes, done):
     for one, position in zip(several, (9, 4), strict=True):
         torch.testing.assert_close(one, ex.replay.layer_inputs(position), rtol=1e-4, atol=1e-4)
     assert evidence.TOP == 10
+
+
+def test_raw_questions_with_a_beginning_of_the_answer(shapes):
+    """The model reads the sentence, the question and the beginning of the answer, and nothing else."""
+    study = Evidence("Q: what color is the {noun}? A:", prefix="the color of the {noun} is", chat_template=False)
+    ex = study.asked(shapes, None, "the star is red.", "circle", "red")
+    said = "the star is red. Q: what color is the circle? A: the color of the circle is red"
+    assert ex.input_ids.tolist() == shapes.processor.tokenizer(said).input_ids
+    assert ex.text == "red"
+    (row, *_) = study.rows(shapes, scenes(2).list[1])
+    assert 0 < row["image"]["e: 1/rank of the attribute in visual embeddings"] <= 1
+    assert study.settings["prefix"] == "the color of the {noun} is"

@@ -10,6 +10,11 @@ import torch
 import mllm_fast as mf
 
 QUESTION, PREFIX = "what color is the circle ?", "the circle is red and"
+IMAGE = {
+    "llava": "<image>",
+    "internvl": "<IMG_CONTEXT>",
+    "qwen2_5_vl": "<|vision_start|> <|image_pad|> <|vision_end|>",
+}
 
 
 def test_an_answer_goes_on_from_its_prefix(vlm, picture):
@@ -56,3 +61,45 @@ def test_what_follows_is_explained(vlm, picture):
 def test_an_empty_prefix_is_refused(vlm, picture):
     with pytest.raises(mf.InputError, match="is empty"):
         vlm.generate(picture, QUESTION, prefix="  ")
+
+
+def test_a_raw_prompt_is_all_that_the_model_reads(vlm, family, picture):
+    """As if the processor were given the image's placeholder and the prompt, and nothing else."""
+    raw = "Q: what color is the star ? A:"
+    said = vlm.generate(picture, raw, chat_template=False, max_new_tokens=4)
+    inputs = vlm.processor(images=picture, text=f"{IMAGE[family]} {raw}", return_tensors="pt")
+    wanted = inputs["input_ids"][0].tolist()
+    assert said.input_ids[: said.layout.prompt_length].tolist() == wanted
+    assert len(wanted) < vlm.prepare(picture, raw)[0]["input_ids"].shape[1]
+    batch = vlm.generate([picture] * 2, [raw, "Q: A:"], chat_template=False, max_new_tokens=4)
+    assert batch[0].token_ids == said.token_ids
+    ex = vlm.explain(picture, raw, chat_template=False, max_new_tokens=4)
+    assert ex.token_ids == said.token_ids
+    streamed = [s.token_id for s in vlm.stream(picture, raw, chat_template=False, max_new_tokens=4)]
+    assert streamed == said.token_ids
+    alone = vlm.generate(None, raw, chat_template=False, max_new_tokens=1)
+    plain = vlm.processor.tokenizer(raw).input_ids
+    assert alone.input_ids[: len(plain)].tolist() == plain
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        ("<s>USER: {i}\n{t} ASSISTANT:", "<i>\n"),
+        ("<s>{i}USER: {t} ASSISTANT:", "<i>"),
+        ("[INST]{i}[/I]{t}[/INST]", "<i>[/I]"),
+    ],
+)
+def test_the_text_that_stands_for_an_image(shapes, monkeypatch, template, place):
+    """Wherever the template puts it, and whatever it puts around it; a template that hides it is refused."""
+
+    def spelled(turns):
+        parts = turns[0][1]
+        shown = template if None in parts else template.replace("\n", "").replace("[/I]", "")
+        return shown.format(i="<i>" * parts.count(None), t=parts[-1])
+
+    monkeypatch.setattr(shapes.prompts, "_spelled", spelled)
+    assert shapes.prompts._image_text(1) == place
+    monkeypatch.setattr(shapes.prompts, "_spelled", lambda turns: "x" if None in turns[0][1] else f"a{turns[0][1][-1]}")
+    with pytest.raises(mf.InputError, match="stands for an image"):
+        shapes.prompts._image_text(1)

@@ -1,5 +1,5 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | detect | joint | serve |
-info`.
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | coco | detect | joint |
+serve | info`.
 
 Only the result is written to stdout; progress and errors go to stderr. Invalid input ends the command with a one-line
 message and exit code 2.
@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
-from . import context, detect, evaluate, joint, serve
+from . import coco, context, detect, evaluate, joint, serve
 from .options import (
     OUT,
     Backend,
@@ -37,6 +37,7 @@ from .options import (
     NewTokens,
     Prefix,
     Question,
+    Raw,
     ZeroInputs,
     inputs,
     load,
@@ -76,6 +77,7 @@ app.command()(context.compress)
 app.command()(context.ask)
 app.command()(context.kept)
 app.command("eval")(evaluate.evaluate)
+app.command()(coco.coco)
 app.command()(detect.detect)
 app.command()(serve.serve)
 app.add_typer(joint.joint, name="joint")
@@ -89,6 +91,7 @@ def explain(  # long: the options of a command are its parameters
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
     prefix: Prefix = None,
+    raw: Raw = False,
     final_norm: Annotated[
         str, typer.Option("--final-norm", "--norm", help="The statistics of the final norm: frozen or own.")
     ] = "frozen",
@@ -149,7 +152,7 @@ def explain(  # long: the options of a command are its parameters
         check_target(out, ENDINGS)
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers, zero_inputs)
-    options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules, "prefix": prefix}
+    options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules, "prefix": prefix, "chat_template": not raw}
     if joint is None:
         reader: Any = load(model, device, dtype, max_pixels, backend)
     else:
@@ -187,6 +190,7 @@ def generate(
     layers: Layers = "all",
     zero_inputs: ZeroInputs = False,
     prefix: Prefix = None,
+    raw: Raw = False,
     max_new_tokens: NewTokens = 32,
     model: Model = "shapes",
     device: Device = None,
@@ -200,7 +204,9 @@ def generate(
     rules = _rules(block, layers, zero_inputs)
     vlm = load(model, device, dtype, max_pixels, backend)
     with progress("generating"):
-        said = vlm.generate(pictures, prompt, knockout=rules, prefix=prefix, max_new_tokens=max_new_tokens)
+        said = vlm.generate(
+            pictures, prompt, knockout=rules, prefix=prefix, chat_template=not raw, max_new_tokens=max_new_tokens
+        )
     if as_json:
         result = {"question": prompt, "answer": said.text, "tokens": said.tokens, "token_ids": said.token_ids}
         typer.echo(json.dumps(result, ensure_ascii=False))

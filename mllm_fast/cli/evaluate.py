@@ -53,7 +53,10 @@ def evaluate(  # long: the options of a command are its parameters
     masks: Annotated[
         Path | None, typer.Option(help="The images' objects: a .json in COCO's format, or a folder of .png masks.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of the generated scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the generated scenes, or of --sample.")] = 0,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="--count images of the folder at random, by --seed; else the first ones.")
+    ] = False,
     vocabulary: Annotated[
         Path | None,
         typer.Option(help='Objects to look for: a JSON file {"nouns": {"dog": ["puppy"]}, "attributes": {}}.'),
@@ -76,14 +79,20 @@ def evaluate(  # long: the options of a command are its parameters
         str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
     ] = "answer",
     question: Annotated[
-        str, typer.Option(help="For heads: the question about an object; {noun} is its name.")
+        str, typer.Option(help="For heads and evidence: the question about an object; {noun} is its name.")
     ] = "what color is the {noun}?",
     statement: Annotated[
-        str, typer.Option(help="For heads: the sentence that answers it, for the question without an image.")
+        str,
+        typer.Option(help="For heads and evidence: the sentence that answers it, for the question without an image."),
     ] = "the {noun} is {attribute}.",
     second_model: Annotated[
-        str | None, typer.Option(help="For heads: a language model to compare with, a folder or a hub id.")
+        str | None, typer.Option(help="For heads and evidence: a language model to compare with, a folder or a hub id.")
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help='For heads and evidence: how the answer begins, "The color of the {noun} is".'),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="For heads and evidence: ask without the chat template.")] = False,
     band: Annotated[
         list[str] | None,
         typer.Option(help='For knockout-sweep: layers that stay open, "20-40", both included; several.'),
@@ -139,7 +148,7 @@ def evaluate(  # long: the options of a command are its parameters
     if labels is not None:
         publish([_agreement(labels, words, judge, price)], out, as_json)
         return
-    samples = {one: _samples(kind, images, masks, data, count, seed) for one, kind in chosen.items()}
+    samples = {one: _samples(kind, images, masks, data, count, seed, sample) for one, kind in chosen.items()}
     if masks is not None and words is None:
         words = NounJudge({thing.name: () for sample in samples[name].list for thing in sample.things or ()})
     options = EvaluationOptions(
@@ -154,6 +163,8 @@ def evaluate(  # long: the options of a command are its parameters
         question=question,
         statement=statement,
         second_model=second_model,
+        prefix=prefix,
+        chat_template=not raw,
         bands=tuple(band or ()),
         tasks=tuple(task or ()),
         parser=parser,
@@ -216,13 +227,21 @@ def _agreement(
 
 
 def _samples(
-    kind: type[Evaluation], images: Path | None, masks: Path | None, data: Path | None, count: int | None, seed: int
+    kind: type[Evaluation],
+    images: Path | None,
+    masks: Path | None,
+    data: Path | None,
+    count: int | None,
+    seed: int,
+    sample: bool = False,
 ) -> Samples:
     """Return the samples that an evaluation runs on."""
     from ..evaluation.datasets import mme, pope, scene_pairs
 
+    if sample and kind.benchmark:
+        raise InputError("--sample takes images of a folder, not a benchmark's")
     if data is not None:
         return pope(data, images, count) if kind.benchmark == "pope" else mme(data, count)
     if kind.benchmark:
         return scene_pairs(_SCENES if count is None else count, seed)
-    return samples_of(images, masks, _SCENES if count is None and images is None else count, seed)
+    return samples_of(images, masks, _SCENES if count is None and images is None else count, seed, sample)

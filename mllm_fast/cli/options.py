@@ -52,6 +52,10 @@ Prefix = Annotated[
     str | None,
     typer.Option(help='Words with which the answer begins, "The color of the star is"; it goes on after them.'),
 ]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Ask without the chat template, as in --question 'Q: What color is the star? A:'."),
+]
 ZeroInputs = Annotated[
     bool,
     typer.Option(

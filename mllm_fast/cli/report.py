@@ -78,27 +78,33 @@ def _printed(table: Table) -> Printed:
     return printed
 
 
-def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int) -> Samples:
+def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int, sample: bool = False) -> Samples:
     """Return generated scenes, or the images of a folder.
 
     Args:
         images: A folder of images; None generates scenes.
         masks: The images' objects, as a .json file in COCO's format or a folder of .png masks.
         count: How many scenes or images; None takes all images of the folder.
-        seed: The seed of the generated scenes.
+        seed: The seed of the generated scenes, or of the sample.
+        sample: Take a random sample of the images in place of the first ones.
 
     Raises:
-        InputError: `count` is less than 1, or masks are given without images.
+        InputError: `count` is less than 1, masks are given without images, or a sample without images or a count.
     """
-    from ..evaluation.samples import pictures, scenes
+    from ..evaluation.samples import drawn, pictures, scenes
     from ..evaluation.segmentation import coco, mask_folder
 
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")
+    if sample and (images is None or count is None):
+        raise InputError("--sample takes a number of your images: give --images and --count")
     if images is None:
         if masks is not None:
             raise InputError("--masks belong to images: give their folder with --images")
         return scenes(count or 0, seed)
+    first = None if sample else count
     if masks is None:
-        return pictures(images, count)
-    return coco(masks, images, count) if masks.suffix == ".json" else mask_folder(masks, images, count)
+        found = pictures(images, first)
+    else:
+        found = coco(masks, images, first) if masks.suffix == ".json" else mask_folder(masks, images, first)
+    return drawn(found, count, seed) if sample and count is not None else found

@@ -31,7 +31,7 @@ class EvaluationOptions:
         price: The price of a million tokens of the judge or the reader, in dollars.
         shares: The shares of the image tokens that contexts keep.
         reference: What descriptions are compared with.
-        question, statement, second_model: Options of the evaluation "heads".
+        question, statement, second_model, prefix, chat_template: Options of the evaluations "heads" and "evidence".
         bands: The bands of layers that "knockout-sweep" leaves open.
         tasks: The tasks of MME that count.
         parser: How the answers to yes-or-no questions are read, "mme" or "first".
@@ -48,6 +48,8 @@ class EvaluationOptions:
     question: str = "what color is the {noun}?"
     statement: str = "the {noun} is {attribute}."
     second_model: str | None = None
+    prefix: str | None = None
+    chat_template: bool = True
     bands: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     parser: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,8 @@ from PIL import Image
 from ..core.errors import InputError
 from ..core.images import image_files
 from ..shapes.scenes import Scene, generate_scene
+
+T = TypeVar("T")
 
 
 class Area(Protocol):
@@ -84,6 +86,22 @@ class Samples:
 
     list: Sequence[Sample]
     origin: dict[str, Any]
+
+
+def sampled(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """Return a random sample without repetition, in the order of the items. A larger one contains a smaller one.
+
+    Raises:
+        InputError: `count` is less than 1, or more than the number of items.
+    """
+    if not 1 <= count <= len(items):
+        raise InputError(f"a sample has at least 1 and at most all {len(items)} images that can be used, got {count}")
+    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count].tolist())]
+
+
+def drawn(samples: Samples, count: int, seed: int) -> Samples:
+    """Return a random sample of `count` samples; see `sampled`."""
+    return Samples(sampled(samples.list, count, seed), {**samples.origin, "sample": [count, seed]})
 
 
 def scenes(count: int, seed: int = 0) -> Samples:

@@ -60,9 +60,11 @@ class Prompts:
             raise InputError(f"{len(prompt)} prompts need a list of as many images (or lists of images), got {got}")
         return [self.load(one) for one in image]
 
-    def prepare(self, pictures: list[list[Any]], prompts: list[str]) -> tuple[Any, list[TokenLayout], list[int]]:
+    def prepare(
+        self, pictures: list[list[Any]], prompts: list[str], chat_template: bool = True
+    ) -> tuple[Any, list[TokenLayout], list[int]]:
         """Return the processor's inputs for a batch, the layout of each sequence and its left padding."""
-        inputs = self.inputs(pictures, prompts)
+        inputs = self.inputs(pictures, prompts, chat_template)
         mask = inputs["attention_mask"].bool()
         padding = (~mask).sum(1).tolist()
         layouts, first = [], 0
@@ -76,17 +78,25 @@ class Prompts:
         """Return a first turn with images as the chat template formats it."""
         return self._spelled([("user", [None] * num_images + [prompt])])
 
-    def inputs(self, pictures: list[list[Any]], prompts: list[str]) -> Any:
-        """Return the processor's inputs for a batch, on the model's device."""
+    def inputs(self, pictures: list[list[Any]], prompts: list[str], chat_template: bool = True) -> Any:
+        """Return the processor's inputs for a batch, on the model's device.
+
+        Args:
+            pictures: The images of each prompt.
+            prompts: The prompts, without the image placeholder.
+            chat_template: Whether a prompt is the user's turn of the chat template; otherwise the images and the prompt
+                are all that the model reads.
+        """
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the image")
             _check_text(self.processor, prompt, "prompt")
         if any(pictures) and not all(pictures):
             raise InputError("a batch has images for all of its prompts or for none")
-        return self._inputs(
-            pictures, [[("user", [None] * len(i) + [p])] for i, p in zip(pictures, prompts, strict=True)]
-        )
+        pairs = zip(pictures, prompts, strict=True)
+        if chat_template:
+            return self._inputs(pictures, [[("user", [None] * len(i) + [p])] for i, p in pairs])
+        return self._inputs(pictures, [self._image_text(len(i)) + p for i, p in pairs])
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
         """Return the processor's inputs for one conversation and its layout.
@@ -102,13 +112,32 @@ class Prompts:
         sizes = [picture.size for picture in pictures]
         return inputs, prompt_layout(self, inputs["input_ids"][0], inputs, sizes)
 
-    def _inputs(self, pictures: list[list[Any]], conversations: list[list[Turn]]) -> Any:
+    def _image_text(self, num_images: int) -> str:
+        """Return the text that stands for images in front of a prompt: what the chat template adds for them."""
+        if not num_images:
+            return ""
         if not getattr(self.processor, "chat_template", None):
+            return self.processor.image_token * num_images
+        try:
+            shown, plain = (self._spelled([("user", [*images, _REPLY])]) for images in ([None] * num_images, []))
+        except Exception as error:  # a template can raise anything
+            raise InputError(f"the chat template takes no image: {first_line(error)}") from error
+        with_images, without = shown.partition(_REPLY)[0], plain.partition(_REPLY)[0]
+        for at in range(len(without), -1, -1):  # the images stand behind so many letters of what precedes the prompt
+            before, after = without[:at], without[at:]
+            if with_images.startswith(before) and with_images.endswith(after):
+                return with_images[at : len(with_images) - len(after)]
+        raise InputError("the chat template shows no text that stands for an image: ask with the chat template")
+
+    def _inputs(self, pictures: list[list[Any]], conversations: Sequence[str | Sequence[Turn]]) -> Any:
+        """Return the processor's inputs for conversations, or for texts without the chat template."""
+        spoken = not all(isinstance(one, str) for one in conversations)
+        if spoken and not getattr(self.processor, "chat_template", None):
             raise InputError("the processor has no chat template; set processor.chat_template")
         several = len(conversations) > 1
         batch = {"padding": True, "padding_side": "left"} if several else {}
         try:
-            texts = [self._spelled(turns) for turns in conversations]
+            texts = [one if isinstance(one, str) else self._spelled(one) for one in conversations]
             given = (pictures, texts) if several else (pictures[0], texts[0])
             inputs = self.processor(
                 images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch

@@ -101,7 +101,7 @@ class Evidence(Heads):
     def _told(self, vlm: VLM, stated: str, asked: str, attribute: str) -> tuple[Explanation, Tensor]:
         """Return the explanation of a text, and where the attribute stands in it, bool [prompt length]."""
         statement = self.settings["statement"].format(noun=stated, attribute=attribute)
-        ex = vlm.explain(None, f"{statement} {self.settings['question'].format(noun=asked)}", attribute)
+        ex = self.asked(vlm, None, statement, asked, attribute)
         inside = tokens_of(vlm, ex, statement, attribute)
         if inside is None:
             raise InputError(f"the tokens of the prompt do not spell {statement!r}")
@@ -110,9 +110,7 @@ class Evidence(Heads):
     def _of_image(self, vlm: VLM, image: Any, words: dict[str, str]) -> Measures:
         """Return the evidence b to e of section 3.3; a is the figure "held" of the evaluation "heads"."""
         noun, other, attribute = words["noun"], words["other noun"], words["attribute"]
-        question = self.settings["question"]
-        ex = vlm.explain(image, question.format(noun=noun), attribute)
-        elsewhere = vlm.explain(image, question.format(noun=other), attribute)
+        ex, elsewhere = (self.asked(vlm, image, "", asked, attribute) for asked in (noun, other))
         heads = [head[:2] for head in ex.top_heads(0, TOP)]
         tokens = ex.layout.images[0].positions
         count = min(POSITIONS, len(tokens))

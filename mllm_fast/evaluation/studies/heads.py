@@ -60,6 +60,9 @@ class Heads(Evaluation):
         near: The number of tokens by which an object's mask is widened on every side.
         seed: The seed of the choice of another noun and another attribute.
         second_model: The name of a text-only model that gets the textual question, too.
+        prefix: The words with which the answer begins before the attribute, with {noun}, as in "The color of the {noun}
+            is"; None for no such words.
+        chat_template: Whether the questions are asked in the chat template, as in `VLM.generate`.
 
     Raises:
         InputError: The question or the statement lacks a placeholder, or the vocabulary has fewer than two nouns or
@@ -72,7 +75,14 @@ class Heads(Evaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.question, options.statement, options.words, second_model=options.second_model)
+        return cls(
+            options.question,
+            options.statement,
+            options.words,
+            second_model=options.second_model,
+            prefix=options.prefix,
+            chat_template=options.chat_template,
+        )
 
     def __init__(
         self,
@@ -82,6 +92,8 @@ class Heads(Evaluation):
         near: int = 1,
         seed: int = 0,
         second_model: str | None = None,
+        prefix: str | None = None,
+        chat_template: bool = True,
     ):
         if "{noun}" not in question:
             raise InputError(f"the question names the object as {{noun}}, got {question!r}")
@@ -97,6 +109,8 @@ class Heads(Evaluation):
             "near": near,
             "seed": seed,
             "second_model": second_model,
+            "prefix": prefix,
+            "chat_template": chat_template,
         }
         self._second: VLM | None = None
 
@@ -135,12 +149,11 @@ class Heads(Evaluation):
     def _row(
         self, vlm: VLM, image: Any, attribute: str, noun: str, other: str, wrong: str, mask: np.ndarray
     ) -> dict[str, Any]:
-        question = self.settings["question"].format(noun=noun)
         statement = self.settings["statement"].format(noun=noun, attribute=attribute)
-        visual = vlm.explain(image, question, attribute)
-        sentence = f"{statement} {question}"
-        textual, second = vlm.explain(None, sentence, attribute), self._explain_second(vlm, sentence, attribute)
-        elsewhere = vlm.explain(image, self.settings["question"].format(noun=other), attribute)
+        visual, elsewhere = (self.asked(vlm, image, "", asked, attribute) for asked in (noun, other))
+        textual = self.asked(vlm, None, statement, noun, attribute)
+        model = self._second_model(vlm)
+        second = None if model is None else self.asked(model, None, statement, noun, attribute)
         picture = visual.layout.images[0]
         hits = widened(cells(mask, picture), self.settings["near"])
         best = [head[:2] for head in visual.top_heads(0, TOP)]
@@ -177,9 +190,16 @@ class Heads(Evaluation):
             self._second = load_text_model(name, vlm)
         return self._second
 
-    def _explain_second(self, vlm: VLM, sentence: str, attribute: str) -> Explanation | None:
-        second = self._second_model(vlm)
-        return None if second is None else second.explain(None, sentence, attribute)
+    def asked(self, vlm: VLM, image: Any, statement: str, noun: str, attribute: str) -> Explanation:
+        """Explain an attribute as the answer to the question about a noun, which may follow a statement."""
+        question, prefix = self.settings["question"].format(noun=noun), self.settings["prefix"]
+        return vlm.explain(
+            image,
+            f"{statement} {question}" if statement else question,
+            attribute,
+            prefix=None if prefix is None else prefix.format(noun=noun),
+            chat_template=self.settings["chat_template"],
+        )
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
         every = [row for one in rows.values() for row in one]
