@@ -23,10 +23,12 @@ from mllm_fast import VLM
 from mllm_fast.core.errors import EndsRunError, InputError
 from mllm_fast.evaluation.datasets import scene_pairs
 from mllm_fast.evaluation.joint.caption_score import CaptionJudge
+from mllm_fast.evaluation.judges import object_lists, object_pairs
 from mllm_fast.evaluation.judges.agreement import Labelled, agreement, agreement_report, read_labels
 from mllm_fast.evaluation.judges.endpoint import Endpoint, Unanswered, cost
 from mllm_fast.evaluation.judges.judge import Comparison, Unjudged, shapes_judge
-from mllm_fast.evaluation.judges.judge_endpoint import _EXAMPLES, EndpointJudge, parse
+from mllm_fast.evaluation.judges.judge_endpoint import EndpointJudge
+from mllm_fast.evaluation.judges.object_pairs import parse
 from mllm_fast.evaluation.judges.reader_endpoint import EndpointReader
 from mllm_fast.evaluation.run import run
 from mllm_fast.evaluation.samples import scenes
@@ -104,7 +106,7 @@ def judge(server, tmp_path) -> EndpointJudge:
 
 def make(server: Server, **options) -> EndpointJudge:
     settings = {"attempts": 3, "timeout": 0.4, "pause": 0.01, "api_key": KEY, "base_url": server.url} | options
-    return EndpointJudge(Endpoint("judge", **settings))
+    return EndpointJudge(Endpoint("judge", **settings), "pairs")
 
 
 def test_a_good_answer(server, judge):
@@ -121,8 +123,46 @@ def test_a_good_answer(server, judge):
 
 
 def test_worked_examples_are_of_the_form_asked_for():
-    for _, _, reply in _EXAMPLES:
+    for _, _, reply in object_pairs.EXAMPLES:
         parse(json.dumps(reply))
+    assert len(object_lists.EXAMPLES) == 3
+    for _, _, reply in object_lists.EXAMPLES:  # whose own arithmetic is right
+        found = object_lists.parse(reply).counts
+        told = {line.split(": ")[0]: line.split(": ")[1] for line in reply.splitlines()[-2:]}
+        tp, said, there = found["tp"], found["tp"] + found["fp"], found["tp"] + found["fn"]
+        assert told == {"Precision": f"{tp}/{said}" if said else "0", "Recall": f"{tp}/{there}"}
+
+
+LISTS = """**Thoughts:** The cars are one entry: both are "car".
+1. Objects in the ground truth: car, tree, man
+True Positives (TP): Car.
+**False positives:**
+- dog
+* a bench;
+False negatives: tree; man, tree
+Precision: 9/9
+Recall: 1/7"""
+
+
+def test_a_judge_that_thinks_in_words(server):
+    """As in the paper: the lists count, each object once and without its properties, and not the judge's arithmetic."""
+    judge = EndpointJudge(Endpoint("judge", base_url=server.url, api_key=KEY, attempts=2, pause=0.01))
+    server.replies = [LISTS]
+    found = judge.compare("a red car, a blue car, a tree, a man", "a car, a dog, a bench")
+    assert found == Comparison(["car", "tree", "man"], ["car", "dog", "a bench"], ["car"], ["tree", "man"], 42)
+    assert found.counts == {"tp": 1, "fp": 2, "fn": 2}
+    (asked,) = server.asked
+    assert [m["role"] for m in asked["messages"]] == ["system", *["user", "assistant"] * 3, "user"]
+    assert "properties" not in json.dumps(judge.settings)
+    assert judge.settings["style"] == "lists"
+    server.replies = ["True positives: car", LISTS]  # the first lacks lists and is asked for again
+    assert judge.compare("x", "y").tokens == 84
+    with pytest.raises(ValueError, match="'dog' is in two lists"):
+        object_lists.parse("True positives: dog\nFalse positives: Dog\nFalse negatives: none")
+    nothing = object_lists.parse("True positives: none\nFalse positives:\nFalse negatives: None")
+    assert nothing.counts == {"tp": 0, "fp": 0, "fn": 0}
+    with pytest.raises(InputError, match="style"):
+        EndpointJudge(Endpoint("judge", base_url=server.url, api_key=KEY), "words")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +226,7 @@ def test_nothing_is_paid_for_twice_and_no_key_is_written(server, judge, tmp_path
     files = list((tmp_path / "cache").iterdir())
     assert len(files) == 1
     assert KEY not in files[0].read_text() + caplog.text + json.dumps(judge.settings) + repr(judge)
-    other = EndpointJudge(Endpoint("other", base_url=server.url, api_key=KEY, cache=tmp_path / "cache"))
+    other = EndpointJudge(Endpoint("other", base_url=server.url, api_key=KEY, cache=tmp_path / "cache"), "pairs")
     server.replies = [GOOD]
     assert other.compare("a dog", "a puppy").tokens == 42
 

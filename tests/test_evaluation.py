@@ -78,7 +78,7 @@ def test_objects_are_matched_as_often_as_they_are_there():
     assert scores(**found.counts) == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
     twice = shapes_judge().compare("two red circles", "a red circle and two red circles")
     assert twice.matched == ["red circle", "red circle"]
-    assert scores(0, 0, 2) == {"precision": None, "recall": 0.0, "f1": 0.0}
+    assert scores(0, 0, 2) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}  # as in the paper
     assert scores(0, 0, 0) == {"precision": None, "recall": None, "f1": None}
 
 
@@ -113,6 +113,8 @@ def test_scores_are_those_of_scikit_learn(pictures):
     ours = [scores(len(a & b), len(b - a), len(a - b)) for a, b in pictures]
     for name, theirs in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
         each = [theirs(t, s, zero_division=np.nan) for t, s in zip(truth, said, strict=True)]
+        if name == "precision":  # as in the paper, 0 where there was something to name
+            each = [0.0 if t.any() and not s.any() else e for t, s, e in zip(truth, said, each, strict=True)]
         assert [np.nan if one[name] is None else one[name] for one in ours] == pytest.approx(each, nan_ok=True)
 
 
@@ -156,7 +158,7 @@ def test_the_sweep_by_hand():
     report = KnockoutSweep().report({"a": first, "b": second, "c": [{"error": "gone"}]})
     means = {(m["target"], m["layers"]): m for m in report.figures["means"]}
     assert means["generated", "from 0"]["f1"] == pytest.approx([0.75, 0.25])
-    assert means["query", "from 0"]["precision"] == [None, None]
+    assert means["query", "from 0"]["precision"] == [0.0, 0.0]
     assert means["", ""]["recall"] == [1, 0]
     assert report.failed == {"c": "gone"}
     json.dumps(report.figures, allow_nan=False)

@@ -10,11 +10,12 @@ import typer
 
 from ..core.errors import InputError
 from ..evaluation.registry import EVALUATIONS
-from .options import Backend, Device, Dtype, Json, Model, parse_keep, progress
+from .options import OUT, Backend, Device, Dtype, Json, Model, parse_keep, progress
 from .report import bar, publish, samples_of
 
 if TYPE_CHECKING:
     from ..evaluation.base import Evaluation
+    from ..evaluation.judges.agreement import Labelled
     from ..evaluation.judges.judge import Judge, NounJudge
     from ..evaluation.judges.reader_endpoint import EndpointReader
     from ..evaluation.report import Report
@@ -68,12 +69,27 @@ def evaluate(  # long: the options of a command are its parameters
             " redundancy, pope)."
         ),
     ] = None,
+    judge_style: Annotated[
+        str,
+        typer.Option(
+            help='How it compares: "lists", as in the paper, thinks in words and leaves properties out; "pairs" gives'
+            " JSON, and properties count."
+        ),
+    ] = "lists",
     judge_url: Annotated[str | None, typer.Option(help="The endpoint; its key is read from OPENAI_API_KEY.")] = None,
     price: Annotated[
         float | None, typer.Option(help="The price of a million of its tokens in dollars, to count the cost.")
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="For judges: a .csv of people's labels. knockout-sweep writes one to correct.")
+    ] = None,
+    ratings: Annotated[
+        list[Path] | None,
+        typer.Option(help="For judges: raters' answers (.csv) to the questions of --page, several; table A1."),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="For judges: write a page (.html) on which raters check a judge's --labels."),
     ] = None,
     reference: Annotated[
         str, typer.Option(help="Compare descriptions with the model's own answer, or with the truth that is known.")
@@ -120,8 +136,7 @@ def evaluate(  # long: the options of a command are its parameters
     """
     if name not in (*EVALUATIONS, "judges", "all"):
         raise InputError(f"the evaluation is one of {', '.join(EVALUATIONS)}, judges, or all, got {name!r}")
-    if (name == "judges") != (labels is not None):
-        raise InputError("judges need people's labels, and nothing else does: give --labels, a .csv")
+    _check_judges(name, labels, ratings, page)
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")
     shares = tuple(parse_keep(text) for text in keep or ())
@@ -141,12 +156,14 @@ def evaluate(  # long: the options of a command are its parameters
         images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))
         out = out.resolve()
     words = None if vocabulary is None else read_vocabulary(vocabulary)
-    judge, reader = (words, None) if judge_model is None else _endpoint(judge_model, judge_url, out / "judge")
+    judge, reader = (
+        (words, None) if judge_model is None else _endpoint(judge_model, judge_style, judge_url, out / "judge")
+    )
     if images is not None and judge is None and (asks := {"knockout-sweep", "few-tokens"} & set(chosen)):
         needy = " and ".join(sorted(asks))
         raise InputError(f"{needy} needs to know your images' objects: give --vocabulary or --judge-model")
     if labels is not None:
-        publish([_agreement(labels, words, judge, price)], out, as_json)
+        _judges(labels, ratings or [], page, (words, judge, price), (count, seed), out, as_json)
         return
     samples = {one: _samples(kind, images, masks, data, count, seed, sample) for one, kind in chosen.items()}
     if masks is not None and words is None:
@@ -203,27 +220,62 @@ def _check(
         raise InputError("--masks belong to images: give their folder with --images")
 
 
-def _endpoint(model: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:
+def _endpoint(model: str, style: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:
     """Return a judge of descriptions and a reader of them, which use the same endpoint."""
     from ..evaluation.judges.endpoint import Endpoint
     from ..evaluation.judges.judge_endpoint import EndpointJudge
     from ..evaluation.judges.reader_endpoint import EndpointReader
 
     endpoint = Endpoint(model, base_url=url, cache=cache)
-    return EndpointJudge(endpoint), EndpointReader(endpoint)
+    return EndpointJudge(endpoint, style), EndpointReader(endpoint)
 
 
-def _agreement(
-    labels: Path, words: NounJudge | None, judge: Judge | None, price: float | None
-) -> tuple[Report, dict[str, Any]]:
+def _check_judges(name: str, labels: Path | None, ratings: list[Path] | None, page: Path | None) -> None:
+    """Raise InputError if the options of the evaluation "judges" are missing, or are given to another one."""
+    if (name == "judges") != (labels is not None):
+        raise InputError("judges need labels, and nothing else does: give --labels, a .csv of knockout-sweep")
+    if (ratings or page is not None) and name != "judges":
+        raise InputError(f"--ratings and --page are for judges, not for {name}")
+
+
+def _judges(
+    labels: Path,
+    ratings: list[Path],
+    page: Path | None,
+    compared: tuple[NounJudge | None, Judge | None, float | None],
+    sample: tuple[int | None, int],
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Compare judges with people, or write the page on which people rate a judge's labels."""
+    from ..core.files import check_target, write_whole
+    from ..evaluation.judges.agreement import read_labels
+    from ..evaluation.judges.ratings import rating_page, ratings_report, read_ratings
+
+    pairs = read_labels(labels)
+    if page is not None:
+        check_target(page, (".html",))
+        write_whole(page, rating_page(pairs, *sample).encode())
+        OUT.print(f"saved {page}", highlight=False, soft_wrap=True)
+        return
+    settings: dict[str, Any] = {"labels": str(labels)}
+    if ratings:
+        report = ratings_report(pairs, read_ratings(ratings))
+        settings["ratings"] = [str(file) for file in ratings]
+    else:
+        report = _agreement(pairs, *compared)
+    publish([(report, settings)], out, as_json)
+
+
+def _agreement(pairs: list[Labelled], words: NounJudge | None, judge: Judge | None, price: float | None) -> Report:
     """Return a report on how far judges agree with people's labels."""
-    from ..evaluation.judges.agreement import agreement_report, read_labels
+    from ..evaluation.judges.agreement import agreement_report
     from ..evaluation.judges.judge import shapes_judge
 
     judges: dict[str, Judge] = {"vocabulary": words or shapes_judge()}
     if judge is not None and judge is not words:
         judges["endpoint"] = judge
-    return agreement_report(read_labels(labels), judges, price), {"labels": str(labels)}
+    return agreement_report(pairs, judges, price)
 
 
 def _samples(

@@ -67,7 +67,7 @@ def read_labels(path: Path) -> list[Labelled]:
     found: dict[tuple[str, str], Labels] = {}
     for row in reader:
         labels = found.setdefault((row["reference"] or "", row["said"] or ""), Counter())
-        name, label = _plain(row["object"] or ""), (row["label"] or "").strip().lower()
+        name, label = plain_name(row["object"] or ""), (row["label"] or "").strip().lower()
         if not name and not label:
             continue
         if not name or label not in LABELS:
@@ -95,7 +95,7 @@ def judged(pairs: Sequence[Labelled], judge: Judge) -> tuple[list[Labels | None]
             found.append(None)
             tokens += error.tokens
             continue
-        found.append(Counter((_plain(name), label) for name, label in comparison.labels))
+        found.append(Counter((plain_name(name), label) for name, label in comparison.labels))
         tokens += comparison.tokens
     return found, tokens
 
@@ -147,7 +147,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Normalize an object's name, so that case, spaces and a leading article do not matter."""
     words = name.lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

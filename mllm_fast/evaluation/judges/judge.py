@@ -225,6 +225,11 @@ def _number(number: str | None) -> int:
 
 
 def scores(tp: float, fp: float, fn: float) -> dict[str, float | None]:
-    """Return precision, recall and F1 from counts. A value is None where there is nothing to count."""
+    """Return precision, recall and F1 from counts (arXiv 2411.17491, appendix B).
+
+    The precision of a text that names nothing is 0 if there was something to name. A value is None where there is
+    nothing to count.
+    """
     share = lambda part, whole: part / whole if whole else None  # noqa: E731
-    return {"precision": share(tp, tp + fp), "recall": share(tp, tp + fn), "f1": share(2 * tp, 2 * tp + fp + fn)}
+    precision = share(tp, tp + fp) if tp + fp or not fn else 0.0
+    return {"precision": precision, "recall": share(tp, tp + fn), "f1": share(2 * tp, 2 * tp + fp + fn)}
