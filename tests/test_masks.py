@@ -98,8 +98,8 @@ def test_folders_of_masks_localise_as_scenes_do(tmp_path):
     found = mask_folder(tmp_path / "masks", tmp_path)
     assert [sample.name for sample in found.list] == ["0.png", "1.png"]
     model = ModelChoice(device="cpu", threads=1)
-    ours = run(Localisation(), samples, model, tmp_path / "ours")
-    theirs = run(Localisation(), found, model, tmp_path / "theirs")
+    ours = run(Localisation(objects="all"), samples, model, tmp_path / "ours")
+    theirs = run(Localisation(objects="all"), found, model, tmp_path / "theirs")
     assert list(ours.values()) == list(theirs.values())
     assert all(ours.values())
 
@@ -113,7 +113,12 @@ def test_masks_that_do_not_fit(tmp_path):
         name = tmp_path / "masks" / str(number) / f"{sample.things[0].name}.png"
         Image.new("1", (9, 9)).save(name)
     name.write_bytes(b"-")
-    rows = run(Localisation(), mask_folder(tmp_path / "masks", tmp_path), ModelChoice(device="cpu"), tmp_path / "out")
+    rows = run(
+        Localisation(objects="all"),
+        mask_folder(tmp_path / "masks", tmp_path),
+        ModelChoice(device="cpu"),
+        tmp_path / "out",
+    )
     assert "the mask is 9 x 9 pixels, its image 96 x 96" in rows["0.png"][0]["error"]
     assert "is no image" in rows["1.png"][0]["error"]
     for folders, message in ((("gone", "."), "is no folder"), ((".", "masks"), "called like an image")):

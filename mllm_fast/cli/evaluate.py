@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from ..evaluation.judges.reader_endpoint import EndpointReader
     from ..evaluation.report import Report
     from ..evaluation.samples import Samples
+    from ..evaluation.segmenter import Segmenter
 
 _SCENES = 40
+_DESCRIBE = {"knockout-sweep", "few-tokens"}  # they compare the objects of descriptions
 
 
 def evaluate(  # long: the options of a command are its parameters
@@ -109,6 +111,20 @@ def evaluate(  # long: the options of a command are its parameters
         typer.Option(help='For heads and evidence: how the answer begins, "The color of the {noun} is".'),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="For heads and evidence: ask without the chat template.")] = False,
+    objects: Annotated[
+        str,
+        typer.Option(
+            help='For localisation: the objects that are "lost" when the image is closed to the generated tokens, or'
+            ' "all".'
+        ),
+    ] = "lost",
+    segmenter: Annotated[
+        str | None,
+        typer.Option(
+            help="For localisation: a model that finds masks by name (CLIPSeg, SAM 3, or DETECTOR+SAM), a folder or a"
+            " hub id."
+        ),
+    ] = None,
     band: Annotated[
         list[str] | None,
         typer.Option(help='For knockout-sweep: layers that stay open, "20-40", both included; several.'),
@@ -150,7 +166,7 @@ def evaluate(  # long: the options of a command are its parameters
         from ..evaluation.run import run
         from ..evaluation.worker import ModelChoice
     chosen = {one: EVALUATIONS.get(one) for one in (EVALUATIONS if name == "all" else (name,)) if one != "judges"}
-    _check(name, chosen, images, masks, data)
+    _check(name, chosen, images, masks, data, segmenter)
     check_charts()
     if ray:  # actors may run in another working directory
         images, data, masks = (None if path is None else path.resolve() for path in (images, data, masks))
@@ -159,7 +175,7 @@ def evaluate(  # long: the options of a command are its parameters
     judge, reader = (
         (words, None) if judge_model is None else _endpoint(judge_model, judge_style, judge_url, out / "judge")
     )
-    if images is not None and judge is None and (asks := {"knockout-sweep", "few-tokens"} & set(chosen)):
+    if images is not None and judge is None and (asks := _DESCRIBE & set(chosen)):
         needy = " and ".join(sorted(asks))
         raise InputError(f"{needy} needs to know your images' objects: give --vocabulary or --judge-model")
     if labels is not None:
@@ -185,6 +201,8 @@ def evaluate(  # long: the options of a command are its parameters
         bands=tuple(band or ()),
         tasks=tuple(task or ()),
         parser=parser,
+        objects=objects,
+        segmenter=_segmenter(segmenter, device),
     )
     evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
     choice = ModelChoice(model, device, dtype, backend)
@@ -202,7 +220,12 @@ def evaluate(  # long: the options of a command are its parameters
 
 
 def _check(
-    name: str, chosen: dict[str, type[Evaluation]], images: Path | None, masks: Path | None, data: Path | None
+    name: str,
+    chosen: dict[str, type[Evaluation]],
+    images: Path | None,
+    masks: Path | None,
+    data: Path | None,
+    segmenter: str | None,
 ) -> None:
     """Raise InputError if the options contradict each other, before a model is loaded."""
     if name == "all" and (images is not None or data is not None):
@@ -214,10 +237,20 @@ def _check(
         raise InputError(f"--data is a benchmark's folder, for {', '.join(asking)}, not for {name}")
     if benchmark and images is not None and (data is None or benchmark != "pope"):
         raise InputError(f"{name} needs questions: give the benchmark's folder with --data")
-    if kind is not None and kind.needs_masks and images is not None and masks is None:
+    if segmenter is not None and name != "localisation":
+        raise InputError(f"--segmenter is for localisation, not for {name}")
+    if kind is not None and kind.needs_masks and images is not None and masks is None and segmenter is None:
         raise InputError(f"{name} needs your images' objects: give --masks, COCO's .json or a folder of .png")
     if masks is not None and (images is None or benchmark):
         raise InputError("--masks belong to images: give their folder with --images")
+
+
+def _segmenter(name: str | None, device: str | None) -> Segmenter | None:
+    if name is None:
+        return None
+    from ..evaluation.segmenter import Segmenter
+
+    return Segmenter(name, "cpu" if device in (None, "auto") else device)
 
 
 def _endpoint(model: str, style: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:

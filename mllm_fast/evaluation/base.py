@@ -34,6 +34,7 @@ class EvaluationOptions:
         question, statement, second_model, prefix, chat_template: Options of the evaluations "heads" and "evidence".
         bands: The bands of layers that "knockout-sweep" leaves open.
         tasks: The tasks of MME that count.
+        objects, segmenter: Options of the evaluation "localisation".
         parser: How the answers to yes-or-no questions are read, "mme" or "first".
     """
 
@@ -53,6 +54,8 @@ class EvaluationOptions:
     bands: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     parser: str | None = None
+    objects: str = "lost"
+    segmenter: Any = None
 
     @property
     def answer_tokens(self) -> int:

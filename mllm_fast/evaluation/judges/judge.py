@@ -78,12 +78,14 @@ class Mention(NamedTuple):
         thing: The noun, as the vocabulary calls it.
         number: How many of the objects there are.
         noun: The position in the text where the noun begins, in characters.
+        phrase: The positions in the text where the attributes and the noun begin and end, in characters.
     """
 
     attributes: tuple[str, ...]
     thing: str
     number: int
     noun: int
+    phrase: tuple[int, int]
 
     @property
     def name(self) -> str:
@@ -131,7 +133,8 @@ class NounJudge:
         for match in self._phrase.finditer(text):
             leading = {self._attribute_of[_plain(word)] for word in self._attribute.findall(match["attributes"])}
             thing = self._noun_of[_plain(match["noun"])]
-            found.append(Mention(tuple(sorted(leading)), thing, _number(match["number"]), match.start("noun")))
+            phrase = match.start("attributes"), match.end("noun")
+            found.append(Mention(tuple(sorted(leading)), thing, _number(match["number"]), match.start("noun"), phrase))
         return found
 
     def objects(self, text: str) -> list[str]:

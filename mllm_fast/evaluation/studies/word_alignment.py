@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,3 +119,46 @@ def widened(cells: np.ndarray, by: int) -> np.ndarray:
     rows, cols = cells.shape
     shifts = [padded[i : i + rows, j : j + cols] for i in range(2 * by + 1) for j in range(2 * by + 1)]
     return np.any(shifts, 0)
+
+
+def cells_within(mask: np.ndarray, layout: ImageLayout, tokens: float) -> np.ndarray:
+    """Return the cells whose centre lies at most so many tokens from a pixel of a mask, bool [rows, cols].
+
+    The distance is measured across and down in widths and heights of a token. Pixels count at their centres.
+
+    Raises:
+        InputError: The mask does not have the size of the image.
+    """
+    cells(mask, layout)  # checks the size
+    rows, cols = layout.grid
+    left, top, right, bottom = layout.box
+    wide, high = (right - left) / cols, (bottom - top) / rows
+    found = np.zeros((rows, cols), bool)
+    for row in range(rows):
+        for col in range(cols):
+            x, y = left + (col + 0.5) * wide, top + (row + 0.5) * high
+            begin = [max(0, math.floor(at - tokens * by)) for at, by in ((y, high), (x, wide))]
+            end = [math.ceil(at + tokens * by) for at, by in ((y, high), (x, wide))]
+            part = mask[begin[0] : end[0], begin[1] : end[1]]
+            down, across = np.nonzero(part)
+            far = ((down + begin[0] + 0.5 - y) / high) ** 2 + ((across + begin[1] + 0.5 - x) / wide) ** 2
+            found[row, col] = bool((far <= tokens**2).any())
+    return found
+
+
+def phrase_tokens(tokens: Sequence[str], name: str, judge: NounJudge | None) -> list[int]:
+    """Return the tokens of an answer that spell an object's name, all mentions together.
+
+    With a vocabulary they are those of its noun phrases of this name. Otherwise, or if there is none, they spell the
+    name itself, else its last word, in the singular or the plural.
+    """
+    text = "".join(tokens)
+    spans = [mention.phrase for mention in judge.mentions(text) if mention.name == name] if judge else []
+    for words in (name, name.split()[-1]) if name.split() else ():
+        if not spans:
+            pattern = r"\s+".join(map(re.escape, words.split()))
+            spans = [match.span() for match in re.finditer(rf"\b{pattern}(?:s|es)?\b", text, re.IGNORECASE)]
+    ends = np.cumsum([len(token) for token in tokens])
+    starts = ends - [len(token) for token in tokens]
+    inside = [(starts < end) & (ends > begin) for begin, end in spans]
+    return np.flatnonzero(np.any(inside, 0)).tolist() if spans else []
