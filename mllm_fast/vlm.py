@@ -22,7 +22,7 @@ from .explain.recorded import Recorded
 from .explain.replay import Replay
 from .explain.scores import check_norm
 from .explain.stream import Stream
-from .knockout.attention_share import AttentionShares
+from .knockout.attention_share import PAPER_TYPES, TYPES, AttentionShares
 from .knockout.rule import Knockout, as_rules
 from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
@@ -87,7 +87,7 @@ class VLM(ModelRunner):
         prompt: str | list[str],
         *,
         knockout: Knockouts = None,
-        attention_share: bool = False,
+        attention_share: bool | str = False,
         prefix: str | Sequence[int] | None = None,
         chat_template: bool = True,
         max_new_tokens: int = 32,
@@ -101,7 +101,8 @@ class VLM(ModelRunner):
             prompt: The question, without the image placeholder, or a list of questions, which are answered in one
                 batch.
             knockout: One `Knockout` or several, which say which tokens may not attend to which.
-            attention_share: Sum up where the generated tokens attend, see `Answer`. It needs one answer a prompt.
+            attention_share: Sum up where the generated tokens attend, see `Answer`: in five segments if True, in the
+                three of arXiv 2411.17491 ("image_block", "text", "generated") if "paper". It needs one answer a prompt.
             prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer
                 is what the model says after them; they count as part of the prompt.
             chat_template: Whether the prompt is the user's turn in the model's chat template. Without it the model
@@ -119,7 +120,7 @@ class VLM(ModelRunner):
         shares = None
         if attention_share:
             one_answer("attention_share", options)
-            shares = self._shares(layouts, padding)
+            shares = self._shares(layouts, padding, attention_share)
         whole = {} if shares is None else self.whole_cache()
         output = self.run(inputs, max_new_tokens, {**whole, **options}, plan, shares)
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -134,8 +135,11 @@ class VLM(ModelRunner):
             answers.append(said)
         return answers[0] if isinstance(prompt, str) else answers
 
-    def _shares(self, layouts: Sequence[TokenLayout], padding: Sequence[int]) -> AttentionShares:
-        return AttentionShares(layouts, padding, len(self.text.layers), self.text.site_layers)
+    def _shares(self, layouts: Sequence[TokenLayout], padding: Sequence[int], what: bool | str) -> AttentionShares:
+        if what not in (True, "paper"):
+            raise InputError(f'attention_share is True, False or "paper", got {what!r}')
+        types = TYPES if what is True else PAPER_TYPES
+        return AttentionShares(layouts, padding, len(self.text.layers), self.text.site_layers, types)
 
     @renamed_parameters(norm="final_norm")
     def explain(
@@ -211,7 +215,7 @@ class VLM(ModelRunner):
         explain: bool = False,
         final_norm: str = "frozen",
         knockout: Knockouts = None,
-        attention_share: bool = False,
+        attention_share: bool | str = False,
         prefix: str | Sequence[int] | None = None,
         chat_template: bool = True,
         max_new_tokens: int = 32,
@@ -241,7 +245,7 @@ class VLM(ModelRunner):
             explain=explain,
             final_norm=final_norm,
             knockout=knockout,
-            shares=self._shares([layout], [0]) if attention_share else None,
+            shares=self._shares([layout], [0], attention_share) if attention_share else None,
             stop_ids=self.prompts.stop_ids(options),
         )
         whole = self.whole_cache() if explain or attention_share else {}

@@ -28,7 +28,8 @@ from mllm_fast.evaluation.judges.judge import Comparison, NounJudge, read_vocabu
 from mllm_fast.evaluation.registry import EVALUATIONS
 from mllm_fast.evaluation.report import Chart, Report, Table, save, to_html
 from mllm_fast.evaluation.run import run
-from mllm_fast.evaluation.samples import Thing, pictures, scenes
+from mllm_fast.evaluation.samples import Sample, Thing, pictures, scenes
+from mllm_fast.evaluation.studies.attention_maps import EDGES, AttentionMaps, measures
 from mllm_fast.evaluation.studies.attention_share import AttentionShare
 from mllm_fast.evaluation.studies.knockout_sweep import KnockoutSweep, configurations
 from mllm_fast.evaluation.studies.localisation import Localisation, band_means, map_layers
@@ -167,10 +168,58 @@ def test_the_sweep_by_hand():
 
 
 def test_shares_by_hand():
-    row = lambda image: [{"layer": 0, "system": 0.0, "image": image, "query": 1 - image, "generated": 0.0}]  # noqa: E731
+    row = lambda image: [{"layer": 0, "image_block": image, "text": 1 - image, "generated": 0.0}]  # noqa: E731
     report = AttentionShare().report({str(i): row(share) for i, share in enumerate((0.2, 0.4, 0.5, 0.8, 0.9))})
-    assert [q[0] for q in report.figures["quartiles"]["image"]] == pytest.approx([0.4, 0.5, 0.8])
-    assert report.tables[0].rows[0][2] == "50.0 (40.0-80.0)"
+    assert [q[0] for q in report.figures["quartiles"]["image_block"]] == pytest.approx([0.4, 0.5, 0.8])
+    assert report.tables[0].rows[0][1] == "50.0 (40.0-80.0)"
+
+
+@pytest.mark.parametrize("family", ["internvl"], indirect=True)
+def test_the_papers_three_shares(vlm, picture):
+    """They sum to 1; the text's share holds the system's tokens and the marks around the image."""
+    sample = Sample("one", picture)
+    three, five = (AttentionShare(max_new_tokens=3, apart=apart).rows(vlm, sample) for apart in (False, True))
+    layout = vlm.generate(picture, "Describe the image.", max_new_tokens=3).layout
+    separators, block = set(layout.separators.tolist()), set(layout.positions("image_block").tolist())
+    assert separators - block, "the marks around the image are none of its block"
+    for a, b in zip(three, five, strict=True):
+        assert list(a) == ["layer", "image_block", "text", "generated"]
+        assert a["image_block"] + a["text"] + a["generated"] == pytest.approx(1)
+        assert a["generated"] == pytest.approx(b["generated"])
+        assert a["image_block"] >= b["image"] - 1e-7
+        assert a["text"] >= b["system"] + b["query"] - 1e-7
+    maps = AttentionMaps(max_new_tokens=3).rows(vlm, sample)
+    for a, one in zip(five, maps, strict=True):  # the same generated rows
+        assert one["image"] == pytest.approx(a["image"], abs=1e-6)
+    with pytest.raises(InputError, match="attention_share"):
+        vlm.generate(picture, "x", attention_share="three")
+
+
+def test_how_attention_is_spread_by_hand():
+    """40 tokens: two of them (5 %) get 0.3 and 0.1, the others 0.01 each."""
+    values = np.full(40, 0.01)
+    values[[3, 7]] = 0.3, 0.1
+    found = measures(values)
+    assert found["image"] == pytest.approx(0.78)
+    assert found["top"] == pytest.approx(0.4 / 0.78)
+    pairs = np.abs(values[:, None] - values[None]).sum()
+    assert found["gini"] == pytest.approx(pairs / (2 * 40 * values.sum()))
+    counts = {(round(low, 9), n) for low, n in zip(EDGES, found["counts"], strict=False) if n}
+    assert sum(n for _, n in counts) == 40
+    assert {n for low, n in counts if low <= 0.01} == {38}
+    assert measures(np.array([0.0, 0.0]))["counts"][0] == 2
+    assert measures(np.zeros(2))["top"] == 0
+    assert measures(np.array([0.5, 0.5]))["gini"] == 0
+
+
+def test_attention_maps_by_hand():
+    def row(layer, top):
+        return {"layer": layer, "map": [[0.1, 0.2]], "counts": [1] * 35, "image": 0.3, "top": top, "gini": 0.5}
+
+    report = AttentionMaps().report({"a": [row(0, 0.2), row(1, 0.6)], "b": [row(0, 0.4), row(1, 0.8)]})
+    assert report.figures["top"] == pytest.approx([0.3, 0.7])
+    assert report.figures["counts"] == [[2] * 35] * 2
+    assert "get 70% of the image's attention in layer 1 and 30% in layer 0; 50% on average" in report.says[0]
 
 
 def test_cells_of_a_mask():

@@ -111,6 +111,12 @@ def evaluate(  # long: the options of a command are its parameters
         typer.Option(help='For heads and evidence: how the answer begins, "The color of the {noun} is".'),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="For heads and evidence: ask without the chat template.")] = False,
+    apart: Annotated[
+        bool,
+        typer.Option(
+            "--apart", help="For attention-share: the system's tokens and an image's marks apart from the text."
+        ),
+    ] = False,
     objects: Annotated[
         str,
         typer.Option(
@@ -201,6 +207,7 @@ def evaluate(  # long: the options of a command are its parameters
         bands=tuple(band or ()),
         tasks=tuple(task or ()),
         parser=parser,
+        apart=apart,
         objects=objects,
         segmenter=_segmenter(segmenter, device),
     )

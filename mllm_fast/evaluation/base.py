@@ -35,6 +35,7 @@ class EvaluationOptions:
         bands: The bands of layers that "knockout-sweep" leaves open.
         tasks: The tasks of MME that count.
         objects, segmenter: Options of the evaluation "localisation".
+        apart: An option of the evaluation "attention-share".
         parser: How the answers to yes-or-no questions are read, "mme" or "first".
     """
 
@@ -54,6 +55,7 @@ class EvaluationOptions:
     bands: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     parser: str | None = None
+    apart: bool = False
     objects: str = "lost"
     segmenter: Any = None
 

@@ -18,6 +18,7 @@ EVALUATIONS: Registry[type[Evaluation]] = Registry(
         name: f"mllm_fast.evaluation.studies.{module}"
         for name, module in (
             ("attention-share", "attention_share"),
+            ("attention-maps", "attention_maps"),
             ("knockout-sweep", "knockout_sweep"),
             ("few-tokens", "few_tokens"),
             ("heads", "heads"),

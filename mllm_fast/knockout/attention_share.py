@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.layout import TokenLayout
 
 TYPES = ("system", "image", "image_separator", "query", "generated")
+PAPER_TYPES = ("image_block", "text", "generated")  # marks around images, and the system's tokens, belong to the text
 
 
 class AttentionObserver(Protocol):
@@ -42,6 +43,7 @@ class AttentionShares:
         padding: The left padding of each sequence.
         num_layers: How many layers the model has.
         site_layers: The layer of each attention site; by default every layer has one.
+        types: The segments to sum up, `TYPES` or `PAPER_TYPES`.
     """
 
     def __init__(
@@ -50,11 +52,14 @@ class AttentionShares:
         padding: Sequence[int],
         num_layers: int,
         site_layers: Sequence[int] | None = None,
+        types: Sequence[str] = TYPES,
     ):
+        self._names = tuple(types)
+        self._image = next(i for i, name in enumerate(types) if name in ("image", "image_block"))
         self.prompt_length = max(layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True))
-        self._types = torch.full((len(layouts), self.prompt_length), TYPES.index("generated"))
+        self._types = torch.full((len(layouts), self.prompt_length), self._names.index("generated"))
         for row, layout, pad in zip(self._types, layouts, padding, strict=True):
-            for i, name in enumerate(TYPES[:-1]):
+            for i, name in enumerate(self._names[:-1]):
                 row[layout.positions(name) + pad] = i
         self._separators = any(len(layout.separators) for layout in layouts)
         self._num_layers = num_layers
@@ -72,10 +77,10 @@ class AttentionShares:
         if self._types.device != mass.device:
             self._types = self._types.to(mass.device)
         if self._types.shape[1] < keys:  # positions after the prompt are generated tokens; add spare ones
-            fresh = self._types.new_full((batch, keys + 64 - self._types.shape[1]), TYPES.index("generated"))
+            fresh = self._types.new_full((batch, keys + 64 - self._types.shape[1]), self._names.index("generated"))
             self._types = torch.cat([self._types, fresh], 1)
         types = self._types[:, None, :keys].expand(-1, heads, -1)
-        self._passes[site].append(mass.new_zeros(batch, heads, len(TYPES)).scatter_add_(2, types, mass))
+        self._passes[site].append(mass.new_zeros(batch, heads, len(self._names)).scatter_add_(2, types, mass))
 
     def add_outside(self, layer: int, mass: Tensor) -> None:
         """Add the mass [B, H] that went to image keys outside the sequence."""
@@ -93,10 +98,11 @@ class AttentionShares:
         if count == 0:
             return None
         means = [torch.stack([one[sequence] for one in site[:count]]).mean(0).float().cpu() for site in self._passes]
-        total = torch.zeros(self._num_layers, max(map(len, means)), len(TYPES))
+        total = torch.zeros(self._num_layers, max(map(len, means)), len(self._names))
         for layer, mean in zip(self._site_layers, means, strict=True):
             total[layer, : len(mean)] = mean
         for layer, passes in self._outside.items():
             outside = torch.stack([one[sequence] for one in passes[:count]]).mean(0).float().cpu()
-            total[layer, : len(outside), TYPES.index("image")] = outside
-        return {name: total[..., i] for i, name in enumerate(TYPES) if name != "image_separator" or self._separators}
+            total[layer, : len(outside), self._image] = outside
+        names = enumerate(self._names)
+        return {name: total[..., i] for i, name in names if name != "image_separator" or self._separators}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ...knockout.attention_share import TYPES
+from ...knockout.attention_share import PAPER_TYPES, TYPES
 from ..base import Evaluation, EvaluationOptions
 from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table
@@ -16,8 +16,18 @@ from ..samples import Sample
 if TYPE_CHECKING:
     from ...vlm import VLM
 
-_MARKS = {"system": "s", "image": "o", "image_separator": "x", "query": "^", "generated": "D"}
+_MARKS = {
+    "system": "s",
+    "image": "o",
+    "image_block": "o",
+    "image_separator": "x",
+    "query": "^",
+    "text": "^",
+    "generated": "D",
+}
 _COLORS = {
+    "image_block": COLORS[0],
+    "text": COLORS[1],
     "system": "#777777",
     "image": COLORS[0],
     "image_separator": COLORS[3],
@@ -30,11 +40,13 @@ _COLORS = {
 class AttentionShare(Evaluation):
     """An evaluation of the attention that each type of token gets.
 
-    An image has one row for each layer, with the mean over heads and generated tokens.
+    An image has one row for each layer, with the mean over heads and generated tokens. The shares of a layer sum to 1.
 
     Args:
         prompt: The prompt for the description.
         max_new_tokens: The largest number of tokens in the description.
+        apart: Whether the system's tokens, and the marks at and in an image, have shares of their own. Otherwise the
+            types are the paper's: the image's block, the text (all else of the prompt) and the generated tokens.
     """
 
     name: ClassVar[str] = "attention-share"
@@ -42,18 +54,19 @@ class AttentionShare(Evaluation):
 
     @classmethod
     def from_options(cls, options: EvaluationOptions) -> Evaluation:
-        return cls(options.prompt, options.answer_tokens)
+        return cls(options.prompt, options.answer_tokens, options.apart)
 
-    def __init__(self, prompt: str = "Describe the image.", max_new_tokens: int = 64):
-        self.settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+    def __init__(self, prompt: str = "Describe the image.", max_new_tokens: int = 64, apart: bool = False):
+        self.settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens, "apart": apart}
 
     def rows(self, vlm: VLM, sample: Sample) -> list[Row]:
         limit = self.settings["max_new_tokens"]
-        said = vlm.generate(sample.image, self.settings["prompt"], attention_share=True, max_new_tokens=limit)
+        what = True if self.settings["apart"] else "paper"
+        said = vlm.generate(sample.image, self.settings["prompt"], attention_share=what, max_new_tokens=limit)
         if said.attention_share is None:  # the answer ended at once, so no generated token was read
             return []
         shares = {name: share.mean(1).tolist() for name, share in said.attention_share.items()}
-        layers = range(len(shares["image"]))
+        layers = range(len(shares["generated"]))
         return [{"layer": layer, **{name: share[layer] for name, share in shares.items()}} for layer in layers]
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:
@@ -61,10 +74,11 @@ class AttentionShare(Evaluation):
         if not samples:
             return self.nothing("No sample gave an answer.")
         # [type][sample, layer]
-        types = [name for name in TYPES if name in samples[0][0]]
+        types = [name for name in (*PAPER_TYPES[:2], *TYPES) if name in samples[0][0]]
+        seen = "image" if self.settings["apart"] else "image_block"
         shares = {name: np.array([[row[name] for row in one] for one in samples]) for name in types}
         spread = {name: np.percentile(array, (25, 50, 75), axis=0) for name, array in shares.items()}
-        image = spread["image"][1]
+        image = spread[seen][1]
         top = int(image.argmax())
         says = [
             f"Median over {len(samples)} images. The image gets most attention in layer {top} ({image[top]:.0%} of"
@@ -97,10 +111,10 @@ def _cell(quartiles: np.ndarray) -> str:
 
 def _draw(figure: Any, spread: dict[str, np.ndarray]) -> None:
     axes = figure.subplots()
-    layers = np.arange(spread["image"].shape[1])
+    layers = np.arange(spread["generated"].shape[1])
     for name, (low, middle, high) in spread.items():
         axes.fill_between(layers, 100 * low, 100 * high, color=_COLORS[name], alpha=0.15, linewidth=0)
-        axes.plot(layers, 100 * middle, color=_COLORS[name], marker=_MARKS[name], label=name)
+        axes.plot(layers, 100 * middle, color=_COLORS[name], marker=_MARKS[name], label=name.replace("_", " "))
     axes.set_xlabel("layer")
     axes.set_ylabel("share of attention (%)")
     axes.set_ylim(0, 100)
