@@ -348,8 +348,8 @@ def test_an_alignment_file_that_cannot_be_used(tmp_path):
 def test_a_folder_without_a_joint_model(tmp_path):
     with pytest.raises(InputError, match="holds no joint model"):
         JointModel.from_pretrained(tmp_path)
-    write_settings(tmp_path, "some/owl", "shapes")
-    assert read_settings(tmp_path) == {"detector": "some/owl", "model": "shapes"}
+    write_settings(tmp_path, "some/owl", "shapes", "crop")
+    assert read_settings(tmp_path) == {"detector": "some/owl", "model": "shapes", "view": "crop"}
     for content, message in (
         ("{", "does not name"),
         ('{"format": 2}', "of format 2"),

@@ -60,10 +60,20 @@ def train(  # long: the options of a command are its parameters
     ] = None,
     layers: Annotated[int, typer.Option(help="The layers of a transformer W.")] = 2,
     heads: Annotated[int, typer.Option(help="The heads of a transformer W.")] = 8,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="A transformer W as wide as the language model, as the paper's.")
+    ] = False,
+    view: Annotated[
+        str,
+        typer.Option(
+            help="What of an image both models see: whole (squashed to a square), or crop (the processor's own)."
+        ),
+    ] = "whole",
     epochs: Annotated[int, typer.Option(help="How often each image is seen.")] = 1,
     batch: Annotated[int, typer.Option(help="Images a device and step.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Batches a step of the optimiser.")] = 1,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="How the rate goes: cosine, or constant, as in the paper.")] = "cosine",
     precision: Annotated[str, typer.Option(help="The mixed precision of training: no, bf16 or fp16.")] = "no",
     every: Annotated[int, typer.Option(help="Steps between two measurements, each with a checkpoint.")] = 200,
     seed: Annotated[int, typer.Option(help="The seed of the first weights, the order and the generated scenes.")] = 0,
@@ -85,7 +95,9 @@ def train(  # long: the options of a command are its parameters
         from ..joint.train import CURVE, TrainConfig
         from ..joint.train import train as run
         from ..vlm import VLM
-    config = TrainConfig(epochs, batch, accumulate, rate, precision, every=every, seed=seed)
+    config = TrainConfig(
+        epochs, batch, accumulate, rate, precision, every=every, seed=seed, view=view, schedule=schedule
+    )
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
     with progress("loading the models"):
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
@@ -93,7 +105,7 @@ def train(  # long: the options of a command are its parameters
     width = vlm.text.width
     if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
-    shape = AlignmentConfig(kind, owl.width, width, hidden, layers, heads)
+    shape = AlignmentConfig(kind, owl.width, width, hidden, layers, heads, width=width if wide else 0)
     first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
     with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not (first and sys.stderr.isatty())) as shown:
 
@@ -117,6 +129,41 @@ def train(  # long: the options of a command are its parameters
         highlight=False,
     )
     OUT.print(f"saved {escape(str(out))}" + ("" if drawn else "; no curve.png without matplotlib"), highlight=False)
+
+
+@joint.command("import")
+def import_released(
+    file: Annotated[Path, typer.Argument(help="A W of the paper's authors: .pth, .pt or .safetensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the joint model.")],
+    detector: DetectorName = "google/owlvit-base-patch32",
+    model: Model = "llava-hf/llava-1.5-7b-hf",
+    as_json: Json = False,
+) -> None:
+    """Make a joint model of a W that the authors of arXiv 2405.14612 released.
+
+    The file does not say which models it belongs to; by default they are the authors'.
+    """
+    from dataclasses import asdict
+
+    from ..joint.checkpoint import WEIGHTS, write_settings
+    from ..joint.released import read_released
+    from ..joint.whole_image import WHOLE
+
+    if (out / WEIGHTS).exists():
+        raise InputError(f"{out}: holds a trained alignment; give another folder, or remove it")
+    alignment = read_released(file)
+    out.mkdir(parents=True, exist_ok=True)
+    alignment.save(out / WEIGHTS)
+    write_settings(out, detector, model, WHOLE)
+    if as_json:
+        typer.echo(json.dumps({"saved": str(out), "shape": asdict(alignment.config)}))
+        return
+    shape = alignment.config
+    OUT.print(
+        f"W maps {shape.inputs} numbers a token to {shape.outputs}, through hidden layers of {shape.hidden}",
+        highlight=False,
+    )
+    OUT.print(f"saved {escape(str(out))}", highlight=False)
 
 
 @joint.command()

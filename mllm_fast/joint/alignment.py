@@ -21,6 +21,7 @@ from ..core.errors import InputError, check_choice
 from ..core.files import write_whole
 
 KINDS = ("mlp", "projector", "transformer")
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 _FORMAT = 1
 
 
@@ -29,13 +30,18 @@ class AlignmentConfig:
     """The architecture of W.
 
     Attributes:
-        kind: "mlp" maps each token alone, through two hidden layers. "projector" has the shape of LLaVA's own
+        kind: "mlp" maps each token alone, through `depth` hidden layers. "projector" has the shape of LLaVA's own
             projector, one hidden layer as wide as the language model. "transformer" reads the whole sequence.
         inputs: The number of values per token of E.
         outputs: The number of values per image embedding.
         hidden: The width of the hidden layers.
         layers: The number of layers of a "transformer".
         heads: The number of attention heads per layer of a "transformer".
+        depth: The number of hidden layers of an "mlp".
+        norm: Whether E is normalized first. It is a residual stream, so it has no fixed scale.
+        activation: The activation, "gelu" or "relu".
+        width: The number of values per token in the layers of a "transformer", to which a linear layer maps E first; 0
+            for that of E, without such a layer. The paper's has that of the language model.
     """
 
     kind: str
@@ -44,15 +50,24 @@ class AlignmentConfig:
     hidden: int
     layers: int = 2
     heads: int = 8
+    depth: int = 2
+    norm: bool = True
+    activation: str = "gelu"
+    width: int = 0
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
-        for name in ("inputs", "outputs", "hidden", "layers", "heads"):
+        check_choice("activation", self.activation, list(_ACTIVATIONS))
+        for name in ("inputs", "outputs", "hidden", "layers", "heads", "depth"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} of an alignment is a number of at least 1, got {value!r}")
-        if self.kind == "transformer" and self.inputs % self.heads:
-            raise InputError(f"{self.heads} heads do not divide the {self.inputs} numbers of a token; choose others")
+        if type(self.width) is not int or self.width < 0:
+            raise InputError(f"width of an alignment is a number of 0 or more, got {self.width!r}")
+        if self.kind == "transformer" and (self.width or self.inputs) % self.heads:
+            raise InputError(
+                f"{self.heads} heads do not divide the {self.width or self.inputs} numbers of a token; choose others"
+            )
 
 
 class Alignment(nn.Module):
@@ -68,19 +83,20 @@ class Alignment(nn.Module):
         super().__init__()
         self.config, self.pair, self.about = config, dict(pair or {}), dict(about or {})
         c = config
-        self.norm = nn.LayerNorm(c.inputs)  # E is a residual stream, so it has no fixed scale
+        self.norm: nn.Module = nn.LayerNorm(c.inputs) if c.norm else nn.Identity()
         if c.kind == "transformer":
+            width = c.width or c.inputs
             layer = nn.TransformerEncoderLayer(
-                c.inputs, c.heads, c.hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                width, c.heads, c.hidden, dropout=0.0, activation=c.activation, batch_first=True, norm_first=True
             )
-            self.body: nn.Module = nn.Sequential(
-                nn.TransformerEncoder(layer, c.layers, enable_nested_tensor=False), nn.Linear(c.inputs, c.outputs)
-            )
+            wider = [nn.Linear(c.inputs, width)] if c.width else []
+            encoder = nn.TransformerEncoder(layer, c.layers, enable_nested_tensor=False)
+            self.body: nn.Module = nn.Sequential(*wider, encoder, nn.Linear(width, c.outputs))
         else:
-            widths = [c.inputs, *([c.hidden] * (2 if c.kind == "mlp" else 1)), c.outputs]
+            widths = [c.inputs, *([c.hidden] * (c.depth if c.kind == "mlp" else 1)), c.outputs]
             steps: list[nn.Module] = []
             for before, after in pairwise(widths):
-                steps += [nn.Linear(before, after), nn.GELU()]
+                steps += [nn.Linear(before, after), _ACTIVATIONS[c.activation]()]
             self.body = nn.Sequential(*steps[:-1])
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.assets import SHAPES_JOINT
-from ..core.errors import InputError
+from ..core.errors import InputError, check_choice
 from ..core.files import write_whole
 from ..models.loading import EMBEDDED
+from .whole_image import CROP, VIEWS
 
 SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
 _FORMAT = 1
@@ -39,6 +40,9 @@ def detector_name(name: str) -> str:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read the names of a joint model's parts: "detector", "model" and, if there are adapters, "lora".
 
+    "view" says which part of an image the language model sees, "whole" or "crop" (its processor's own); folders of
+    earlier releases do not say, which means "crop".
+
     Raises:
         InputError: If the folder does not exist or holds no joint model that this release can read.
     """
@@ -49,14 +53,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
         if found["format"] != _FORMAT:
             raise InputError(f"{path}: of format {found['format']}, this release reads {_FORMAT}; update mllm-fast")
-        return {name: str(found[name]) for name in ("detector", "model", "lora") if name in found or name != "lora"}
+        check_choice("view", found.get("view", CROP), VIEWS)
+        names = {name: str(found[name]) for name in ("detector", "model", "lora") if name in found or name != "lora"}
+        return names | {"view": found.get("view", CROP)}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: does not name a detector and a model; copy it again") from None
 
 
-def write_settings(folder: Path, detector: str, model: str, lora: str | None = None) -> None:
-    """Write the names of a joint model's parts to its folder, beside its alignment."""
-    parts = {"format": _FORMAT, "detector": detector, "model": model} | ({} if lora is None else {"lora": lora})
+def write_settings(folder: Path, detector: str, model: str, view: str, lora: str | None = None) -> None:
+    """Write the names of a joint model's parts, and what of an image it sees, to its folder, beside its alignment."""
+    parts = {"format": _FORMAT, "detector": detector, "model": model, "view": view}
+    parts |= {} if lora is None else {"lora": lora}
     write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())

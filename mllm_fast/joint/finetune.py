@@ -124,7 +124,7 @@ def finetune(
             alignment.pair, alignment.about = {"owl": weights_name(joint.owl.model)}, {**before, "finetuned": about}
             try:
                 write_whole(out / LOSSES, (json.dumps({"losses": losses, **about}, indent=1) + "\n").encode())
-                write_settings(out, *names, lora=LORA)
+                write_settings(out, *names, joint.view, lora=LORA)
                 alignment.save(out / WEIGHTS)  # written last: a folder with it is complete
             finally:
                 alignment.pair, alignment.about = pair, before

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..context.context import Context
-from ..core.errors import InputError
+from ..core.errors import InputError, check_choice
 from ..core.images import ImageSource
 from ..core.layout import Tile
 from ..explain.box_weights import BoxWeights
@@ -31,6 +31,7 @@ from .image_features import check_fixed_grid, given_features
 from .lora import merged
 from .saliency import align
 from .weights_id import weights_name
+from .whole_image import VIEWS, WHOLE, sees_whole
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ class JointModel:
         owl: The detector.
         alignment: W.
         vlm: The language model and its processor.
+        view: What of an image the language model sees: "whole" (squashed to a square, as by the detector), or "crop"
+            (what its processor crops).
 
     Raises:
         InputError: If the VLM's grid of tokens varies with the image, if the sizes of W do not fit the two models, or
             if W was trained between two other models.
     """
 
-    def __init__(self, owl: Detector, alignment: Alignment, vlm: VLM):
+    def __init__(self, owl: Detector, alignment: Alignment, vlm: VLM, view: str = WHOLE):
+        check_choice("view", view, VIEWS)
         check_fixed_grid(vlm)
         width = vlm.text.width
         given = alignment.config.inputs, alignment.config.outputs
@@ -92,7 +96,8 @@ class JointModel:
                     f"W was trained with another {name} (weights {trained[:12]}); load that one, or train W for this"
                     " pair: mllm-fast joint train"
                 )
-        self.owl, self.vlm = owl, vlm
+        self.owl, self.view = owl, view
+        self.vlm = sees_whole(vlm) if view == WHOLE else vlm
         self.alignment = alignment.to(device_of(vlm.model)).eval()
 
     @classmethod
@@ -124,7 +129,7 @@ class JointModel:
             vlm = VLM.from_pretrained(model, device=device, dtype=dtype, **options)
         if tuned:
             vlm = merged(vlm, folder / settings["lora"], alignment.about.get("finetuned", {}).get("base"))
-        return cls(owl, alignment, vlm)
+        return cls(owl, alignment, vlm, settings["view"])
 
     def see(self, image: Sight) -> Seen:
         """Read an image once, so that any number of later calls can use the result; a `Seen` is returned as it is."""

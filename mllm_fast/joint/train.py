@@ -30,6 +30,7 @@ from .alignment import Alignment, AlignmentConfig
 from .checkpoint import WEIGHTS, write_settings
 from .training_data import Pictures, embeddings
 from .weights_id import weights_name
+from .whole_image import VIEWS, WHOLE, sees_whole
 
 if TYPE_CHECKING:
     from ..vlm import VLM
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT, CURVE = "checkpoint.safetensors", "curve.json"
 PRECISIONS = ("no", "bf16", "fp16")
+SCHEDULES = ("cosine", "constant")
 Tell = Callable[[int, int, str], None]  # steps done, total steps, latest measurements in words
 
 
@@ -48,13 +50,16 @@ class TrainConfig:
         epochs: Passes over the images.
         batch: Images per batch on each device.
         accumulate: Batches per device in one step of the optimiser.
-        rate: AdamW's learning rate. It warms up over 3 % of the steps, then falls to a hundredth along a cosine.
+        rate: AdamW's learning rate.
         precision: "no", "bf16" or "fp16", the precision of the multiplications.
         held_out: The share of the images that W is only measured on; at most 256 images are used.
         every: Steps between two measurements. Each measurement also writes a checkpoint.
         seed: The seed of the weights, the order of the images and the noise.
         noise: The largest strength of the noise that is added to E, as a share of E's standard deviation. With noise,
             W learns an output that changes smoothly with E.
+        view: What of an image the language model sees, as in `JointModel`.
+        schedule: "cosine" warms the rate up over 3 % of the steps, then lets it fall to a hundredth. "constant" keeps
+            it, as in the paper's scripts.
     """
 
     epochs: int = 1
@@ -66,9 +71,13 @@ class TrainConfig:
     every: int = 200
     seed: int = 0
     noise: float = 0.0
+    view: str = WHOLE
+    schedule: str = "cosine"
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("view", self.view, VIEWS)
+        check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("epochs", "batch", "accumulate", "every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is at least 1, got {getattr(self, name)}")
@@ -116,6 +125,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
         from accelerate.state import AcceleratorState
     except ImportError:
         raise InputError("training needs accelerate: pip install 'mllm-fast[joint]'") from None
+    vlm = sees_whole(vlm) if config.view == WHOLE else vlm
     order = np.random.default_rng(config.seed).permutation(len(pictures))
     held = order[: min(256, max(1, round(config.held_out * len(order))))]
     taught = order[len(held) :]
@@ -149,7 +159,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
                 tell(step, steps, state.words())
             accelerator.wait_for_everyone()
         for group in stepper.param_groups:
-            group["lr"] = config.rate * schedule(step, steps)
+            group["lr"] = config.rate * (schedule(step, steps) if config.schedule == "cosine" else 1.0)
         total = 0.0
         parts = _parts(taught, step, a_step, config, rank)
         for i, numbers in enumerate(parts):
@@ -172,7 +182,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     if accelerator.is_main_process:
         _measure(state, owl, vlm, pictures, held, config.batch)
         alignment.save(out / WEIGHTS)
-        write_settings(out, *names)
+        write_settings(out, *names, config.view)
         (out / CHECKPOINT).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return alignment.eval()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from .kv_cache import CACHE, cache_of, full_cache
 _OPERATOR_BYTES = 1 << 30  # default budget of the operator cache
 
 Knockouts = Knockout | Sequence[Knockout] | None
+
+Runner = TypeVar("Runner", bound="ModelRunner")
 
 
 class ModelRunner:
@@ -71,6 +74,13 @@ class ModelRunner:
         check_parts(self.text)
         self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
         self.operators = OperatorCache(operator_bytes)
+
+    def with_processor(self: Runner, processor: Any) -> Runner:
+        """Return this model with another processor. Both objects share the model, and this one is unchanged."""
+        other = copy.copy(self)
+        other.processor = processor
+        other.prompts = Prompts(self.model, processor, self.adapter, self.text.config, self.prompts.max_pixels)
+        return other
 
     def prepare(self, image: Images | None, prompt: str) -> tuple[Any, list[tuple[int, int]]]:
         """Prepare one sequence for the model.

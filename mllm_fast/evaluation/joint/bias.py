@@ -135,7 +135,7 @@ class Bias(JointEvaluation):
         found = []
         for asked in questions:
             texts = [asked.instead if asked.instead and name in WAYS else asked.text for name, _ in variants]
-            answers = self._answers(joint, vlm, [one for _, one in variants], texts, asked.kind)
+            answers = self._answers(joint, [one for _, one in variants], texts, asked.kind)
             for (name, _), answer, described in zip(variants, answers, said, strict=True):
                 found.append(
                     {
@@ -162,17 +162,17 @@ class Bias(JointEvaluation):
         changed.append((NEUTRAL, toward(joint.owl, vision, lower, higher, size, self.settings["ways"][-1])))
         return [(NONE, seen), *((name, seen.with_tokens(tokens)) for name, tokens in changed)]
 
-    def _answers(self, joint: JointModel, vlm: VLM, seen: list[Seen], texts: list[str], kind: str) -> list[Any]:
+    def _answers(self, joint: JointModel, seen: list[Seen], texts: list[str], kind: str) -> list[Any]:
         if kind == "text":
             said = joint.generate(seen, texts, max_new_tokens=self.settings["max_new_tokens"])
             return [answer.text for answer in said]
         if kind == "yes":
             with joint.reading(seen):
-                return yes_probabilities(vlm, [[one.vision.picture] for one in seen], texts).tolist()
+                return yes_probabilities(joint.vlm, [[one.vision.picture] for one in seen], texts).tolist()
         found = []
         for one, text in zip(seen, texts, strict=True):
             with joint.reading([one]):
-                found.append(expectation(vlm, [one.vision.picture], text, self.values))
+                found.append(expectation(joint.vlm, [one.vision.picture], text, self.values))
         return found
 
     def findings(self, rows: dict[str, list[Row]]) -> Report:

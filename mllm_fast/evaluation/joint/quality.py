@@ -75,9 +75,10 @@ class JointQuality(JointEvaluation):
         seen = {name: self.joint(vlm, name).see(sample.image) for name in self.joints}
         first = seen[self.joints[0]]
         found = self._answers(vlm, sample, seen)
-        inputs, _, _ = vlm.prompts.prepare([[first.vision.picture]], ["?"])
+        alone = self.joint(vlm).vlm  # it sees the same part of an image
+        inputs, _, _ = alone.prompts.prepare([[first.vision.picture]], ["?"])
         with torch.inference_mode():
-            own = own_features(vlm, inputs)[0].float()
+            own = own_features(alone, inputs)[0].float()
         found += [self._distance(vlm, name, one, own) for name, one in seen.items()]
         if sample.things is not None and self.settings["classes"]:
             found.append(self._boxes(vlm, first, sample.things))
@@ -97,7 +98,7 @@ class JointQuality(JointEvaluation):
         texts, rows = [text for text, _ in questions], []
         options = {"max_new_tokens": self.settings["max_new_tokens"]}
         picture = seen[self.joints[0]].vision.picture
-        said = {OWN: vlm.generate([picture] * len(texts), texts, **options) if texts else []}
+        said = {OWN: self.joint(vlm).vlm.generate([picture] * len(texts), texts, **options) if texts else []}
         for name, one in seen.items():
             said[name] = self.joint(vlm, name).generate([one] * len(texts), texts, **options) if texts else []
         for model, answers in said.items():
@@ -123,7 +124,7 @@ class JointQuality(JointEvaluation):
     def _scores(self, judge: CaptionJudge, vlm: VLM, sample: Sample, seen: dict[str, Seen]) -> list[Row]:
         prompt, options = self.settings["question"], {"max_new_tokens": self.settings["max_new_tokens"]}
         picture = seen[self.joints[0]].vision.picture
-        captions = {OWN: vlm.generate(picture, prompt, **options).text}
+        captions = {OWN: self.joint(vlm).vlm.generate(picture, prompt, **options).text}
         if sample.scene is not None:
             captions = {TRUTH: describe(sample.scene)} | captions
         for name, one in seen.items():
