@@ -68,13 +68,15 @@ class MaskFile:
             raise InputError(f"{self.path}: is no image") from None
 
 
-def coco(file: Path, pictures: Path, count: int | None = None) -> Samples:
+def coco(file: Path, pictures: Path, count: int | None = None, empty: bool = False) -> Samples:
     """Read the images that have objects in a file in COCO's format.
 
     Args:
         file: The file in COCO's format.
         pictures: The folder of the images.
         count: The number of images to take, in order; None takes all.
+        empty: Whether to read images without objects, too. The order is then that of the file's images, else that of
+            its objects.
 
     Raises:
         InputError: The file does not exist, or it has another format.
@@ -83,7 +85,7 @@ def coco(file: Path, pictures: Path, count: int | None = None) -> Samples:
         content = json.loads(file.read_text(encoding="utf-8"))
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
-        things: dict[Any, list[Thing]] = {}
+        things: dict[Any, list[Thing]] = {key: [] for key in images} if empty else {}
         for note in content["annotations"]:
             image = images[note["image_id"]]
             size = int(image["width"]), int(image["height"])
@@ -100,6 +102,21 @@ def coco(file: Path, pictures: Path, count: int | None = None) -> Samples:
     if not listed:
         raise InputError(f"{file}: holds no object")
     return Samples(listed[:count], {"coco": str(file), "pictures": str(pictures)})
+
+
+def categories(file: Path) -> list[str]:
+    """Return the names of all categories of a file in COCO's format.
+
+    Raises:
+        InputError: The file does not exist, or it has another format.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [str(category["name"]) for category in content["categories"]]
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not in COCO's format ({type(error).__name__} {error})") from None
 
 
 def _area(segmentation: Any, size: tuple[int, int]) -> Polygons | Runs:

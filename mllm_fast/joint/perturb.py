@@ -77,6 +77,38 @@ def toward(
     return tokens + change
 
 
+@torch.inference_mode(False)
+def signed_step(owl: Detector, vision: Vision, lower: Tensor, higher: Tensor, eps: float = 1.0) -> Tensor:
+    """Change E by one step of equal size in every number, as in the released scripts of arXiv 2405.14612.
+
+    Their loss is the squared distance of the logits of all boxes from targets far below (`lower`) and far above
+    (`higher`) every logit. So far away, its gradient is that of the sum of the logits of `lower` minus those of
+    `higher`, with the same weight for every box; this sum is used here, which keeps the digits that a difference of
+    large numbers would lose. The step is E - eps * sign(gradient).
+
+    Args:
+        owl: The detector.
+        vision: The detector's view of the image.
+        lower: Embedded queries that lose score, [., d_text].
+        higher: Embedded queries that gain score, [., d_text].
+        eps: How far each number of E moves, the class token's included.
+
+    Returns:
+        The changed E, [1 + n, d].
+
+    Raises:
+        InputError: If `eps` is not above 0.
+    """
+    if not eps > 0:
+        raise InputError(f"eps, the size of a signed step, is above 0, got {eps}")
+    leaf = vision.tokens.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = owl.logits(owl.features(leaf), torch.cat([lower, higher]).clone())
+        loss = logits[:, : len(lower)].sum() - logits[:, len(lower) :].sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return leaf.detach() - eps * gradient.sign()
+
+
 def at_random(vision: Vision, size: float, seed: int) -> Tensor:
     """Return E changed by random signs, [1 + n, d].
 

@@ -313,6 +313,17 @@ def swap_scenes(count: int, seed: int, lower: str, higher: str) -> Samples:
     return Samples(found, {"scenes": seed, "one": lower, "none": higher})
 
 
+def swapped_scenes(count: int, seed: int, one: str, other: str) -> Samples:
+    """Return `count` generated scenes of the colour `one`, and as many of the colour `other`, in the group "second"."""
+    first, second = swap_scenes(count, seed, one, other), swap_scenes(count, seed + 1, other, one)
+    listed = [
+        replace(sample, name=f"{group}/{sample.name}", group=group)
+        for group, samples in (("first", first), ("second", second))
+        for sample in samples.list
+    ]
+    return Samples(listed, {"first": first.origin, "second": second.origin})
+
+
 def two_folders(folders: Sequence[Path], count: int | None = None) -> Samples:
     """Return the first `count` images of one folder or of two. Those of the second folder are in the group "second".
 
