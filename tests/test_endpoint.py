@@ -433,10 +433,10 @@ def test_a_caption_is_scored_with_its_picture(server, tmp_path):
     picture = Image.new("RGB", (900, 300), "red")
     assert judge.score(picture, "a red wall") == (9, 84)
     text, shown = server.asked[-1]["messages"][-1]["content"]
-    assert text["text"] == "The description: a red wall"
+    assert '"a red wall"' in text["text"]
     data = shown["image_url"]["url"].removeprefix("data:image/png;base64,")
     with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
-        assert sent.size == (512, 171)
+        assert sent.size == (900, 300)  # the whole image, unshrunk
     assert judge.score(picture, "a red wall") == (9, 0)  # kept
     server.replies = [None] * 3
     with pytest.raises(Unanswered):

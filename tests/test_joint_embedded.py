@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -106,6 +107,26 @@ def test_a_judges_captions(shapes, tmp_path):
     report = of(JointQuality(["shapes"], judge=Judge()), scenes(2, 5), shapes, tmp_path)
     assert set(report.figures["captions"]) == {"what is true", "the language model alone", "shapes"}
     assert "42 tokens" in " ".join(report.says)
+
+
+def test_peoples_captions_are_judged_too(shapes, tmp_path):
+    """Of the images that have one; another table of captions is another run."""
+    from mllm_fast.evaluation.samples import pictures
+
+    class Judge:
+        settings: ClassVar[dict] = {"judge": "people"}
+
+        def score(self, picture, caption):
+            return (9 if caption == "what people say" else 2), 1
+
+    for i, sample in enumerate(scenes(2, 5).list):
+        sample.scene.image.save(tmp_path / f"{i}.png")
+    made = JointQuality(["shapes"], judge=Judge(), captions={"1.png": "what people say"})
+    report = of(made, pictures(tmp_path), shapes, tmp_path)
+    assert report.figures["captions"] == {"people": 9, "the language model alone": 2, "shapes": 2}
+    table = next(table for table in report.tables if "judge's score" in table.title)
+    assert next((line[0], line[2]) for line in table.rows) == ("people", "1")
+    assert JointQuality(["shapes"], judge=Judge()).settings["captions"] != made.settings["captions"]
 
 
 def test_pointing_and_telling_apart(shapes, tmp_path):

@@ -237,6 +237,15 @@ def evaluate(
     question: Annotated[str, typer.Option("--question", "-q", help="Asked of images of a folder.")] = (
         "Describe the image."
     ),
+    sample: Annotated[
+        bool, typer.Option("--sample", help="--count images of the folder at random, by --seed; else the first ones.")
+    ] = False,
+    captions: Annotated[
+        Path | None, typer.Option(help="COCO's captions of the images (.json): people's are scored, too.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer, in tokens; 300 of images of a folder, 64 of scenes.")
+    ] = None,
     judge_model: Annotated[
         str | None,
         typer.Option(help="A model that sees images, of an OpenAI-compatible endpoint: scores texts."),
@@ -259,7 +268,10 @@ def evaluate(
         from ..evaluation.joint.quality import JointQuality
         from ..evaluation.judges.endpoint import Endpoint
         from ..shapes.scenes import COLORS, SHAPES
-    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
+    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed, sample)
+    if captions is not None and (images is None or judge_model is None):
+        raise InputError("--captions are scored by a judge, of images of your own: give --images and --judge-model")
+    told = {} if captions is None else _first_captions(captions)
     if images is None:
         classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     else:
@@ -267,8 +279,20 @@ def evaluate(
     judge = None
     if judge_model is not None:
         judge = CaptionJudge(Endpoint(judge_model, base_url=judge_url, cache=out / "judge"))
-    evaluation = JointQuality(joints or ["shapes"], classes, question, judge, price=price)
+    limit = max_new_tokens or (64 if images is None else 300)
+    evaluation = JointQuality(joints or ["shapes"], classes, question, judge, limit, told, price)
     run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
+
+
+def _first_captions(file: Path) -> dict[str, str]:
+    """Return the first caption of each photo by the name of its file, from COCO's captions."""
+    from ..evaluation.coco_colors import read_captions
+
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in json.loads(file.read_text())["images"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: no captions in COCO's format") from None
+    return {names[key]: texts[0] for key, texts in read_captions(file).items() if key in names}
 
 
 @joint.command()
@@ -328,6 +352,64 @@ def simulatability(
     if words is None and images is not None:
         words = NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
     run_evaluation(Simulatability(name, words), samples, out, processes, device, dtype, as_json)
+
+
+@joint.command()
+def study(  # long: the options of a command are its parameters
+    name: JointName = "shapes",
+    images: Folder = None,
+    masks: Masks = None,
+    count: Annotated[int, typer.Option(help="How many questions.")] = 10,
+    seed: Seed = 0,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the model is asked.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The answer whose last word is explained, {} is a thing.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="The key.json of a study whose --answers are read; none makes a study.")
+    ] = None,
+    answers: Annotated[list[Path] | None, typer.Option(help="A reader's answers (.csv), several.")] = None,
+    out: OutFolder = Path("mllm-fast-study"),
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Make the paper's user study, or read its answers: can people tell whose map is whose?
+
+    The folder --out gets study.html, a page for the readers, and key.json. With --key and --answers it gets a report.
+    """
+    if (key is None) != (not answers):
+        raise InputError("the answers of a study need its key: give --key and --answers, or neither to make a study")
+    with progress("loading the libraries"):
+        from ..core.files import write_whole
+        from ..evaluation.joint import study as made
+        from ..joint.model import JointModel
+    if key is not None:
+        truth = made.read_key(key)
+        said = made.read_answers(answers or (), len(truth))
+        settings = {"key": str(key), "answers": [str(file) for file in answers or ()]}
+        publish([(made.study_report(truth, said), settings)], out, as_json)
+        return
+    if images is not None and masks is None:
+        raise InputError("a study needs your images' objects: give --masks, COCO's .json or a folder of .png")
+    samples = samples_of(images, masks, 3 * count if images is None else None, seed)
+    own = images is None  # the embedded model knows few words
+    with progress("loading the models"):
+        model = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
+    with progress("explaining"):
+        questions = made.study_questions(
+            model,
+            samples,
+            count,
+            seed,
+            prompt or ("Describe the image." if own else made.PROMPT),
+            answer or ("a {}" if own else made.ANSWER),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "study.html", made.study_page(questions).encode())
+    write_whole(out / "key.json", made.study_key(questions).encode())
+    if as_json:
+        typer.echo(json.dumps({"saved": str(out), "questions": len(questions)}))
+        return
+    OUT.print(f"saved {escape(str(out / 'study.html'))} and its key", highlight=False, soft_wrap=True)
 
 
 @joint.command()

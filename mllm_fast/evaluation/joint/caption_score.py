@@ -16,11 +16,10 @@ from PIL import Image
 if TYPE_CHECKING:
     from ..judges.endpoint import Endpoint
 
-_SIDE = 512  # the longer side of the image that the judge gets is at most this many pixels
 _INSTRUCTIONS = (
-    "You are shown an image and a description of it. Say how well the description fits the image, as a whole number"
-    " from 1 to 10: 10, all that matters is said and all that is said is true; 1, nothing of it is. Answer with the"
-    " number alone."
+    "You are a fair and impartial judge of captions that an assistant wrote for images. Look at the image, and weigh"
+    " whether the caption is helpful and to the point, whether what it says is true, and how deep and detailed it is."
+    " Take no side. Answer with a whole number from 1 (worst) to 10 (best), and with nothing else."
 )
 
 
@@ -39,13 +38,11 @@ class CaptionJudge:
             Unanswered: All attempts gave no usable answer.
             EndsRunError: The endpoint refuses the key, the model or the request as such.
         """
-        small = picture.copy()
-        small.thumbnail((_SIDE, _SIDE))
         buffer = io.BytesIO()
-        small.save(buffer, "PNG")
+        picture.convert("RGB").save(buffer, "PNG")
         shown = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         content: list[dict[str, Any]] = [
-            {"type": "text", "text": f"The description: {caption}"},
+            {"type": "text", "text": f'The caption: "{caption}". Its score, 1 to 10?'},
             {"type": "image_url", "image_url": {"url": shown}},
         ]
         return self._endpoint.ask(
