@@ -349,7 +349,12 @@ def test_a_folder_without_a_joint_model(tmp_path):
     with pytest.raises(InputError, match="holds no joint model"):
         JointModel.from_pretrained(tmp_path)
     write_settings(tmp_path, "some/owl", "shapes", "crop")
-    assert read_settings(tmp_path) == {"detector": "some/owl", "model": "shapes", "view": "crop"}
+    assert read_settings(tmp_path) == {
+        "detector": "some/owl",
+        "model": "shapes",
+        "view": "crop",
+        "direction": "detector-to-model",
+    }
     for content, message in (
         ("{", "does not name"),
         ('{"format": 2}', "of format 2"),

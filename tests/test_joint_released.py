@@ -60,7 +60,7 @@ def test_the_embedded_joint_model_sees_the_whole_image(shapes):
 
 def test_folders_of_earlier_releases_crop(tmp_path):
     (tmp_path / "joint.json").write_text('{"format": 1, "detector": "a", "model": "b"}')
-    assert read_settings(tmp_path) == {"detector": "a", "model": "b", "view": "crop"}
+    assert read_settings(tmp_path) == {"detector": "a", "model": "b", "view": "crop", "direction": "detector-to-model"}
     (tmp_path / "joint.json").write_text('{"format": 1, "detector": "a", "model": "b", "view": "half"}')
     with pytest.raises(InputError, match="view"):
         read_settings(tmp_path)
@@ -144,7 +144,7 @@ def test_the_command_makes_a_joint_model(run, tmp_path, vlm):
     shape = json.loads(out)["shape"]
     assert (shape["kind"], shape["depth"], shape["norm"], shape["activation"]) == ("mlp", 3, False, "relu")
     found = read_settings(tmp_path / "joint")
-    assert found == {"detector": "some/owl", "model": "some/llava", "view": "whole"}
+    assert found == {"detector": "some/owl", "model": "some/llava", "view": "whole", "direction": "detector-to-model"}
     assert Alignment.load(tmp_path / "joint" / WEIGHTS).config.hidden == 8
     code, _, err = run("joint", "import", tmp_path / "w.pth", *options)
     assert code == 2

@@ -57,7 +57,12 @@ def test_w_learns_and_a_stopped_run_goes_on_as_if_it_had_not(pair, tmp_path, mon
     assert curve[-1]["step"] == 16  # 36 taught images, 8 a step, four epochs
     assert curve[-1]["distance"] < 0.9 * curve[0]["distance"]
     assert not (tmp_path / "whole" / CHECKPOINT).exists()
-    assert read_settings(tmp_path / "whole") == {"detector": "some/owl", "model": "some/vlm", "view": "whole"}
+    assert read_settings(tmp_path / "whole") == {
+        "detector": "some/owl",
+        "model": "some/vlm",
+        "view": "whole",
+        "direction": "detector-to-model",
+    }
 
     def stop(done, total, what):
         if done == 5:

@@ -17,6 +17,7 @@ from .report import bar, publish, samples_of
 
 if TYPE_CHECKING:
     from ..evaluation.joint.base import JointEvaluation
+    from ..evaluation.joint.reverse_quality import ReverseQuality
     from ..evaluation.samples import Samples
     from ..joint.training_data import Pictures
 
@@ -77,6 +78,12 @@ def train(  # long: the options of a command are its parameters
     batch: Annotated[int, typer.Option(help="Images a device and step.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Batches a step of the optimiser.")] = 1,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    direction: Annotated[
+        str,
+        typer.Option(
+            help="What is mapped: detector-to-model, or model-to-detector, for boxes from the language model's eyes."
+        ),
+    ] = "detector-to-model",
     schedule: Annotated[str, typer.Option(help="How the rate goes: cosine, or constant, as in the paper.")] = "cosine",
     precision: Annotated[str, typer.Option(help="The mixed precision of training: no, bf16 or fp16.")] = "no",
     every: Annotated[int, typer.Option(help="Steps between two measurements, each with a checkpoint.")] = 200,
@@ -94,13 +101,23 @@ def train(  # long: the options of a command are its parameters
         from tqdm import tqdm
 
         from ..joint.alignment import AlignmentConfig
-        from ..joint.checkpoint import detector_name
+        from ..joint.checkpoint import REVERSE, detector_name
         from ..joint.detector import Detector
+        from ..joint.reverse import vision_embeddings
         from ..joint.train import CURVE, TrainConfig
         from ..joint.train import train as run
         from ..vlm import VLM
     config = TrainConfig(
-        epochs, batch, accumulate, rate, precision, every=every, seed=seed, view=view, schedule=schedule
+        epochs,
+        batch,
+        accumulate,
+        rate,
+        precision,
+        every=every,
+        seed=seed,
+        view=view,
+        schedule=schedule,
+        direction=direction,
     )
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
     with progress("loading the models"):
@@ -109,7 +126,10 @@ def train(  # long: the options of a command are its parameters
     width = vlm.text.width
     if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
-    shape = AlignmentConfig(kind, owl.width, width, hidden, layers, heads, width=width if wide else 0)
+    ends = owl.width, width
+    if direction == REVERSE:
+        ends = vision_embeddings(vlm, [pictures[0]])[0].shape[-1], owl.width
+    shape = AlignmentConfig(kind, *ends, hidden, layers, heads, width=width if wide else 0)
     first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
     with tqdm(desc="training W", unit="step", file=sys.stderr, disable=not (first and sys.stderr.isatty())) as shown:
 
@@ -266,7 +286,9 @@ def evaluate(
     with progress("loading the libraries"):
         from ..evaluation.joint.caption_score import CaptionJudge
         from ..evaluation.joint.quality import JointQuality
+        from ..evaluation.joint.reverse_quality import ReverseQuality
         from ..evaluation.judges.endpoint import Endpoint
+        from ..joint.checkpoint import REVERSE, joint_folder, read_settings
         from ..shapes.scenes import COLORS, SHAPES
     samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed, sample)
     if captions is not None and (images is None or judge_model is None):
@@ -279,6 +301,12 @@ def evaluate(
     judge = None
     if judge_model is not None:
         judge = CaptionJudge(Endpoint(judge_model, base_url=judge_url, cache=out / "judge"))
+    if read_settings(joint_folder((joints or ["shapes"])[0]))["direction"] == REVERSE:
+        if len(joints or ()) > 1 or judge is not None:
+            raise InputError("the opposite direction is evaluated alone, and by its boxes")
+        reverse = ReverseQuality((joints or ["shapes"])[0], classes)
+        run_evaluation(reverse, samples, out, processes, device, dtype, as_json)
+        return
     limit = max_new_tokens or (64 if images is None else 300)
     evaluation = JointQuality(joints or ["shapes"], classes, question, judge, limit, told, price)
     run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
@@ -573,6 +601,34 @@ def answers_and_boxes(
     run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
 
 
+@joint.command()
+def conversations(
+    name: JointName = "shapes",
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Conversations in LLaVA-Instruct's format (.json).")
+    ] = None,
+    images: Folder = None,
+    count: Count = None,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 64,
+    out: OutFolder = Path("mllm-fast-conversations"),
+    processes: Processes = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Show conversations side by side: a dataset's, the language model's alone, and through the joint model."""
+    with progress("loading the libraries"):
+        from ..evaluation.joint.conversations import Conversations, llava_conversations, scene_conversations
+    if (data is None) != (images is None):
+        raise InputError("conversations of your own need their file and the images: give --data and --images")
+    if data is not None and images is not None:
+        samples = llava_conversations(data, images, count)
+    else:
+        samples = scene_conversations(10 if count is None else count, seed)
+    run_evaluation(Conversations(name, max_new_tokens), samples, out, processes, device, dtype, as_json)
+
+
 def _pictures(images: Path | None, count: int | None, seed: int) -> Pictures:
     from ..joint.training_data import Folder as Pictured
     from ..joint.training_data import Scenes
@@ -583,7 +639,7 @@ def _pictures(images: Path | None, count: int | None, seed: int) -> Pictures:
 
 
 def run_evaluation(
-    evaluation: JointEvaluation,
+    evaluation: JointEvaluation | ReverseQuality,
     samples: Samples,
     out: Path,
     processes: int,

@@ -6,5 +6,16 @@ The shared embedding ties words, boxes, hallucinations and biases together (arXi
 from .alignment import Alignment, AlignmentConfig
 from .detector import Boxes, Detection, Detector, Vision
 from .model import JointModel, Seen
+from .reverse import ReverseJoint
 
-__all__ = ["Alignment", "AlignmentConfig", "Boxes", "Detection", "Detector", "JointModel", "Seen", "Vision"]
+__all__ = [
+    "Alignment",
+    "AlignmentConfig",
+    "Boxes",
+    "Detection",
+    "Detector",
+    "JointModel",
+    "ReverseJoint",
+    "Seen",
+    "Vision",
+]

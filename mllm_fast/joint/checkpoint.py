@@ -14,6 +14,8 @@ from ..models.loading import EMBEDDED
 from .whole_image import CROP, VIEWS
 
 SETTINGS, WEIGHTS = "joint.json", "alignment.safetensors"
+FORWARD, REVERSE = "detector-to-model", "model-to-detector"
+DIRECTIONS = (FORWARD, REVERSE)  # the joint model of the paper, and the opposite direction, see `ReverseJoint`
 _FORMAT = 1
 
 
@@ -41,7 +43,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Read the names of a joint model's parts: "detector", "model" and, if there are adapters, "lora".
 
     "view" says which part of an image the language model sees, "whole" or "crop" (its processor's own); folders of
-    earlier releases do not say, which means "crop".
+    earlier releases do not say, which means "crop". "direction" says what is mapped to what, see `DIRECTIONS`.
 
     Raises:
         InputError: If the folder does not exist or holds no joint model that this release can read.
@@ -55,15 +57,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise InputError(f"{path}: of format {found['format']}, this release reads {_FORMAT}; update mllm-fast")
         check_choice("view", found.get("view", CROP), VIEWS)
         names = {name: str(found[name]) for name in ("detector", "model", "lora") if name in found or name != "lora"}
-        return names | {"view": found.get("view", CROP)}
+        check_choice("direction", found.get("direction", FORWARD), DIRECTIONS)
+        return names | {"view": found.get("view", CROP), "direction": found.get("direction", FORWARD)}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: does not name a detector and a model; copy it again") from None
 
 
-def write_settings(folder: Path, detector: str, model: str, view: str, lora: str | None = None) -> None:
+def write_settings(
+    folder: Path, detector: str, model: str, view: str, lora: str | None = None, direction: str = FORWARD
+) -> None:
     """Write the names of a joint model's parts, and what of an image it sees, to its folder, beside its alignment."""
-    parts = {"format": _FORMAT, "detector": detector, "model": model, "view": view}
+    parts = {"format": _FORMAT, "detector": detector, "model": model, "view": view, "direction": direction}
     parts |= {} if lora is None else {"lora": lora}
     write_whole(folder / SETTINGS, (json.dumps(parts, indent=1) + "\n").encode())

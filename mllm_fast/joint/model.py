@@ -24,7 +24,7 @@ from ..models.offload import device_of
 from ..runtime.answer import Answer
 from ..vlm import VLM
 from .alignment import Alignment
-from .checkpoint import WEIGHTS, joint_folder, part_names, read_settings
+from .checkpoint import REVERSE, WEIGHTS, joint_folder, part_names, read_settings
 from .detector import OVERLAP, Boxes, Detection, Detector, Vision
 from .grids import note, resample, single_tile
 from .image_features import check_fixed_grid, given_features
@@ -121,6 +121,10 @@ class JointModel:
         """
         folder = joint_folder(name)
         settings = read_settings(folder)
+        if settings["direction"] == REVERSE:
+            raise InputError(
+                f"{folder}: maps the language model's embedding to the detector; load it with ReverseJoint"
+            )
         detector, model = part_names(folder)
         alignment = Alignment.load(folder / WEIGHTS)
         owl = Detector.from_pretrained(detector, device=None if device == "auto" else device)

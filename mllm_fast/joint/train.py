@@ -27,7 +27,8 @@ from torch import Tensor
 from ..core.errors import EndsRunError, InputError, check_choice
 from ..core.files import write_whole
 from .alignment import Alignment, AlignmentConfig
-from .checkpoint import WEIGHTS, write_settings
+from .checkpoint import DIRECTIONS, FORWARD, WEIGHTS, write_settings
+from .reverse import reverse_embeddings
 from .training_data import Pictures, embeddings
 from .weights_id import weights_name
 from .whole_image import VIEWS, WHOLE, sees_whole
@@ -60,6 +61,8 @@ class TrainConfig:
         view: What of an image the language model sees, as in `JointModel`.
         schedule: "cosine" warms the rate up over 3 % of the steps, then lets it fall to a hundredth. "constant" keeps
             it, as in the paper's scripts.
+        direction: What is mapped to what, see `DIRECTIONS`: E to the language model's image embeddings, or the
+            language model's own vision embedding to E.
     """
 
     epochs: int = 1
@@ -73,11 +76,13 @@ class TrainConfig:
     noise: float = 0.0
     view: str = WHOLE
     schedule: str = "cosine"
+    direction: str = FORWARD
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("view", self.view, VIEWS)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("direction", self.direction, DIRECTIONS)
         for name in ("epochs", "batch", "accumulate", "every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is at least 1, got {getattr(self, name)}")
@@ -163,7 +168,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
         total = 0.0
         parts = _parts(taught, step, a_step, config, rank)
         for i, numbers in enumerate(parts):
-            given, wanted, skipped = _usable(owl, vlm, pictures, numbers)
+            given, wanted, skipped = _usable(owl, vlm, pictures, numbers, config.direction)
             state.skipped += skipped
             given = _through_noise(given, config.noise, (config.seed, step, rank, i))
             last = i + 1 == config.accumulate
@@ -182,7 +187,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
     if accelerator.is_main_process:
         _measure(state, owl, vlm, pictures, held, config.batch)
         alignment.save(out / WEIGHTS)
-        write_settings(out, *names, config.view)
+        write_settings(out, *names, config.view, direction=config.direction)
         (out / CHECKPOINT).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return alignment.eval()
@@ -212,8 +217,10 @@ def _parts(taught: np.ndarray, step: int, a_step: int, config: TrainConfig, rank
         yield shuffled[start + i * config.batch : start + (i + 1) * config.batch]
 
 
-def _usable(owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray) -> tuple[Tensor, Tensor, int]:
-    """Return E and the language model's embeddings of the usable images, and the number of unusable ones."""
+def _usable(
+    owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray, direction: str
+) -> tuple[Tensor, Tensor, int]:
+    """Return the inputs and the targets of the map for the usable images, and the number of unusable ones."""
     images, why = [], ""
     for number in numbers:
         try:
@@ -224,7 +231,8 @@ def _usable(owl: Detector, vlm: VLM, pictures: Pictures, numbers: np.ndarray) ->
             why = str(error)
     if not images:
         raise EndsRunError(f"no image of a batch can be used: {why}")
-    return *embeddings(owl, vlm, images), len(numbers) - len(images)
+    found = (embeddings if direction == FORWARD else reverse_embeddings)(owl, vlm, images)
+    return *found, len(numbers) - len(images)
 
 
 class _State:
@@ -300,7 +308,9 @@ def _measure(state: _State, owl: Detector, vlm: VLM, pictures: Pictures, held: n
     error = spread = cosine = 0.0
     count = 0
     for start in range(0, len(held), batch):
-        given, wanted, _ = _usable(owl, vlm, pictures, held[start : start + batch])
+        given, wanted, _ = _usable(
+            owl, vlm, pictures, held[start : start + batch], state.settings["config"]["direction"]
+        )
         found = state.alignment(given.to(where)).to(wanted)
         error += float((found - wanted).square().sum())
         spread += float((wanted - wanted.mean((0, 1))).square().sum())
