@@ -195,3 +195,30 @@ def test_places_that_are_not_there(explained, where, message):
         explained[1].project(0, *where)
     with pytest.raises(InputError, match="final_norm is one of own, frozen, none, got 'mine'"):
         explained[1].project(0, 0, final_norm="mine")
+
+
+def test_the_words_of_every_patch(explained):
+    """Layer by layer those of `project` at the patch's position; the embedding among the words' embeddings."""
+    _, ex = explained
+    found = ex.patch_words(k=2)
+    positions = ex.layout.images[0].positions
+    assert found.layers[0] == 0
+    assert found.layers[-1] == ex.num_layers
+    assert found.best.shape == (len(found.layers), len(positions), 2)
+    for token in (0, len(positions) // 2, len(positions) - 1):
+        for layer, words in found.of(token):
+            space = "embedding" if layer == 0 else "unembedding"
+            best = ex.project(0, layer, position=int(positions[token]), space=space, k=2)
+            assert words == [word.strip() for word, _ in best]
+
+
+def test_patches_are_read_in_parts(explained, monkeypatch):
+    """With room for few vectors at a time the words are the same; a deep model has every fourth layer or so."""
+    _, ex = explained
+    whole = ex.patch_words()
+    monkeypatch.setattr("mllm_fast.explain.patch_words._BYTES", 1)
+    parts = ex.patch_words()
+    assert parts.words == whole.words
+    assert torch.equal(parts.best, whole.best)
+    monkeypatch.setattr("mllm_fast.explain.patch_words._LAYERS", 2)
+    assert ex.patch_words().layers == (0, ex.num_layers)

@@ -103,6 +103,25 @@ def test_upload_ask_and_look_at_a_word_and_a_head(page, shapes):
     page.screenshot(path=ARTEFACTS / "ui-layer.png", full_page=True)
 
 
+def test_a_click_on_a_patch_shows_its_words(page, shapes):
+    """Those of `Explanation.project` at the patch's position; a new question forgets them."""
+    ask(page)
+    shown = page.locator("#map img")
+    box = shown.bounding_box()
+    side = 96 / box["width"]  # the sample image has 96 x 96 pixels
+    ex = shapes.explain(Image.open(SAMPLE).convert("RGB"), QUESTION)
+    token = ex.layout.images[0].token_at(0.3 * 96, 0.55 * 96)
+    position = int(ex.layout.images[0].positions[token])
+    shown.click(position={"x": 0.3 * 96 / side, "y": 0.55 * 96 / side})
+    lens = page.locator("#lens tbody tr")
+    playwright.expect(lens).to_have_count(7)
+    words = [word.strip() for word, _ in ex.project(0, 3, position=position, k=5)]
+    playwright.expect(lens.nth(3)).to_have_text(f"3{', '.join(words)}")
+    page.screenshot(path=ARTEFACTS / "ui-patch.png", full_page=True)
+    ask(page, "What color is the star?")
+    playwright.expect(lens).to_have_count(0)
+
+
 def test_knock_out_the_image_and_keep_a_few_patches(page, shapes):
     picture = Image.open(SAMPLE).convert("RGB")
     page.locator("#knockout button").click()

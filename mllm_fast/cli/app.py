@@ -114,6 +114,9 @@ def explain(  # long: the options of a command are its parameters
         ),
     ] = None,
     words: Annotated[str | None, typer.Option(help="For --lens: words whose rank is shown, with commas.")] = None,
+    patch_words: Annotated[
+        bool, typer.Option("--patch-words", help="A .html shows the words of each patch, layer by layer, as well.")
+    ] = False,
     query: Annotated[
         str | None,
         typer.Option(help="For gradient-alignment: what the detector looks for, by default the explained word."),
@@ -142,14 +145,11 @@ def explain(  # long: the options of a command are its parameters
 
     lenses = Lenses(lens or [], words or "")
     check_choice("--method", method, HEATMAP_METHODS.names())
-    if joint is None and (method == ALIGNMENT or query is not None):
-        if model != "shapes":
-            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
-        joint = model
-    if joint is not None and model != "shapes":
-        raise InputError("a joint model has a language model of its own: give --joint or --model, not both")
+    joint = _joint_of(joint, model, method == ALIGNMENT or query is not None)
     if out is not None:
         check_target(out, ENDINGS)
+    if patch_words and (out is None or out.suffix.lower() != ".html"):
+        raise InputError("--patch-words belong to a page: give --out, a .html")
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers, zero_inputs)
     options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules, "prefix": prefix, "chat_template": not raw}
@@ -166,7 +166,7 @@ def explain(  # long: the options of a command are its parameters
         if verify:
             ex.verify(tokens=None if chosen is None else [chosen], method=method)
         if out is not None:
-            ex.save(out, chosen, method)
+            ex.save(out, chosen, method, patch_words)
         lenses.read(ex, chosen or 0)
     if as_json:
         result = summary(ex, numbers=False)
@@ -180,6 +180,23 @@ def explain(  # long: the options of a command are its parameters
     lenses.show(OUT)
     if out is not None:
         OUT.print(f"saved {escape(str(out))}", highlight=False)
+
+
+def _joint_of(joint: str | None, model: str, aligned: bool) -> str | None:
+    """Return the joint model that answers, or None.
+
+    Args:
+        joint: The option --joint.
+        model: The option --model.
+        aligned: Whether gradient alignment is asked for, which needs a joint model.
+    """
+    if joint is None and aligned:
+        if model != "shapes":
+            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
+        return model
+    if joint is not None and model != "shapes":
+        raise InputError("a joint model has a language model of its own: give --joint or --model, not both")
+    return joint
 
 
 @app.command()

@@ -120,13 +120,11 @@ def _at_pixel(ex: Explanation, pixel: tuple[int, int]) -> int:
     if not ex.layout.images:
         raise InputError("the prompt has no image, so a lens has no pixel to look at")
     image = ex.layout.images[0]
-    boxes, (x, y) = image.token_boxes(), pixel
-    inside = (boxes[:, 0] <= x) & (x < boxes[:, 2]) & (boxes[:, 1] <= y) & (y < boxes[:, 3])
-    if not inside.any():
+    x, y = pixel
+    token = image.token_at(x, y)
+    if token is None:
         raise InputError(f"no image token lies at pixel {x},{y}; the image has {image.size[0]} x {image.size[1]}")
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    area[~inside] = float("inf")
-    return int(image.positions[int(area.argmin())])
+    return int(image.positions[token])
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

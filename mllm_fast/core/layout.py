@@ -90,6 +90,19 @@ class ImageLayout:
     canvas: tuple[int, int] = (1, 1)
     first: int = 0
 
+    def token_at(self, x: float, y: float) -> int | None:
+        """Return the image token (its number in the image) whose box holds a pixel; of several the smallest box.
+
+        It is None where no token lies.
+        """
+        boxes = self.token_boxes()
+        inside = (boxes[:, 0] <= x) & (x < boxes[:, 2]) & (boxes[:, 1] <= y) & (y < boxes[:, 3])
+        if not inside.any():
+            return None
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        area[~inside] = float("inf")
+        return int(area.argmin())
+
     def token_boxes(self) -> np.ndarray:
         """Return the pixel box of each token in the original image, float64 [n, 4]."""
         return np.concatenate([tile.token_boxes() for tile in self.known_tiles])

@@ -11,6 +11,7 @@ from ..runtime.answer import Answer
 from ..runtime.model_runner import ModelRunner
 from ..runtime.trace import Trace
 from . import export, logit_lens
+from .patch_words import PatchWords, patch_words
 from .registry import DEFAULT, HEATMAP_METHODS, Heads
 from .replay import Replay
 from .scores import Scores
@@ -165,7 +166,22 @@ class Explanation(Scores):
     def _place(self, token: int | str, layer: int, head: int | str | None, position: int | None) -> logit_lens.Place:
         return logit_lens.Place(self.token_index(token), layer, "residual" if head is None else head, position)
 
-    def save(self, path: str | os.PathLike[str], token: int | str | None = None, method: str = "logprob") -> None:
+    def patch_words(self, image: int = 0, k: int = 3) -> PatchWords:
+        """Return the words that each token of an image stands for, layer by layer (arXiv 2411.10950, section 3.3).
+
+        Args:
+            image: the index of the image.
+            k: the number of words of each token and layer.
+        """
+        return patch_words(self, self.layout.images[image].positions, k)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        token: int | str | None = None,
+        method: str = "logprob",
+        patch_words: bool = False,
+    ) -> None:
         """Write the explanation to a file, which appears whole or not at all.
 
         Args:
@@ -174,9 +190,11 @@ class Explanation(Scores):
             token: the token that a .png shows alone, or that a .html shows first, by index or text.
             method: the method of the maps, as in `heatmap`. Pages and number files also contain the maps of "logprob"
                 and "attention".
+            patch_words: whether a .html shows the words of each patch, layer by layer, under the pointer. It takes one
+                more run of the model.
 
         Raises:
             InputError: the file cannot be written, or there is no such token or method.
         """
         HEATMAP_METHODS.get(method)
-        export.save(self, path, None if token is None else self.token_index(token), method)
+        export.save(self, path, None if token is None else self.token_index(token), method, patch_words)

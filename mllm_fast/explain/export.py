@@ -18,8 +18,10 @@ from safetensors.torch import save as save_tensors
 
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
+from ..core.layout import ImageLayout
 from .box_weights import BoxWeights
 from .figure import draw_sheet, draw_token
+from .patch_words import patch_words as words_of_patches
 from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
 from .scores import Scores
 
@@ -28,7 +30,13 @@ _ALWAYS = ("logprob", "attention")  # pages and number files always contain thes
 _PAGE_SIDE = 1024  # longest side of an image in a page, in pixels
 
 
-def save(ex: Scores, path: str | os.PathLike[str], token: int | None = None, method: str = "logprob") -> None:
+def save(
+    ex: Scores,
+    path: str | os.PathLike[str],
+    token: int | None = None,
+    method: str = "logprob",
+    patch_words: bool = False,
+) -> None:
     """Write an explanation in the format that the file's ending names.
 
     Args:
@@ -36,21 +44,29 @@ def save(ex: Scores, path: str | os.PathLike[str], token: int | None = None, met
         path: the file, with the ending .png, .html, .json or .safetensors.
         token: the token that a .png shows alone, or that a .html shows first.
         method: the heatmap method of the maps.
+        patch_words: whether a .html shows the words of each patch, layer by layer.
     """
     target = Path(path)
     check_target(target, ENDINGS)
-    write_whole(target, encoded(ex, target.suffix.lower().removeprefix("."), token, method))
+    kind = target.suffix.lower().removeprefix(".")
+    if patch_words and kind != "html":
+        raise InputError(f"the words of patches are in a page: save the explanation as .html, got {target.name}")
+    write_whole(target, encoded(ex, kind, token, method, patch_words))
 
 
-def encoded(ex: Scores, kind: str, token: int | None = None, method: str = "logprob") -> bytes:
+def encoded(
+    ex: Scores, kind: str, token: int | None = None, method: str = "logprob", patch_words: bool = False
+) -> bytes:
     """Return the content of the file that `save` writes.
 
     Args:
-        ex, token, method: as in `save`.
+        ex, token, method, patch_words: as in `save`.
         kind: "png", "html", "json" or "safetensors".
     """
     if not ex.images and kind in ("png", "html"):
         raise InputError("an explanation of text alone has no image: save it as .json or .safetensors")
+    if kind == "html":
+        return _html(ex, token, method, patch_words)
     return _FORMATS[f".{kind}"](ex, token, method)
 
 
@@ -161,7 +177,7 @@ def _safetensors(ex: Scores, token: int | None, method: str) -> bytes:
     return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
 
 
-def _html(ex: Scores, token: int | None, method: str) -> bytes:
+def _html(ex: Scores, token: int | None, method: str, with_words: bool = False) -> bytes:
     meaning = HEATMAP_METHODS.get(method).meaning
     data = {
         "question": ex.prompt,
@@ -169,6 +185,7 @@ def _html(ex: Scores, token: int | None, method: str) -> bytes:
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
+        "patches": [_page_words(ex, layout) for layout in ex.layout.images] if with_words else None,
         "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": meaning},
     }
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
@@ -186,6 +203,25 @@ def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, .
         "source": "data:image/png;base64," + base64.b64encode(_encode(small)).decode(),
         "size": list(size),
         "box": list(box),
+    }
+
+
+def _page_words(ex: Scores, layout: ImageLayout) -> dict[str, Any]:
+    """Return the words of each image token, layer by layer, and the token of each cell of the image's grid."""
+    found = words_of_patches(ex, layout.positions)
+    rows, cols = layout.grid
+    left, top, right, bottom = layout.box
+    middle = lambda begin, end, i, count: begin + (end - begin) * (i + 0.5) / count  # noqa: E731
+    cells = [
+        [layout.token_at(middle(left, right, col, cols), middle(top, bottom, row, rows)) for col in range(cols)]
+        for row in range(rows)
+    ]
+    return {
+        "layers": list(found.layers),
+        "last": ex.num_layers,
+        "words": list(found.words),
+        "best": found.best.tolist(),
+        "cells": cells,
     }
 
 

@@ -50,6 +50,7 @@ _CSS = """
 .ramp { height: 12px; border-radius: 3px; border: 1px solid #888; }
 .ends { display: flex; justify-content: space-between; gap: 12px; text-align: center; font-size: 0.85em; }
 #tokens label, #heads label { padding: 4px 10px; }
+#lens td, #lens th { text-align: left; padding: 1px 14px 1px 0; }
 #tokens .wrap, #heads .wrap { gap: 6px; }
 :focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px; }
 .unseen { display: none !important; }
@@ -57,7 +58,8 @@ footer { display: none !important; }
 """
 _ABOUT = """### Which patches made the model say it?
 Ask about an image. Every word comes with the patches that raised its probability; choose a word, a head or a layer to
-see its map. Light is high. Knock attention out, or keep a few patches only, and see what the model still knows."""
+see its map. Light is high. Click on a patch to read the words that it stands for, layer by layer. Knock attention out,
+or keep a few patches only, and see what the model still knows."""
 
 # clicks the download button once the file exists
 _CLICK = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 200)"
@@ -166,6 +168,7 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
                     elem_id="map",
                 )
                 meaning = gr.HTML(elem_id="meaning")
+                lens = gr.HTML(elem_id="lens")
                 methods = _methods()
                 method = gr.Dropdown(methods, value=DEFAULT, label="Map", visible=False, elem_id="method")
                 layer = gr.Slider(
@@ -222,6 +225,9 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
         heads.input(page.head, chosen, [layer, *seen], **_live())
         layer.release(page.layer, chosen, [heads, *seen], **_live())
         method.input(page.method, chosen, seen, **_live())
+        shown.select(page.patch, answered, lens, **_live())
+        for asked in (ask.click, question.submit):
+            asked(lambda: "", None, lens)
         check.click(page.check, chosen, verdict, **going)
         for button, make in ((report, page.report), (numbers, page.numbers)):
             made = button.click(make, [answered, method], file, **going)
@@ -311,6 +317,21 @@ class Page:
     async def method(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Outputs:
         """Show the map of the same word by another method."""
         return await self._map(answered, token, layer, head, method)
+
+    async def patch(self, answered: Answered | None, at: gr.SelectData) -> str:
+        """Show the words of the patch that was clicked on, layer by layer."""
+        try:
+            x, y = at.index
+            found = await self._tool.patch(_held(answered), (int(x), int(y)))
+        except Exception as error:
+            raise self._told(error) from None
+        lines = "".join(
+            f"<tr><td>{html.escape(layer)}</td><td>{html.escape(', '.join(words))}</td></tr>" for layer, words in found
+        )
+        return (
+            "<p>What this patch stands for before each layer:</p>"
+            f"<table><thead><tr><th>layer</th><th>nearest words</th></tr></thead><tbody>{lines}</tbody></table>"
+        )
 
     async def check(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Any:
         """Check whether the word depends on the patches that the map shows. Drop the result if the map changed."""

@@ -17,6 +17,7 @@ from ..drawing.heatmap import overlay
 from ..explain.explanation import Explanation
 from ..explain.export import encoded
 from ..explain.figure import token_map
+from ..explain.patch_words import patch_words
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from ..knockout.rule import Knockout
 from .service import Service
@@ -211,6 +212,30 @@ class UIBackend:
         answered.shown = shown
         async with answered.guard:
             return await self._scored(lambda: _drawn(ex, shown.token, shown.heads(ex), shown.method), shown.method)
+
+    async def patch(self, answered: Answered, pixel: tuple[int, int]) -> list[tuple[str, list[str]]]:
+        """Return the words that a patch stands for before each layer, as (layer, words).
+
+        Args:
+            answered: The answer.
+            pixel: A pixel (x, y) of the drawn map.
+
+        Raises:
+            InputError: No image token lies there.
+        """
+        ex, layout = answered.explanation, answered.explanation.layout.images[0]
+        width, height = answered.picture.size
+        scale = max(width, height) / SIDE  # the map's longer side is SIDE pixels
+        token = layout.token_at(pixel[0] * scale, pixel[1] * scale)
+        if token is None:
+            raise InputError("the model does not see this part of the image: click on another")
+
+        def read() -> list[tuple[str, list[str]]]:
+            found = patch_words(ex, layout.positions[token : token + 1], k=5).of(0)
+            return [("embedding" if layer == 0 else str(layer), words) for layer, words in found]
+
+        async with answered.guard:
+            return await self.service.client.last(lambda: iter([read()]))
 
     async def heads(self, answered: Answered, token: int) -> list[tuple[int, int, float, str]]:
         """Return the ten best heads of a token as (layer, head, score, the words that the head writes)."""
