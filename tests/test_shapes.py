@@ -150,7 +150,7 @@ def test_a_description_can_be_asked_for_twice(again):
 
 
 def test_the_last_stage_hides_what_the_description_did_not_look_at(tmp_path):
-    """Layer by layer later turns see the tokens of largest attention, as many in each; nobody else's view changes."""
+    """Layer by layer the description and later turns see the tokens of largest attention; no other view changes."""
     trainer = Trainer(parse(["--out", str(tmp_path), "--no-compile"]))
     batch = trainer.batches.draw(trainer.rng, 6, 4, Mix(chained=0.3, prefixed=0.6, later="everything"))
     image = slice(trainer.batches.image_start, trainer.batches.image_start + 144)
@@ -159,7 +159,9 @@ def test_the_last_stage_hides_what_the_description_did_not_look_at(tmp_path):
     assert each.shape == (6, *batch.visible.shape)
     counts = set()
     for b, tasks in enumerate(batch.tasks):
-        later = (batch.turn[b] >= 2) & torch.tensor(tasks[-1].startswith("then"))
+        said = (batch.turn[b] == 1) & (batch.labels[b] != IGNORE)
+        later = (said | (batch.turn[b] >= 2)) & torch.tensor(tasks[-1].startswith("then"))
+        counts.add(int(each[0, b, said, image].sum(1)[0]))
         assert torch.equal(each[:, b, ~later], batch.visible[b, ~later].expand(6, -1, -1))
         for row in later.nonzero()[:, 0]:
             seen = each[:, b, row, image]

@@ -6,8 +6,9 @@ Training has five stages:
 2. The projector and the word embeddings learn to name it.
 3. The whole model learns to answer.
 4. At a lower rate, it learns to answer mostly from a random part of the objects and of the background.
-5. At the same lower rate, it learns to answer mostly from the image tokens that its own description attended to, as in
-   a compressed context. Only the language model is trained here, and the vision tower stays unchanged.
+5. At the same lower rate, it learns to answer, and to describe, mostly from the image tokens that its own description
+   attended to, as in a compressed context. Only the language model is trained here, and the vision tower stays
+   unchanged.
 
 Two additions to the loss of the answers keep the model readable. A model that is trained on answers alone answers
 right, but its residual stream does not decode into words. First, image tokens stay aligned with the words for what they
@@ -19,9 +20,10 @@ In a third of the samples, the first turn asks for a description, with words tha
 see those words and a random part of the image. So the asking words learn to sum up the image, as those of a large model
 do, and a compressed context relies on this. Figures of knockouts and of compression follow in part from this design.
 
-The weights in the package were made in four runs. The first run had `--context-steps 0 --compressed-steps 0`. The next
-three runs had `--start` with the result so far, and these options: `--compressed-steps 0`; `--context-steps 0 --again
-0`; `--context-steps 0 --compressed-steps 400`.
+The weights in the package were made in five runs. The first run had `--context-steps 0 --compressed-steps 0`. The next
+four runs had `--start` with the result so far, and these options: `--compressed-steps 0`; `--context-steps 0 --again
+0`; `--context-steps 0 --compressed-steps 400`; `--context-steps 0 --compressed-steps 500 --seed 5`. In the first four,
+the description itself always saw the whole image.
 """
 
 from __future__ import annotations
@@ -199,19 +201,23 @@ class Trainer:  # long: one training run, its stages in order
     def compress(self, batch: Batch, visible: torch.Tensor) -> torch.Tensor:
         """Hide the image tokens that a compressed context drops, and return the mask of each layer, [layers, B, L, L].
 
-        This concerns the later turns of samples that ask for a description first. Such a turn sees a random number of
-        the image tokens that the description attended to most, layer by layer. A quarter of the turns sees all tokens,
-        and a tenth sees none.
+        This concerns samples that ask for a description first: their later turns, and the tokens of the description
+        itself, which follow from the same words. They see a random number of the image tokens that the description
+        attended to most from the whole image, layer by layer. A quarter of the turns sees all tokens, and a tenth sees
+        none.
         """
         rank = self.attended(batch, visible).argsort(-1, descending=True).argsort(-1)
         each = visible.expand(len(rank), *visible.shape).clone()
         image = slice(self.batches.image_start, self.batches.image_start + NUM_IMAGE_TOKENS)
         for b, tasks in enumerate(batch.tasks):
-            for turn in range(2, len(tasks) + 1) if tasks[-1].startswith("then") else ():
+            for turn in range(1, len(tasks) + 1) if tasks[-1].startswith("then") else ():
                 draw = self.rng.random()
                 kept = 1.0 if draw < 0.25 else 0.0 if draw < 0.35 else 0.01 ** self.rng.random()
                 seen = rank[:, b] < math.ceil(kept * NUM_IMAGE_TOKENS)
-                each[:, b, batch.turn[b] == turn, image] &= seen[:, None]
+                rows = batch.turn[b] == turn
+                if turn == 1:
+                    rows = rows & (batch.labels[b] != IGNORE)  # a context keeps what the asking words saw
+                each[:, b, rows, image] &= seen[:, None]
         return each
 
     @torch.no_grad()
