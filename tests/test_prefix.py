@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import mllm_fast as mf
+from mllm_fast.models.processing import image_text
 
 QUESTION, PREFIX = "what color is the circle ?", "the circle is red and"
 IMAGE = {
@@ -90,7 +91,7 @@ def test_a_raw_prompt_is_all_that_the_model_reads(vlm, family, picture):
         ("[INST]{i}[/I]{t}[/INST]", "<i>[/I]"),
     ],
 )
-def test_the_text_that_stands_for_an_image(shapes, monkeypatch, template, place):
+def test_the_text_that_stands_for_an_image(shapes, template, place):
     """Wherever the template puts it, and whatever it puts around it; a template that hides it is refused."""
 
     def spelled(turns):
@@ -98,8 +99,8 @@ def test_the_text_that_stands_for_an_image(shapes, monkeypatch, template, place)
         shown = template if None in parts else template.replace("\n", "").replace("[/I]", "")
         return shown.format(i="<i>" * parts.count(None), t=parts[-1])
 
-    monkeypatch.setattr(shapes.prompts, "_spelled", spelled)
-    assert shapes.prompts._image_text(1) == place
-    monkeypatch.setattr(shapes.prompts, "_spelled", lambda turns: "x" if None in turns[0][1] else f"a{turns[0][1][-1]}")
+    assert image_text(spelled, shapes.processor, 1) == place
+    hidden = lambda turns: "x" if None in turns[0][1] else f"a{turns[0][1][-1]}"  # noqa: E731
     with pytest.raises(mf.InputError, match="stands for an image"):
-        shapes.prompts._image_text(1)
+        image_text(hidden, shapes.processor, 1)
+    assert image_text(hidden, shapes.processor, 0) == ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class Prompts:
         pairs = zip(pictures, prompts, strict=True)
         if chat_template:
             return self._inputs(pictures, [[("user", [None] * len(i) + [p])] for i, p in pairs])
-        return self._inputs(pictures, [self._image_text(len(i)) + p for i, p in pairs])
+        return self._inputs(pictures, [image_text(self._spelled, self.processor, len(i)) + p for i, p in pairs])
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
         """Return the processor's inputs for one conversation and its layout.
@@ -111,23 +111,6 @@ class Prompts:
         inputs = self._inputs([pictures], [list(turns)])
         sizes = [picture.size for picture in pictures]
         return inputs, prompt_layout(self, inputs["input_ids"][0], inputs, sizes)
-
-    def _image_text(self, num_images: int) -> str:
-        """Return the text that stands for images in front of a prompt: what the chat template adds for them."""
-        if not num_images:
-            return ""
-        if not getattr(self.processor, "chat_template", None):
-            return self.processor.image_token * num_images
-        try:
-            shown, plain = (self._spelled([("user", [*images, _REPLY])]) for images in ([None] * num_images, []))
-        except Exception as error:  # a template can raise anything
-            raise InputError(f"the chat template takes no image: {first_line(error)}") from error
-        with_images, without = shown.partition(_REPLY)[0], plain.partition(_REPLY)[0]
-        for at in range(len(without), -1, -1):  # the images stand behind so many letters of what precedes the prompt
-            before, after = without[:at], without[at:]
-            if with_images.startswith(before) and with_images.endswith(after):
-                return with_images[at : len(with_images) - len(after)]
-        raise InputError("the chat template shows no text that stands for an image: ask with the chat template")
 
     def _inputs(self, pictures: list[list[Any]], conversations: Sequence[str | Sequence[Turn]]) -> Any:
         """Return the processor's inputs for conversations, or for texts without the chat template."""
@@ -237,6 +220,30 @@ class Prompts:
                 f"{what} {length} tokens, the model's window is {self.window}; shorten the text or make the image"
                 " smaller"
             )
+
+
+def image_text(spelled: Callable[[Sequence[Turn]], str], processor: Any, num_images: int) -> str:
+    """Return the text that stands for images in front of a prompt: what the chat template adds for them.
+
+    Args:
+        spelled: A function that returns a conversation as the chat template formats it.
+        processor: The processor. Without a chat template its image token stands for an image.
+        num_images: The number of images.
+    """
+    if not num_images:
+        return ""
+    if not getattr(processor, "chat_template", None):
+        return processor.image_token * num_images
+    try:
+        shown, plain = (spelled([("user", [*images, _REPLY])]) for images in ([None] * num_images, []))
+    except Exception as error:  # a template can raise anything
+        raise InputError(f"the chat template takes no image: {first_line(error)}") from error
+    with_images, without = shown.partition(_REPLY)[0], plain.partition(_REPLY)[0]
+    for at in range(len(without), -1, -1):  # the images stand behind so many letters of what precedes the prompt
+        before, after = without[:at], without[at:]
+        if with_images.startswith(before) and with_images.endswith(after):
+            return with_images[at : len(with_images) - len(after)]
+    raise InputError("the chat template shows no text that stands for an image: ask with the chat template")
 
 
 _TEXT = "The quick brown fox jumps over the lazy dog while nine old men count the stars above a quiet harbour."
