@@ -124,12 +124,12 @@ def test_the_command_prepares_what_the_evaluations_take(tmp_path, run, shapes):
     code, shown, err = run("coco", *files, *names, "--out", out, "--json")
     assert code == 0, err
     told = json.loads(shown)
-    manifest = list(csv.DictReader((out / "manifest.csv").open()))
+    manifest = list(csv.DictReader((out / "manifest.csv").read_text().splitlines()))
     used = [row for row in manifest if row["state"] == "used"]
     assert len(manifest) == 6
     assert 0 < len(used) == told["used"] < 6
     assert sum(told["dropped"].values()) == 6 - len(used)
-    sentences = list(csv.DictReader((out / "sentences.csv").open()))
+    sentences = list(csv.DictReader((out / "sentences.csv").read_text().splitlines()))
     for row, photo in zip(sentences, used, strict=True):
         a, c, other = photo["animal"], photo["color"], row["other_animal"]
         assert other in ids
