@@ -153,7 +153,6 @@ def test_a_judge_that_thinks_in_words(server):
     assert found.counts == {"tp": 1, "fp": 2, "fn": 2}
     (asked,) = server.asked
     assert [m["role"] for m in asked["messages"]] == ["system", *["user", "assistant"] * 3, "user"]
-    assert "properties" not in json.dumps(judge.settings)
     assert judge.settings["style"] == "lists"
     server.replies = ["True positives: car", LISTS]  # the first lacks lists and is asked for again
     assert judge.compare("x", "y").tokens == 84

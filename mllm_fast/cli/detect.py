@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.errors import InputError
-from .joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary, run_evaluation
+from .joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary
+from .joint_measures import run_evaluation
 from .options import OUT, Device, Dtype, Json, progress
 from .report import samples_of
 

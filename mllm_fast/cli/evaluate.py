@@ -256,8 +256,9 @@ def _segmenter(name: str | None, device: str | None) -> Segmenter | None:
     if name is None:
         return None
     from ..evaluation.segmenter import Segmenter
+    from ..models.loading import parse_device
 
-    return Segmenter(name, "cpu" if device in (None, "auto") else device)
+    return Segmenter(name, parse_device(None if device == "auto" else device))
 
 
 def _endpoint(model: str, style: str, url: str | None, cache: Path) -> tuple[Judge, EndpointReader]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..core.errors import InputError, first_line
 from ..core.files import write_whole
+from .people import read_table
 from .samples import sampled
 
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
@@ -132,21 +133,28 @@ def read_captions(file: Path) -> dict[Any, list[str]]:
     return captions
 
 
+def first_captions(file: Path) -> dict[str, str]:
+    """Return the first caption of each photo, by the name of its file, from a file of captions in COCO's format.
+
+    Raises:
+        InputError: The file does not exist, or it has another format.
+    """
+    captions = read_captions(file)
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in _read(file, ("images",))["images"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: not COCO's captions ({type(error).__name__} {error})") from None
+    return {names[key]: texts[0] for key, texts in captions.items() if key in names}
+
+
 def read_colors(file: Path) -> dict[str, str]:
     """Return the colour of each photo, by the name of its file, from a CSV table.
 
     Raises:
         InputError: The file does not exist, or it lacks the columns file_name and color.
     """
-    try:
-        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
-    except FileNotFoundError:
-        raise InputError(f"{file}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: is no text in UTF-8; save the table as CSV, UTF-8") from None
-    if missing := [name for name in ("file_name", "color") if name not in (reader.fieldnames or ())]:
-        raise InputError(f"{file}: has no column {', '.join(missing)}; a table of colours has file_name and color")
-    return {row["file_name"]: (row["color"] or "").strip().lower() for row in reader}
+    rows = read_table(file, ("file_name", "color"), "a table of colours")
+    return {row["file_name"]: row["color"].strip().lower() for _, row in rows}
 
 
 def colors_in(text: str) -> set[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SIGNED = "signed"
 TABLE_WAYS = (SIGNED, *WAYS)
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBER = re.compile(rf"\b(?:(\d{{1,2}})|({'|'.join(_NUMBERS)}))\b", re.IGNORECASE)
+_NUMBER = re.compile(rf"\W*(?:(\d{{1,2}})|({'|'.join(_NUMBERS)}))(?:\s*/\s*10)?\W*", re.IGNORECASE)
 
 
 class BiasTable(JointEvaluation):
@@ -143,12 +143,15 @@ class BiasTable(JointEvaluation):
 
 
 def number_in(text: str) -> int | None:
-    """Return the first number from 0 to 10 in an answer, in digits or as a word; None if there is none."""
-    for match in _NUMBER.finditer(text):
-        number = int(match[1]) if match[1] else _NUMBERS.index(match[2].lower())
-        if number <= 10:
-            return number
-    return None
+    """Return the number from 0 to 10 that an answer is, in digits or as a word.
+
+    It is None if the answer is anything else, as in the paper's scripts.
+    """
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        return None
+    number = int(found[1]) if found[1] else _NUMBERS.index(found[2].lower())
+    return number if number <= 10 else None
 
 
 def _of(row: Row, group: str) -> bool:

@@ -7,7 +7,6 @@ Readers who can tell understand what the maps show (simulatability).
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ...core.errors import InputError
 from ...drawing.heatmap import overlay
+from ..people import filled_page, read_table
 from ..report import COLORS, Chart, Report, Table
 from ..samples import Sample, Samples
 from .base import interval, number_of, percent
@@ -122,8 +122,7 @@ def study_page(questions: Sequence[StudyQuestion]) -> str:
         }
         for question in questions
     ]
-    data = json.dumps(shown).replace("<", "\\u003c")  # no text can end the script
-    return _PAGE.read_text(encoding="utf-8").replace("/*QUESTIONS*/[]", data)
+    return filled_page(_PAGE, shown)
 
 
 def study_key(questions: Sequence[StudyQuestion]) -> str:
@@ -162,19 +161,11 @@ def read_answers(files: Iterable[Path], count: int) -> dict[str, dict[int, str]]
     """
     found: dict[str, dict[int, str]] = {}
     for file in files:
-        try:
-            reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
-        except FileNotFoundError:
-            raise InputError(f"{file}: there is no such file") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: is no text in UTF-8; save the table as CSV, UTF-8") from None
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise InputError(f"{file}: has no column {', '.join(missing)}; answers have {', '.join(COLUMNS)}")
-        for row in reader:
-            number = (row["question"] or "").strip()
+        for place, row in read_table(file, COLUMNS, "a table of answers"):
+            number = row["question"].strip()
             if not number.isdigit() or not 1 <= int(number) <= count:
-                raise InputError(f"{file}, line {reader.line_num}: questions are 1 to {count}, got {row['question']!r}")
-            found.setdefault((row["participant"] or "").strip(), {})[int(number)] = (row["answer"] or "").strip()
+                raise InputError(f"{place}: questions are 1 to {count}, got {row['question']!r}")
+            found.setdefault(row["participant"].strip(), {})[int(number)] = row["answer"].strip()
     if not found:
         raise InputError("there is no answer")
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...core.errors import InputError
+from ..people import read_table
 from ..report import Report, Table
 from .endpoint import cost
 from .judge import Judge, Unjudged
@@ -55,25 +56,15 @@ def read_labels(path: Path) -> list[Labelled]:
     Raises:
         InputError: The file does not exist, a column is missing, or a label is not valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text in UTF-8; save the table as CSV, UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        raise InputError(f"{path}: has no column {', '.join(missing)}; a table of labels has {', '.join(COLUMNS)}")
     found: dict[tuple[str, str], Labels] = {}
-    for row in reader:
-        labels = found.setdefault((row["reference"] or "", row["said"] or ""), Counter())
-        name, label = plain_name(row["object"] or ""), (row["label"] or "").strip().lower()
+    for place, row in read_table(path, COLUMNS, "a table of labels"):
+        labels = found.setdefault((row["reference"], row["said"]), Counter())
+        name, label = plain_name(row["object"]), row["label"].strip().lower()
         if not name and not label:
             continue
         if not name or label not in LABELS:
             raise InputError(
-                f"{path}, line {reader.line_num}: a label is TP, FP or FN of an object, got {row['label']!r} of"
-                f" {row['object']!r}"
+                f"{place}: a label is TP, FP or FN of an object, got {row['label']!r} of {row['object']!r}"
             )
         labels[name, label] += 1
     if not found:

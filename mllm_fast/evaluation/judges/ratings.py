@@ -7,9 +7,6 @@ reference alone, and one that is made up in the other alone.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...core.errors import InputError
+from ..people import filled_page, read_table
 from ..report import Report, Table
 from .agreement import Labelled, plain_name
 
@@ -68,9 +66,7 @@ def rating_page(pairs: Sequence[Labelled], count: int | None = None, seed: int =
     if not every:
         raise InputError("the labels name no object that a rater could be asked about")
     order = np.random.default_rng(seed).permutation(len(every))[:count]
-    asked = [{"description": every[i][0], "object": every[i][1]} for i in order]
-    data = json.dumps(asked).replace("<", "\\u003c")  # no text can end the script
-    return _PAGE.read_text(encoding="utf-8").replace("/*QUESTIONS*/[]", data)
+    return filled_page(_PAGE, [{"description": every[i][0], "object": every[i][1]} for i in order])
 
 
 def read_ratings(files: Iterable[Path]) -> list[Rating]:
@@ -82,22 +78,13 @@ def read_ratings(files: Iterable[Path]) -> list[Rating]:
     """
     found: dict[tuple[Question, str], bool] = {}
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise InputError(f"{file}: there is no such file") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: is no text in UTF-8; save the table as CSV, UTF-8") from None
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise InputError(f"{file}: has no column {', '.join(missing)}; ratings have {', '.join(COLUMNS)}")
-        for row in reader:
-            said = (row["answer"] or "").strip().lower()
+        for place, row in read_table(file, COLUMNS, "a table of ratings"):
+            said = row["answer"].strip().lower()
             if said not in ("yes", "no"):
-                raise InputError(f"{file}, line {reader.line_num}: an answer is yes or no, got {row['answer']!r}")
-            key = ((row["description"] or "", plain_name(row["object"] or "")), (row["rater"] or "").strip())
+                raise InputError(f"{place}: an answer is yes or no, got {row['answer']!r}")
+            key = (row["description"], plain_name(row["object"])), row["rater"].strip()
             if found.setdefault(key, said == "yes") != (said == "yes"):
-                raise InputError(f"{file}, line {reader.line_num}: {key[1] or 'a rater'} says both yes and no here")
+                raise InputError(f"{place}: {key[1] or 'a rater'} says both yes and no here")
     if not found:
         raise InputError("there is no rating")
     return [Rating(question, rater, mentioned) for (question, rater), mentioned in found.items()]

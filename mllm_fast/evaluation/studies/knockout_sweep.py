@@ -132,12 +132,18 @@ def _charts(found: dict[tuple[str, str], dict], bands: Sequence[str]) -> list[Ch
     ]
 
 
+def middle_half(num_layers: int) -> tuple[int, int]:
+    """Return the first and the last of the middle half of a model's layers."""
+    half = max(1, num_layers // 2)
+    first = (num_layers - half) // 2
+    return first, first + half - 1
+
+
 def configurations(num_layers: int, bands: Sequence[str] = ()) -> list[str]:
     """Return the layers to knock out: from each of up to 16 starting layers on, and all except each band."""
     starts = range(0, num_layers, -(-num_layers // _STARTS))
-    half = max(1, num_layers // 2)
-    first = (num_layers - half) // 2
-    bands = bands or [_BANDS.get(num_layers, f"{first}-{first + half - 1}")]
+    first, last = middle_half(num_layers)
+    bands = bands or [_BANDS.get(num_layers, f"{first}-{last}")]
     return [*(f"from {start}" for start in starts), *(f"except {band}" for band in bands)]
 
 

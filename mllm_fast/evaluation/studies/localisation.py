@@ -18,6 +18,7 @@ from ..registry import evaluation
 from ..report import COLORS, Chart, Report, Table, cell
 from ..rows import Row
 from ..samples import Sample
+from .knockout_sweep import middle_half
 from .word_alignment import cells, cells_within, phrase_tokens
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ class Localisation(Evaluation):
     def _row(self, ex: Explanation, answer: Answer, sample: Sample, name: str) -> Row:
         words = self.judge if isinstance(self.judge, NounJudge) else None
         tokens = phrase_tokens(answer.tokens, name, words)
+        head = {}
+        if not tokens and len(name.split()) > 1:  # a judge may call an object otherwise than the description
+            tokens, head = phrase_tokens(answer.tokens, name.split()[-1], None), {"by_last_word": True}
         if not tokens:
             return {"thing": name, "skipped": "no words in the description"}
         if self.segmenter is not None:
@@ -137,6 +141,7 @@ class Localisation(Evaluation):
         gain = torch.stack([ex.attribution(token) for token in tokens]).mean(0)
         return {
             "thing": name,
+            **head,
             "words": [answer.tokens[token] for token in tokens],
             "layers": [at(values) for values in attention],
             "map": at(attention[first : last + 1].mean(0)),
@@ -214,9 +219,7 @@ class Localisation(Evaluation):
 
 def map_layers(num_layers: int) -> tuple[int, int]:
     """Return the first and the last layer of the averaged maps: the paper's, or the middle half."""
-    half = max(1, num_layers // 2)
-    first = (num_layers - half) // 2
-    return _MAP_LAYERS.get(num_layers, (first, first + half - 1))
+    return _MAP_LAYERS.get(num_layers, middle_half(num_layers))
 
 
 def band_means(accuracies: list[float]) -> dict[str, float]:
@@ -233,6 +236,9 @@ def _asides(rows: list[Row]) -> list[str]:
     says = []
     for why in dict.fromkeys(row["skipped"] for row in rows if "skipped" in row):
         says.append(f"{sum(row.get('skipped') == why for row in rows)} objects have {why} and are left out.")
+    heads = sum(row.get("by_last_word", False) for row in rows)
+    if heads:
+        says.append(f"{heads} objects are found in their description by the last word of their name alone.")
     unjudged = [row["unjudged"] for row in rows if "unjudged" in row]
     if unjudged:
         says.append(f"{len(unjudged)} descriptions are unjudged and left out: {unjudged[0]}.")

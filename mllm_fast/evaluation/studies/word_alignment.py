@@ -150,14 +150,13 @@ def phrase_tokens(tokens: Sequence[str], name: str, judge: NounJudge | None) -> 
     """Return the tokens of an answer that spell an object's name, all mentions together.
 
     With a vocabulary they are those of its noun phrases of this name. Otherwise, or if there is none, they spell the
-    name itself, else its last word, in the singular or the plural.
+    name itself, in the singular or the plural.
     """
     text = "".join(tokens)
     spans = [mention.phrase for mention in judge.mentions(text) if mention.name == name] if judge else []
-    for words in (name, name.split()[-1]) if name.split() else ():
-        if not spans:
-            pattern = r"\s+".join(map(re.escape, words.split()))
-            spans = [match.span() for match in re.finditer(rf"\b{pattern}(?:s|es)?\b", text, re.IGNORECASE)]
+    if not spans and name.strip():
+        pattern = r"\s+".join(map(re.escape, name.split()))
+        spans = [match.span() for match in re.finditer(rf"\b{pattern}(?:s|es)?\b", text, re.IGNORECASE)]
     ends = np.cumsum([len(token) for token in tokens])
     starts = ends - [len(token) for token in tokens]
     inside = [(starts < end) & (ends > begin) for begin, end in spans]
