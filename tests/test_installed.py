@@ -26,8 +26,8 @@ def documented() -> list[tuple[str, ...]]:
         found |= {("python", "-m", one) for one in re.findall(r"python -m (mllm_fast[\w.]+\w)", text)}
         for listed in re.findall(r"`python benchmarks/` and (.*)", text):
             found |= {("python", f"benchmarks/{one}") for one in re.findall(r"`(\w+\.py)`", listed)}
-        found |= {("mllm-fast", one) for one in re.findall(r"mllm-fast ([a-z]+)", text)}
-        found |= {("mllm-fast", "joint", one) for one in re.findall(r"mllm-fast joint ([a-z]+)", text)}
+        found |= {("mllm-fast", one) for one in re.findall(r"mllm-fast ([a-z]+(?:-[a-z]+)*)", text)}
+        found |= {("mllm-fast", "joint", one) for one in re.findall(r"mllm-fast joint ([a-z]+(?:-[a-z]+)*)", text)}
     return sorted(found)
 
 
