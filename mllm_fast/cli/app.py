@@ -1,5 +1,5 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | coco | detect | joint |
-serve | info`.
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | coco | convert | detect |
+joint | serve | info`.
 
 Only the result is written to stdout; progress and errors go to stderr. Invalid input ends the command with a one-line
 message and exit code 2.
@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
-from . import coco, context, detect, evaluate, joint, serve
+from . import coco, context, convert, detect, evaluate, joint, serve
 from .options import (
     OUT,
     Backend,
@@ -78,6 +78,7 @@ app.command()(context.ask)
 app.command()(context.kept)
 app.command("eval")(evaluate.evaluate)
 app.command()(coco.coco)
+app.command()(convert.convert)
 app.command()(detect.detect)
 app.command()(serve.serve)
 app.add_typer(joint.joint, name="joint")

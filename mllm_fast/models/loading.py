@@ -26,7 +26,8 @@ EMBEDDED = "shapes"
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # what the checkpoints of some authors' own code are called once they are converted to transformers' classes
 _CONVERTED = {
-    "internvl_chat": "the same name with '-hf' behind it, such as OpenGVLab/InternVL3-8B-hf",
+    "internvl_chat": "the same name with '-hf' behind it, such as OpenGVLab/InternVL3-8B-hf, or what"
+    " `mllm-fast convert` makes of it",
     "llava_llama": "one of the organisation llava-hf, such as llava-hf/llava-1.5-7b-hf",
     "llava_mistral": "one of the organisation llava-hf, such as llava-hf/llava-v1.6-mistral-7b-hf",
     "llava_qwen": "one of the organisation llava-hf, such as llava-hf/llava-onevision-qwen2-7b-ov-hf",
