@@ -128,7 +128,7 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monk
     assert isinstance(odd.result()[1], FailureEvent)
     assert engine.running == 0
     with monkeypatch.context() as patch:  # a pass that fails: nobody in it can go on, but the next ones can
-        patch.setattr(engine.scheduler.batch, "read", lambda: 1 / 0)
+        patch.setattr(engine.scheduler.batch, "read", lambda _: 1 / 0)
         other = about(vlm, picture, "other")
         engine.submit(other.wanted)
         assert isinstance(other.result()[1].error, ZeroDivisionError)
@@ -136,6 +136,103 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(vlm, engine, picture, monk
     engine.submit(again.wanted)
     assert isinstance(again.result()[1], FinishEvent)
     assert engine.alive
+
+
+@pytest.mark.parametrize("poisoned", [0, 3, 7])
+def test_a_row_that_cannot_be_read_ends_alone(vlm, picture, monkeypatch, poisoned):
+    """The pass fails in its middle, with keys, values and attention masses of the first layer already stored."""
+    engine = Engine(vlm, max_batch=9)
+    questions = [QUESTION, "two", "red ?", "is the circle blue ?"] * 2
+    asked = [about(vlm, picture, str(i), q, "query", max_tokens=5) for i, q in enumerate(questions)]
+    told = about(vlm, picture, "told")  # its description is decoded in the same passes
+    keep, fails = engine.scheduler.batch._keep, []
+
+    def failing(layer, *arguments):
+        rows = engine.scheduler.batch._read
+        row = asked[poisoned].wanted.row
+        if layer == 1 and any(one is row for one in rows) and (fails or len(rows) > 1):
+            fails.append(len(rows))
+            raise RuntimeError("this row cannot be read")
+        return keep(layer, *arguments)
+
+    monkeypatch.setattr(engine.scheduler.batch, "_keep", failing)
+    for one in [*asked, told]:
+        engine.scheduler.add(one.wanted)
+    engine.start()
+    got = [one.result() for one in asked]
+    assert isinstance(got[poisoned][1], FailureEvent)
+    assert max(fails) > 1
+    for i, question in enumerate(questions):
+        if i != poisoned:
+            ctx = vlm.compress(picture, 0.3, PROMPT, "query", max_new_tokens=6)
+            assert got[i][0] == ctx.ask(question, max_new_tokens=5).token_ids
+    try:
+        wanted = vlm.compress(picture, 0.3, PROMPT, max_new_tokens=6).ask(QUESTION, max_new_tokens=6).token_ids
+    except InputError:
+        assert isinstance(told.result()[1].error, InputError)
+    else:
+        assert told.result()[0] == wanted
+    assert engine.stop(HANG)
+
+
+def test_what_fails_at_a_cancellation_ends_those_of_the_batch_alone(vlm, picture, monkeypatch):
+    engine = Engine(vlm, max_batch=4)
+    engine.start()
+
+    def pieces():
+        try:
+            while True:
+                yield None
+        finally:
+            raise RuntimeError("while it was closed")
+
+    begun: queue.Queue = queue.Queue()
+    task = SideTask(pieces, begun.put)
+    engine.submit(task)
+    begun.get(timeout=HANG)
+    engine.cancel(task)
+    long, other = (about(vlm, picture, name, max_tokens=200) for name in ("long", "other"))
+    for one in (long, other):
+        engine.submit(one.wanted)
+    while not (long.wanted.row and other.wanted.row):
+        time.sleep(0.001)
+
+    def broken(_):
+        raise RuntimeError("the row cannot leave")
+
+    monkeypatch.setattr(engine.scheduler.batch, "leave", broken)
+    engine.cancel(long.wanted)
+    assert isinstance(other.result()[1], FailureEvent)
+    again = about(vlm, picture, "again")
+    engine.submit(again.wanted)
+    assert isinstance(again.result()[1], FinishEvent)
+    assert engine.failure is None
+    assert engine.stop(HANG)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_says_so(vlm, picture, monkeypatch):
+    engine = Engine(vlm)
+    told: queue.Queue = queue.Queue()
+    engine.on_failure = told.put
+    engine.start()
+    monkeypatch.setattr(engine.scheduler, "admit", lambda: 1 / 0)
+    asked = about(vlm, picture, "a")
+    engine.submit(asked.wanted)
+    assert isinstance(asked.result()[1].error, ZeroDivisionError)
+    assert told.get(timeout=HANG) is engine.failure
+    assert not engine.alive
+    with pytest.raises(StoppingError):
+        engine.submit(about(vlm, picture, "b").wanted)
+
+
+def test_samplers_of_many_settings_are_not_all_kept(shapes):
+    samplers = SamplerCache(shapes)
+    for i in range(200):
+        samplers.make([1], Sampling(0.5 + i / 1000, 0.9))
+    assert len(samplers._known) == 64
+    for cold in (1e-38, 1e-300, 5e-6):
+        assert samplers.make([1], Sampling(cold)).plain
 
 
 def test_a_forgotten_context_is_not_read_again(vlm, engine, picture):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mllm_fast.core.errors import InputError
 from mllm_fast.serving import image_fetch as pictures
+from mllm_fast.serving import middleware
 from mllm_fast.serving.app import create_app
 from mllm_fast.serving.auth import ApiKeys
 from mllm_fast.serving.connections import Connections
@@ -22,6 +23,7 @@ from mllm_fast.serving.messages import conversation
 from mllm_fast.serving.metrics import Metrics
 from mllm_fast.serving.middleware import RequestGuardMiddleware
 from mllm_fast.serving.responses import ResponseChunk
+from mllm_fast.serving.routes.state import Probes
 from mllm_fast.serving.schema import Message
 from mllm_fast.serving.settings import Settings
 
@@ -79,7 +81,7 @@ def test_messages_become_turns():
             ("user", "really"),
             ("user", "?"),
         ),
-        4,
+        Settings(max_pictures=4),
     )
     assert found.turns == (
         ("user", [None, "be short\n", "what?"]),
@@ -96,7 +98,7 @@ def test_messages_become_turns():
         (messages(("system", "hi")), "begins and ends"),
     ):
         with pytest.raises(ServiceError, match=words):
-            conversation(wrong, 4)
+            conversation(wrong, Settings(max_pictures=4))
 
 
 def test_keys(tmp_path, monkeypatch):
@@ -116,13 +118,16 @@ def test_keys(tmp_path, monkeypatch):
 
 
 def fetched(url: str, **options) -> bytes:
-    return asyncio.run(pictures.picture_bytes(url, Settings(remote_hosts=("pictures.test", ".cdn.test"), **options)))
+    return asyncio.run(pictures.picture_files([url], Settings(remote_hosts=("pictures.test", ".cdn.test"), **options)))[
+        0
+    ]
 
 
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fe80::1", "fd00::1",
-     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "64:ff9b::7f00:1"],
+     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "64:ff9b::7f00:1", "::127.0.0.1",
+     "::ffff:0:127.0.0.1", "fec0::1"],
 )  # fmt: skip
 def test_a_listed_host_must_be_a_public_one(monkeypatch, address):
     """Wherever the name of a listed host leads, by mistake or by an attack on its DNS."""
@@ -148,6 +153,11 @@ def test_a_listed_host_must_be_a_public_one(monkeypatch, address):
         ("https://pictures.test@evil.test/a.png", "user's name"),
         ("https://[::1/a.png", "not valid"),
         ("ftp://pictures.test/a.png", "data URL"),
+        ("https://pictures.test/a\x00.png", "printable"),
+        ("https://pictures.test/" + "a" * 70_000, "at most 8,192"),
+        ("data:image/png;base64,\ud800", "ASCII"),
+        ("data:image/png,\ud800", "ASCII"),
+        ("data:image/png;base64,a", "damaged"),
     ],
 )
 def test_urls_that_are_refused(url, words):
@@ -177,37 +187,73 @@ def test_a_remote_picture_is_fetched_from_the_address_that_was_checked(monkeypat
     assert seen[0].url.host == "93.184.216.34"
     assert seen[0].headers["host"] == "a.cdn.test"
     assert seen[0].extensions["sni_hostname"] == "a.cdn.test"
-    with pytest.raises(ServiceError, match="more than 100 bytes"):
+    with pytest.raises(ServiceError, match="at most 100 bytes together"):
         fetched("https://a.cdn.test/large.png", remote_bytes=100)
     with pytest.raises(ServiceError, match="answered with 302"):
         fetched("https://a.cdn.test/moved")
 
 
+class Transport:
+    """A connection's transport, from an address."""
+
+    def __init__(self, address="192.0.2.1"):
+        self.address, self.aborted = address, False
+
+    def abort(self):
+        self.aborted = True
+
+    def get_extra_info(self, _):
+        return self.address, 4711
+
+
 def test_the_oldest_silent_connection_makes_room():
-    """Those that sent a request are not counted; those that wait too long are closed."""
-
-    class Transport:
-        aborted = False
-
-        def abort(self):
-            self.aborted = True
-
-    connections = Connections(most=3, seconds=1)
-    opened = [Transport() for _ in range(6)]
+    """Those whose request is in progress stay; those that wait too long are closed."""
+    connections = Connections(most=4, each=4, seconds=1)
+    opened = [Transport() for _ in range(7)]
     for key, transport in enumerate(opened[:3]):
         connections.opened(key, transport)
-    connections.settled(0)
+    connections.busy(0)
     connections.opened(3, opened[3])
     assert not any(one.aborted for one in opened)
     connections.opened(4, opened[4])
-    assert [one.aborted for one in opened] == [False, True, False, False, False, False]
+    assert [one.aborted for one in opened] == [False, True, False, False, False, False, False]
     connections.late(3)
-    connections.late(0)
-    assert [one.aborted for one in opened] == [False, True, False, True, False, False]
-    assert connections.closed == 2
+    connections.late(0)  # its request came in time
+    assert [one.aborted for one in opened] == [False, True, False, True, False, False, False]
+    connections.lost(4)
+    connections.idle(0, opened[0])
+    for key in (5, 6):
+        connections.opened(key, opened[key])
+    assert [one.aborted for one in opened] == [False, True, False, True, False, False, False]
+    connections.busy(2)
+    connections.busy(5)
+    connections.busy(6)
+    last = Transport()
+    connections.opened(7, last)
+    assert opened[0].aborted  # idle again, and now for longest
+    assert not last.aborted
+    assert connections.closed == 3
 
 
-def test_a_body_that_does_not_come(capsys):
+def test_no_address_takes_all_connections():
+    connections = Connections(most=100, each=2)
+    mine = [Transport(one) for one in ("192.0.2.1", "192.0.2.1", "192.0.2.1", "::ffff:192.0.2.1")]
+    for key, transport in enumerate(mine):
+        connections.opened(key, transport)
+    assert [one.aborted for one in mine] == [True, True, False, False]
+    other = [Transport("2001:db8:1:2::1"), Transport("2001:db8:1:2:ffff::9"), Transport("2001:db8:1:3::1")]
+    for key, transport in enumerate(other, 10):
+        connections.opened(key, transport)
+    connections.opened(20, Transport("2001:db8:1:2::7"))  # of the network of the first two
+    assert [one.aborted for one in other] == [True, False, False]
+    for key in (2, 3):
+        connections.busy(key)
+    late = Transport("192.0.2.1")
+    connections.opened(30, late)
+    assert late.aborted  # the others' requests are in progress
+
+
+def test_a_body_that_does_not_come(monkeypatch):
     """The guard waits a while, and tells what happened; nothing of it hangs on the routes."""
 
     async def app(scope, receive, send):
@@ -223,8 +269,9 @@ def test_a_body_that_does_not_come(capsys):
     async def send(message):
         sent.append(message)
 
-    guard = RequestGuardMiddleware(app, 100, Log(None), Metrics(), body_seconds=0.05)
-    asyncio.run(guard({"type": "http", "method": "POST", "headers": []}, silent, send))
+    guard = RequestGuardMiddleware(app, Settings(max_body=100), ApiKeys(), Log(None), Metrics(), body_seconds=0.05)
+    monkeypatch.setattr(middleware, "_LINGER_SECONDS", 0.05)
+    asyncio.run(guard({"type": "http", "method": "POST", "path": "/v1/x", "headers": []}, silent, send))
     assert sent[0]["status"] == 408
 
 
@@ -254,7 +301,7 @@ def test_the_operator_learns_where_an_error_came_from(stream):
     class Broken:
         name, settings = "broken", Settings()
 
-        async def chat(self, request, scope):
+        async def chat(self, request, scope, client):
             async def pieces():
                 yield ResponseChunk("a")
                 raise RuntimeError(f"secret: {request.messages}")
@@ -262,7 +309,7 @@ def test_the_operator_learns_where_an_error_came_from(stream):
             return pieces()
 
     written = io.StringIO()
-    app = create_app(Broken(), ApiKeys(), metrics=Metrics(), log=Log(written), ready=lambda: True)
+    app = create_app(Broken(), ApiKeys(), metrics=Metrics(), log=Log(written), probes=Probes())
     with TestClient(app) as client:
         body = {"messages": [{"role": "user", "content": "secret"}], "stream": stream}
         reply = client.post("/v1/chat/completions", json=body)

@@ -34,7 +34,19 @@ def serve(  # long: the options of a command are its parameters
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Longest answer that may be asked for, in tokens.")] = 1024,
     max_body: Annotated[int, typer.Option(help="Largest request, in MiB.")] = 32,
+    max_client_requests: Annotated[int, typer.Option(help="Requests of one key that are taken at once.")] = 128,
+    max_connections: Annotated[
+        int | None, typer.Option(help="Connections; by default as many as the process may open, up to 4096.")
+    ] = None,
+    client_connections: Annotated[
+        int | None, typer.Option(help="Connections of one address; half of all by default. Raise it behind a proxy.")
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds that an answer may take, its wait included.")] = 120.0,
+    grace: Annotated[float, typer.Option(help="Seconds in which the server stops, whatever it does.")] = 30.0,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help='Origin of web pages whose scripts may use the server: "https://app.example.org".'),
+    ] = None,
     allow_remote: Annotated[
         list[str] | None, typer.Option(help='Host whose images may be fetched by https: "cdn.example.org".')
     ] = None,
@@ -64,6 +76,7 @@ def serve(  # long: the options of a command are its parameters
     if not 0 <= port < 65536:
         raise InputError(f"--port is 0 to 65535, got {port}")
     from ..serving.auth import ApiKeys
+    from ..serving.connections import Connections
     from ..serving.logs import Log
     from ..serving.server import application
     from ..serving.server import serve as listen
@@ -77,7 +90,9 @@ def serve(  # long: the options of a command are its parameters
         default_tokens=min(256, max_tokens),
         max_body=max_body * MIB,
         max_pixels=max_pixels,
+        max_client_requests=max_client_requests,
         time_limit=time_limit,
+        grace=grace,
         store=store,
         memory_bytes=memory * MIB,
         disk_bytes=disk * MIB,
@@ -90,10 +105,12 @@ def serve(  # long: the options of a command are its parameters
     both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
     vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
     log = Log(None) if quiet else Log()
-    app, service = application(vlm, settings, keys, served_name or model, log)
+    app, service = application(vlm, settings, keys, served_name or model, log, allow_origin or ())
     if ui:
         from ..serving.ui import mount
         from ..serving.ui_backend import UIBackend
 
         app = mount(app, UIBackend(service, both), keys, log)
-    listen(app, log, host, port)
+    code = listen(app, service, log, host, port, Connections(max_connections, client_connections))
+    if code:
+        raise typer.Exit(code)

@@ -18,6 +18,8 @@ from ..core.files import TEMPORARY
 _ENDING = ".safetensors"
 _LOCKS = 256
 _OURS = re.compile(r"[0-9a-f]{64}\.safetensors")  # other files in a folder are neither counted nor removed
+_LISTING = 20  # a listing is repeated after so many times its own duration
+_SLOW, _LOWERED = 0.1, 0.95  # where a listing takes so many seconds, room is made for many files at once
 _FORGOTTEN = 24 * 3600  # age in seconds at which a remote folder's unfinished file counts as abandoned
 
 
@@ -65,6 +67,8 @@ class LocalFolder:
         self.path = path = path.absolute()
         self.budget = budget
         self._latest = 0  # the latest time stamp given: the order stays right if the clock is set back
+        self._total = budget + 1  # bytes at the last listing and those written since
+        self._listed = self._took = 0.0  # when the folder was last listed, and for how long
         try:
             (path / "locks").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -103,7 +107,10 @@ class LocalFolder:
             self.drop(key)
             return
         self._stamp(path)
-        self._tidy(keep=path)
+        self._total += path.stat().st_size
+        # a long listing is not repeated for each file, unless the budget may be reached
+        if self._total > self.budget or time.monotonic() - self._listed > _LISTING * self._took:
+            self._tidy(keep=path)
 
     def drop(self, key: str) -> None:
         """See `Folder`."""
@@ -112,7 +119,11 @@ class LocalFolder:
 
     def keys(self) -> list[str]:
         """See `Folder`."""
-        return [path.stem for _, _, path in self.files()]
+        found = []
+        for folder in sorted(self.path.glob("[0-9a-f][0-9a-f]")):
+            with suppress(OSError):
+                found += [name.removesuffix(_ENDING) for name in os.listdir(folder) if _OURS.fullmatch(name)]
+        return found
 
     def files(self) -> list[tuple[int, int, Path]]:
         """Return (time of last use, bytes, path) of each file, least recently used first."""
@@ -128,16 +139,20 @@ class LocalFolder:
     def _tidy(self, keep: Path) -> None:
         """Remove the least recently used files over the budget, and the unfinished files of killed processes."""
         with self._flock("tidy"):
+            began = time.monotonic()
             files = self.files()
             self._latest = max([self._latest, *(stamp for stamp, _, _ in files)])
             total = sum(size for _, size, _ in files)
+            slow = total > self.budget and time.monotonic() - began > _SLOW
             for _, size, path in files:
-                if total <= self.budget:
+                if total <= self.budget * (_LOWERED if slow else 1):
                     break
                 if path != keep:
                     with suppress(OSError):
                         path.unlink()
                         total -= size
+            self._total, self._listed = total, time.monotonic()
+            self._took = self._listed - began
         for path in self.path.glob(f"[0-9a-f][0-9a-f]/{TEMPORARY}*"):
             # a living writer still holds the key's lock
             with self._flock(f"{int(path.parent.name, 16):02x}", wait=False) as free:

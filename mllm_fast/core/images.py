@@ -55,10 +55,31 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     return _opened(path, str(path), max_pixels)
 
 
+def image_size(file: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return the width and height of an image as its file stores it, without decoding its pixels.
+
+    Raises:
+        InputError: As `load_image` raises it.
+    """
+    if isinstance(file, Image.Image):
+        return _checked(file, "the image", max_pixels).size
+    if isinstance(file, bytes):
+        with _reading("the image", _FROM_BYTES), Image.open(io.BytesIO(file), formats=_FROM_BYTES) as image:
+            return _checked(image, "the image", max_pixels).size
+    return load_image(file, max_pixels).size
+
+
 def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[str, ...] | None = None) -> Image.Image:
+    with _reading(name, formats), Image.open(file, formats=formats) as image:
+        return to_rgb(_checked(image, name, max_pixels))
+
+
+@contextmanager
+def _reading(name: str, formats: tuple[str, ...] | None) -> Iterator[None]:
+    """Turn the exceptions of Pillow's readers inside the block into an InputError."""
     try:
-        with _no_limit_of_its_own(), Image.open(file, formats=formats) as image:
-            return to_rgb(_checked(image, name, max_pixels))
+        with _no_limit_of_its_own():
+            yield
     except InputError:
         raise
     except UnidentifiedImageError:

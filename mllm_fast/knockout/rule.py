@@ -11,6 +11,7 @@ from ..core.errors import InputError
 
 Tokens = str | Iterable[int]
 Layers = str | Iterable[int]
+_MOST = 1 << 20  # numbers in a text; ranges are written out, and no model has as many positions
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,16 @@ class Knockout:
                     raise InputError(f"{name} of a knockout is a text or whole numbers, got {value!r}") from None
 
     @classmethod
-    def parse(cls, text: str, layers: str = "all") -> Knockout:
+    def parse(cls, text: str, layers: str = "all", most: int = _MOST) -> Knockout:
         """Make a knockout from a text such as "image->query", "5,9-12->generated" or "image->query@from 20".
 
         Args:
             text: The rule, with or without its layers.
             layers: The layers of a rule that names none.
+            most: How many positions there can be; numbers are below it.
 
         Raises:
-            InputError: The text has no source, target or "->".
+            InputError: The text has no source, target or "->", or a number is too large.
         """
         rule, at, own_layers = text.partition("@")
         source, arrow, target = rule.partition("->")
@@ -61,16 +63,18 @@ class Knockout:
                 f'a knockout is "source->target" or "source->target@layers", in quotes, got {text!r};'
                 ' for example "image->query@from 4"'
             )
-        return cls(_names_or_numbers(source), _names_or_numbers(target), own_layers.strip() if at else layers)
+        return cls(
+            _names_or_numbers(source, most), _names_or_numbers(target, most), own_layers.strip() if at else layers
+        )
 
     def __str__(self) -> str:
         layers = self.layers if isinstance(self.layers, str) else spans(self.layers)  # type: ignore[arg-type]
         return f"{_spelled(self.source)}->{_spelled(self.target)}@{layers}"
 
 
-def _names_or_numbers(text: str) -> Tokens:
+def _names_or_numbers(text: str, most: int) -> Tokens:
     text = text.strip()
-    return tuple(_numbers(text)) if re.fullmatch(r"[\d\s,-]+", text) else text
+    return tuple(_numbers(text, most)) if re.fullmatch(r"[\d\s,-]+", text) else text
 
 
 def _spelled(tokens: Tokens) -> str:
@@ -88,15 +92,27 @@ def spans(numbers: Sequence[int]) -> str:
     return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in found)
 
 
-def _numbers(text: str) -> list[int]:
-    """Return the numbers of a text such as "0-7,12"."""
+def _numbers(text: str, most: int = _MOST) -> list[int]:
+    """Return the numbers of a text such as "0-7,12", each below `most` and at most as many."""
     found: list[int] = []
     for part in text.split(","):
-        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not span or (span[2] and int(span[2]) < int(span[1])):
-            raise InputError(f"numbers are given as 3 or 0-7 or 0-7,12, got {text.strip()!r}")
-        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+        span = re.fullmatch(r"\s*0*(\d+)\s*(?:-\s*0*(\d+)\s*)?", part)
+        # the number of digits is checked first: the conversion of thousands of them is slow, or refused
+        if span and max(len(span[1]), len(span[2] or "")) <= len(str(most)):
+            first, last = int(span[1]), int(span[2] or span[1])
+            if first <= last < most and len(found) + last - first < most:
+                found += range(first, last + 1)
+                continue
+            if first <= last:
+                raise InputError(_too_large(text, most))
+        elif span:
+            raise InputError(_too_large(text, most))
+        raise InputError(f"numbers are given as 3 or 0-7 or 0-7,12, got {text.strip()[:80]!r}")
     return found
+
+
+def _too_large(text: str, most: int) -> str:
+    return f"numbers are below {most:,}, and at most as many, got {text.strip()[:80]!r}"
 
 
 def parse_layers(layers: Layers, num_layers: int) -> frozenset[int]:

@@ -60,7 +60,7 @@ class _Part:
         place: Where each of them lies in a [S, width] array, int64 [n].
         width: The largest number of tokens that read one slot.
         start: The first key of each slot.
-        watched: The rows whose attention mass is summed, one a slot.
+        watched: The rows whose attention mass is summed, by their number in the pass, one a slot.
     """
 
     stack: SlotGroup
@@ -68,7 +68,7 @@ class _Part:
     place: Tensor
     width: int
     start: Tensor
-    watched: list[Row]
+    watched: list[int]
 
 
 class Batch:
@@ -91,6 +91,9 @@ class Batch:
         self._starts = torch.empty(0, dtype=torch.int32)
         self._first: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
         self._single = False
+        self._read: list[Row] = []  # the rows of the pass
+        self._slots: Tensor | None = None  # their slots, unless they are all
+        self._masses: list[tuple[Row, int, Tensor]] = []  # what the pass adds to their masses
 
     @property
     def nbytes(self) -> int:
@@ -159,19 +162,25 @@ class Batch:
         return recording(self.text, backend=self._backend, attention_fn=self._attend)
 
     @_without_gradients
-    def read(self) -> Tensor:
-        """Run one forward pass over the unread tokens of all rows, and return the logits after the last token of each.
+    def read(self, rows: Sequence[Row] | None = None) -> Tensor:
+        """Run one forward pass over the unread tokens of rows, and return the logits after the last token of each.
 
-        Afterwards no row has unread tokens: give each row its next ones before the next call.
+        Afterwards these rows have no unread tokens: give each its next ones before the next call. If the pass fails,
+        the rows are as they were before.
+
+        Args:
+            rows: The rows that are read, some of `rows` in their order; all of them by default.
 
         Returns:
-            The logits, [B, V], in the order of `rows`.
+            The logits, [B, V], in the order of the rows.
         """
-        lengths = [len(row.unread) for row in self.rows]
+        self._read = self.rows if rows is None else list(rows)
+        lengths = [len(row.unread) for row in self._read]
         device = self._device
         self._plan(lengths)
-        tokens = [token for row in self.rows for token in row.unread]
-        positions = [row.position + i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)]
+        self._masses = []
+        tokens = [token for row in self._read for token in row.unread]
+        positions = [row.position + i for row, count in zip(self._read, lengths, strict=True) for i in range(count)]
         hidden = self.text.decoder(
             input_ids=torch.tensor([tokens], device=device),
             # a ready mask keeps transformers from making one; `_attend` knows what each token sees
@@ -179,11 +188,14 @@ class Batch:
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
         ).last_hidden_state
-        for row, count in zip(self.rows, lengths, strict=True):
+        logits = self.text.logits(hidden[0, self._last])
+        for row, layer, mass in self._masses:
+            row.mass[layer] += mass  # type: ignore[index]
+        for row, count in zip(self._read, lengths, strict=True):
             row.position += count
             row.length += count
             row.unread = []
-        return self.text.logits(hidden[0, self._last])
+        return logits
 
     @property
     def _device(self) -> torch.device:
@@ -196,19 +208,23 @@ class Batch:
         for count in lengths:
             total += count
             ends.append(total - 1)
-        longest = max(row.length + count for row, count in zip(self.rows, lengths, strict=True))
+        longest = max(row.length + count for row, count in zip(self._read, lengths, strict=True))
+        slots_read = [row.slot for row in self._read]
+        self._slots = None if slots_read == list(range(len(self.rows))) else torch.tensor(slots_read, device=device)
         if longest > self._room:
             self._grow(longest + max(_ROOM, self._room // 2))
         # own keys lie newest first, so that every row's are the last ones of its slot
-        slots = [row.slot for row, count in zip(self.rows, lengths, strict=True) for _ in range(count)]
+        slots = [row.slot for row, count in zip(self._read, lengths, strict=True) for _ in range(count)]
         places = [
-            self._room - 1 - row.length - i for row, count in zip(self.rows, lengths, strict=True) for i in range(count)
+            self._room - 1 - row.length - i
+            for row, count in zip(self._read, lengths, strict=True)
+            for i in range(count)
         ]
         # `_first` computes the attention among own tokens of the rows that read several tokens
         several = [i for i, count in enumerate(lengths) if count > 1]
         starts = [
             self._room - row.length - 1 if count == 1 else self._room
-            for row, count in zip(self.rows, lengths, strict=True)
+            for row, count in zip(self._read, lengths, strict=True)
         ]
         self._last = torch.tensor(ends, device=device)
         self._slot, self._place = torch.tensor(slots, device=device), torch.tensor(places, device=device)
@@ -216,7 +232,7 @@ class Batch:
         self._first = None
         self._single = len(several) < len(lengths)
         if several:
-            if any(self.rows[i].length for i in several):
+            if any(self._read[i].length for i in several):
                 raise ValueError("a row reads one token at a time after its first ones")
             width = max(lengths[i] for i in several)
             token = [ends[i] - lengths[i] + 1 + k for i in several for k in range(lengths[i])]
@@ -235,16 +251,16 @@ class Batch:
     def _by_stack(self, lengths: list[int], ends: list[int]) -> list[_Part]:
         device = self._device
         stacks: dict[int, list[int]] = {}
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(self._read):
             stacks.setdefault(id(row.prefix.stack), []).append(i)
         parts = []
         for members in stacks.values():
-            stack = self.rows[members[0]].prefix.stack
+            stack = self._read[members[0]].prefix.stack
             token: list[int] = []
             where: list[tuple[int, int]] = []
             taken = [0] * len(stack.held)
             for i in members:
-                slot = self.rows[i].prefix.slot
+                slot = self._read[i].prefix.slot
                 first = ends[i] - lengths[i] + 1
                 token += range(first, first + lengths[i])
                 where += [(slot, taken[slot] + k) for k in range(lengths[i])]
@@ -257,7 +273,7 @@ class Batch:
                     place=torch.tensor([slot * width + at for slot, at in where], device=device),
                     width=width,
                     start=stack.starts([slot for slot, count in enumerate(taken) if count], device),
-                    watched=[self.rows[i] for i in members if self.rows[i].mass is not None],
+                    watched=[i for i in members if self._read[i].mass is not None],
                 )
             )
         return parts
@@ -276,7 +292,7 @@ class Batch:
         """Return the attention of the pass's T tokens, [1, H, T, D], where key and value are [1, Hkv, T, D]."""
         own_key, own_value = self._keep(layer, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
-        count = len(self.rows)
+        count = len(self._read)
         output, total = (
             rows.new_empty(*rows.shape[:2], value.shape[3]),
             rows.new_empty(rows.shape[:2], dtype=wide_type(rows.dtype)),
@@ -284,8 +300,9 @@ class Batch:
         if self._single:
             # all slots in one call; rows that read several tokens see no key here, their start is behind the end
             alone = rows[self._last][:, :, None]
+            slots = slice(count) if self._slots is None else self._slots
             found = attend_split(
-                alone, own_key[:count], own_value[:count], self._starts, scoring, causal=False, backend=self._backend
+                alone, own_key[slots], own_value[slots], self._starts, scoring, causal=False, backend=self._backend
             )
             output[self._last], total[self._last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
         if self._first is not None:
@@ -316,8 +333,8 @@ class Batch:
             behind[part.token] = found.output.transpose(1, 2).flatten(0, 1)[part.place]
             lse = found.lse.transpose(1, 2).flatten(0, 1)[part.place]  # type: ignore[union-attr]
             weight[part.token] = lse
-            for row in part.watched:
-                self._watch(layer, row, found, total[self._last[row.slot]])
+            for i in part.watched:
+                self._watch(layer, self._read[i], found, total[self._last[i]])
         prefix = Attention(behind.transpose(0, 1)[None], weight.transpose(0, 1)[None], None)
         return join_rows((output, total), prefix)
 
@@ -329,7 +346,7 @@ class Batch:
         slot = row.prefix.slot
         share = torch.sigmoid(found.lse[slot, :, 0] - own)  # type: ignore[index]
         mass = found.mass[slot, :, -row.prefix.length :]  # type: ignore[index]
-        row.mass[layer] += (mass * share[:, None]).mean(0)  # type: ignore[index]
+        self._masses.append((row, layer, (mass * share[:, None]).mean(0)))
 
     def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values [Hkv, T, D] of the pass, and return all of the layer, [S, Hkv, room, D] each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .model_runner import ModelRunner
+
+_COLDEST = 1e-5  # temperatures below it take the likeliest token
+_SETTINGS = 64  # settings whose logits processors are kept
 
 
 def next_tokens(
@@ -35,7 +39,8 @@ class Sampling:
     """The sampling settings of a request.
 
     Attributes:
-        temperature: The temperature; 0 takes the likeliest token.
+        temperature: The temperature; 0 takes the likeliest token, and so does any below 1e-5, whose probabilities no
+            float32 can hold.
         top_p: Nucleus sampling, the probability mass of the tokens that are kept.
         seed: The seed of the random numbers; None for a random one.
     """
@@ -43,6 +48,10 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < _COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(eq=False)
@@ -73,11 +82,11 @@ class Sampler:
 
 
 class SamplerCache:
-    """Makes samplers, and caches the logits processors that transformers prepares for each set of settings."""
+    """Makes samplers, and caches the logits processors that transformers prepares for the latest settings."""
 
     def __init__(self, runner: ModelRunner):
         self._runner = runner
-        self._known: dict[tuple[float, float], Any] = {}
+        self._known: OrderedDict[tuple[float, float], Any] = OrderedDict()
 
     def make(self, ids: Sequence[int], sampling: Sampling) -> Sampler:
         """Return a sampler for the sequence that begins with `ids`.
@@ -86,11 +95,15 @@ class SamplerCache:
         """
         key = sampling.temperature, sampling.top_p
         processors = self._known.get(key)
-        if processors is None:
+        if processors is not None:
+            self._known.move_to_end(key)
+        else:
             # processors that depend on the sequence are made for each prompt: they may need to know where it ends
             processors = self._prepared(torch.tensor([[1]]), sampling)
             if all(_stateless(one) for one in processors):
                 self._known[key] = processors
+                while len(self._known) > _SETTINGS:
+                    self._known.popitem(last=False)
             else:
                 processors = self._prepared(torch.tensor([list(ids)]), sampling)
         generator = None

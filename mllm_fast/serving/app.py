@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
 from .auth import ApiKeys
@@ -16,7 +17,7 @@ from .metrics import Metrics
 from .middleware import RequestGuardMiddleware
 from .routes import chat, contexts, explanations, ops
 from .routes.openapi import ERRORS, describe_errors, handle_errors
-from .routes.state import AppState
+from .routes.state import AppState, Probes
 
 
 def create_app(
@@ -25,7 +26,8 @@ def create_app(
     *,
     metrics: Metrics,
     log: Log,
-    ready: Callable[[], bool],
+    probes: Probes,
+    origins: Sequence[str] = (),
     start: Callable[[], Awaitable[None]] | None = None,
     stop: Callable[[], None] | None = None,
 ) -> FastAPI:
@@ -36,7 +38,8 @@ def create_app(
         keys: The API keys that are accepted.
         metrics: Counts the requests for Prometheus.
         log: Writes one line for each request.
-        ready: Returns whether the server takes requests.
+        probes: Tell how the server is.
+        origins: The web pages' origins ("https://app.example.org", or "*") whose scripts may use the server.
         start: Awaited when the application starts.
         stop: Called when the application stops.
 
@@ -53,8 +56,16 @@ def create_app(
             stop()
 
     app = FastAPI(title="mllm-fast", version=__version__, lifespan=lifespan, responses=ERRORS, redirect_slashes=False)
-    app.state.mllm_fast = AppState(backend, keys, metrics, ready, int(time.time()))
-    app.add_middleware(RequestGuardMiddleware, max_body=backend.settings.max_body, log=log, metrics=metrics)
+    app.state.mllm_fast = AppState(backend, metrics, probes, int(time.time()))
+    app.add_middleware(RequestGuardMiddleware, settings=backend.settings, keys=keys, log=log, metrics=metrics)
+    if origins:  # before the guard, since a browser asks for permission without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     handle_errors(app)
     for resource in (chat, ops, contexts, explanations):
         app.include_router(resource.router)

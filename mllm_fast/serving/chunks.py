@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from .detokenizer import AnswerDetokenizer
@@ -13,9 +13,39 @@ from .responses import ResponseChunk, info_of
 from .schema import Details, Usage
 
 
+class Closing(AsyncIterator[ResponseChunk]):
+    """An iterator that calls a function once when it ends, even if it was closed before its first item.
+
+    Args:
+        source: The items, of an asynchronous generator.
+        ended: The function.
+    """
+
+    def __init__(self, source: AsyncGenerator[ResponseChunk, None], ended: Callable[[], None]):
+        self._source, self._ended = source, ended
+
+    async def __anext__(self) -> ResponseChunk:
+        try:
+            return await self._source.__anext__()
+        except BaseException:
+            self._end()
+            raise
+
+    async def aclose(self) -> None:
+        """End the iterator."""
+        try:
+            await self._source.aclose()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        ended, self._ended = self._ended, lambda: None
+        ended()
+
+
 async def response_chunks(
-    wanted: Generation, queue: asyncio.Queue[Any], words: AnswerDetokenizer, tokenizer: Any, cancel: Callable[[], None]
-) -> AsyncIterator[ResponseChunk]:
+    wanted: Generation, queue: asyncio.Queue[Any], words: AnswerDetokenizer, tokenizer: Any, read: Callable[[], None]
+) -> AsyncGenerator[ResponseChunk, None]:
     """Yield the chunks of an answer, made from the engine's events.
 
     Args:
@@ -23,42 +53,39 @@ async def response_chunks(
         queue: The queue that receives the engine's events.
         words: Turns the tokens into text and finds the stop words.
         tokenizer: The model's tokenizer, for the texts of the log-probabilities.
-        cancel: Called when no more events are needed.
+        read: Called when the prompt was read, and its images are no longer held.
 
     Raises:
         ServiceError: The engine reported a failure.
     """
     usage, info, logs = Usage(), None, []
-    try:
-        while True:
-            event = await queue.get()
-            if isinstance(event, FailureEvent):
-                raise service_error(event.error)
-            if isinstance(event, PrefillEvent):
-                usage.prompt_tokens = event.prompt_tokens
-                usage.prompt_tokens_details = Details(cached_tokens=event.cached)
-                info = None if event.context is None else info_of(wanted.key, event.context, brief=True)
+    while True:
+        event = await queue.get()
+        if isinstance(event, FailureEvent):
+            raise service_error(event.error)
+        if isinstance(event, PrefillEvent):
+            read()
+            usage.prompt_tokens = event.prompt_tokens
+            usage.prompt_tokens_details = Details(cached_tokens=event.cached)
+            info = None if event.context is None else info_of(wanted.key, event.context, brief=True)
+            continue
+        if isinstance(event, TokenEvent):
+            usage.completion_tokens += 1
+            if wanted.log_probs is not None:
+                logs.append(_log_prob(tokenizer, event))
+            text = words.push(event.token)
+            if words.stopped:
+                event = FinishEvent("stop")
+            elif text:
+                yield ResponseChunk(text, tuple(logs))
+                logs = []
+            if not words.stopped:
                 continue
-            if isinstance(event, TokenEvent):
-                usage.completion_tokens += 1
-                if wanted.log_probs is not None:
-                    logs.append(_log_prob(tokenizer, event))
-                text = words.push(event.token)
-                if words.stopped:
-                    cancel()
-                    event = FinishEvent("stop")
-                elif text:
-                    yield ResponseChunk(text, tuple(logs))
-                    logs = []
-                if not words.stopped:
-                    continue
-            else:
-                text = words.finish()
-            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-            yield ResponseChunk(text, tuple(logs), event.reason, usage, info)
-            return
-    finally:
-        cancel()
+        else:
+            text = words.finish()
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+        yield ResponseChunk(text, tuple(logs), event.reason, usage, info)
+        return
 
 
 def _log_prob(tokenizer: Any, said: TokenEvent) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
@@ -31,6 +32,10 @@ class Engine:
         keep_context: Called by the engine's thread with the key of each new context and the context. It must not
             block. It returns the context in the form in which the store will return it later.
         held: Returns the stored context of a key, or None.
+
+    Attributes:
+        failure: The exception that ended the engine's thread, or None. Such an engine must be replaced.
+        on_failure: Called with that exception, by the engine's thread.
 
     Raises:
         InputError: `max_batch` or `max_queue` is less than 1.
@@ -55,6 +60,8 @@ class Engine:
         self._tasks: deque[SideTask] = deque()
         self._forgotten: deque[str] = deque()
         self._stopping = False
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[BaseException], None] = lambda _: None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -145,7 +152,9 @@ class Engine:
                 self._run_task()
         except BaseException as error:  # nobody is left waiting, and no new request is taken
             self._stopping = True
+            self.failure = error
             self._fail_all(error)
+            self.on_failure(error)
             raise
 
     def _fail_all(self, error: BaseException) -> None:
@@ -162,7 +171,8 @@ class Engine:
             return
         if dropped(task):
             if task.pieces is not None:
-                task.pieces.close()  # type: ignore[attr-defined]
+                with suppress(Exception):  # nobody waits for it
+                    task.pieces.close()  # type: ignore[attr-defined]
             return
         try:
             if task.pieces is None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, first_line
+from .logs import place_of
 from .requests import BusyError, StoppingError
 
-_FRAMES = 8  # how many frames of a traceback are logged
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -88,10 +86,4 @@ def service_error(error: BaseException) -> ServiceError:
     if isinstance(error, InputError):
         return ServiceError(400, first_line(error) if len(str(error)) > 2000 else str(error))
     kind = type(error).__name__
-    return ServiceError(500, f"an unexpected {kind} in the server", code="internal", where=f"{kind}: {_place(error)}")
-
-
-def _place(error: BaseException) -> str:
-    """Return the lines of the traceback, innermost first, without the message, which may contain a client's data."""
-    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return ServiceError(500, f"an unexpected {kind} in the server", code="internal", where=place_of(error))

@@ -7,53 +7,83 @@ import base64
 import binascii
 import ipaddress
 import socket
+from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from .errors import ServiceError
 from .settings import Settings
 
+_URL = 8192  # characters of a remote image's address
+_ALPHABET = bytes.maketrans(b"-_", b"+/")  # base64 for URLs
+# IPv6 networks whose addresses stand for IPv4 addresses, and those of a site
 _TRANSLATED = [
-    ipaddress.ip_network(net) for net in ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+    ipaddress.ip_network(net)
+    for net in (
+        "::/96",
+        "::ffff:0:0/96",
+        "::ffff:0:0:0/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2002::/16",
+        "2001::/32",
+        "fec0::/10",
+    )
 ]
 
 
-async def picture_bytes(url: str, settings: Settings) -> bytes:
-    """Return the bytes of the image file that a URL names.
+async def picture_files(urls: Sequence[str], settings: Settings) -> list[bytes]:
+    """Return the bytes of the image files that the URLs of a request name.
 
     Args:
-        url: A data URL, or an https URL of an allowed host.
+        urls: Data URLs, or https URLs of allowed hosts.
         settings: The allowed hosts, and the limits of size and time.
 
     Raises:
-        ServiceError: The URL is no data URL of an image, its host is not allowed or not public, or the image is too
-            large or takes too long.
+        ServiceError: A URL is no data URL of an image, its host is not allowed or not public, or the images are too
+            large or take too long.
     """
-    if url[:5].lower() == "data:":
-        return _from_data(url)
-    if url[:8].lower().startswith(("http://", "https://")):
-        if not settings.remote_hosts:
-            raise _refused("remote images are switched off here: send the image as a data URL")
-        try:
-            return await asyncio.wait_for(_fetched(url, settings), settings.remote_seconds)
-        except TimeoutError:
-            raise _refused(f"the image was not fetched within {settings.remote_seconds:g} s") from None
-    raise _refused('an image is a data URL, "data:image/png;base64,..."')
+    left, files = settings.remote_bytes, []
+    for url in urls:
+        if url[:5].lower() == "data:":
+            files.append(_from_data(url))
+            continue
+        files.append(await _remote(url, settings, left))
+        left -= len(files[-1])
+    return files
+
+
+async def _remote(url: str, settings: Settings, most: int) -> bytes:
+    if not url[:8].lower().startswith(("http://", "https://")):
+        raise _refused('an image is a data URL, "data:image/png;base64,..."')
+    if not settings.remote_hosts:
+        raise _refused("remote images are switched off here: send the image as a data URL")
+    if len(url) > _URL or not url.isprintable():
+        raise _refused(f"a remote image's URL has at most {_URL:,} printable characters")
+    try:
+        return await asyncio.wait_for(_fetched(url, settings, most), settings.remote_seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise _refused(f"the image was not fetched within {settings.remote_seconds:g} s") from None
 
 
 def _from_data(url: str) -> bytes:
+    """Decode a data URL as browsers do: percent signs, spaces, missing padding and the URL alphabet are understood."""
     head, comma, body = url.partition(",")
     kind, *rest = head[5:].split(";")
-    if not comma or not kind.lower().startswith("image/"):
+    if not comma or not kind.strip().lower().startswith("image/"):
         raise _refused('a data URL of an image is "data:image/png;base64,...", got another kind')
+    if not url.isascii():
+        raise _refused("a data URL has ASCII characters only")
     if "base64" not in [one.strip().lower() for one in rest]:
         return unquote_to_bytes(body)
+    content = unquote_to_bytes(body) if "%" in body else body.encode()
+    content = content.translate(_ALPHABET, b" \t\n\r\f").rstrip(b"=")
     try:
-        return base64.b64decode("".join(body.split()), validate=True)
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise _refused("the image's base64 is damaged") from None
 
 
-async def _fetched(url: str, settings: Settings) -> bytes:
+async def _fetched(url: str, settings: Settings, most: int) -> bytes:
     import httpx
 
     try:
@@ -67,7 +97,10 @@ async def _fetched(url: str, settings: Settings) -> bytes:
         raise _refused(f"images from {host!r} are not allowed here; send the image as a data URL")
     address = await _public_address(host)
     # connect to the checked address itself: the name may resolve to another one a moment later
-    target = httpx.URL(url).copy_with(host=address)
+    try:
+        target = httpx.URL(url).copy_with(host=address)
+    except httpx.InvalidURL:
+        raise _refused("the image's URL is not valid") from None
     async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=settings.remote_seconds) as client:
         request = client.build_request("GET", target, headers={"Host": host}, extensions={"sni_hostname": host})
         try:
@@ -78,8 +111,8 @@ async def _fetched(url: str, settings: Settings) -> bytes:
                 found = bytearray()
                 async for part in response.aiter_bytes():
                     found += part
-                    if len(found) > settings.remote_bytes:
-                        raise _refused(f"the remote image has more than {settings.remote_bytes:,} bytes")
+                    if len(found) > most:
+                        raise _refused(f"remote images have at most {settings.remote_bytes:,} bytes together")
                 return bytes(found)
             finally:
                 await response.aclose()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..models.processing import Turn
 from .errors import ServiceError
 from .schema import Message, TextPart
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,29 @@ class Conversation:
     turns: tuple[Turn, ...]
     urls: tuple[str, ...]
 
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """A hash of each URL."""
+        return tuple(hashlib.sha256(url.encode("utf-8", "surrogatepass")).digest() for url in self.urls)
+
+    @property
+    def length(self) -> int:
+        """The characters of all turns."""
+        return sum(len(part) for _, parts in self.turns for part in parts if part is not None)
+
     @property
     def spoken(self) -> list[Turn]:
         """The turns without the images, as they follow a context that already contains the images."""
         return [(role, [part for part in parts if part is not None]) for role, parts in self.turns]
 
 
-def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation:
+def check_length(length: int, settings: Settings) -> None:
+    """Raise a ServiceError if a text has more characters than the settings allow."""
+    if length > settings.max_text:
+        raise ServiceError(413, f"the texts of a request have at most {settings.max_text:,} characters, got {length:,}")
+
+
+def conversation(messages: Sequence[Message], settings: Settings) -> Conversation:
     """Convert the messages of a request into a conversation.
 
     System messages are put before the user's first text, because not every model has a system turn. Consecutive
@@ -37,7 +56,7 @@ def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation
 
     Args:
         messages: The messages of the request.
-        max_pictures: The largest number of images.
+        settings: The limits of images and text.
 
     Raises:
         ServiceError: The conversation does not begin and end with the user, a turn has no text, an image is in a
@@ -67,13 +86,15 @@ def conversation(messages: Sequence[Message], max_pictures: int) -> Conversation
     for role, parts in turns:
         if not any(part and part.strip() for part in parts):
             raise _refused(len(messages) - 1, f"a message of the {role} has no text")
-    if len(urls) > max_pictures:
-        raise _refused(0, f"a request holds at most {max_pictures} images, got {len(urls)}")
+    if len(urls) > settings.max_pictures:
+        raise _refused(0, f"a request holds at most {settings.max_pictures} images, got {len(urls)}")
     if system:
         first = turns[0][1]
         at = next(i for i, part in enumerate(first) if part is not None)
         first.insert(at, "\n".join(system) + "\n")
-    return Conversation(tuple((role, parts) for role, parts in turns), tuple(urls))
+    found = Conversation(tuple((role, parts) for role, parts in turns), tuple(urls))
+    check_length(found.length, settings)
+    return found
 
 
 def _refused(index: int, message: str) -> ServiceError:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 from ..context.context import Context
 from ..context.scores import kept_count
 from ..context.store import ContextStore
-from ..core.images import load_image
+from ..core.images import image_size, load_image
 from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import check_sliding
 from .errors import ServiceError, service_error
-from .image_fetch import picture_bytes
+from .image_fetch import picture_files
 from .messages import Conversation
 from .requests import ContextSpec, Generation
 from .responses import key_of, no_context
@@ -25,6 +24,7 @@ from .schema import ChatRequest
 from .settings import Settings
 
 _MEMO = 4096  # how many images' context keys are remembered
+_SHORT = 4000  # characters that are tokenized in the event loop's own thread
 
 
 @dataclass
@@ -66,9 +66,15 @@ class RequestPreparer:
         """Call `do` in the preparer's thread and return its result."""
         return await in_pool(self.pool, do)
 
-    def image(self, file: Any) -> Any:
-        """Decode the image file of a request."""
-        return load_image(file, self.settings.max_pixels)
+    def images(self, files: Sequence[Any]) -> list[Any]:
+        """Decode the image files of a request.
+
+        Raises:
+            ServiceError: The images together are too large.
+            InputError: A file is no image, or too large.
+        """
+        check_pixels(files, self.settings)
+        return [load_image(one, self.settings.max_pixels) for one in files]
 
     def generation(self, prepared: PreparedRequest, count: int, deadline: float) -> Generation:
         """Return the generation for the engine. The caller still has to set its sink."""
@@ -86,10 +92,10 @@ class RequestPreparer:
             cached=prepared.context is not None,
         )
 
-    async def chat(self, asked: Conversation, request: ChatRequest, tenant: str, count: int) -> PreparedRequest:
-        """Prepare a chat request.
-
-        A request whose context is in memory and whose key is remembered is prepared in the event loop's own thread.
+    async def remembered(
+        self, asked: Conversation, request: ChatRequest, tenant: str, count: int
+    ) -> PreparedRequest | None:
+        """Prepare a chat request that has no images, or whose context is in memory.
 
         Args:
             asked: The conversation of the request.
@@ -97,10 +103,12 @@ class RequestPreparer:
             tenant: The tenant whose contexts may be used.
             count: The largest number of tokens of the answer.
 
+        Returns:
+            The prepared request; None if images must be read first, see `chat`.
+
         Raises:
             ServiceError: The request cannot be answered.
         """
-        settings = self.settings
         if request.context is not None:
             if asked.urls:
                 raise ServiceError(400, "give images or a context, not both", param="context")
@@ -109,21 +117,28 @@ class RequestPreparer:
             if found is None:
                 raise no_context(request.context)
             return await self.run(lambda: self._after_context(key, found, None, asked, count))
-        keep = settings.keep if request.keep is None else (None if request.keep == "off" else request.keep)
-        if keep is None or not asked.urls:
-            files = [await picture_bytes(url, settings) for url in asked.urls]
-            return await self.run(lambda: self._whole(asked, files, count))
-        name = tuple(hashlib.sha256(url.encode("utf-8", "surrogatepass")).digest() for url in asked.urls)
-        memo = (tenant, keep, type(keep), name)
-        key = self._memo.get(memo, "")
+        if not asked.urls:
+            return await self.run(lambda: self._whole(asked, [], count))
+        keep = self._keep(request)
+        memo = None if keep is None else self._name(asked, tenant, keep)
+        key = self._memo.get(memo, "") if memo else ""
         found = self.store.held(key) if key else None
-        if found is not None:
-            self._memo.move_to_end(memo)
-            try:
-                return self._after_context(key, found, None, asked, count)
-            except Exception as error:
-                raise service_error(error) from error
-        files = [await picture_bytes(url, settings) for url in asked.urls]
+        if found is None:
+            return None
+        self._memo.move_to_end(memo)  # type: ignore[arg-type]
+        if asked.length > _SHORT:
+            return await self.run(lambda: self._after_context(key, found, None, asked, count))
+        try:  # in the event loop's own thread, which is fastest
+            return self._after_context(key, found, None, asked, count)
+        except Exception as error:
+            raise service_error(error) from error
+
+    async def chat(self, asked: Conversation, request: ChatRequest, tenant: str, count: int) -> PreparedRequest:
+        """Prepare a chat request whose images must be read; the arguments are those of `remembered`."""
+        settings, keep = self.settings, self._keep(request)
+        files = await picture_files(asked.urls, settings)
+        if keep is None:
+            return await self.run(lambda: self._whole(asked, files, count))
 
         def prepare() -> PreparedRequest:
             made = self.of_images(files, keep, settings.prompt, settings.score, tenant)
@@ -131,14 +146,23 @@ class RequestPreparer:
 
         prepared = await self.run(prepare)
         if not any(url[:5].lower() != "data:" for url in asked.urls):  # the image at another URL may change
-            self._memo[memo] = prepared.key
+            self._memo[self._name(asked, tenant, keep)] = prepared.key
             while len(self._memo) > _MEMO:
                 self._memo.popitem(last=False)
         return prepared
 
+    def _keep(self, request: ChatRequest) -> float | int | None:
+        if request.keep is None:
+            return self.settings.keep
+        return None if request.keep == "off" else request.keep
+
+    def _name(self, asked: Conversation, tenant: str, keep: float | int) -> tuple[Any, ...]:
+        """Return the name under which the context's key of these images is remembered."""
+        return tenant, keep, type(keep), asked.digests
+
     def of_images(self, files: list[bytes], keep: Any, prompt: str, score: str, tenant: str) -> PreparedRequest:
         """Find the context of some images, or return how to make it."""
-        pictures = [self.image(one) for one in files]
+        pictures = self.images(files)
         length = self.settings.describe_tokens
         about = {"keep": keep, "prompt": prompt, "score": score, "parts": "query+image", "max_new_tokens": length}
         key = self.store.key(self.vlm, pictures, about, tenant)
@@ -166,9 +190,29 @@ class RequestPreparer:
 
     def _whole(self, asked: Conversation, files: list[bytes], count: int) -> PreparedRequest:
         """Prepare a prompt that is read whole, without a context."""
-        inputs, layout = self.vlm.prompts.conversation([self.image(one) for one in files], asked.turns)
+        inputs, layout = self.vlm.prompts.conversation(self.images(files), asked.turns)
         self._check_window(layout.length + count, "the conversation and the longest answer take")
         return PreparedRequest(inputs=inputs, layout=layout)
+
+
+def check_pixels(files: Sequence[Any], settings: Settings) -> None:
+    """Check the sizes of the image files of a request before any is decoded.
+
+    Raises:
+        ServiceError: The images together are too large.
+        InputError: A file is no image, or too large.
+    """
+    pixels = 0
+    for one in files:
+        width, height = image_size(one, settings.max_pixels)
+        pixels += width * height
+    if pixels > settings.max_request_pixels:
+        raise ServiceError(
+            413,
+            f"the images of a request have at most {settings.max_request_pixels:,} pixels together, got {pixels:,};"
+            " make them smaller",
+            param="messages",
+        )
 
 
 async def in_pool(pool: ThreadPoolExecutor, do: Callable[[], Any]) -> Any:

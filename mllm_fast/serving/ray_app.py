@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,15 @@ from ..core.images import load_image
 from ..vlm import VLM
 from .app import create_app
 from .auth import ApiKeys
+from .budgets import Lane
 from .errors import ServiceError, service_error
-from .image_fetch import picture_bytes
+from .image_fetch import picture_files
 from .logs import Log
 from .messages import conversation
 from .metrics import Metrics
+from .preparation import check_pixels, in_pool
 from .responses import CONTEXT_ID, ResponseChunk
+from .routes.state import Probes
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, ImageURL, Message
 from .service import Service
 from .settings import Settings
@@ -145,11 +149,13 @@ class Replica:
         self._service = Service(vlm, settings, given.name or given.model)
         self._started = False
 
-    async def chat(self, request: dict[str, Any], tenant: str) -> AsyncIterator[ResponseChunk | ServiceError]:
+    async def chat(
+        self, request: dict[str, Any], tenant: str, client: str
+    ) -> AsyncIterator[ResponseChunk | ServiceError]:
         """Yield the chunks of an answer, or a `ServiceError` as the last one."""
         await self._start()
         try:
-            pieces = await self._service.chat(ChatRequest.model_validate(request), tenant)
+            pieces = await self._service.chat(ChatRequest.model_validate(request), tenant, client)
             async for piece in pieces:
                 yield piece
         except Exception as error:
@@ -196,47 +202,49 @@ class Remote:
         self.name, self.settings = name, settings
         self._handle = handle
         self._memo: OrderedDict[tuple[str, bytes], str] = OrderedDict()
+        self._pool = ThreadPoolExecutor(1, "digest")
+        self._images = Lane("requests with new images", 8, settings.max_queue, settings.max_client_requests)
 
-    async def chat(self, request: ChatRequest, tenant: str) -> AsyncIterator[ResponseChunk]:
+    async def chat(self, request: ChatRequest, tenant: str, client: str) -> AsyncIterator[ResponseChunk]:
         """Answer a chat request, see `Service.chat`.
 
         If the replica dies, the request is sent again to another one. An answer that is sampled without a seed cannot
         be repeated, so it is requested again only if nothing of it was sent yet.
         """
-        urls = conversation(request.messages, self.settings.max_pictures).urls
+        urls = conversation(request.messages, self.settings).urls
         if request.context is not None:
             session = request.context[4 : 4 + _DIGITS]
         else:
-            session, urls = await self._session(urls, tenant)
+            session, urls = await self._session(urls, tenant, client)
         content = request.model_dump(exclude_none=True) | {"messages": _with_urls(request.messages, urls)}
         same_again = not request.temperature or request.seed is not None
-        pieces = self._pieces(content, tenant, session, same_again)
+        pieces = self._pieces(content, (tenant, client), session, same_again)
         first = await anext(pieces)  # an error is raised before the stream begins
         return _behind(first, pieces)
 
-    async def create(self, request: ContextRequest, tenant: str) -> ContextInfo:
+    async def create(self, request: ContextRequest, tenant: str, client: str) -> ContextInfo:
         """See `Service.create`."""
-        session, urls = await self._session(tuple(one.url for one in request.images), tenant)
+        session, urls = await self._session(tuple(one.url for one in request.images), tenant, client)
         changed = request.model_copy(update={"images": [ImageURL(url=url) for url in urls]})
-        return await self._call(session, "create", changed, tenant)
+        return await self._call(session, "create", changed, tenant, client)
 
-    async def context(self, identity: str, tenant: str, kept: bool) -> ContextInfo:
+    async def context(self, identity: str, tenant: str, kept: bool, client: str) -> ContextInfo:
         """See `Service.context`."""
-        return await self._call(_of_id(identity), "context", identity, tenant, kept)
+        return await self._call(_of_id(identity), "context", identity, tenant, kept, client)
 
-    async def contexts(self, tenant: str) -> list[str]:
+    async def contexts(self, tenant: str, client: str) -> list[str]:
         """Return the ids of a tenant's contexts in the shared store and in one replica's memory."""
-        return await self._call("", "contexts", tenant)
+        return await self._call("", "contexts", tenant, client)
 
-    async def delete(self, identity: str, tenant: str) -> None:
+    async def delete(self, identity: str, tenant: str, client: str) -> None:
         """See `Service.delete`."""
-        await self._call(_of_id(identity), "delete", identity, tenant)
+        await self._call(_of_id(identity), "delete", identity, tenant, client)
 
-    async def explain(self, request: ExplanationRequest, tenant: str) -> bytes:
+    async def explain(self, request: ExplanationRequest, tenant: str, client: str) -> bytes:
         """See `Service.explain`."""
-        return await self._call("", "explain", request, tenant)
+        return await self._call("", "explain", request, tenant, client)
 
-    async def _session(self, urls: tuple[str, ...], tenant: str) -> tuple[str, tuple[str, ...]]:
+    async def _session(self, urls: tuple[str, ...], tenant: str, client: str) -> tuple[str, tuple[str, ...]]:
         """Return the session id of all requests about these images, and the URLs with remote images as data URLs."""
         if not urls:
             return "", ()
@@ -245,17 +253,19 @@ class Remote:
         if local and key in self._memo:
             self._memo.move_to_end(key)
             return self._memo[key], urls
-        files = [await picture_bytes(url, self.settings) for url in urls]
-        try:
-            digest = pictures_digest([load_image(one, self.settings.max_pixels) for one in files], tenant)[:_DIGITS]
-        except InputError as error:
-            raise service_error(error) from None
+        async with self._images.place(client or tenant, self.settings.time_limit):
+            files = await picture_files(urls, self.settings)
+            digest = await in_pool(self._pool, lambda: self._digest(files, tenant))
         if local:
             self._memo[key] = digest
             while len(self._memo) > _MEMO:
                 self._memo.popitem(last=False)
             return digest, urls
         return digest, tuple("data:image/any;base64," + base64.b64encode(one).decode() for one in files)
+
+    def _digest(self, files: list[bytes], tenant: str) -> str:
+        check_pixels(files, self.settings)
+        return pictures_digest([load_image(one, self.settings.max_pixels) for one in files], tenant)[:_DIGITS]
 
     async def _call(self, session: str, method: str, *arguments: Any) -> Any:
         for again in range(_TRIES):
@@ -272,12 +282,12 @@ class Remote:
         raise _no_replica()
 
     async def _pieces(
-        self, content: dict[str, Any], tenant: str, session: str, same_again: bool
+        self, content: dict[str, Any], whose: tuple[str, str], session: str, same_again: bool
     ) -> AsyncIterator[ResponseChunk]:
         sent = logs = 0  # characters and log-probabilities
         for again in range(_TRIES):
             skip, skip_logs = sent, logs
-            stream = self._handle.options(method_name="chat", stream=True, **_sticky(session)).remote(content, tenant)
+            stream = self._handle.options(method_name="chat", stream=True, **_sticky(session)).remote(content, *whose)
             try:
                 async for piece in stream:  # type: ignore[union-attr]
                     if isinstance(piece, ServiceError):
@@ -312,8 +322,8 @@ class Ingress:
         self._log = Log() if given.log else Log(None)
 
     def __serve_build_asgi_app__(self) -> Any:
-        ready: Callable[[], bool] = lambda: True  # noqa: E731 (Serve itself sends nothing to an ingress that is not)
-        return create_app(self._remote, self._keys, metrics=Metrics(), log=self._log, ready=ready)
+        # Serve itself sends nothing to an ingress that is not ready
+        return create_app(self._remote, self._keys, metrics=Metrics(), log=self._log, probes=Probes())
 
 
 async def _behind(first: ResponseChunk, rest: AsyncIterator[ResponseChunk]) -> AsyncIterator[ResponseChunk]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..runtime.batch import Batch
@@ -183,46 +184,86 @@ class Scheduler:
             wanted.sink(FailureEvent(error))
 
     def _leave(self, one: Generation | ContextBuilder) -> None:
-        self.batch.leave(one.row)  # type: ignore[arg-type]
-        one.row = None
+        row, one.row = one.row, None
         self.members.remove(one)
+        try:
+            self.batch.leave(row)  # type: ignore[arg-type]
+        except Exception as error:
+            self._begin_again(error)
+
+    def _begin_again(self, error: Exception) -> None:
+        """Take a new batch in place of one whose rows are no longer known; those that were in it fail."""
+        self.batch = Batch(self.vlm.text, self.vlm.backend)
+        members, self.members = self.members, []
+        for one in members:
+            one.row = None
+            if isinstance(one, ContextBuilder):
+                self._not_built(one, error)
+            else:
+                one.sink(FailureEvent(error))
 
     def run_pass(self) -> None:
         """Run one forward pass of the batch, and take a token for each row."""
         for one in list(self.members):
             if isinstance(one, ContextBuilder):
                 one.drop_cancelled(dropped)
-                if not one.waiting:
-                    self._leave(one)
+                if not one.waiting and one.row is not None:
                     del self._builders[one.key]
-            elif dropped(one):
+                    self._leave(one)
+            elif dropped(one) and one.row is not None:
                 self._leave(one)
         if not self.members:
             return
         by_row = {id(one.row): one for one in self.members}
         members = [by_row[id(row)] for row in self.batch.rows]
-        try:
-            with self.batch.recording():
-                logits = self.batch.read()
-            likeliest = logits.argmax(-1).tolist()
-        except Exception as error:  # such as out of memory: no row of the batch can go on
-            for one in members:
-                self._leave(one)
-                if isinstance(one, ContextBuilder):
-                    self._not_built(one, error)
-                else:
-                    one.sink(FailureEvent(error))
+        with self.batch.recording():
+            members, logits = self._read(members)
+        if not members:
             return
+        likeliest = logits.argmax(-1).tolist()
         self.passes += 1
         self.tokens += len(members)
         for i, one in enumerate(members):
             if isinstance(one, ContextBuilder):
-                if one.take(likeliest[i] if one.plain else one.choose(logits[i])):
-                    one.row.unread = one.said[-1:]  # type: ignore[union-attr]
-                else:
-                    self._built(one)
+                self._describe_on(one, likeliest[i], logits[i])
             else:
                 self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
+
+    def _read(self, members: list[Generation | ContextBuilder]) -> tuple[list[Generation | ContextBuilder], Tensor]:
+        """Run a forward pass, and return the members that it read with the logits of each.
+
+        If it fails, halves are tried, so that a member that makes it fail is the only one that ends. So does a pass
+        that needs too much memory.
+        """
+        try:
+            return members, self.batch.read([one.row for one in members])  # type: ignore[misc]
+        except Exception as error:
+            if len(members) == 1:
+                self._failed(members[0], error)
+                return [], torch.empty(0)
+        half = len(members) // 2
+        (first, one), (second, other) = self._read(members[:half]), self._read(members[half:])
+        if not first or not second:
+            return first + second, one if first else other
+        return first + second, torch.cat([one, other])
+
+    def _failed(self, one: Generation | ContextBuilder, error: Exception) -> None:
+        if isinstance(one, ContextBuilder):
+            self._not_built(one, error)
+            return
+        self._leave(one)
+        one.sink(FailureEvent(error))
+
+    def _describe_on(self, builder: ContextBuilder, likeliest: int, logits: Tensor) -> None:
+        try:
+            goes_on = builder.take(likeliest if builder.plain else builder.choose(logits))
+        except Exception as error:
+            self._not_built(builder, error)
+            return
+        if goes_on:
+            builder.row.unread = builder.said[-1:]  # type: ignore[union-attr]
+        else:
+            self._built(builder)
 
     def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
         sampler = wanted.sampler

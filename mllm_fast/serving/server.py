@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
-import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -12,8 +16,10 @@ import uvicorn
 from .app import create_app
 from .auth import ApiKeys
 from .connections import Connections
+from .errors import service_error
 from .logs import Log
 from .metrics import Metrics
+from .routes.state import Probes
 from .service import Service
 from .settings import Settings
 
@@ -22,11 +28,14 @@ if TYPE_CHECKING:
 
     from ..vlm import VLM
 
-_GRACE = 30  # seconds that requests in progress may take at shutdown
-
 
 def application(
-    vlm: VLM, settings: Settings, keys: ApiKeys, name: str, log: Log | None = None
+    vlm: VLM,
+    settings: Settings,
+    keys: ApiKeys,
+    name: str,
+    log: Log | None = None,
+    origins: Sequence[str] = (),
 ) -> tuple[FastAPI, Service]:
     """Create the service of a model, and the HTTP application in front of it.
 
@@ -36,6 +45,7 @@ def application(
         keys: The API keys that are accepted.
         name: The name by which requests call the model.
         log: Writes the log, by default to stderr.
+        origins: See `create_app`.
 
     Returns:
         The application and the service.
@@ -46,44 +56,73 @@ def application(
         keys,
         metrics=Metrics(service),
         log=log or Log(),
-        ready=lambda: service.engine.alive,
+        probes=Probes(lambda: service.engine.alive, lambda: service.engine.failure is None),
+        origins=origins,
         start=service.start,
         stop=service.stop,
     )
     return app, service
 
 
-def serve(app: FastAPI, log: Log, host: str, port: int) -> None:
-    """Serve the application until SIGTERM or SIGINT.
+def serve(
+    app: FastAPI, service: Service, log: Log, host: str, port: int, connections: Connections | None = None
+) -> int:
+    """Serve the application until SIGTERM or SIGINT, or until the engine fails.
 
-    The server then refuses new requests and finishes those in progress.
+    The server then refuses new requests and finishes those in progress. What is not finished after the time of grace is
+    given up, and the process ends.
 
     Args:
         app: The application.
+        service: The service behind it.
         log: Told the address on which the server listens, and when it has stopped.
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
+        connections: The limits of connections.
+
+    Returns:
+        The exit code of the process: 0, or 1 if the engine failed and the process should be started again.
     """
     listening = _listen(host, port)
-    connections = Connections()
+    grace = service.settings.grace
     config = uvicorn.Config(
         app,
-        http=connections.protocol(),
+        http=(connections or Connections()).protocol(),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=_GRACE,
+        timeout_graceful_shutdown=max(1, int(grace / 3)),
         lifespan="on",
     )
     server = uvicorn.Server(config)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again when it has shut down
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when it has shut down
+    log.take_over()
     log("listening", host=host, port=listening.getsockname()[1])
+
+    def failed(error: BaseException) -> None:
+        log("engine_failed", error=service_error(error).where or type(error).__name__)
+        server.should_exit = True
+
+    service.engine.on_failure = failed
+    watch = threading.Thread(target=_end_in_time, args=(server, grace, log), name="watch", daemon=True)
+    watch.start()
     try:
-        server.run([listening])
+        with suppress(KeyboardInterrupt):
+            server.run([listening])
     finally:
         listening.close()
         log("stopped")
+    return 0 if service.engine.failure is None else 1
+
+
+def _end_in_time(server: uvicorn.Server, grace: float, log: Log) -> None:
+    """End the process if it is still there at the end of the time of grace."""
+    while not server.should_exit:
+        time.sleep(0.2)
+    time.sleep(grace)
+    log("given_up", seconds=grace)
+    os._exit(1)
 
 
 def _listen(host: str, port: int) -> socket.socket:

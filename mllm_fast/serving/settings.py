@@ -27,16 +27,27 @@ class Settings:
         max_tokens: The longest answer that a request may ask for, in tokens.
         default_tokens: The longest answer, in tokens, if the request does not set it.
         max_body: The largest body of a request, in bytes.
+        max_bodies: How many bytes the bodies of all requests in progress may hold.
+        max_client_bodies: The same for the requests of one client: of one key, or without keys of one address.
+        max_values: How many commas, colons and opening brackets a body may have, which bounds the values of its JSON.
+        max_text: The longest text of a request, in characters: its messages and prompts together.
+        max_client_requests: How many requests of one client are taken at once.
+        open_rate: How many requests a second an address may send without an accepted key, on a server that has keys.
         max_pictures: The largest number of images in a request.
         max_pixels: The largest image, in pixels.
+        max_request_pixels: How many pixels the images of one request have together.
+        max_explanations: How many explanations may wait while two are made.
+        max_client_explanations: How many explanations of one client are taken at once.
+        explain_tokens: The longest answer that is explained, in tokens.
         time_limit: How many seconds an answer may take, its wait in the queue included.
+        grace: How many seconds the server takes to stop, whatever it does.
         store: A folder or fsspec URL for contexts; None keeps them in memory only.
         memory_bytes: See `ContextStore`.
         disk_bytes: See `ContextStore`.
         storage: See `ContextStore`.
         remote_hosts: The hosts whose images may be fetched by URL, none by default. "images.example.org" allows this
             host; ".example.org" allows all hosts below it.
-        remote_bytes: The largest remote image, in bytes.
+        remote_bytes: How many bytes the remote images of a request have together.
         remote_seconds: How many seconds fetching a remote image may take.
 
     Raises:
@@ -52,9 +63,20 @@ class Settings:
     max_tokens: int = 1024
     default_tokens: int = 256
     max_body: int = 32 * MIB
+    max_bodies: int = 256 * MIB
+    max_client_bodies: int = 128 * MIB
+    max_values: int = 100_000
+    max_text: int = 400_000
+    max_client_requests: int = 128
+    open_rate: float = 100.0
     max_pictures: int = 8
     max_pixels: int = 25_000_000
+    max_request_pixels: int = 100_000_000
+    max_explanations: int = 16
+    max_client_explanations: int = 8
+    explain_tokens: int = 256
     time_limit: float = 120.0
+    grace: float = 30.0
     store: str | None = None
     memory_bytes: int = 1024 * MIB
     disk_bytes: int = 10 * 1024 * MIB
@@ -69,7 +91,7 @@ class Settings:
             kept_count(self.keep, 1 << 62)
         if not self.prompt.strip():
             raise InputError("prompt is empty; give what the model is asked first about every image")
-        least = {"memory_bytes": 0, "disk_bytes": 0}
+        least = {"memory_bytes": 0, "disk_bytes": 0, "open_rate": 0, "max_explanations": 0}
         for one in fields(self):
             given = getattr(self, one.name)
             if one.name == "keep" or not isinstance(given, (int, float)):

@@ -6,19 +6,20 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..errors import ServiceError, service_error
+from ..errors import service_error
 from ..metrics import Metrics
 from ..responses import ResponseChunk
 from ..schema import ChatRequest, Usage
+from .connected import while_connected
 from .openapi import note_error
-from .state import State, Tenant
+from .state import Client, State, Tenant
 
 router = APIRouter()
 
@@ -34,17 +35,18 @@ router = APIRouter()
         }
     },
 )
-async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant) -> Response:
+async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant, client: Client) -> Response:
     backend = state.backend
     identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     first = time.perf_counter()
-    chunks = _counted(await backend.chat(body, tenant), state.metrics, request, first)
+    source = await while_connected(request, backend.chat(body, tenant, client))
+    chunks = _counted(source, state.metrics, request, first)
     head = {"id": identity, "created": created, "model": backend.name}
     if not body.stream:
-        return JSONResponse(head | await _while_connected(request, _whole(chunks, bool(body.logprobs))))
+        return JSONResponse(head | await while_connected(request, _whole(chunks, bool(body.logprobs))))
     usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(request, head, chunks, bool(body.logprobs), usage)
-    return _Events(events, backend.settings.time_limit)
+    return _Events(events, source, backend.settings.time_limit)
 
 
 async def _counted(
@@ -69,37 +71,21 @@ class _Events(StreamingResponse):
 
     Args:
         chunks: The encoded events.
+        source: What they are made of; it is closed in any case.
         seconds: The time limit of an answer; the whole stream may take twice as long.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], seconds: float):
+    def __init__(self, chunks: AsyncIterator[bytes], source: AsyncIterator[ResponseChunk], seconds: float):
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._seconds = seconds
+        self._source, self._seconds = source, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await asyncio.wait_for(super().__call__(scope, receive, send), 2 * self._seconds)
-        except TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):
             raise ConnectionAbortedError("the reader of a stream was too slow") from None
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """Await some work and return its result, but cancel it if the client disconnects."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ServiceError(499, "the client went away")
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        finally:
+            await self._source.aclose()  # type: ignore[attr-defined]
 
 
 async def _whole(chunks: AsyncIterator[ResponseChunk], logprobs: bool) -> dict[str, Any]:

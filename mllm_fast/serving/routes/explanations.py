@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from ..schema import ExplanationRequest
-from .state import State, Tenant
+from .connected import while_connected
+from .state import Client, State, Tenant
 
 _KINDS = {
     "json": "application/json",
@@ -28,5 +29,6 @@ router = APIRouter()
         }
     },
 )
-async def explain(body: ExplanationRequest, state: State, tenant: Tenant) -> Response:
-    return Response(await state.backend.explain(body, tenant), media_type=_KINDS[body.format])
+async def explain(body: ExplanationRequest, request: Request, state: State, tenant: Tenant, client: Client) -> Response:
+    made = await while_connected(request, state.backend.explain(body, tenant, client))
+    return Response(made, media_type=_KINDS[body.format])

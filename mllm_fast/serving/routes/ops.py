@@ -30,14 +30,16 @@ def _entry(state: State) -> dict[str, Any]:
     return {"id": state.backend.name, "object": "model", "created": state.began, "owned_by": "mllm-fast"}
 
 
+@router.get("/health", summary="Whether the server lives", response_class=Response, include_in_schema=False)
 @router.get("/healthz", summary="Whether the server lives", response_class=Response)
-async def healthz() -> Response:
-    return Response("ok\n", media_type="text/plain")
+async def healthz(state: State) -> Response:
+    there = state.probes.alive()
+    return Response("ok\n" if there else "the engine has stopped\n", 200 if there else 503, media_type="text/plain")
 
 
 @router.get("/readyz", summary="Whether requests are taken", response_class=Response)
 async def readyz(state: State) -> Response:
-    there = state.ready()
+    there = state.probes.ready()
     return Response("ready\n" if there else "not ready\n", 200 if there else 503, media_type="text/plain")
 
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 
-from ..auth import ApiKeys
 from ..backend import Backend
-from ..errors import ServiceError
 from ..metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Probes:
+    """How the server is.
+
+    Attributes:
+        ready: Returns whether the server takes requests.
+        alive: Returns whether the server can recover by itself.
+    """
+
+    ready: Callable[[], bool] = lambda: True
+    alive: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True)
@@ -21,16 +32,14 @@ class AppState:
 
     Attributes:
         backend: Answers the requests.
-        keys: The API keys that are accepted.
         metrics: Counts the requests.
-        ready: Returns whether the server takes requests.
+        probes: Tell how the server is.
         began: When the application was created, in seconds since 1970.
     """
 
     backend: Backend
-    keys: ApiKeys
     metrics: Metrics
-    ready: Callable[[], bool]
+    probes: Probes
     began: int
 
 
@@ -42,21 +51,23 @@ def state_of(request: Request) -> AppState:
 _bearer = HTTPBearer(auto_error=False, description="A key of the server's, where it has any.")
 
 
-async def tenant_of(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
-) -> str:
-    """Return the tenant of a request, whose contexts it may use.
+async def tenant_of(request: Request, _: Annotated[Any, Depends(_bearer)] = None) -> str:
+    """Return the tenant of a request, whose contexts it may use; the guard has checked its key.
 
     Raises:
-        ServiceError: The API key is missing or not accepted.
+        RuntimeError: The request came past the guard.
     """
-    tenant = state_of(request).keys.tenant(None if given is None else given.credentials)
+    tenant = getattr(request.state, "tenant", None)
     if tenant is None:
-        raise ServiceError(401, "this key is not accepted; send 'Authorization: Bearer KEY'", code="invalid_api_key")
-    if tenant:
-        request.state.facts["client"] = tenant[:8]
+        raise RuntimeError("a request came past the guard")
     return tenant
+
+
+async def client_of(request: Request) -> str:
+    """Return what the limits of a request are counted by: its tenant, or its address."""
+    return request.state.client
 
 
 State = Annotated[AppState, Depends(state_of)]
 Tenant = Annotated[str, Depends(tenant_of)]
+Client = Annotated[str, Depends(client_of)]
