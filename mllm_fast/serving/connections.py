@@ -101,14 +101,49 @@ class Connections:
         return type("Limited", (_LimitedProtocol,), {"limits": self})
 
 
-class _LimitedProtocol(HttpToolsProtocol):
-    """A connection that reports to its limits, and that is closed when it goes beyond them."""
+class _ReadProtocol(HttpToolsProtocol):
+    """A connection that is closed when its client reads nothing of an answer that waits for it."""
 
     limits: Connections
-    _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unwatch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self, size: int) -> None:
+        """Close the connection unless the client has read something the next time."""
+        self._unread = self.loop.call_later(self.limits.seconds, self._check, size)
+
+    def _check(self, before: int) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size < before:
+            self._watch(size)
+        else:
+            self.limits.closed += 1
+            self.transport.abort()
+
+    def _unwatch(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+
+class _LimitedProtocol(_ReadProtocol):
+    """A connection that reports to its limits, and that is closed when its requests go beyond them."""
+
+    _late: asyncio.TimerHandle | None = None
     _in_head = True
-    _received = _named = 0  # bytes of the head: those that came, and those of its parts so far
+    _heads = 0  # heads that came whole
+    _received = _named = 0  # bytes of the next head: those that came, and those of its parts so far
     _refusal = ""
 
     def connection_made(self, transport: Any) -> None:
@@ -117,11 +152,11 @@ class _LimitedProtocol(HttpToolsProtocol):
         self.limits.opened(id(self), transport)
 
     def data_received(self, data: bytes) -> None:
-        in_head = self._in_head
+        in_head, heads = self._in_head, self._heads
         if in_head and self._late is None and self._answered:
             self._wait()  # the next request has begun
         super().data_received(data)
-        if in_head and self._in_head and not self.transport.is_closing():
+        if in_head and heads == self._heads and not self.transport.is_closing():
             self._received += len(data)
             if self._received > self.limits.head_bytes:
                 self._refusal = "The head of the request is too large."
@@ -137,6 +172,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._received, self._named = False, 0, 0
+        self._heads += 1
         if len(self.pipeline) >= self.limits.pipelined:
             self._refuse("Too many requests are sent before the first is answered.")
         self._came()
@@ -152,17 +188,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         if self._answered:
             self.limits.idle(id(self), self.transport)
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch(self.transport.get_write_buffer_size())
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._unwatch()
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._came()
-        self._unwatch()
         self.limits.lost(id(self))
         super().connection_lost(exc)
 
@@ -185,23 +212,6 @@ class _LimitedProtocol(HttpToolsProtocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
-
-    def _watch(self, size: int) -> None:
-        """Close the connection unless the client has read something the next time."""
-        self._unread = self.loop.call_later(self.limits.seconds, self._check, size)
-
-    def _check(self, before: int) -> None:
-        size = self.transport.get_write_buffer_size()
-        if size < before:
-            self._watch(size)
-        else:
-            self.limits.closed += 1
-            self.transport.abort()
-
-    def _unwatch(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
 
     def _count(self, *parts: bytes) -> None:
         self._named += sum(map(len, parts))

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Scheduler:
         for builder in list(self._builders.values()):
             if not builder.running and not prefilled and len(self.members) < self.max_batch:
                 prefilled = True
-                self._begin_building(builder)
+                self._guarded(builder, self._begin_building)
         kept: deque[Generation] = deque()
         while True:
             with self._guard:
@@ -112,14 +112,21 @@ class Scheduler:
         with self._guard:
             self._queue.extendleft(reversed(kept))
 
-    def _guarded(self, wanted: Generation, do: Callable[[Generation], None]) -> None:
-        """Run a step of one generation. An exception fails this generation only."""
+    def _guarded(self, one: Generation | ContextBuilder, do: Callable[[Any], None]) -> None:
+        """Run a step of one generation or builder. An exception fails it alone."""
         try:
-            do(wanted)
+            do(one)
         except Exception as error:
-            if wanted.row is not None:
-                self._leave(wanted)
-            wanted.sink(FailureEvent(error))
+            self._failed(one, error)
+
+    def _failed(self, one: Generation | ContextBuilder, error: Exception) -> None:
+        """End a generation, or a builder and the generations that wait for it, with an error."""
+        if one.row is not None:
+            self._leave(one)
+        if isinstance(one, ContextBuilder):
+            self._builders.pop(one.key, None)
+        for waiting in one.waiting if isinstance(one, ContextBuilder) else [one]:
+            waiting.sink(FailureEvent(error))
 
     def _start(self, wanted: Generation) -> None:
         if wanted.context is not None:
@@ -149,25 +156,18 @@ class Scheduler:
         if not builder.waiting:
             del self._builders[builder.key]
             return
-        try:
-            first = builder.begin()
-            if builder.done:
-                self._built(builder)
-            else:
-                row = self.batch.join(first.keys, first.values, first.position, builder.said[-1:], watch=True)
-                builder.joined(row)
-                self.members.append(builder)
-        except Exception as error:
-            self._not_built(builder, error)
+        first = builder.begin()
+        if builder.done:
+            self._built(builder)
+            return
+        row = self.batch.join(first.keys, first.values, first.position, builder.said[-1:], watch=True)
+        builder.joined(row)
+        self.members.append(builder)
 
     def _built(self, builder: ContextBuilder) -> None:
         """Store a finished context, and put the generations that waited for it at the front of the queue."""
-        try:
-            made = builder.context(None if builder.row is None else self.batch.prefix(builder.row))
-            context = self._keep_context(builder.key, made)
-        except Exception as error:
-            self._not_built(builder, error)
-            return
+        made = builder.context(None if builder.row is None else self.batch.prefix(builder.row))
+        context = self._keep_context(builder.key, made)
         if builder.row is not None:
             self._leave(builder)
         del self._builders[builder.key]
@@ -176,31 +176,17 @@ class Scheduler:
         with self._guard:
             self._queue.extendleft(reversed(builder.waiting))
 
-    def _not_built(self, builder: ContextBuilder, error: Exception) -> None:
-        if builder.row is not None:
-            self._leave(builder)
-        self._builders.pop(builder.key, None)
-        for wanted in builder.waiting:
-            wanted.sink(FailureEvent(error))
-
     def _leave(self, one: Generation | ContextBuilder) -> None:
         row, one.row = one.row, None
         self.members.remove(one)
         try:
             self.batch.leave(row)  # type: ignore[arg-type]
-        except Exception as error:
-            self._begin_again(error)
-
-    def _begin_again(self, error: Exception) -> None:
-        """Take a new batch in place of one whose rows are no longer known; those that were in it fail."""
-        self.batch = Batch(self.vlm.text, self.vlm.backend)
-        members, self.members = self.members, []
-        for one in members:
-            one.row = None
-            if isinstance(one, ContextBuilder):
-                self._not_built(one, error)
-            else:
-                one.sink(FailureEvent(error))
+        except Exception as error:  # the rows are no longer known: those that are in the batch fail
+            self.batch = Batch(self.vlm.text, self.vlm.backend)
+            members, self.members = self.members, []
+            for other in members:
+                other.row = None
+                self._failed(other, error)
 
     def run_pass(self) -> None:
         """Run one forward pass of the batch, and take a token for each row."""
@@ -217,7 +203,9 @@ class Scheduler:
         by_row = {id(one.row): one for one in self.members}
         members = [by_row[id(row)] for row in self.batch.rows]
         with self.batch.recording():
-            members, logits = self._read(members)
+            members, logits, failed = _read(self.batch, members)
+        for one, error in failed:
+            self._failed(one, error)
         if not members:
             return
         likeliest = logits.argmax(-1).tolist()
@@ -225,42 +213,12 @@ class Scheduler:
         self.tokens += len(members)
         for i, one in enumerate(members):
             if isinstance(one, ContextBuilder):
-                self._describe_on(one, likeliest[i], logits[i])
+                self._guarded(one, partial(self._describe_on, likeliest=likeliest[i], logits=logits[i]))
             else:
                 self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
 
-    def _read(self, members: list[Generation | ContextBuilder]) -> tuple[list[Generation | ContextBuilder], Tensor]:
-        """Run a forward pass, and return the members that it read with the logits of each.
-
-        If it fails, halves are tried, so that a member that makes it fail is the only one that ends. So does a pass
-        that needs too much memory.
-        """
-        try:
-            return members, self.batch.read([one.row for one in members])  # type: ignore[misc]
-        except Exception as error:
-            if len(members) == 1:
-                self._failed(members[0], error)
-                return [], torch.empty(0)
-        half = len(members) // 2
-        (first, one), (second, other) = self._read(members[:half]), self._read(members[half:])
-        if not first or not second:
-            return first + second, one if first else other
-        return first + second, torch.cat([one, other])
-
-    def _failed(self, one: Generation | ContextBuilder, error: Exception) -> None:
-        if isinstance(one, ContextBuilder):
-            self._not_built(one, error)
-            return
-        self._leave(one)
-        one.sink(FailureEvent(error))
-
     def _describe_on(self, builder: ContextBuilder, likeliest: int, logits: Tensor) -> None:
-        try:
-            goes_on = builder.take(likeliest if builder.plain else builder.choose(logits))
-        except Exception as error:
-            self._not_built(builder, error)
-            return
-        if goes_on:
+        if builder.take(likeliest if builder.plain else builder.choose(logits)):
             builder.row.unread = builder.said[-1:]  # type: ignore[union-attr]
         else:
             self._built(builder)
@@ -274,3 +232,32 @@ class Scheduler:
             wanted.row.unread = [token]
         else:
             self._leave(wanted)
+
+
+_Members = list[Generation | ContextBuilder]
+
+
+def _read(
+    batch: Batch, members: _Members
+) -> tuple[_Members, Tensor, list[tuple[Generation | ContextBuilder, Exception]]]:
+    """Run a forward pass of members of a batch.
+
+    If it fails, halves are tried, so that a member that makes it fail is the only one that ends. A pass that needs too
+    much memory is split in the same way.
+
+    Returns:
+        The members that were read, the logits of each, and those that were not, with the reason.
+    """
+    try:
+        return members, batch.read([one.row for one in members]), []  # type: ignore[misc]
+    except Exception as error:
+        if len(members) == 1:
+            return [], torch.empty(0), [(members[0], error)]
+    half = len(members) // 2
+    parts = [_read(batch, some) for some in (members[:half], members[half:])]
+    read = [(some, logits) for some, logits, _ in parts if some]
+    return (
+        [one for some, _ in read for one in some],
+        torch.cat([logits for _, logits in read]) if read else torch.empty(0),
+        [one for _, _, failed in parts for one in failed],
+    )

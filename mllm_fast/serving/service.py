@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..context.store import ContextStore
-from ..core.errors import InputError
-from ..explain.export import encoded
-from ..explain.registry import methods_without_detector
-from ..knockout.rule import Knockout
 from ..runtime.sampling import Sampling
 from .budgets import Lane, Place
 from .chunks import Closing, response_chunks
@@ -21,25 +15,21 @@ from .detokenizer import AnswerDetokenizer
 from .engine import Engine
 from .engine_client import EngineClient
 from .errors import ServiceError, service_error
+from .explainer import Explainer
 from .image_fetch import picture_files
-from .interruptible import Interruptible, number_count
-from .messages import Conversation, check_length, conversation
+from .messages import check_length, conversation
 from .preparation import RequestPreparer, in_pool
-from .requests import FailureEvent, FinishEvent, PrefillEvent, StoppingError
+from .requests import FailureEvent, FinishEvent, PrefillEvent
 from .responses import ResponseChunk, info_of, key_of, no_context
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest
 from .settings import Settings
 
 if TYPE_CHECKING:
     from ..context.context import Context
-    from ..explain.scores import Scores
     from ..vlm import VLM
 
 _READ_AHEAD = 8  # requests whose images are decoded and wait for the engine
-_EXPLAINED = 2  # explanations made at once
 _UNWRITTEN = 64  # contexts that wait to be written to the store
-_NUMBERS = 4_000_000  # in an explanation that is sent as text
-_WINDOW = 1 << 17  # positions of a model that names no limit
 
 
 class Service:
@@ -72,17 +62,13 @@ class Service:
         )
         self.client = EngineClient(self.engine, self.settings.time_limit)
         self._preparer = RequestPreparer(vlm, self.settings, self.store)
-        self._scoring = ThreadPoolExecutor(1, "score")
+        self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
         self._writing = ThreadPoolExecutor(1, "write")
         self._looking = ThreadPoolExecutor(1, "look")  # a large store is listed beside the answers
         self._unwritten: set[Future[None]] = set()
-        self._stopping = threading.Event()
         most, each = self.settings.max_batch + self.settings.max_queue, self.settings.max_client_requests
         self._requests = Lane("requests", most, 0, each)
         self._images = Lane("requests with new images", _READ_AHEAD, self.settings.max_queue, each)
-        self._explanations = Lane(
-            "explanations", _EXPLAINED, self.settings.max_explanations, self.settings.max_client_explanations
-        )
         self._lookups = Lane("requests about the store", 1, self.settings.max_queue, each)
 
     async def start(self) -> None:
@@ -93,8 +79,8 @@ class Service:
         """Finish the requests in progress, and write the contexts that are not stored yet, within the time of grace."""
         until = time.monotonic() + self.settings.grace / 2
         self.engine.stop(self.settings.grace / 4)
-        self._stopping.set()
-        for pool in (self._preparer.pool, self._scoring, self._looking):
+        self.explainer.stop()
+        for pool in (self._preparer.pool, self._looking):
             pool.shutdown(wait=False, cancel_futures=True)
         wait(list(self._unwritten), max(0.0, until - time.monotonic()))
         self._writing.shutdown(wait=False, cancel_futures=True)
@@ -241,90 +227,9 @@ class Service:
             raise no_context(identity)
 
     async def explain(self, request: ExplanationRequest, tenant: str = "", client: str = "") -> bytes:
-        """Explain an answer.
-
-        Returns:
-            The explanation as a file, in the format that the request names.
-
-        Raises:
-            ServiceError: The request cannot be served.
-        """
-        settings = self.settings
+        """Explain an answer; see `Explainer.explain`."""
         self._check_model(request.model)
-        methods = methods_without_detector()
-        if request.method not in methods:
-            raise ServiceError(400, f"method is one of {', '.join(methods)}", param="method")
-        asked = conversation(request.messages, settings)
-        check_length(len(request.answer or ""), settings)
-        if len(asked.turns) != 1:
-            raise ServiceError(400, "one question is explained, without earlier turns", param="messages")
-        count = request.max_tokens or min(settings.default_tokens, settings.explain_tokens)
-        if count > settings.explain_tokens:
-            most = settings.explain_tokens
-            raise ServiceError(400, f"answers of at most {most} tokens are explained", param="max_tokens")
-        async with self._explanations.place(client or tenant, settings.time_limit):
-            try:
-                return await asyncio.wait_for(self._explained(request, asked, count), settings.time_limit)
-            except asyncio.TimeoutError:
-                raise service_error(TimeoutError()) from None
-
-    async def _explained(self, request: ExplanationRequest, asked: Conversation, count: int) -> bytes:
-        vlm, settings = self.vlm, self.settings
-        question = "".join(part for part in asked.turns[0][1] if part is not None)
-        files = await picture_files(asked.urls, settings)
-        window = vlm.prompts.window or _WINDOW
-        rules = await self._preparer.run(lambda: [Knockout.parse(text, most=window) for text in request.knockout])
-        pictures = await self._preparer.run(lambda: self._preparer.images(files)) or None
-
-        def pieces() -> Iterator[Any]:
-            answer: Any = request.answer
-            if answer is None:
-                with vlm.stream(pictures, question, knockout=rules, max_new_tokens=count) as stream:
-                    for _ in stream:
-                        yield None
-                    answer = stream.answer.token_ids
-            elif len(vlm.prompts.answer_ids(answer)) > settings.explain_tokens:
-                raise InputError(f"answers of at most {settings.explain_tokens} tokens are explained, this is longer")
-            yield vlm.explain(pictures, question, answer, knockout=rules, final_norm=request.norm)
-
-        made = await self.client.last(pieces)
-        if request.token is not None:
-            made.token_index(request.token)
-        if request.format in ("json", "html") and number_count(made) > _NUMBERS:
-            raise ServiceError(
-                413,
-                f"this explanation has more than {_NUMBERS:,} numbers: ask for format 'safetensors', for a shorter"
-                " answer or for a smaller image",
-                param="format",
-            )
-        return await self.scored(
-            lambda check: encoded(
-                cast("Scores", Interruptible(made, check)), request.format, request.token, request.method
-            )
-        )
-
-    async def scored(self, do: Callable[[Callable[[], None]], Any]) -> Any:
-        """Call `do` in a thread beside the engine and return its result.
-
-        Scores need the weights and the recorded activations only, no forward pass.
-
-        Args:
-            do: The work. It calls its argument often, which ends the work with an exception when nobody waits for it.
-        """
-        given_up = threading.Event()
-
-        def check() -> None:
-            if given_up.is_set() or self._stopping.is_set():
-                raise StoppingError
-
-        def work() -> Any:
-            check()
-            return do(check)
-
-        try:
-            return await in_pool(self._scoring, work)
-        finally:
-            given_up.set()
+        return await self.explainer.explain(request, client or tenant)
 
     def _check_model(self, name: str) -> None:
         if name not in ("", self.name):

@@ -276,7 +276,7 @@ class UIBackend:
     async def _scored(self, do: Callable[[], Any], method: str) -> Any:
         """Call `do` beside the engine if the method needs no forward pass, else in the engine's thread."""
         if method in LIVE:
-            return await self.service.scored(lambda _: do())
+            return await self.service.explainer.scored(lambda _: do())
         return await self.service.client.last(lambda: iter([do()]))
 
 

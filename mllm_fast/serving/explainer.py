@@ -1,0 +1,143 @@
+"""Explanations of the service: made in the engine's thread, scored and encoded beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+from ..core.errors import InputError
+from ..explain.export import encoded
+from ..explain.registry import methods_without_detector
+from ..knockout.rule import Knockout
+from .budgets import Lane
+from .engine_client import EngineClient
+from .errors import ServiceError, service_error
+from .image_fetch import picture_files
+from .interruptible import Interruptible, number_count
+from .messages import Conversation, check_length, conversation
+from .preparation import RequestPreparer, in_pool
+from .requests import StoppingError
+from .schema import ExplanationRequest
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..explain.scores import Scores
+    from ..vlm import VLM
+
+_AT_ONCE = 2
+_NUMBERS = 4_000_000  # in an explanation that is sent as text
+_WINDOW = 1 << 17  # positions of a model that names no limit
+
+
+class Explainer:
+    """Explains answers, two at a time.
+
+    Args:
+        vlm: The model.
+        settings: The limits and defaults of the service.
+        engine: Runs the model.
+        preparer: Decodes the images.
+    """
+
+    def __init__(self, vlm: VLM, settings: Settings, engine: EngineClient, preparer: RequestPreparer):
+        self.vlm, self.settings, self._engine, self._preparer = vlm, settings, engine, preparer
+        self._lane = Lane("explanations", _AT_ONCE, settings.max_explanations, settings.max_client_explanations)
+        self._pool = ThreadPoolExecutor(1, "score")
+        self._ended = threading.Event()
+
+    def stop(self) -> None:
+        """End the scoring in progress, and take no more."""
+        self._ended.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def explain(self, request: ExplanationRequest, client: str) -> bytes:
+        """Explain an answer.
+
+        Args:
+            request: The request.
+            client: What the limits are counted by.
+
+        Returns:
+            The explanation as a file, in the format that the request names.
+
+        Raises:
+            ServiceError: The request cannot be served.
+        """
+        settings = self.settings
+        methods = methods_without_detector()
+        if request.method not in methods:
+            raise ServiceError(400, f"method is one of {', '.join(methods)}", param="method")
+        asked = conversation(request.messages, settings)
+        check_length(len(request.answer or ""), settings)
+        if len(asked.turns) != 1:
+            raise ServiceError(400, "one question is explained, without earlier turns", param="messages")
+        count = request.max_tokens or min(settings.default_tokens, settings.explain_tokens)
+        if count > settings.explain_tokens:
+            most = settings.explain_tokens
+            raise ServiceError(400, f"answers of at most {most} tokens are explained", param="max_tokens")
+        async with self._lane.place(client, settings.time_limit):
+            try:
+                return await asyncio.wait_for(self._explained(request, asked, count), settings.time_limit)
+            except asyncio.TimeoutError:
+                raise service_error(TimeoutError()) from None
+
+    async def _explained(self, request: ExplanationRequest, asked: Conversation, count: int) -> bytes:
+        vlm, settings = self.vlm, self.settings
+        question = "".join(part for part in asked.turns[0][1] if part is not None)
+        files = await picture_files(asked.urls, settings)
+        window = vlm.prompts.window or _WINDOW
+        rules = await self._preparer.run(lambda: [Knockout.parse(text, most=window) for text in request.knockout])
+        pictures = await self._preparer.run(lambda: self._preparer.images(files)) or None
+
+        def pieces() -> Iterator[Any]:
+            answer: Any = request.answer
+            if answer is None:
+                with vlm.stream(pictures, question, knockout=rules, max_new_tokens=count) as stream:
+                    for _ in stream:
+                        yield None
+                    answer = stream.answer.token_ids
+            elif len(vlm.prompts.answer_ids(answer)) > settings.explain_tokens:
+                raise InputError(f"answers of at most {settings.explain_tokens} tokens are explained, this is longer")
+            yield vlm.explain(pictures, question, answer, knockout=rules, final_norm=request.norm)
+
+        made = await self._engine.last(pieces)
+        if request.token is not None:
+            made.token_index(request.token)
+        if request.format in ("json", "html") and number_count(made) > _NUMBERS:
+            raise ServiceError(
+                413,
+                f"this explanation has more than {_NUMBERS:,} numbers: ask for format 'safetensors', for a shorter"
+                " answer or for a smaller image",
+                param="format",
+            )
+        return await self.scored(
+            lambda check: encoded(
+                cast("Scores", Interruptible(made, check)), request.format, request.token, request.method
+            )
+        )
+
+    async def scored(self, do: Callable[[Callable[[], None]], Any]) -> Any:
+        """Call `do` in a thread beside the engine and return its result.
+
+        Scores need the weights and the recorded activations only, no forward pass.
+
+        Args:
+            do: The work. It calls its argument often, which ends the work with an exception when nobody waits for it.
+        """
+        given_up = threading.Event()
+
+        def check() -> None:
+            if given_up.is_set() or self._ended.is_set():
+                raise StoppingError
+
+        def work() -> Any:
+            check()
+            return do(check)
+
+        try:
+            return await in_pool(self._pool, work)
+        finally:
+            given_up.set()
