@@ -64,11 +64,11 @@ def test_a_conversation(run, made, monkeypatch):
         def isatty(self):
             return True
 
-    monkeypatch.setattr(sys, "stdin", Terminal(f"{QUESTION}\n<image>\nhow many objects are there?\n\nmore\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{QUESTION}\n\udce9\nhow many objects are there?\n\nmore\n"))
     code, out, err = run("ask", made)
     assert code == 0
     assert out.split() == ["blue", "four"]
-    assert "placeholder" in err
+    assert "not valid Unicode" in err
 
 
 def test_kept_is_shown_and_drawn(run, made, tmp_path):
@@ -104,7 +104,6 @@ def test_kept_is_shown_and_drawn(run, made, tmp_path):
         (["compress", "nothing.png"], "nothing.png"),
         (["ask", "gone.safetensors", "what?"], "there is no such file; mllm-fast compress makes one"),
         (["ask", "MADE", " "], "the question is empty"),
-        (["ask", "MADE", "is <image> red?"], "placeholder"),
         (["ask", "MADE", "red " * 2000], "the model's window is 1024"),
         (["ask", "MADE", "red?", "--max-new-tokens", "2000"], "the model's window is 1024"),
         (["ask", "MADE", "red?", "--batch-size", "0"], "batch_size is at least 1, got 0"),

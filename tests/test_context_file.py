@@ -122,7 +122,32 @@ UNFIT = {
     "positions that do not ascend": ({}, {"positions": lambda t: t.flip(1).contiguous()}, "positions ascend"),
     "positions beyond the prefix": ({}, {"positions": lambda t: t + 500}, "positions are 0 to"),
     "ids beyond the vocabulary": ({}, {"input_ids": lambda t: t + 10**6}, "outside the vocabulary"),
-    "a position that is a text": ({"position": "7"}, {}, "are a number, a text and an object"),
+    "a position that is a text": ({"position": "7"}, {}, "position is a whole number from 1 to 512, got '7'"),
+    "a position that is true": ({"position": True}, {}, "position is a whole number"),
+    "a position below 1": ({"position": -5}, {}, "position is a whole number"),
+    "a position far behind the window": ({"position": 10**12}, {}, "position is a whole number"),
+    "a prompt that is no Unicode": ({"prompt": "\ud800"}, {}, "surrogates"),
+    "a description that is a number": ({"description": 5}, {}, "description is a text"),
+    "no settings": ({"settings": {}}, {}, "keep"),
+    "settings of another type": ({"settings": [1]}, {}, "settings are an object"),
+    "a first token beyond the vocabulary": ({"first_token": 10**9}, {}, "first_token is a whole number"),
+    "a first token that is a text": ({"first_token": "x"}, {}, "first_token is a whole number"),
+    "separators beyond the prefix": ({"separators": [10**9]}, {}, "separators is a whole number"),
+    "keys that are no number": ({}, {"keys": lambda t: t * float("nan")}, "keys holds values that are not finite"),
+    "values without end": ({}, {"values": lambda t: t + float("inf")}, "values holds values that are not finite"),
+    **{
+        f"an image with {name}": ({"images": change}, {}, message)
+        for name, change, message in (
+            ("no positions", {"positions": []}, "no positions"),
+            ("positions twice", {"positions": [3, 3]}, "ascend"),
+            ("a size of nothing", {"size": [-1, 0]}, "size is a whole number"),
+            ("a vast size", {"size": [10**12, 5]}, "size is a whole number"),
+            ("a canvas of texts", {"canvas": ["a", "b"]}, "canvas is a whole number"),
+            ("a first tile before the first", {"first": -3}, "first is a whole number"),
+            ("negative rows", {"tiles": [{"rows": -2, "cols": -8, "box": [0, 0, 1, 1]}]}, "rows is a whole number"),
+            ("a box of nothing", {"tiles": [{"rows": 1, "cols": 1, "box": [0, 0, float("nan"), 1]}]}, "finite"),
+        )
+    },
 }
 
 
@@ -140,7 +165,10 @@ def test_parts_that_do_not_fit(built, picture, tmp_path, case):
             del tensors[name]
         else:
             tensors[name] = change(tensors[name])
-    text = json.dumps(changes if isinstance(changes, list) else json.loads(metadata["mllm_fast.context"]) | changes)
+    whole = json.loads(metadata["mllm_fast.context"])
+    if isinstance(changes, dict) and isinstance(changes.get("images"), dict):  # a change of the first image
+        changes = changes | {"images": [whole["images"][0] | changes["images"]]}
+    text = json.dumps(changes if isinstance(changes, list) else whole | changes)
     metadata |= {"mllm_fast.context": text, "mllm_fast.checksum": context_file.checksum(text, tensors)}
     save_file(tensors, path, metadata)
     with pytest.raises(mf.InputError, match=message):

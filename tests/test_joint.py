@@ -336,7 +336,30 @@ def test_an_alignment_file_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="format 2, this release reads 1"):
         Alignment.load(path)
     path.write_bytes(whole.replace(b'\\"hidden\\": 5', b'\\"hidden\\": 7'))
-    with pytest.raises(InputError, match="its settings say"):
+    with pytest.raises(InputError, match="its checksum does not fit"):
+        Alignment.load(path)
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(InputError, match="its checksum does not fit"):
+        Alignment.load(path)
+    early = whole.replace(b'"sha256":', b'"sha25x":')  # without a checksum, as earlier releases wrote them
+    path.write_bytes(early)
+    assert torch.equal(Alignment.load(path).body[0].weight, made.body[0].weight)
+    for old, new, message in (
+        (b'\\"hidden\\": 5', b'\\"hidden\\": 7', "its settings say"),
+        (b'\\"hidden\\": 5', b'\\"hidden\\": 1000000000000', "its settings say|damaged"),
+        (b'\\"depth\\": ', b'\\"depth\\": 2000', "damaged"),
+    ):
+        changed = early.replace(old, new)
+        size = int.from_bytes(early[:8], "little") + len(new) - len(old)
+        path.write_bytes(size.to_bytes(8, "little") + changed[8:])
+        with pytest.raises(InputError, match=message):
+            Alignment.load(path)
+    with torch.no_grad():
+        made.body[0].weight[0, 0] = torch.nan
+    made.save(path)
+    with pytest.raises(InputError, match="not finite"):
         Alignment.load(path)
     with pytest.raises(InputError, match=r"saved as \.safetensors"):
         made.save(tmp_path / "w.bin")

@@ -89,13 +89,19 @@ def test_messages_become_turns():
         ("user", ["really", "\n", "?"]),
     )
     assert found.spoken[0] == ("user", ["be short\n", "what?"])
+    assert conversation(messages(("assistant", "hi"), ("user", "x")), Settings()).turns == (
+        ("user", ["Hello."]),
+        ("assistant", ["hi"]),
+        ("user", ["x"]),
+    )
+    assert conversation(messages(("user", [picture])), Settings()).turns == (("user", [None, "Describe the image."]),)
     for wrong, words in (
-        (messages(("assistant", "hi"), ("user", "x")), "begins and ends"),
-        (messages(("user", "hi"), ("assistant", "x")), "begins and ends"),
-        (messages(("user", [picture])), "has no text"),
+        (messages(("user", "hi"), ("assistant", "x")), "ends with a message of the user"),
+        (messages(("user", " ")), "has no text"),
         (messages(("system", [picture]), ("user", "x")), "the user's to send"),
         (messages(("user", [picture] * 5 + [{"type": "text", "text": "x"}])), "at most 4 images"),
-        (messages(("system", "hi")), "begins and ends"),
+        (messages(("system", "hi")), "ends with"),
+        (messages(("user", "x" * 400_001)), "at most 400,000 characters"),
     ):
         with pytest.raises(ServiceError, match=words):
             conversation(wrong, Settings(max_pictures=4))
@@ -127,7 +133,7 @@ def fetched(url: str, **options) -> bytes:
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fe80::1", "fd00::1",
      "::ffff:127.0.0.1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "64:ff9b::7f00:1", "::127.0.0.1",
-     "::ffff:0:127.0.0.1", "fec0::1"],
+     "::ffff:0:127.0.0.1", "fec0::1", "::a00:1", "::2", "192.88.99.1", "5f00::1", "3fff::1", "2002:7f00:1::"],
 )  # fmt: skip
 def test_a_listed_host_must_be_a_public_one(monkeypatch, address):
     """Wherever the name of a listed host leads, by mistake or by an attack on its DNS."""

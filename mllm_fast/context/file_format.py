@@ -33,6 +33,7 @@ from ..models.fingerprint import fingerprint
 from ..models.offload import device_of
 from ..runtime.model_runner import ModelRunner
 from ..runtime.recurrent import plain_of, state_from, tensors_of
+from .file_checks import check_description, check_finite
 
 Fields = dict[str, Any]  # the attributes of a `Context`, by name
 
@@ -59,6 +60,8 @@ def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] =
     description, tensors = read(path)
     _check_model(path, description, vlm)
     try:
+        check_description(description, len(tensors["input_ids"]), vlm)
+        check_finite(tensors)
         fields = unpack(description, tensors, vlm)
         _check_shapes(fields)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -264,12 +267,6 @@ def _check_shapes(fields: Fields) -> None:
             raise ValueError("an image's tiles and positions disagree")
     if bool(fields["state"]) != bool(text.findings.others):
         raise ValueError("the state of layers without attention is there if the model has such layers")
-    if (
-        not isinstance(fields["position"], int)
-        or not isinstance(fields["prompt"], str)
-        or not isinstance(fields["settings"], dict)
-    ):
-        raise TypeError("position, prompt and settings are a number, a text and an object")
 
 
 def _to_int8(tensor: Tensor, over: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,6 @@ the captions by a rule, or from the model's own answer.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 
 from ..core.errors import InputError, first_line
 from ..core.files import write_whole
-from .people import read_table
+from .people import read_table, written_table
 from .samples import sampled
 
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
@@ -303,16 +301,14 @@ def _vocabulary(used: Sequence[Photo], animals: Sequence[str]) -> dict[str, Any]
 
 def _sentences(used: Sequence[Photo], seed: int, animals: Sequence[str]) -> str:
     rng = np.random.default_rng(seed)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_name", "animal", "color", "other_animal", "question", "S0", "S1", "S2"])
+    rows = [["file_name", "animal", "color", "other_animal", "question", "S0", "S1", "S2"]]
     for photo in used:
         others = [animal for animal in animals if animal != photo.animal]
         other = others[int(rng.integers(len(others)))]
         told = lambda stated, asked, color=photo.color: (  # noqa: E731
             f"{stated.capitalize()} is {color}. Q: What is the color of the {asked}? A:"
         )
-        writer.writerow(
+        rows.append(
             [
                 photo.file_name,
                 photo.animal,
@@ -324,15 +320,12 @@ def _sentences(used: Sequence[Photo], seed: int, animals: Sequence[str]) -> str:
                 told(photo.animal, other),
             ]
         )
-    return text.getvalue()
+    return written_table(rows)
 
 
 def _manifest(photos: Sequence[Photo]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_name", "animal", "color", "state"])
-    writer.writerows([photo.file_name, photo.animal, photo.color, photo.reason or "used"] for photo in photos)
-    return text.getvalue()
+    rows = [[photo.file_name, photo.animal, photo.color, photo.reason or "used"] for photo in photos]
+    return written_table([["file_name", "animal", "color", "state"], *rows])
 
 
 def _read(file: Path, parts: Sequence[str]) -> dict[str, Any]:

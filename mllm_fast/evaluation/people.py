@@ -5,13 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
 
 _PLACE = "/*QUESTIONS*/[]"
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet program takes for the beginning of a formula
+
+
+def written_table(rows: Iterable[Sequence[Any]]) -> str:
+    """Return a CSV table. A text that a spreadsheet program would run as a formula gets an apostrophe before it.
+
+    `read_table` takes the apostrophe away.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_neutral(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _neutral(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def _given(cell: str | None) -> str:
+    cell = cell or ""
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_FORMULA) else cell
 
 
 def read_table(file: Path, columns: Sequence[str], what: str) -> list[tuple[str, dict[str, str]]]:
@@ -37,7 +58,7 @@ def read_table(file: Path, columns: Sequence[str], what: str) -> list[tuple[str,
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
         raise InputError(f"{file}: has no column {', '.join(missing)}; {what} has {', '.join(columns)}")
-    return [(f"{file}, line {reader.line_num}", {name: row[name] or "" for name in columns}) for row in reader]
+    return [(f"{file}, line {reader.line_num}", {name: _given(row[name]) for name in columns}) for row in reader]
 
 
 def filled_page(page: Path, questions: Sequence[dict[str, Any]]) -> str:

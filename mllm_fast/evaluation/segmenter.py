@@ -61,7 +61,7 @@ class Segmenter:
         try:
             if len(names) == 2:
                 return self._boxes_then_masks(*names)
-            kind = transformers.AutoConfig.from_pretrained(self.name).model_type
+            kind = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False).model_type
             if kind in ("clipseg", "sam3"):
                 return self._clipseg() if kind == "clipseg" else self._sam3()
         except (OSError, ValueError, ImportError) as error:
@@ -72,7 +72,7 @@ class Segmenter:
         )
 
     def _clipseg(self) -> Find:
-        processor = AutoProcessor.from_pretrained(self.name)
+        processor = AutoProcessor.from_pretrained(self.name, trust_remote_code=False)
         model = transformers.CLIPSegForImageSegmentation.from_pretrained(self.name).eval().to(self.device)
 
         def find(image: Image.Image, name: str) -> np.ndarray:
@@ -83,7 +83,7 @@ class Segmenter:
         return find
 
     def _sam3(self) -> Find:
-        processor = AutoProcessor.from_pretrained(self.name)
+        processor = AutoProcessor.from_pretrained(self.name, trust_remote_code=False)
         model = transformers.Sam3Model.from_pretrained(self.name).eval().to(self.device)
 
         def find(image: Image.Image, name: str) -> np.ndarray:
@@ -96,9 +96,17 @@ class Segmenter:
         return find
 
     def _boxes_then_masks(self, detector: str, segmenter: str) -> Find:
-        reads, draws = (AutoProcessor.from_pretrained(name) for name in (detector, segmenter))
-        detects = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(detector).eval().to(self.device)
-        segments = transformers.AutoModelForMaskGeneration.from_pretrained(segmenter).eval().to(self.device)
+        reads, draws = (AutoProcessor.from_pretrained(name, trust_remote_code=False) for name in (detector, segmenter))
+        detects = (
+            transformers.AutoModelForZeroShotObjectDetection.from_pretrained(detector, trust_remote_code=False)
+            .eval()
+            .to(self.device)
+        )
+        segments = (
+            transformers.AutoModelForMaskGeneration.from_pretrained(segmenter, trust_remote_code=False)
+            .eval()
+            .to(self.device)
+        )
         sentences = "dino" in detects.config.model_type  # Grounding DINO ends each phrase with a full stop
 
         def find(image: Image.Image, name: str) -> np.ndarray:

@@ -5,6 +5,7 @@ It comes from the supplement of arXiv 2405.14612.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -70,6 +71,15 @@ class AlignmentConfig:
             )
 
 
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
 class Alignment(nn.Module):
     """The map W: [..., tokens, inputs] -> [..., tokens, outputs].
 
@@ -118,8 +128,9 @@ class Alignment(nn.Module):
         if target.suffix != ".safetensors":
             raise InputError(f"{target}: an alignment is saved as .safetensors")
         tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()}
-        about = {"config": asdict(self.config), "pair": self.pair, "about": self.about}
-        write_whole(target, save_tensors(tensors, {"mllm_fast_alignment": str(_FORMAT), "json": json.dumps(about)}))
+        text = json.dumps({"config": asdict(self.config), "pair": self.pair, "about": self.about})
+        head = {"mllm_fast_alignment": str(_FORMAT), "json": text, "sha256": _checksum(text, tensors)}
+        write_whole(target, save_tensors(tensors, head))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Alignment:
@@ -127,7 +138,7 @@ class Alignment(nn.Module):
 
         Raises:
             InputError: If the file does not exist, is damaged, has another format, or has weights of other sizes than
-                its settings say.
+                its settings say, or weights that are no finite numbers.
         """
         name = os.fspath(path)
         if not Path(name).is_file():
@@ -143,11 +154,18 @@ class Alignment(nn.Module):
                         " update mllm-fast"
                     )
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # files of earlier releases have no checksum
+            if head.get("sha256", _checksum(head["json"], tensors)) != _checksum(head["json"], tensors):
+                raise InputError(f"{name}: the file is damaged (its checksum does not fit); copy it again")
             found = json.loads(head["json"])
-            alignment = cls(AlignmentConfig(**found["config"]), found["pair"], found["about"])
+            config = AlignmentConfig(**found["config"])
+            if max(config.depth, config.layers) > len(tensors):
+                raise ValueError("more layers than tensors")
+            with torch.device("meta"):  # no memory is taken for sizes that only the settings have
+                alignment = cls(config, found["pair"], found["about"])
         except InputError:
             raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{name}: the file is damaged ({type(error).__name__}); copy it again") from None
         wanted = {key: tuple(tensor.shape) for key, tensor in alignment.state_dict().items()}
         got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -157,5 +175,8 @@ class Alignment(nn.Module):
                 f"{name}: {wrong[0]} is {got.get(wrong[0], 'absent')}, its settings say"
                 f" {wanted.get(wrong[0], 'none')}; copy it again"
             )
-        alignment.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
-        return alignment.eval()
+        for key, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{name}: {key} holds values that are not finite; copy it again")
+        alignment.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+        return alignment.requires_grad_().eval()

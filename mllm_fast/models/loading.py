@@ -108,6 +108,7 @@ def load_pretrained(
     bars = name != EMBEDDED and (_is_watched() if progress is None else progress)
     with failures(name), quiet():
         settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
+        options = {"trust_remote_code": False, **options}
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise InputError(f"{name}: config.json does not describe a model; copy it again")
     if settings["model_type"] in _CONVERTED:
@@ -202,7 +203,10 @@ def image_side(cls: type) -> type:
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in options}
+    """Return the options that all parts of a model are loaded with. Code of the folder runs only if it is asked for."""
+    names = ("revision", "token", "cache_dir", "local_files_only")
+    found = {name: options[name] for name in names if name in options}
+    return found | {"trust_remote_code": bool(options.get("trust_remote_code", False))}
 
 
 def _check_folder(name: str, folder: Path) -> None:

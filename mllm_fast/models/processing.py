@@ -14,11 +14,12 @@ from ..core.layout import TokenLayout
 from .adapter import Adapter
 from .image_tokens import image_tokens
 from .offload import device_of
+from .plain_text import PlainText, Turn
 from .processor_settings import fill_settings
 
 Images = ImageSource | Sequence[ImageSource]
-Turn = tuple[str, list[str | None]]  # a role and its parts: a text, or None for the next image
 _REPLY = "mllmfastreply"  # a placeholder answer that shows where the chat template puts an answer
+_SAMPLE: list[Turn] = [("user", [None, _REPLY]), ("assistant", [_REPLY]), ("user", [_REPLY])]
 
 
 class Prompts:
@@ -39,6 +40,7 @@ class Prompts:
         fill_settings(processor, model.config)
         self.image_tokens = image_tokens(model, processor)
         self.window: int | None = getattr(config, "max_position_embeddings", None)
+        self.typed = PlainText(processor, lambda: self._spelled(_SAMPLE))
 
     def load(self, image: Images | None) -> list[Any]:
         """Load the images of one prompt; None means a prompt of text alone and gives an empty list."""
@@ -83,14 +85,14 @@ class Prompts:
 
         Args:
             pictures: The images of each prompt.
-            prompts: The prompts, without the image placeholder.
+            prompts: The prompts. Special tokens in them ("</s>", "<image>") are read as plain text.
             chat_template: Whether a prompt is the user's turn of the chat template; otherwise the images and the prompt
-                are all that the model reads.
+                are all that the model reads, and special tokens in the prompt are special.
         """
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the image")
-            _check_text(self.processor, prompt, "prompt")
+            _check_text(self.processor, prompt, "prompt", placeholders=not chat_template)
         if any(pictures) and not all(pictures):
             raise InputError("a batch has images for all of its prompts or for none")
         pairs = zip(pictures, prompts, strict=True)
@@ -119,6 +121,11 @@ class Prompts:
             raise InputError("the processor has no chat template; set processor.chat_template")
         several = len(conversations) > 1
         batch = {"padding": True, "padding_side": "left"} if several else {}
+        marks: list[list[str]] = [[] for _ in conversations]
+        conversations = [
+            one if isinstance(one, str) else self.typed.hide_turns(one, found)
+            for one, found in zip(conversations, marks, strict=True)
+        ]
         try:
             texts = [one if isinstance(one, str) else self._spelled(one) for one in conversations]
             given = (pictures, texts) if several else (pictures[0], texts[0])
@@ -128,6 +135,7 @@ class Prompts:
         except Exception as error:  # a damaged template or an unusual image can make it raise anything
             raise InputError(f"the processor cannot take this image and prompt: {first_line(error)}") from error
         inputs.pop("labels", None)  # for training
+        self.typed.restore(inputs, marks)
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 dtype = self.model.dtype if value.is_floating_point() else None
@@ -167,8 +175,11 @@ class Prompts:
                 raise InputError("the question is empty; ask something about the image")
             _check_text(self.processor, question, "question")
         first: Turn = ("user", [None] * num_images + [prompt])
+        marks: list[str] = []
+        spoken = self.typed.hide_turns([first], [])
+        turns = self.typed.hide_turns(turns, marks)
         try:
-            text = self._spelled([first, ("assistant", [_REPLY]), *turns])
+            text = self._spelled([*spoken, ("assistant", [_REPLY]), *turns])
         except Exception as error:  # a template can raise anything
             raise InputError(f"the chat template takes no further turn: {first_line(error)}") from error
         before, reply, turn = text.partition(_REPLY)
@@ -178,15 +189,18 @@ class Prompts:
         ids, lead = (tokenizer(one).input_ids for one in (before + turn, before))
         if lead and lead[-1] == tokenizer.eos_token_id:
             lead = lead[:-1]
-        if ids[: len(lead)] == lead:  # otherwise the tokenizer splits the text differently at this place
-            return ids[len(lead) :]
-        return tokenizer(turn, add_special_tokens=False).input_ids
+        # otherwise the tokenizer splits the text differently at this place
+        ids = ids[len(lead) :] if ids[: len(lead)] == lead else tokenizer(turn, add_special_tokens=False).input_ids
+        return self.typed.restored(ids, marks)
 
     def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
         """Return the token ids of a given answer (its text, or ids), int64 [n], on the model's device."""
         if isinstance(answer, str):
             _check_text(self.processor, answer, "answer to be explained")
-            ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids if answer.strip() else []
+            marks: list[str] = []
+            text = self.typed.hide(answer, marks)
+            ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids if answer.strip() else []
+            ids = self.typed.restored(ids, marks)
         else:
             ids = [int(one) for one in answer]
         if not ids:
@@ -302,12 +316,12 @@ def prompt_layout(
     return TokenLayout.from_input_ids(ids.cpu(), tokens.image, tilings, len(ids), tokens.separators)
 
 
-def _check_text(processor: Any, text: str, what: str) -> None:
+def _check_text(processor: Any, text: str, what: str, placeholders: bool = False) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(f"the {what} is not valid Unicode; give it as UTF-8") from None
-    for name in ("image_token", "video_token"):
+    for name in ("image_token", "video_token") if placeholders else ():
         placeholder = getattr(processor, name, None)
         if placeholder and placeholder in text:
             raise InputError(

@@ -279,14 +279,13 @@ class Batch:
         return parts
 
     def _grow(self, room: int) -> None:
-        for layer, pair in enumerate(self._own):
-            grown = []
-            for held in pair:
-                wide = held.new_zeros(held.shape[0], held.shape[1], room, held.shape[3])
-                wide[:, :, room - self._room :] = held
-                grown.append(wide)
-            self._own[layer] = grown[0], grown[1]
-        self._room = room
+        def grown(held: Tensor) -> Tensor:
+            wide = held.new_zeros(held.shape[0], held.shape[1], room, held.shape[3])
+            wide[:, :, room - self._room :] = held
+            return wide
+
+        # all layers or none: memory may run out
+        self._own, self._room = [(grown(keys), grown(values)) for keys, values in self._own], room
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of the pass's T tokens, [1, H, T, D], where key and value are [1, Hkv, T, D]."""

@@ -15,7 +15,7 @@ from .backend import Backend
 from .logs import Log
 from .metrics import Metrics
 from .middleware import RequestGuardMiddleware
-from .routes import chat, contexts, explanations, ops
+from .routes import chat, contexts, explanations, ops, responses_api
 from .routes.openapi import ERRORS, describe_errors, handle_errors
 from .routes.state import AppState, Probes
 
@@ -64,10 +64,10 @@ def create_app(
             allow_origins=list(origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", chat.IGNORED],
         )
     handle_errors(app)
-    for resource in (chat, ops, contexts, explanations):
+    for resource in (chat, responses_api, ops, contexts, explanations):
         app.include_router(resource.router)
     describe_errors(app)
     return app

@@ -11,6 +11,7 @@ from .errors import service_error
 from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, TokenEvent
 from .responses import ResponseChunk, info_of
 from .schema import Details, Usage
+from .token_bytes import LogProbs, TokenBytes
 
 
 class Closing(AsyncIterator[ResponseChunk]):
@@ -44,7 +45,11 @@ class Closing(AsyncIterator[ResponseChunk]):
 
 
 async def response_chunks(
-    wanted: Generation, queue: asyncio.Queue[Any], words: AnswerDetokenizer, tokenizer: Any, read: Callable[[], None]
+    wanted: Generation,
+    queue: asyncio.Queue[Any],
+    words: AnswerDetokenizer,
+    token_bytes: TokenBytes,
+    read: Callable[[], None],
 ) -> AsyncGenerator[ResponseChunk, None]:
     """Yield the chunks of an answer, made from the engine's events.
 
@@ -52,13 +57,14 @@ async def response_chunks(
         wanted: The generation that the engine runs.
         queue: The queue that receives the engine's events.
         words: Turns the tokens into text and finds the stop words.
-        tokenizer: The model's tokenizer, for the texts of the log-probabilities.
+        token_bytes: The bytes of a token, for the log-probabilities.
         read: Called when the prompt was read, and its images are no longer held.
 
     Raises:
         ServiceError: The engine reported a failure.
     """
-    usage, info, logs = Usage(), None, []
+    usage, info = Usage(), None
+    logs = None if wanted.log_probs is None else LogProbs(token_bytes)
     while True:
         event = await queue.get()
         if isinstance(event, FailureEvent):
@@ -71,26 +77,17 @@ async def response_chunks(
             continue
         if isinstance(event, TokenEvent):
             usage.completion_tokens += 1
-            if wanted.log_probs is not None:
-                logs.append(_log_prob(tokenizer, event))
+            if logs is not None:
+                logs.add(event)
             text = words.push(event.token)
             if words.stopped:
                 event = FinishEvent("stop")
             elif text:
-                yield ResponseChunk(text, tuple(logs))
-                logs = []
+                yield ResponseChunk(text, () if logs is None else logs.sent(text))
             if not words.stopped:
                 continue
         else:
             text = words.finish()
         usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-        yield ResponseChunk(text, tuple(logs), event.reason, usage, info)
+        yield ResponseChunk(text, () if logs is None else logs.sent(text, last=True), event.reason, usage, info)
         return
-
-
-def _log_prob(tokenizer: Any, said: TokenEvent) -> dict[str, Any]:
-    def entry(token: int, value: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
-
-    return entry(said.token, said.log_prob) | {"top_logprobs": [entry(token, value) for token, value in said.top]}

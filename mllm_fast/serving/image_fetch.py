@@ -15,19 +15,10 @@ from .settings import Settings
 
 _URL = 8192  # characters of a remote image's address
 _ALPHABET = bytes.maketrans(b"-_", b"+/")  # base64 for URLs
-# IPv6 networks whose addresses stand for IPv4 addresses, and those of a site
-_TRANSLATED = [
-    ipaddress.ip_network(net)
-    for net in (
-        "::/96",
-        "::ffff:0:0/96",
-        "::ffff:0:0:0/96",
-        "64:ff9b::/96",
-        "64:ff9b:1::/48",
-        "2002::/16",
-        "2001::/32",
-        "fec0::/10",
-    )
+_GLOBAL = ipaddress.ip_network("2000::/3")  # the addresses of IPv6 that are given to hosts
+# networks among the public ones whose addresses stand for IPv4 addresses, or for no host
+_SPECIAL = [
+    ipaddress.ip_network(net) for net in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "192.88.99.0/24")
 ]
 
 
@@ -43,7 +34,7 @@ async def picture_files(urls: Sequence[str], settings: Settings) -> list[bytes]:
             large or take too long.
     """
     left, files = settings.remote_bytes, []
-    for url in urls:
+    for url in map(str.strip, urls):
         if url[:5].lower() == "data:":
             files.append(_from_data(url))
             continue
@@ -67,9 +58,10 @@ async def _remote(url: str, settings: Settings, most: int) -> bytes:
 
 def _from_data(url: str) -> bytes:
     """Decode a data URL as browsers do: percent signs, spaces, missing padding and the URL alphabet are understood."""
-    head, comma, body = url.partition(",")
+    head, comma, body = url.partition("#")[0].partition(",")
     kind, *rest = head[5:].split(";")
-    if not comma or not kind.strip().lower().startswith("image/"):
+    kind = kind.strip().lower()
+    if not comma or not (kind.startswith("image/") or kind in ("", "application/octet-stream")):
         raise _refused('a data URL of an image is "data:image/png;base64,...", got another kind')
     if not url.isascii():
         raise _refused("a data URL has ASCII characters only")
@@ -133,12 +125,10 @@ async def _public_address(host: str) -> str:
 
 def _public(address: str) -> bool:
     one = ipaddress.ip_address(address.partition("%")[0])
+    if not one.is_global or one.is_multicast or (one.version == 6 and one not in _GLOBAL):
+        return False
     # an IPv6 address that stands for an IPv4 address may stand for a private one
-    return (
-        one.is_global
-        and not one.is_multicast
-        and not any(one in net for net in _TRANSLATED if net.version == one.version)
-    )
+    return not any(one in net for net in _SPECIAL if net.version == one.version)
 
 
 def _refused(message: str) -> ServiceError:

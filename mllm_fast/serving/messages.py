@@ -12,6 +12,8 @@ from .errors import ServiceError
 from .schema import Message, TextPart
 from .settings import Settings
 
+_GREETING = "Hello."
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -52,15 +54,16 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
     """Convert the messages of a request into a conversation.
 
     System messages are put before the user's first text, because not every model has a system turn. Consecutive
-    messages of one role become one turn.
+    messages of one role become one turn. Images without a text are asked with the settings' `prompt`, and before a
+    conversation that the assistant opens stands a greeting of the user, because many models' templates begin with one.
 
     Args:
         messages: The messages of the request.
         settings: The limits of images and text.
 
     Raises:
-        ServiceError: The conversation does not begin and end with the user, a turn has no text, an image is in a
-            message of the assistant or the system, or there are too many images.
+        ServiceError: The conversation does not end with the user, a turn has neither text nor image, an image is in a
+            message of the assistant or the system, or there are too many images or too much text.
     """
     system: list[str] = []
     turns: list[tuple[str, list[str | None]]] = []
@@ -81,11 +84,7 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
             turns[-1][1].extend(["\n", *parts] if parts and parts[0] is not None else parts)
         else:
             turns.append((message.role, parts))
-    if not turns or turns[0][0] != "user" or turns[-1][0] != "user":
-        raise _refused(len(messages) - 1, "a conversation begins and ends with a message of the user")
-    for role, parts in turns:
-        if not any(part and part.strip() for part in parts):
-            raise _refused(len(messages) - 1, f"a message of the {role} has no text")
+    _complete(turns, settings, len(messages) - 1)
     if len(urls) > settings.max_pictures:
         raise _refused(0, f"a request holds at most {settings.max_pictures} images, got {len(urls)}")
     if system:
@@ -95,6 +94,23 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
     found = Conversation(tuple((role, parts) for role, parts in turns), tuple(urls))
     check_length(found.length, settings)
     return found
+
+
+def _complete(turns: list[tuple[str, list[str | None]]], settings: Settings, last: int) -> None:
+    """Begin the turns with the user, and give each a text.
+
+    Raises:
+        ServiceError: The turns do not end with the user, or one has neither text nor image.
+    """
+    if not turns or turns[-1][0] != "user":
+        raise _refused(last, "a conversation ends with a message of the user")
+    if turns[0][0] != "user":
+        turns.insert(0, ("user", [_GREETING]))
+    for role, parts in turns:
+        if not any(part and part.strip() for part in parts):
+            if None not in parts:
+                raise _refused(last, f"a message of the {role} has no text")
+            parts.append(settings.prompt)
 
 
 def _refused(index: int, message: str) -> ServiceError:

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ..context.registry import PRUNING_SCORES, score_name
 from ..explain.registry import methods_without_detector
 
 _TEXT = 1_000_000  # characters; the context window of any model is far smaller
+Texts = Annotated[str, Field(max_length=_TEXT)]
 ScoreName = Annotated[
     str, AfterValidator(score_name), WithJsonSchema({"type": "string", "enum": [*PRUNING_SCORES.names()]})
 ]
 MethodName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*methods_without_detector()]})]
 
 
-class _Strict(BaseModel):
-    """A model that rejects unknown fields, so that no setting of a client is silently ignored."""
+class Strict(BaseModel):
+    """A model that rejects unknown fields, so that no setting of a client is silently ignored.
+
+    A field whose value is null counts as absent, known or not: clients send back what they received.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
-class ImageURL(_Strict):
+
+BRANCH = "="  # the first letter of the tags of a union, which are left out where an error is reported
+
+
+def union(choose: Callable[[Any], str | None], words: str) -> Discriminator:
+    """Return how a value's type chooses the branch of a union, so that an error names the field and not each branch."""
+    return Discriminator(choose, custom_error_type="wrong_type", custom_error_message=words)
+
+
+def text_or_list(given: Any) -> str | None:
+    return "=text" if isinstance(given, str) else "=list" if isinstance(given, list) else None
+
+
+class ImageURL(Strict):
     """The address of an image.
 
     - `url`: a data URL (`data:image/png;base64,...`), or an https URL if the server allows its host.
@@ -33,37 +66,58 @@ class ImageURL(_Strict):
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of text in a message."""
 
     type: Literal["text"]
     text: Annotated[str, Field(max_length=_TEXT)]
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     """An image in a message. Only messages of the user may have images."""
 
     type: Literal["image_url"]
     image_url: ImageURL
 
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _an_object(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise PydanticCustomError("image_url", 'an object {"url": "..."} is expected, got a text')
+        return given
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+def _part_type(given: Any) -> str | None:
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    return f"={kind}" if kind in ("text", "image_url") else None
 
 
-class Message(_Strict):
+Part = Annotated[
+    Annotated[TextPart, Tag("=text")] | Annotated[ImagePart, Tag("=image_url")],
+    union(_part_type, 'an object with "type": "text" or "type": "image_url" is expected'),
+]
+
+
+class Message(Strict):
     """One message of a conversation.
 
-    - `role`: who speaks. The conversation begins (after system messages) and ends with a message of the user.
+    - `role`: who speaks. The conversation ends with a message of the user.
     - `content`: a text, or a list of texts and images.
     - `name`: accepted for OpenAI's clients; it has no effect.
+    - `annotations`, `tool_calls`: accepted only if empty, as answers are sent back.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=_TEXT)] | Annotated[list[Part], Field(min_length=1, max_length=256)]
+    content: Annotated[
+        Annotated[Texts, Tag("=text")] | Annotated[list[Part], Field(min_length=1, max_length=256), Tag("=list")],
+        union(text_or_list, "a text, or a list of texts and images, is expected"),
+    ]
     name: str | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a streamed answer.
 
     - `include_usage`: whether to send the token counts in an additional last chunk.
@@ -74,10 +128,26 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-Keep = Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1 << 31)] | Literal["off"]
+def _number_type(given: Any) -> str | None:
+    if isinstance(given, bool):
+        return None
+    return "=share" if isinstance(given, float) else "=count" if isinstance(given, int) else None
 
 
-class ChatRequest(_Strict):
+def _keep_type(given: Any) -> str | None:
+    return "=off" if isinstance(given, str) else _number_type(given)
+
+
+_Share = Annotated[float, Field(gt=0, le=1), Tag("=share")]
+_Count = Annotated[int, Field(ge=1, le=1 << 31), Tag("=count")]
+Keep = Annotated[
+    _Share | _Count | Annotated[Literal["off"], Tag("=off")],
+    union(_keep_type, 'a share (0.05), a count (29) or "off" is expected'),
+]
+_Stop = Annotated[str, Field(max_length=200)]
+
+
+class ChatRequest(Strict):
     """A chat completion request in OpenAI's format, with the additional fields `keep` and `context`.
 
     - `model`: the name of the served model; empty for whichever model is served.
@@ -89,11 +159,14 @@ class ChatRequest(_Strict):
     - `stop`: up to four texts. The answer ends before the first of them.
     - `logprobs`, `top_logprobs`: whether to send the log-probability of each token, and those of how many of the most
       likely tokens (at most 20).
+    - `n`: how many answers, up to 8. They differ only if tokens are sampled.
     - `stream`: whether to send the answer as server-sent events.
 
-    `user`, `metadata`, `store`, `service_tier`, `safety_identifier` and `prompt_cache_key` are accepted and have no
-    effect. `n`, `frequency_penalty`, `presence_penalty`, `logit_bias`, `tools`, `modalities` and `response_format` are
-    accepted only with the values that change nothing.
+    `user`, `metadata`, `store`, `service_tier`, `safety_identifier`, `prompt_cache_key`, `reasoning_effort`,
+    `verbosity`, `prediction` and `parallel_tool_calls` are accepted and have no effect; the header
+    `x-ignored-parameters` of the answer names those that were sent. `frequency_penalty`, `presence_penalty`,
+    `logit_bias`, `tools`, `tool_choice`, `modalities` and `response_format` are accepted only with the values that
+    change nothing.
     """
 
     model: Annotated[str, Field(max_length=1000)] = ""
@@ -111,9 +184,12 @@ class ChatRequest(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0, the default: no sampling.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
     stop: (
-        Annotated[str, Field(max_length=200)]
-        | Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=4)]
+        Annotated[
+            Annotated[_Stop, Tag("=text")] | Annotated[list[_Stop], Field(max_length=4), Tag("=list")],
+            union(text_or_list, "a text, or a list of up to four, is expected"),
+        ]
         | None
     ) = None
     logprobs: bool | None = None
@@ -127,17 +203,46 @@ class ChatRequest(_Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    prediction: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     # fields that are accepted only with the values that change nothing
-    n: Literal[1] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
+    @model_validator(mode="after")
+    def _logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs is for requests with logprobs: true")
+        return self
 
-class ContextRequest(_Strict):
+
+_IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "reasoning_effort",
+    "verbosity",
+    "prediction",
+    "parallel_tool_calls",
+)
+
+
+def ignored(request: ChatRequest) -> str:
+    """Return the names of the fields of a request that have no effect, with commas."""
+    return ", ".join(name for name in _IGNORED if getattr(request, name) is not None)
+
+
+class ContextRequest(Strict):
     """A request to read images and store their context before any question about them.
 
     - `images`: the images.
@@ -149,12 +254,12 @@ class ContextRequest(_Strict):
     """
 
     images: Annotated[list[ImageURL], Field(min_length=1, max_length=64)]
-    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    keep: Annotated[_Share | _Count, union(_number_type, "a share (0.05) or a count (29) is expected")] | None = None
     prompt: Annotated[str, Field(min_length=1, max_length=_TEXT)] | None = None
     score: ScoreName | None = None
 
 
-class ExplanationRequest(_Strict):
+class ExplanationRequest(Strict):
     """A request to explain an answer: the model's own, or a given one.
 
     - `model`: the name of the served model; empty for whichever model is served.

@@ -23,6 +23,7 @@ from .requests import FailureEvent, FinishEvent, PrefillEvent
 from .responses import ResponseChunk, info_of, key_of, no_context
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest
 from .settings import Settings
+from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from ..context.context import Context
@@ -65,6 +66,7 @@ class Service:
         self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
         self._writing = ThreadPoolExecutor(1, "write")
         self._looking = ThreadPoolExecutor(1, "look")  # a large store is listed beside the answers
+        self._token_bytes = TokenBytes(vlm.processor.tokenizer)
         self._unwritten: set[Future[None]] = set()
         most, each = self.settings.max_batch + self.settings.max_queue, self.settings.max_client_requests
         self._requests = Lane("requests", most, 0, each)
@@ -126,9 +128,8 @@ class Service:
             if reading is not None:
                 reading.leave()
             raise
-        tokenizer = self.vlm.processor.tokenizer
-        words = AnswerDetokenizer(tokenizer, stop)
-        chunks = response_chunks(wanted, queue, words, tokenizer, reading.leave if reading else lambda: None)
+        words = AnswerDetokenizer(self.vlm.processor.tokenizer, stop)
+        chunks = response_chunks(wanted, queue, words, self._token_bytes, reading.leave if reading else lambda: None)
 
         def ended() -> None:
             self.engine.cancel(wanted)

@@ -5,15 +5,13 @@ The paper reports an agreement of 95 % (arXiv 2411.17491, section 4.2).
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ...core.errors import InputError
-from ..people import read_table
+from ..people import read_table, written_table
 from ..report import Report, Table
 from .endpoint import cost
 from .judge import Judge, Unjudged
@@ -38,13 +36,13 @@ def labels_csv(entries: Iterable[tuple[str, str, Sequence[tuple[str, str]]]]) ->
         entries: (reference, said, [(object, label), ...]) of each pair of descriptions. A pair that comes twice is
             written once.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
     pairs = {(reference, said): labels for reference, said, labels in entries}  # duplicates merge
-    for (reference, said), labels in pairs.items():
-        writer.writerows([reference, said, name, label.upper()] for name, label in labels or [("", "")])
-    return text.getvalue()
+    rows = [
+        [reference, said, name, label.upper()]
+        for (reference, said), labels in pairs.items()
+        for name, label in labels or [("", "")]
+    ]
+    return written_table([COLUMNS, *rows])
 
 
 def read_labels(path: Path) -> list[Labelled]:

@@ -55,8 +55,8 @@ def load_text_model(name: str, like: VLM) -> VLM:
 
     try:
         with failures(name), quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=like.model.dtype)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype=like.model.dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except InputError as error:
         raise EndsRunError(str(error)) from None
     kind = loaded.config.model_type

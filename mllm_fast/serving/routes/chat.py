@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse
 
 from ..errors import service_error
 from ..metrics import Metrics
 from ..responses import ResponseChunk
-from ..schema import ChatRequest, Usage
+from ..schema import ChatRequest, Usage, ignored
+from .answers import Answers, begin, summed
 from .connected import while_connected
+from .events import EventStream, event
 from .openapi import note_error
 from .state import Client, State, Tenant
+
+IGNORED = "x-ignored-parameters"
 
 router = APIRouter()
 
@@ -39,71 +40,68 @@ async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant
     backend = state.backend
     identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     first = time.perf_counter()
-    source = await while_connected(request, backend.chat(body, tenant, client))
-    chunks = _counted(source, state.metrics, request, first)
+    answers = await while_connected(request, begin(backend, body, tenant, client))
+    chunks = counted(answers, state.metrics, request, first)
     head = {"id": identity, "created": created, "model": backend.name}
+    unused = ignored(body)
+    headers = {IGNORED: unused} if unused else {}
+    logprobs = bool(body.logprobs)
     if not body.stream:
-        return JSONResponse(head | await while_connected(request, _whole(chunks, bool(body.logprobs))))
+        try:
+            found = await while_connected(request, _whole(chunks, len(answers.sources), logprobs))
+        finally:
+            await answers.aclose()
+        return JSONResponse(head | found, headers=headers)
     usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(request, head, chunks, bool(body.logprobs), usage)
-    return _Events(events, source, backend.settings.time_limit)
+    events = _events(request, head, chunks, len(answers.sources), logprobs, usage)
+    return EventStream(events, answers, backend.settings.time_limit, headers)
 
 
-async def _counted(
-    chunks: AsyncIterator[ResponseChunk], metrics: Metrics, request: Request, first: float
-) -> AsyncIterator[ResponseChunk]:
-    """Yield the chunks and update the metrics. `first` is the time at which the request arrived."""
+async def counted(
+    answers: Answers, metrics: Metrics, request: Request, first: float
+) -> AsyncIterator[tuple[int, ResponseChunk]]:
+    """Yield the chunks of all answers and update the metrics.
+
+    Args:
+        answers: The answers.
+        metrics: The metrics.
+        request: The request, whose facts for the log are filled in.
+        first: The time at which the request arrived.
+    """
     begun = False
+    usages: list[Usage] = []
     try:
-        async for chunk in chunks:
+        async for index, chunk in answers.merged():
             if not begun:
                 metrics.first_token.observe(time.perf_counter() - first)
             begun = True
             if chunk.usage is not None:
-                _count(metrics, request, chunk.usage)
-            yield chunk
+                usages.append(chunk.usage)
+            yield index, chunk
+        _count(metrics, request, summed(usages))
     finally:
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await answers.aclose()
 
 
-class _Events(StreamingResponse):
-    """A stream of server-sent events, cut off if the client reads too slowly.
-
-    Args:
-        chunks: The encoded events.
-        source: What they are made of; it is closed in any case.
-        seconds: The time limit of an answer; the whole stream may take twice as long.
-    """
-
-    def __init__(self, chunks: AsyncIterator[bytes], source: AsyncIterator[ResponseChunk], seconds: float):
-        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._source, self._seconds = source, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await asyncio.wait_for(super().__call__(scope, receive, send), 2 * self._seconds)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise ConnectionAbortedError("the reader of a stream was too slow") from None
-        finally:
-            await self._source.aclose()  # type: ignore[attr-defined]
-
-
-async def _whole(chunks: AsyncIterator[ResponseChunk], logprobs: bool) -> dict[str, Any]:
-    text: list[str] = []
-    logs: list[dict[str, Any]] = []
-    last = ResponseChunk()
-    async for chunk in chunks:
-        text.append(chunk.text)
-        logs += chunk.logprobs
-        last = chunk
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": {"role": "assistant", "content": "".join(text), "refusal": None},
-        "finish_reason": last.finish,
-        "logprobs": {"content": logs, "refusal": None} if logprobs else None,
-    }
-    usage = None if last.usage is None else last.usage.model_dump()
-    return {"object": "chat.completion", "choices": [choice], "usage": usage} | _context(last)
+async def _whole(chunks: AsyncIterator[tuple[int, ResponseChunk]], count: int, logprobs: bool) -> dict[str, Any]:
+    text: list[list[str]] = [[] for _ in range(count)]
+    logs: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    last = [ResponseChunk() for _ in range(count)]
+    async for index, chunk in chunks:
+        text[index].append(chunk.text)
+        logs[index] += chunk.logprobs
+        last[index] = chunk
+    choices: list[dict[str, Any]] = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": "".join(text[i]), "refusal": None, "annotations": []},
+            "finish_reason": last[i].finish,
+            "logprobs": {"content": logs[i], "refusal": None} if logprobs else None,
+        }
+        for i in range(count)
+    ]
+    usage = summed([one.usage for one in last if one.usage is not None]).model_dump()
+    return {"object": "chat.completion", "choices": choices, "usage": usage} | _context(last[0])
 
 
 def _context(chunk: ResponseChunk) -> dict[str, Any]:
@@ -111,35 +109,40 @@ def _context(chunk: ResponseChunk) -> dict[str, Any]:
 
 
 async def _events(
-    request: Request, head: dict[str, Any], chunks: AsyncIterator[ResponseChunk], logprobs: bool, with_usage: bool
+    request: Request,
+    head: dict[str, Any],
+    chunks: AsyncIterator[tuple[int, ResponseChunk]],
+    count: int,
+    logprobs: bool,
+    with_usage: bool,
 ) -> AsyncIterator[bytes]:
     head = head | {"object": "chat.completion.chunk"}
 
-    def event(delta: dict[str, Any], chunk: ResponseChunk = ResponseChunk()) -> bytes:  # noqa: B008
+    def part(index: int, delta: dict[str, Any], chunk: ResponseChunk = ResponseChunk()) -> bytes:  # noqa: B008
         logs = {"content": list(chunk.logprobs), "refusal": None} if logprobs and chunk.logprobs else None
-        choice = {"index": 0, "delta": delta, "finish_reason": chunk.finish, "logprobs": logs}
-        return _event(head | {"choices": [choice]} | ({"usage": None} if with_usage else {}) | _context(chunk))
+        choice = {"index": index, "delta": delta, "finish_reason": chunk.finish, "logprobs": logs}
+        return event(head | {"choices": [choice]} | ({"usage": None} if with_usage else {}) | _context(chunk))
 
+    usages: list[Usage] = []
     try:
-        yield event({"role": "assistant", "content": ""})
-        async for chunk in chunks:
+        for index in range(count):
+            yield part(index, {"role": "assistant", "content": ""})
+        async for index, chunk in chunks:
             if chunk.text or chunk.logprobs:
-                yield event({"content": chunk.text}, ResponseChunk(chunk.text, chunk.logprobs))
+                yield part(index, {"content": chunk.text}, ResponseChunk(chunk.text, chunk.logprobs))
             if chunk.finish is not None:
-                yield event({}, ResponseChunk(finish=chunk.finish, context=chunk.context))
-                if with_usage and chunk.usage is not None:
-                    yield _event(head | {"choices": [], "usage": chunk.usage.model_dump()})
+                yield part(index, {}, ResponseChunk(finish=chunk.finish, context=chunk.context))
+            if chunk.usage is not None:
+                usages.append(chunk.usage)
+        if with_usage:
+            yield event(head | {"choices": [], "usage": summed(usages).model_dump()})
         yield b"data: [DONE]\n\n"
     except Exception as error:  # the status was sent already, so the error is sent as an event
         found = service_error(error)
         note_error(request, found)
-        yield _event(found.body)
+        yield event(found.body)
     finally:
         await chunks.aclose()  # type: ignore[attr-defined]
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
 def _count(metrics: Metrics, request: Request, usage: Usage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..errors import ServiceError
+from ..schema import BRANCH
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -62,10 +64,18 @@ def _plain(error: RequestValidationError) -> ServiceError:
     """Convert a validation error to one line, without the data that was sent, which may be an image."""
     found = error.errors()
     first = found[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    where = _field([part for part in first["loc"][1:] if not str(part).startswith(BRANCH)])[:200]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     words = f"{where or 'the body'}: {first['msg']}{more}"
     return ServiceError(400, words[:1000], param=where or None)
+
+
+def _field(parts: Sequence[str | int]) -> str:
+    """Return the path of a field as OpenAI writes it, such as "messages[0].content[1].text"."""
+    text = ""
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
 
 
 def describe_errors(app: FastAPI) -> None:

@@ -1,0 +1,174 @@
+"""Requests of OpenAI's Responses interface, and the chat requests that they stand for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
+
+from .schema import (
+    ChatRequest,
+    ImagePart,
+    ImageURL,
+    Keep,
+    Message,
+    StreamOptions,
+    Strict,
+    TextPart,
+    Texts,
+    text_or_list,
+    union,
+)
+
+_IGNORED = (
+    "metadata",
+    "store",
+    "user",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "reasoning",
+    "include",
+    "parallel_tool_calls",
+)
+
+
+class InputText(Strict):
+    """A piece of text. Answers that are sent back have the type "output_text"."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Texts
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputImage(Strict):
+    """An image, by its data URL or an https URL if the server allows its host."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _a_text(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            raise PydanticCustomError("image_url", "the URL itself is expected, got an object")
+        return given
+
+
+def _part_type(given: Any) -> str | None:
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    if kind in ("input_text", "output_text", "text"):
+        return "=text"
+    return "=image" if kind == "input_image" else None
+
+
+InputPart = Annotated[
+    Annotated[InputText, Tag("=text")] | Annotated[InputImage, Tag("=image")],
+    union(_part_type, 'an object with "type": "input_text", "output_text" or "input_image" is expected'),
+]
+
+
+class InputMessage(Strict):
+    """A message, or an answer of the assistant that is sent back."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[Texts, Tag("=text")] | Annotated[list[InputPart], Field(min_length=1, max_length=256), Tag("=list")],
+        union(text_or_list, "a text, or a list of texts and images, is expected"),
+    ]
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: str | None = None
+
+
+class TextFormat(Strict):
+    """The format of the answer: text."""
+
+    type: Literal["text"] = "text"
+
+
+class TextOptions(Strict):
+    """Options of the answer's text."""
+
+    format: TextFormat = TextFormat()
+    verbosity: str | None = None
+
+
+class ResponseRequest(Strict):
+    """A request for a response, with the additional fields `keep` and `context`.
+
+    - `input`: the question, or the messages of a conversation.
+    - `instructions`: what a system message would say.
+    - `max_output_tokens`, `temperature`, `top_p`, `stream`, `keep`, `context`: as in a chat request.
+
+    `metadata`, `store`, `user`, `service_tier`, `safety_identifier`, `prompt_cache_key`, `reasoning`, `include` and
+    `parallel_tool_calls` are accepted and have no effect; the header `x-ignored-parameters` names those that were sent.
+    """
+
+    model: Annotated[str, Field(max_length=1000)] = ""
+    input: Annotated[
+        Annotated[Texts, Tag("=text")]
+        | Annotated[list[InputMessage], Field(min_length=1, max_length=256), Tag("=list")],
+        union(text_or_list, "a text, or a list of messages, is expected"),
+    ]
+    instructions: Texts | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    text: TextOptions | None = None
+    keep: Keep | None = None
+    context: Annotated[str, Field(max_length=200)] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[str] | None = None
+    parallel_tool_calls: bool | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+
+
+def ignored(request: ResponseRequest) -> str:
+    """Return the names of the fields of a request that have no effect, with commas."""
+    return ", ".join(name for name in _IGNORED if getattr(request, name) is not None)
+
+
+def chat_request(request: ResponseRequest) -> ChatRequest:
+    """Return the chat request that stands for a response's."""
+    messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
+    if isinstance(request.input, str):
+        messages.append(Message(role="user", content=request.input))
+    else:
+        messages += [Message(role=one.role, content=_content(one)) for one in request.input]
+    return ChatRequest(
+        model=request.model,
+        messages=messages,
+        keep=request.keep,
+        context=request.context,
+        max_completion_tokens=request.max_output_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stream=request.stream,
+    )
+
+
+def _content(message: InputMessage) -> str | list[TextPart | ImagePart]:
+    if isinstance(message.content, str):
+        return message.content
+    return [
+        TextPart(type="text", text=part.text)
+        if isinstance(part, InputText)
+        else ImagePart(type="image_url", image_url=ImageURL(url=part.image_url, detail=part.detail))
+        for part in message.content
+    ]
