@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import served
+from PIL import Image
 from served import KEY, OTHER
 from waiting import HANG
 
@@ -258,10 +259,44 @@ def test_the_doors_have_keys(opened, folder):
         for one, key in zip(users, (KEY, OTHER), strict=False):
             assert one.http.post("/ui/login", data={"username": "a", "password": key}).status_code == 200
         picture = users[0].upload()
-        assert [one.read(picture).status_code for one in users] == [200, 404, 404]
-        assert users[2].http.post(f"{PREFIX}/upload", files={"files": ("a", b"a")}).status_code == 401
+        assert [one.read(picture).status_code for one in users] == [200, 404, 401]
+        stranger = users[2].http
+        assert stranger.post(f"{PREFIX}/upload", files={"files": ("a", b"a")}).status_code == 401
+        session = {"session_hash": users[0].session}
+        for path in ("cancel", "reset", "queue/join", "api/predict"):
+            assert stranger.post(f"{PREFIX}/{path}", json=session).status_code == 401, path
+        for path in ("queue/data", "queue/status", "startup-events", "app_id", "token", "info", "openapi.json"):
+            assert stranger.get(f"{PREFIX}/{path}", params=session).status_code == 401, path
+        assert stranger.get(f"{PREFIX}/heartbeat/{users[0].session}").status_code == 401
+        assert users[0].ask(picture).count("process_completed")  # nobody else has claimed its streams
+        tries = [stranger.post("/ui/login", data={"username": "a", "password": "b"}).status_code for _ in range(12)]
+        assert tries[0] == 400
+        assert tries[-1] == 429
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("kind", ["TGA", "PCX", "ICNS", "DDS", "JPEG2000", "PPM"])
+def test_formats_are_those_of_the_server(opened, server, tmp_path, kind):
+    """Gradio opens no file that the server would refuse."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(path, kind)
+    browser = opened(server)
+    picture = browser.upload(path)
+    function = next(one for one in browser.functions() if one["kinds"][:2] == ["image", "textbox"])
+    told = browser.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+    assert told.status_code == 400
+    assert "not an image in PNG" in told.text
+
+
+def test_large_images_are_refused_before_they_are_decoded(opened, server, tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "a.png")
+    browser = opened(server)
+    picture = browser.upload(tmp_path / "a.png")
+    function = next(one for one in browser.functions() if one["kinds"][:2] == ["image", "textbox"])
+    told = browser.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+    assert told.status_code == 400
+    assert "the limit is 25,000,000" in told.text
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .errors import InputError, first_line
 
 MAX_PIXELS = 100_000_000  # about 300 MB once decoded; callers can raise this limit
+_MADE_HERE = "mllm_fast_made"  # an attribute of images that were converted already, which are not copied again
 _pillow_limit = Lock()  # guards Image.MAX_IMAGE_PIXELS, which is global
 
 ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray | bytes
@@ -39,7 +40,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
             raise InputError(f"an image array is uint8 [H, W, 3], got {source.dtype} {source.shape}")
         return _checked(Image.fromarray(source), "the array", max_pixels).convert("RGB")
     if isinstance(source, Image.Image):
-        return to_rgb(_checked(source, "the image", max_pixels))
+        checked = _checked(source, "the image", max_pixels)
+        return source if getattr(source, _MADE_HERE, False) and source.mode == "RGB" else to_rgb(checked)
     if isinstance(source, bytes):
         return _opened(io.BytesIO(source), "the image", max_pixels, _FROM_BYTES)
     if not isinstance(source, (str, os.PathLike)):
@@ -67,6 +69,16 @@ def image_size(file: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, in
         with _reading("the image", _FROM_BYTES), Image.open(io.BytesIO(file), formats=_FROM_BYTES) as image:
             return _checked(image, "the image", max_pixels).size
     return load_image(file, max_pixels).size
+
+
+def check_file(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> None:
+    """Check a file from a stranger before any other library opens it: its format, and its size in pixels.
+
+    Raises:
+        InputError: The file is no image in a format that Pillow reads safely, or has too many pixels.
+    """
+    with _reading("the image", _FROM_BYTES), Image.open(path, formats=_FROM_BYTES) as image:
+        _checked(image, "the image", max_pixels)
 
 
 def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[str, ...] | None = None) -> Image.Image:
@@ -105,6 +117,12 @@ def _no_limit_of_its_own() -> Iterator[None]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to upright 8-bit RGB; palettes, alpha, CMYK, 16 bits and EXIF rotation are handled."""
+    made = _to_rgb(image)
+    setattr(made, _MADE_HERE, True)
+    return made
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         # Pillow would clip 16-bit values to 255
@@ -117,7 +135,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # `exif_transpose` made a copy
 
 
 def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:

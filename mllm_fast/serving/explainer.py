@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.errors import InputError
@@ -18,7 +19,7 @@ from .errors import ServiceError, service_error
 from .image_fetch import picture_files
 from .interruptible import Interruptible, number_count
 from .messages import Conversation, check_length, conversation
-from .preparation import RequestPreparer, in_pool
+from .preparation import RequestPreparer, check_pixels, in_pool
 from .requests import StoppingError
 from .schema import ExplanationRequest
 from .settings import Settings
@@ -45,6 +46,8 @@ class Explainer:
     def __init__(self, vlm: VLM, settings: Settings, engine: EngineClient, preparer: RequestPreparer):
         self.vlm, self.settings, self._engine, self._preparer = vlm, settings, engine, preparer
         self._lane = Lane("explanations", _AT_ONCE, settings.max_explanations, settings.max_client_explanations)
+        most = _AT_ONCE + settings.max_explanations
+        self._large = Lane("explanations of large images", 1, most, most)  # two would take too much memory
         self._pool = ThreadPoolExecutor(1, "score")
         self._ended = threading.Event()
 
@@ -85,11 +88,20 @@ class Explainer:
                 raise service_error(TimeoutError()) from None
 
     async def _explained(self, request: ExplanationRequest, asked: Conversation, count: int) -> bytes:
-        vlm, settings = self.vlm, self.settings
+        settings = self.settings
         question = "".join(part for part in asked.turns[0][1] if part is not None)
         files = await picture_files(asked.urls, settings)
-        window = vlm.prompts.window or _WINDOW
+        window = self.vlm.prompts.window or _WINDOW
         rules = await self._preparer.run(lambda: [Knockout.parse(text, most=window) for text in request.knockout])
+        pixels = await self._preparer.run(lambda: check_pixels(files, settings))
+        many = pixels > settings.max_pixels
+        async with self._large.place("", settings.time_limit) if many else nullcontext():
+            return await self._of_files(request, question, files, rules, count)
+
+    async def _of_files(
+        self, request: ExplanationRequest, question: str, files: list[bytes], rules: list[Knockout], count: int
+    ) -> bytes:
+        vlm, settings = self.vlm, self.settings
         pictures = await self._preparer.run(lambda: self._preparer.images(files)) or None
 
         def pieces() -> Iterator[Any]:

@@ -195,8 +195,8 @@ class RequestPreparer:
         return PreparedRequest(inputs=inputs, layout=layout)
 
 
-def check_pixels(files: Sequence[Any], settings: Settings) -> None:
-    """Check the sizes of the image files of a request before any is decoded.
+def check_pixels(files: Sequence[Any], settings: Settings) -> int:
+    """Check the sizes of the image files of a request before any is decoded, and return their pixels.
 
     Raises:
         ServiceError: The images together are too large.
@@ -213,6 +213,7 @@ def check_pixels(files: Sequence[Any], settings: Settings) -> None:
             " make them smaller",
             param="messages",
         )
+    return pixels
 
 
 async def in_pool(pool: ThreadPoolExecutor, do: Callable[[], Any]) -> Any:

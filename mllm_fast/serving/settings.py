@@ -71,7 +71,7 @@ class Settings:
     open_rate: float = 100.0
     max_pictures: int = 8
     max_pixels: int = 25_000_000
-    max_request_pixels: int = 100_000_000
+    max_request_pixels: int = 64_000_000
     max_explanations: int = 16
     max_client_explanations: int = 8
     explain_tokens: int = 256

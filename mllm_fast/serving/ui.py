@@ -11,7 +11,7 @@ import html
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,13 @@ def mount(app: FastAPI, tool: UIBackend, keys: ApiKeys, log: Log, path: str = "/
     )
     blocks.has_launched = True  # mounting leaves this unset, and Gradio would then not check file paths
     mounted = next(route for route in app.routes if isinstance(route, Mount) and route.path == path)
-    mounted.app = UISessionMiddleware(mounted.app, _HOUR)
+    gradio_app: Any = mounted.app
+
+    def logged_in(cookies: Mapping[str, str]) -> bool:
+        names = (f"access-token-{gradio_app.cookie_id}", f"access-token-unsecure-{gradio_app.cookie_id}")
+        return login is None or any(cookies.get(name) in gradio_app.tokens for name in names)
+
+    mounted.app = UISessionMiddleware(gradio_app, _HOUR, tool.service.settings.max_pixels, logged_in)
     return app
 
 
@@ -122,9 +128,9 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:  # noqa: PLR0915  # long: one
         with gr.Row():
             with gr.Column(min_width=300):
                 picture = gr.Image(
-                    type="pil",
+                    type="filepath",  # the file as it came: Gradio decodes nothing of it
                     format="png",  # lossless, for the sample image too
-                    image_mode="RGB",
+                    image_mode=None,
                     sources=["upload", "clipboard"],
                     label="Image",
                     height=320,
@@ -252,10 +258,10 @@ class Page:
         self._files = tempfile.TemporaryDirectory(prefix="mllm-fast-")
 
     async def ask(
-        self, picture: Any, question: str, routes: list[str], first: int, to: int, keep: float, joint: bool
+        self, file: str | None, question: str, routes: list[str], first: int, to: int, keep: float, joint: bool
     ) -> AsyncIterator[Outputs]:
         """Answer the question: normally, with attention knocked out, and from a context, as far as requested."""
-        if picture is None:
+        if file is None:
             raise _error("Give an image first: upload one, paste one, or take the sample.")
         if not (question or "").strip():
             raise _error("Ask something about the image.")
@@ -265,6 +271,7 @@ class Page:
         yield nothing
         skip = gr.skip()
         try:
+            picture = await tool.picture(Path(file))
             async for heard in tool.answer(picture, question, joint):
                 found = heard.done
                 words = gr.update(choices=_numbered(heard.tokens), value=len(heard.tokens) - 1, visible=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ..context.figure import draw_kept
 from ..core.errors import InputError
+from ..core.images import load_image
 from ..drawing.boxes import put_boxes
 from ..drawing.heatmap import overlay
 from ..explain.explanation import Explanation
@@ -126,6 +128,11 @@ class UIBackend:
     @property
     def num_layers(self) -> int:
         return len(self.vlm.text.layers)
+
+    async def picture(self, path: Path) -> Image.Image:
+        """Read an uploaded image, under the limits of the service."""
+        most = self.service.settings.max_pixels
+        return await asyncio.to_thread(lambda: load_image(path.read_bytes(), most))
 
     async def answer(self, picture: Image.Image, question: str, joint: bool) -> AsyncIterator[Heard]:
         """Yield the answer token by token, each with its map, and at the end the whole explanation."""

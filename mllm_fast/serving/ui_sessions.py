@@ -8,21 +8,30 @@ for another file, for a URL or for another browser's stream gets the answer 404.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
+from ..core.errors import InputError
+from ..core.images import MAX_PIXELS, check_file
+from .budgets import Rate
+from .connections import client_address
+from .errors import ServiceError
 from .middleware import App, Message, Receive, Send
 
 COOKIE = "mllm_fast_ui"
 _GIVEN = re.compile(rb"(?:^|;)\s*" + COOKIE.encode() + rb"=([0-9a-f]{64})\s*(?:;|$)")
 _MOST_SESSIONS = 4096
+_LOGINS, _LOGINS_A_SECOND = 10, 0.2  # tries to log in that an address has at once, and that come back
 _MOST_STREAMS = 256  # per session; the least recently used one is forgotten first
 _FILE = "/gradio_api/file="
 _OPEN = re.compile(
@@ -32,6 +41,12 @@ _OPEN = re.compile(
 _STREAMS = re.compile(r"/gradio_api/(heartbeat/(?P<name>\w+)|(queue/data|upload_progress|queue/join|upload|cancel)/?)")
 _NAMES = ("session_hash", "upload_id")  # keys of stream names, in a query or a body
 _UPLOADED, _EVENTS = "/gradio_api/upload", "/gradio_api/queue/data"
+# what a browser needs before its user has logged in
+_BEFORE_LOGIN = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|login_check|login|logout)/?"
+    r"|/pwa_icon(/\d+)?|/(assets|static|svelte)/.*|/gradio_api/login_check/?"
+)
+_EVENT_BYTES = 1 << 20  # the largest body that starts or cancels an event; images are uploaded before
 
 
 @dataclass
@@ -56,10 +71,19 @@ class UISessionMiddleware:
         app: The Gradio application.
         seconds: How long a session is remembered after its last request. It must not be shorter than Gradio keeps the
             files.
+        max_pixels: The largest image that is accepted, in pixels.
+        logged_in: Returns whether the user of a request, given its cookies, has logged in.
     """
 
-    def __init__(self, app: App, seconds: float):
-        self._app, self._seconds = app, seconds
+    def __init__(
+        self,
+        app: App,
+        seconds: float,
+        max_pixels: int = MAX_PIXELS,
+        logged_in: Callable[[Mapping[str, str]], bool] = lambda _: True,
+    ):
+        self._app, self._seconds, self._max_pixels, self._logged_in = app, seconds, max_pixels, logged_in
+        self._logins = Rate(_LOGINS_A_SECOND, _LOGINS)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._owners: dict[str, str] = {}  # from the name of a stream to its session
 
@@ -69,6 +93,10 @@ class UISessionMiddleware:
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         self._forget()
+        if path.rstrip("/") == "/login" and scope["method"] == "POST":
+            self._logins.count(client_address(scope.get("client")))
+        elif not _BEFORE_LOGIN.fullmatch(path) and not self._logged_in(_cookies(scope)):
+            raise ServiceError(401, "log in first", code="not_logged_in")
         identity, is_new = _identity(scope)
         if is_new:
             send = _with_cookie(send, identity, scope.get("scheme") == "https")
@@ -100,8 +128,15 @@ class UISessionMiddleware:
                 return
             names += [body[key] for key in _NAMES if key in body]
             session = self._sessions.get(identity)
-            if any(one not in (session.files if session else ()) for one in _named_files(body)):
+            files = set(_named_files(body))
+            if not files <= (session.files if session else set()):
                 await _not_found(send, "this file was not uploaded here, or was forgotten: upload the image again")
+                return
+            try:
+                for one in files:  # before Gradio opens it
+                    await asyncio.to_thread(check_file, one, self._max_pixels)
+            except InputError as error:
+                await _refused(send, 400, str(error))
                 return
             # the application reads exactly the body that was checked
             scope, receive = _replaced(scope, receive, json.dumps(body).encode())
@@ -206,6 +241,8 @@ async def _json(receive: Receive) -> Any:
         if message["type"] != "http.request":
             return None
         parts.append(message.get("body", b""))
+        if sum(map(len, parts)) > _EVENT_BYTES:
+            return None
         if not message.get("more_body"):
             return _parsed(b"".join(parts))
 
@@ -232,8 +269,21 @@ def _replaced(scope: Any, receive: Receive, body: bytes) -> tuple[Any, Receive]:
     return scope | {"headers": [*headers, (b"content-length", str(len(body)).encode())]}, receiving
 
 
+def _cookies(scope: Any) -> dict[str, str]:
+    found: SimpleCookie = SimpleCookie()
+    for name, value in scope["headers"]:
+        if name == b"cookie":
+            with suppress(CookieError):
+                found.load(value.decode("latin-1"))
+    return {name: one.value for name, one in found.items()}
+
+
 async def _not_found(send: Send, words: str = "there is nothing here") -> None:
+    await _refused(send, 404, words)
+
+
+async def _refused(send: Send, status: int, words: str) -> None:
     body = json.dumps({"detail": words}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
