@@ -16,6 +16,7 @@ from .image_tokens import image_tokens
 from .offload import device_of
 from .plain_text import PlainText, Turn
 from .processor_settings import fill_settings
+from .ready_inputs import ReadyInputs
 
 Images = ImageSource | Sequence[ImageSource]
 _REPLY = "mllmfastreply"  # a placeholder answer that shows where the chat template puts an answer
@@ -40,6 +41,7 @@ class Prompts:
         fill_settings(processor, model.config)
         self.image_tokens = image_tokens(model, processor)
         self.window: int | None = getattr(config, "max_position_embeddings", None)
+        self.ready = ReadyInputs()
         self.typed = PlainText(processor, lambda: self._spelled(_SAMPLE))
 
     def load(self, image: Images | None) -> list[Any]:
@@ -66,6 +68,9 @@ class Prompts:
         self, pictures: list[list[Any]], prompts: list[str], chat_template: bool = True
     ) -> tuple[Any, list[TokenLayout], list[int]]:
         """Return the processor's inputs for a batch, the layout of each sequence and its left padding."""
+        ready = self.ready.find(pictures, prompts) if chat_template else None
+        if ready is not None:
+            return ready
         inputs = self.inputs(pictures, prompts, chat_template)
         mask = inputs["attention_mask"].bool()
         padding = (~mask).sum(1).tolist()

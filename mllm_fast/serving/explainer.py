@@ -102,20 +102,26 @@ class Explainer:
         self, request: ExplanationRequest, question: str, files: list[bytes], rules: list[Knockout], count: int
     ) -> bytes:
         vlm, settings = self.vlm, self.settings
-        pictures = await self._preparer.run(lambda: self._preparer.images(files)) or None
+
+        def prepare() -> tuple[list[Any], Any]:  # the processor works on large images for a while
+            found = self._preparer.images(files)
+            return found, vlm.prompts.prepare([found], [question])
+
+        pictures, prepared = await self._preparer.run(prepare)
 
         def pieces() -> Iterator[Any]:
             answer: Any = request.answer
             if answer is None:
-                with vlm.stream(pictures, question, knockout=rules, max_new_tokens=count) as stream:
+                with vlm.stream(pictures or None, question, knockout=rules, max_new_tokens=count) as stream:
                     for _ in stream:
                         yield None
                     answer = stream.answer.token_ids
             elif len(vlm.prompts.answer_ids(answer)) > settings.explain_tokens:
                 raise InputError(f"answers of at most {settings.explain_tokens} tokens are explained, this is longer")
-            yield vlm.explain(pictures, question, answer, knockout=rules, final_norm=request.norm)
+            yield vlm.explain(pictures or None, question, answer, knockout=rules, final_norm=request.norm)
 
-        made = await self._engine.last(pieces)
+        with vlm.prompts.ready.holding(pictures, question, prepared):
+            made = await self._engine.last(pieces)
         if request.token is not None:
             made.token_index(request.token)
         if request.format in ("json", "html") and number_count(made) > _NUMBERS:
