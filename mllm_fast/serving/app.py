@@ -15,6 +15,7 @@ from .backend import Backend
 from .logs import Log
 from .metrics import Metrics
 from .middleware import RequestGuardMiddleware
+from .replies import Replies
 from .routes import chat, contexts, explanations, ops, responses_api
 from .routes.openapi import ERRORS, describe_errors, handle_errors
 from .routes.state import AppState, Probes
@@ -56,7 +57,7 @@ def create_app(
             stop()
 
     app = FastAPI(title="mllm-fast", version=__version__, lifespan=lifespan, responses=ERRORS, redirect_slashes=False)
-    app.state.mllm_fast = AppState(backend, metrics, probes, int(time.time()))
+    app.state.mllm_fast = AppState(backend, metrics, probes, Replies(), int(time.time()))
     app.add_middleware(RequestGuardMiddleware, settings=backend.settings, keys=keys, log=log, metrics=metrics)
     if origins:  # before the guard, since a browser asks for permission without a key
         app.add_middleware(

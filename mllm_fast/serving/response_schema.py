@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, field_validator
@@ -23,7 +24,6 @@ from .schema import (
 
 _IGNORED = (
     "metadata",
-    "store",
     "user",
     "service_tier",
     "safety_identifier",
@@ -85,6 +85,24 @@ class InputMessage(Strict):
     phase: str | None = None
 
 
+class ItemReference(Strict):
+    """An earlier answer, by the id of its message. The latest answers are remembered, unless `store` was false."""
+
+    type: Literal["item_reference"]
+    id: Annotated[str, Field(max_length=200)]
+
+
+def _item_type(given: Any) -> str | None:
+    kind = given.get("type", "message") if isinstance(given, dict) else getattr(given, "type", None)
+    return f"={kind}" if kind in ("message", "item_reference") else None
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("=message")] | Annotated[ItemReference, Tag("=item_reference")],
+    union(_item_type, 'a message, or an object with "type": "item_reference", is expected'),
+]
+
+
 class TextFormat(Strict):
     """The format of the answer: text."""
 
@@ -101,18 +119,18 @@ class TextOptions(Strict):
 class ResponseRequest(Strict):
     """A request for a response, with the additional fields `keep` and `context`.
 
-    - `input`: the question, or the messages of a conversation.
+    - `input`: the question, or the messages of a conversation; earlier answers may be named by their ids.
+    - `store`: whether the answer is remembered for that, which it is by default.
     - `instructions`: what a system message would say.
     - `max_output_tokens`, `temperature`, `top_p`, `stream`, `keep`, `context`: as in a chat request.
 
-    `metadata`, `store`, `user`, `service_tier`, `safety_identifier`, `prompt_cache_key`, `reasoning`, `include` and
+    `metadata`, `user`, `service_tier`, `safety_identifier`, `prompt_cache_key`, `reasoning`, `include` and
     `parallel_tool_calls` are accepted and have no effect; the header `x-ignored-parameters` names those that were sent.
     """
 
     model: Annotated[str, Field(max_length=1000)] = ""
     input: Annotated[
-        Annotated[Texts, Tag("=text")]
-        | Annotated[list[InputMessage], Field(min_length=1, max_length=256), Tag("=list")],
+        Annotated[Texts, Tag("=text")] | Annotated[list[InputItem], Field(min_length=1, max_length=256), Tag("=list")],
         union(text_or_list, "a text, or a list of messages, is expected"),
     ]
     instructions: Texts | None = None
@@ -144,13 +162,23 @@ def ignored(request: ResponseRequest) -> str:
     return ", ".join(name for name in _IGNORED if getattr(request, name) is not None)
 
 
-def chat_request(request: ResponseRequest) -> ChatRequest:
-    """Return the chat request that stands for a response's."""
+def chat_request(request: ResponseRequest, reply: Callable[[str], str]) -> ChatRequest:
+    """Return the chat request that stands for a response's.
+
+    Args:
+        request: The request.
+        reply: Returns the text of an earlier answer, given its id.
+    """
     messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
     if isinstance(request.input, str):
         messages.append(Message(role="user", content=request.input))
     else:
-        messages += [Message(role=one.role, content=_content(one)) for one in request.input]
+        messages += [
+            Message(role="assistant", content=reply(one.id))
+            if isinstance(one, ItemReference)
+            else Message(role=one.role, content=_content(one))
+            for one in request.input
+        ]
     return ChatRequest(
         model=request.model,
         messages=messages,

@@ -1,13 +1,14 @@
 """OpenAI's Responses interface, as far as a model that answers questions about images has use for it.
 
-A request becomes a chat request. Nothing is stored, so `previous_response_id` is refused: send the earlier messages.
+A request becomes a chat request. Of earlier answers the texts are remembered, but no images, so `previous_response_id`
+is refused: send the earlier messages.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -39,9 +40,10 @@ router = APIRouter()
 )
 async def respond(body: ResponseRequest, request: Request, state: State, tenant: Tenant, client: Client) -> Response:
     first = time.perf_counter()
-    answers = await while_connected(request, begin(state.backend, chat_request(body), tenant, client))
+    asked = chat_request(body, lambda identity: state.replies.find(tenant, identity))
+    answers = await while_connected(request, begin(state.backend, asked, tenant, client))
     chunks = counted(answers, state.metrics, request, first)
-    made = _Made(body, state.backend.name)
+    made = _Made(body, state.backend.name, lambda one, text: state.replies.keep(tenant, one, text))
     unused = ignored(body)
     headers = {IGNORED: unused} if unused else {}
     if not body.stream:
@@ -49,6 +51,7 @@ async def respond(body: ResponseRequest, request: Request, state: State, tenant:
         async def whole() -> dict[str, Any]:
             async for _, chunk in chunks:
                 made.add(chunk)
+            made.keep()
             return made.response(made.status)
 
         try:
@@ -64,10 +67,11 @@ class _Made:
     Args:
         body: The request.
         model: The name of the model.
+        keep: Called with the id and the text of the answer, unless the request is not to be stored.
     """
 
-    def __init__(self, body: ResponseRequest, model: str):
-        self.body, self.model = body, model
+    def __init__(self, body: ResponseRequest, model: str, keep: Callable[[str, str], None]):
+        self.body, self.model, self._keep = body, model, keep
         self.identity, self.message = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.text = ""
@@ -76,6 +80,10 @@ class _Made:
     def add(self, chunk: ResponseChunk) -> None:
         self.text += chunk.text
         self.last = chunk
+
+    def keep(self) -> None:
+        if self.body.store is not False:
+            self._keep(self.message, self.text)
 
     @property
     def status(self) -> str:
@@ -105,7 +113,7 @@ class _Made:
             "parallel_tool_calls": True,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
-            "store": False,
+            "store": body.store is not False,
             "temperature": body.temperature or 0.0,
             "text": {"format": {"type": "text"}},
             "tool_choice": "auto",
@@ -145,6 +153,7 @@ async def _events(
             made.add(chunk)
             if chunk.text:
                 yield tell("response.output_text.delta", **place, delta=chunk.text, logprobs=[])
+        made.keep()
         yield tell("response.output_text.done", **place, text=made.text, logprobs=[])
         yield tell("response.content_part.done", **place, part=made.part())
         yield tell("response.output_item.done", output_index=0, item=made.item(made.status))

@@ -11,6 +11,7 @@ from fastapi.security import HTTPBearer
 
 from ..backend import Backend
 from ..metrics import Metrics
+from ..replies import Replies
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class AppState:
         backend: Answers the requests.
         metrics: Counts the requests.
         probes: Tell how the server is.
+        replies: The latest answers, which requests may name.
         began: When the application was created, in seconds since 1970.
     """
 
     backend: Backend
     metrics: Metrics
     probes: Probes
+    replies: Replies
     began: int
 
 
