@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,6 +94,16 @@ class PrefillEvent:
 Event = PrefillEvent | TokenEvent | FinishEvent | FailureEvent
 
 
+class TokenConstraint(Protocol):
+    """Which tokens may come next in an answer."""
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """Return the logits [V] with those of the tokens that are ruled out at minus infinity."""
+
+    def take(self, token: int) -> None:
+        """Go on with a token."""
+
+
 @dataclass(eq=False)
 class Generation:
     """A request for one answer.
@@ -112,6 +122,7 @@ class Generation:
         ids: The token ids of the turns after the context.
         inputs: The processor's output for a prompt that is read whole.
         layout: The layout of such a prompt.
+        constraint: Which tokens may come next, or None for any.
         log_probs: How many of the most likely tokens to report; None reports no log-probabilities.
         deadline: The time, by `time.monotonic`, after which the generation is dropped.
         cancelled: Whether nobody waits for the answer any more.
@@ -131,6 +142,7 @@ class Generation:
     ids: list[int] = field(default_factory=list)
     inputs: Any = None
     layout: TokenLayout | None = None
+    constraint: TokenConstraint | None = field(default=None, repr=False)
     log_probs: int | None = None
     deadline: float = float("inf")
     cancelled: bool = False
@@ -138,6 +150,20 @@ class Generation:
     count: int = 0
     row: Row | None = field(default=None, repr=False)
     sampler: Sampler | None = field(default=None, repr=False)
+
+    def choose(self, logits: Tensor, likeliest: int | None = None) -> int:
+        """Return the next token for the logits [V].
+
+        Args:
+            logits: The logits.
+            likeliest: The token of the largest logit, if it is known.
+        """
+        assert self.sampler is not None
+        if self.constraint is not None:
+            token = self.sampler.choose(self.constraint.masked(logits))
+            self.constraint.take(token)
+            return token
+        return likeliest if likeliest is not None and self.sampler.plain else self.sampler.choose(logits)
 
     def emit(self, token: int, logits: Tensor) -> bool:
         """Send a token to the sink, and return whether the generation goes on."""

@@ -12,10 +12,15 @@ from .schema import (
     ChatRequest,
     ImagePart,
     ImageURL,
+    JsonFormat,
+    JsonSchema,
+    JsonSchemaFormat,
     Keep,
     Message,
+    ResponseFormat,
     StreamOptions,
     Strict,
+    TextFormat,
     TextPart,
     Texts,
     text_or_list,
@@ -103,16 +108,33 @@ InputItem = Annotated[
 ]
 
 
-class TextFormat(Strict):
-    """The format of the answer: text."""
+class SchemaFormat(Strict):
+    """JSON that follows a schema."""
 
-    type: Literal["text"] = "text"
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(max_length=64)] = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+def _format_type(given: Any) -> str | None:
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    return f"={kind}" if kind in ("text", "json_object", "json_schema") else None
+
+
+AnswerFormat = Annotated[
+    Annotated[TextFormat, Tag("=text")]
+    | Annotated[JsonFormat, Tag("=json_object")]
+    | Annotated[SchemaFormat, Tag("=json_schema")],
+    union(_format_type, 'an object with "type": "text", "json_object" or "json_schema" is expected'),
+]
 
 
 class TextOptions(Strict):
     """Options of the answer's text."""
 
-    format: TextFormat = TextFormat()
+    format: AnswerFormat | None = None
     verbosity: str | None = None
 
 
@@ -188,7 +210,16 @@ def chat_request(request: ResponseRequest, reply: Callable[[str], str]) -> ChatR
         temperature=request.temperature,
         top_p=request.top_p,
         stream=request.stream,
+        response_format=_format(request),
     )
+
+
+def _format(request: ResponseRequest) -> ResponseFormat | None:
+    wanted = None if request.text is None else request.text.format
+    if not isinstance(wanted, SchemaFormat):
+        return wanted
+    schema = JsonSchema(name=wanted.name, schema=wanted.schema_, strict=wanted.strict)
+    return JsonSchemaFormat(type="json_schema", json_schema=schema)
 
 
 def _content(message: InputMessage) -> str | list[TextPart | ImagePart]:

@@ -146,7 +146,7 @@ class Scheduler:
         wanted.inputs = None
         wanted.sampler = self._samplers.make(first.input_ids.tolist(), wanted.sampling)
         wanted.sink(PrefillEvent(wanted.layout.length))
-        token = wanted.sampler.choose(first.logits)
+        token = wanted.choose(first.logits)
         if wanted.emit(token, first.logits):
             wanted.row = self.batch.join(first.keys, first.values, first.position, [token])
             self.members.append(wanted)
@@ -224,10 +224,8 @@ class Scheduler:
             self._built(builder)
 
     def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
-        sampler = wanted.sampler
-        assert sampler is not None
         assert wanted.row is not None
-        token = likeliest if sampler.plain else sampler.choose(logits)
+        token = wanted.choose(logits, likeliest)
         if wanted.emit(token, logits):
             wanted.row.unread = [token]
         else:

@@ -147,6 +147,42 @@ Keep = Annotated[
 _Stop = Annotated[str, Field(max_length=200)]
 
 
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    """A JSON schema. It is always followed to the letter, whatever `strict` says."""
+
+    name: Annotated[str, Field(max_length=64)] = ""
+    description: Annotated[str, Field(max_length=_TEXT)] | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = TextFormat | JsonFormat | JsonSchemaFormat
+
+
+def _format_type(given: Any) -> str | None:
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    return f"={kind}" if kind in ("text", "json_object", "json_schema") else None
+
+
 class ChatRequest(Strict):
     """A chat completion request in OpenAI's format, with the additional fields `keep` and `context`.
 
@@ -160,13 +196,13 @@ class ChatRequest(Strict):
     - `logprobs`, `top_logprobs`: whether to send the log-probability of each token, and those of how many of the most
       likely tokens (at most 20).
     - `n`: how many answers, up to 8. They differ only if tokens are sampled.
+    - `response_format`: any text, a JSON object, or JSON that follows a schema.
     - `stream`: whether to send the answer as server-sent events.
 
     `user`, `metadata`, `store`, `service_tier`, `safety_identifier`, `prompt_cache_key`, `reasoning_effort`,
     `verbosity`, `prediction` and `parallel_tool_calls` are accepted and have no effect; the header
     `x-ignored-parameters` of the answer names those that were sent. `frequency_penalty`, `presence_penalty`,
-    `logit_bias`, `tools`, `tool_choice`, `modalities` and `response_format` are accepted only with the values that
-    change nothing.
+    `logit_bias`, `tools`, `tool_choice` and `modalities` are accepted only with the values that change nothing.
     """
 
     model: Annotated[str, Field(max_length=1000)] = ""
@@ -214,7 +250,15 @@ class ChatRequest(Strict):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: (
+        Annotated[
+            Annotated[TextFormat, Tag("=text")]
+            | Annotated[JsonFormat, Tag("=json_object")]
+            | Annotated[JsonSchemaFormat, Tag("=json_schema")],
+            union(_format_type, 'an object with "type": "text", "json_object" or "json_schema" is expected'),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _logprobs(self) -> ChatRequest:

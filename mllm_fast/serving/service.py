@@ -23,6 +23,7 @@ from .requests import FailureEvent, FinishEvent, PrefillEvent
 from .responses import ResponseChunk, info_of, key_of, no_context
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest
 from .settings import Settings
+from .structured import Constraints
 from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Service:
         self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
         self._writing = ThreadPoolExecutor(1, "write")
         self._looking = ThreadPoolExecutor(1, "look")  # a large store is listed beside the answers
+        self._constraints = Constraints(vlm.processor.tokenizer, vlm.prompts.end_ids(), int(vlm.text.head.out_features))
         self._token_bytes = TokenBytes(vlm.processor.tokenizer)
         self._unwritten: set[Future[None]] = set()
         most, each = self.settings.max_batch + self.settings.max_queue, self.settings.max_client_requests
@@ -120,6 +122,8 @@ class Service:
             stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
             wanted = self._preparer.generation(prepared, count, deadline)
             wanted.sampling = Sampling(request.temperature or 0.0, request.top_p or 1.0, request.seed)
+            if request.response_format is not None:
+                wanted.constraint = await self._preparer.run(lambda: self._constraints.of(request.response_format))
             wanted.log_probs = (request.top_logprobs or 0) if request.logprobs else None
             queue, wanted.sink = self.client.open_queue()
             self.client.submit(wanted)

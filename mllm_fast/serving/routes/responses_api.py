@@ -92,6 +92,10 @@ class _Made:
     def part(self) -> dict[str, Any]:
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
+    def _format(self) -> dict[str, Any]:
+        wanted = None if self.body.text is None else self.body.text.format
+        return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)
+
     def item(self, status: str) -> dict[str, Any]:
         content = [] if status == "in_progress" else [self.part()]
         return {"id": self.message, "type": "message", "status": status, "role": "assistant", "content": content}
@@ -115,7 +119,7 @@ class _Made:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": body.temperature or 0.0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format()},
             "tool_choice": "auto",
             "tools": [],
             "top_p": 1.0 if body.top_p is None else body.top_p,
