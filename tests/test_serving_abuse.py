@@ -257,6 +257,22 @@ def test_the_openapi_document_finds_no_500(server):
     assert not found
 
 
+def test_methods_that_a_route_has_not(http):
+    for path, allowed in (
+        ("/v1/contexts", "GET, POST"),
+        ("/v1/contexts/ctx-1", "DELETE, GET"),
+        ("/v1/models/a/b", "GET"),
+    ):
+        reply = http.put(path)
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+
+
+def test_as_many_messages_as_a_response_may_have(http):
+    body = {"input": [{"role": "user", "content": "a"}] * 256, "instructions": "b"}  # 257 for the model
+    reply = http.post("/v1/responses", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input")
+
+
 def test_without_a_key(server):
     for path in ("/v1/models", "/v1/contexts"):
         assert httpx.get(server.url + path, timeout=HANG).status_code == 401

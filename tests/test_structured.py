@@ -113,6 +113,6 @@ def test_schemas_that_cannot_be_followed(vlm, wanted, message):
 
 
 def test_a_vocabulary_without_json(shapes):
-    with pytest.raises(ServiceError, match="cannot be followed|vocabulary cannot write") as caught:
+    with pytest.raises(ServiceError, match=r"cannot be followed|vocabulary cannot write") as caught:
         answers(shapes, {**of_schema(SCHEMA), "messages": [{"role": "user", "content": "what ?"}]})
     assert caught.value.status == 400

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag, field_validator
+from pydantic import Field, Tag, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from .errors import ServiceError
 from .schema import (
     ChatRequest,
     ImagePart,
@@ -190,7 +191,17 @@ def chat_request(request: ResponseRequest, reply: Callable[[str], str]) -> ChatR
     Args:
         request: The request.
         reply: Returns the text of an earlier answer, given its id.
+
+    Raises:
+        ServiceError: The chat request would be invalid, for example of too many messages.
     """
+    try:
+        return _chat_request(request, reply)
+    except ValidationError as error:
+        raise ServiceError(400, f"the input: {error.errors()[0]['msg']}", param="input") from None
+
+
+def _chat_request(request: ResponseRequest, reply: Callable[[str], str]) -> ChatRequest:
     messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
     if isinstance(request.input, str):
         messages.append(Message(role="user", content=request.input))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,21 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         found = ServiceError(error.status_code, str(error.detail))
-        return JSONResponse(found.body, found.status, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(_allowed(request)))
+        return JSONResponse(found.body, found.status, headers)
+
+
+def _allowed(request: Request) -> set[str]:
+    """Return the methods of all routes of a request's path; Starlette names those of the first one."""
+    document = request.app.openapi()
+    found: set[str] = set()
+    for path, operations in document["paths"].items():
+        pattern = re.sub(r"\\\{[^/]*?:path\\\}|\\\{[^/]*?\\\}", "[^/]+", re.escape(path))
+        if re.fullmatch(pattern, request.url.path):
+            found |= {method.upper() for method in operations}
+    return found
 
 
 def note_error(request: Request, error: ServiceError) -> None:
