@@ -156,6 +156,8 @@ class Explainer:
             return do(check)
 
         try:
-            return await in_pool(self._pool, work)
+            return await asyncio.wait_for(in_pool(self._pool, work), self.settings.time_limit)
+        except asyncio.TimeoutError:
+            raise service_error(TimeoutError()) from None
         finally:
             given_up.set()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ from ..explain.figure import token_map
 from ..explain.patch_words import patch_words
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from ..knockout.rule import Knockout
+from .interruptible import Interruptible
 from .service import Service
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ ROUTES = {  # attention that can be knocked out: the source and target of the ru
     "image to answer": ("image", "generated"),
     "question to answer": ("query", "generated"),
 }
-LIVE = ("logprob", "attention")  # methods that need no further forward pass
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,9 @@ class UIBackend:
         ex = answered.explanation
         answered.shown = shown
         async with answered.guard:
-            return await self._scored(lambda: _drawn(ex, shown.token, shown.heads(ex), shown.method), shown.method)
+            return await self._scored(
+                ex, lambda ex: _drawn(ex, shown.token, shown.heads(ex), shown.method), shown.method
+            )
 
     async def patch(self, answered: Answered, pixel: tuple[int, int]) -> list[tuple[str, list[str]]]:
         """Return the words that a patch stands for before each layer, as (layer, words).
@@ -248,7 +250,7 @@ class UIBackend:
         """Return the ten best heads of a token as (layer, head, score, the words that the head writes)."""
         ex = answered.explanation
 
-        def found() -> list[tuple[int, int, float, str]]:
+        def found(ex: Explanation) -> list[tuple[int, int, float, str]]:
             rows = []
             for layer, head, score in ex.top_heads(token):
                 words = ", ".join(word.strip() for word, _ in ex.project(token, layer, head, k=5))
@@ -256,7 +258,7 @@ class UIBackend:
             return rows
 
         async with answered.guard:
-            return await self._scored(found, "logprob")
+            return await self._scored(ex, found, "logprob")
 
     async def verified(self, answered: Answered, shown: Shown) -> str | None:
         """Check whether a word depends on the patches that its map shows, see `Explanation.verify`.
@@ -278,13 +280,20 @@ class UIBackend:
     async def report(self, answered: Answered, kind: str, method: str) -> bytes:
         """Return the explanation as a file of the given kind, such as "html" or "json"."""
         async with answered.guard:
-            return await self._scored(lambda: encoded(answered.explanation, kind, None, method), method)
+            return await self._scored(answered.explanation, lambda ex: encoded(ex, kind, None, method), method)
 
-    async def _scored(self, do: Callable[[], Any], method: str) -> Any:
-        """Call `do` beside the engine if the method needs no forward pass, else in the engine's thread."""
-        if method in LIVE:
-            return await self.service.explainer.scored(lambda _: do())
-        return await self.service.client.last(lambda: iter([do()]))
+    async def _scored(self, ex: Explanation, do: Callable[[Explanation], Any], method: str) -> Any:
+        """Call `do` with an explanation beside the engine; it ends early if nobody waits.
+
+        Gradient alignment changes what the model reads for a while, so it takes the engine's turn.
+        """
+        if method == ALIGNMENT:
+
+            def piece() -> Iterator[Any]:
+                yield do(ex)
+
+            return await self.service.client.last(piece)
+        return await self.service.explainer.scored(lambda check: do(cast("Explanation", Interruptible(ex, check))))
 
 
 def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:
