@@ -222,7 +222,10 @@ def test_node(server, url, tmp_path_factory):
         pytest.skip("there is no node here")
     folder = tmp_path_factory.mktemp("node")
     install = [npm, "install", "--silent", "--no-audit", "--no-fund", "openai", "ai", "@ai-sdk/openai"]
-    made = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=300)
+    try:
+        made = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm's registry does not answer")
     if made.returncode and not (folder / "node_modules" / "ai").exists():
         pytest.skip(f"npm's registry is not reached: {made.stderr[-200:]}")
     (folder / "url.txt").write_text(url)
