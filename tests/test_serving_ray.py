@@ -225,7 +225,7 @@ def test_an_answer_goes_on_where_another_replica_left_it(sent):
     async def ask(**options) -> list[ResponseChunk]:
         replicas = Replicas([*first[:sent], RayActorError()], list(second))
         remote = Remote(replicas, "shapes", Settings())  # type: ignore[arg-type]
-        pieces = await remote.chat(ChatRequest.model_validate(body | options), "")
+        pieces = await remote.chat(ChatRequest.model_validate(body | options), "", "")
         return [piece async for piece in pieces]
 
     for options in ({}, {"temperature": 1.0, "seed": 7}):

@@ -262,7 +262,7 @@ class ChatRequest(Strict):
 
     @model_validator(mode="after")
     def _logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs is for requests with logprobs: true")
         return self
 

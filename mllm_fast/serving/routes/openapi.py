@@ -50,7 +50,10 @@ def handle_errors(app: FastAPI) -> None:
         found = ServiceError(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         if error.status_code == 405:
-            headers["Allow"] = ", ".join(sorted(_allowed(request)))
+            told = {
+                one.strip() for name, value in headers.items() if name.lower() == "allow" for one in value.split(",")
+            }
+            headers = {"Allow": ", ".join(sorted(_allowed(request) | told))}
         return JSONResponse(found.body, found.status, headers)
 
 
