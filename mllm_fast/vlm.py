@@ -125,9 +125,10 @@ class VLM(ModelRunner):
         output = self.run(inputs, max_new_tokens, {**whole, **options}, plan, shares)
         sequences = output if isinstance(output, Tensor) else output.sequences
         stop_ids, several = self.prompts.stop_ids(options), len(sequences) // len(prompts)
+        stops = options.get("stop_strings")
         answers = []
         for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
-            said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids)
+            said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids, stops)
             if shares is not None:
                 said = replace(said, attention_share=shares.of(b, len(said.token_ids)))
             if plan is not None:
@@ -191,7 +192,10 @@ class VLM(ModelRunner):
             sequence = torch.cat([inputs["input_ids"][0], self.prompts.answer_ids(answer)])
             self.prompts.check_window(len(sequence), "the prompt and the answer take")
             record, cache = self.run_forced(inputs, sequence, plan)
-        said = answer_of(sequence, layout, self.processor.tokenizer, self.prompts.stop_ids(options))
+        stops, end = self.prompts.stop_ids(options), options.get("stop_strings")
+        said = answer_of(sequence, layout, self.processor.tokenizer, stops, end)
+        if answer is not None:
+            said = replace(said, finish_reason=None)
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         if plan is not None:

@@ -54,7 +54,11 @@ def test_several_questions_however_they_come(run, made, tmp_path, monkeypatch):
     listed = tmp_path / "questions.txt"
     listed.write_bytes(f"\ufeff{QUESTION}\r\n\r\n{questions[1]}\r\n".encode())
     assert run("ask", made, "--questions", listed)[1].splitlines() == expected
-    assert json.loads(run("ask", made, *questions, "--json")[1])[1] == {"question": questions[1], "answer": "four"}
+    assert json.loads(run("ask", made, *questions, "--json")[1])[1] == {
+        "question": questions[1],
+        "answer": "four",
+        "finish_reason": "stop",
+    }
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions)))
     assert run("ask", made)[1].splitlines() == expected
 

@@ -66,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         if reply == "silence":
             time.sleep(1.0)
             return
+        if isinstance(reply, tuple) and "message" in reply[1]:
+            return self._send(reply[0], {"error": reply[1]}, {})
         if isinstance(reply, tuple):
             status, headers = reply
             return self._send(status, {"error": {"message": f"bad key {KEY}"}}, headers)
@@ -107,6 +109,39 @@ def judge(server, tmp_path) -> EndpointJudge:
 def make(server: Server, **options) -> EndpointJudge:
     settings = {"attempts": 3, "timeout": 0.4, "pause": 0.01, "api_key": KEY, "base_url": server.url} | options
     return EndpointJudge(Endpoint("judge", **settings), "pairs")
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "{}",
+        "```json\n{}\n```",
+        "Here is the JSON you asked for:\n```\n{}\n```\nI hope that {{this}} helps.",
+        '<think>The dog is {{a puppy}}, or {{"a": 1}}.</think>\n{}',
+        "so it is a dog.</think> {}",
+        "<Reasoning>\nmany words\n</Reasoning>\n\nSure! {} Done.",
+        '{{"a": [], "b": [], "pairs": []}} no, rather: {}',
+        '{{"answer": {}}}',
+    ],
+)
+def test_what_stands_around_an_answer_is_left_out(server, judge, around):
+    """Nothing is paid for twice."""
+    server.replies = [around.format(GOOD)]
+    assert judge.compare("a dog with a ball", "a puppy").counts == {"tp": 1, "fp": 0, "fn": 1}
+    assert judge.compare("a dog with a ball", "a puppy").tokens == 0  # from the cache, as it came
+    assert len(server.asked) == 1
+
+
+def test_an_endpoint_that_takes_no_temperature(server, judge):
+    """It is asked again without one, at once, and later questions come without."""
+    server.replies = [(400, {"message": "Unsupported value: 'temperature' does not support 0 with this model."}), GOOD]
+    assert judge.compare("a dog with a ball", "a puppy").counts == {"tp": 1, "fp": 0, "fn": 1}
+    server.replies = [GOOD]
+    judge.compare("a dog", "a cat")
+    assert [one.get("temperature") for one in server.asked] == [0, None, None]
+    server.replies = [(400, {"message": "no such field: temperature"})]
+    with pytest.raises((EndsRunError, Unjudged)):  # once more is enough
+        judge.compare("a dog", "a bird")
 
 
 def test_a_good_answer(server, judge):
@@ -233,8 +268,8 @@ def test_nothing_is_paid_for_twice_and_no_key_is_written(server, judge, tmp_path
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[]", "not an object"),
-        ('{"a": [], "b": []}', "not an object"),
+        ("[]", "no JSON object"),
+        ('{"a": [], "b": []}', "no JSON object"),
         ('{"a": "dog", "b": [], "pairs": []}', '"a" is no list'),
         ('{"a": [], "b": [1], "pairs": []}', '"b" is no list'),
         ('{"a": ["x"], "b": ["y"], "pairs": [[0, 1]]}', "pairs of places"),

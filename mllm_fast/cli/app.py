@@ -43,6 +43,7 @@ from .options import (
     load,
     load_joint,
     progress,
+    tell_cut,
 )
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def explain(  # long: the options of a command are its parameters
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
     _print_explanation(ex, chosen, method)
+    tell_cut([ex.finish_reason], max_new_tokens)
     lenses.show(OUT)
     if out is not None:
         OUT.print(f"saved {escape(str(out))}", highlight=False)
@@ -226,10 +228,17 @@ def generate(
             pictures, prompt, knockout=rules, prefix=prefix, chat_template=not raw, max_new_tokens=max_new_tokens
         )
     if as_json:
-        result = {"question": prompt, "answer": said.text, "tokens": said.tokens, "token_ids": said.token_ids}
+        result = {
+            "question": prompt,
+            "answer": said.text,
+            "finish_reason": said.finish_reason,
+            "tokens": said.tokens,
+            "token_ids": said.token_ids,
+        }
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         typer.echo(said.text)
+        tell_cut([said.finish_reason], max_new_tokens)
 
 
 @app.command()

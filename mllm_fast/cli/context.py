@@ -31,6 +31,7 @@ from .options import (
     load,
     parse_keep,
     progress,
+    tell_cut,
 )
 
 if TYPE_CHECKING:
@@ -148,11 +149,15 @@ def ask(
     with progress(f"answering {len(asked)} questions"):
         answers = ctx.ask_many(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if as_json:
-        rows = [{"question": q, "answer": a.text} for q, a in zip(asked, answers, strict=True)]
+        rows = [
+            {"question": q, "answer": a.text, "finish_reason": a.finish_reason}
+            for q, a in zip(asked, answers, strict=True)
+        ]
         typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows, ensure_ascii=False))
         return
     for question, answer in zip(asked, answers, strict=True):
         typer.echo(answer.text if len(asked) == 1 else f"{question}\t{answer.text}")
+    tell_cut([answer.finish_reason for answer in answers], max_new_tokens)
 
 
 def kept(

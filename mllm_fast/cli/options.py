@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,8 +23,10 @@ OUT = Console()
 ERR = Console(stderr=True)
 
 Images = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="[IMAGE]...", help="The images of one prompt; the sample image if there is none."),
+    list[str] | None,
+    typer.Argument(
+        metavar="[IMAGE]...", help="The images of one prompt, files or URLs; the sample image if there is none."
+    ),
 ]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
 Model = Annotated[str, typer.Option(help="The model: 'shapes' (the embedded one), a folder, or a hub id.")]
@@ -65,11 +66,19 @@ ZeroInputs = Annotated[
 MaxPixels = Annotated[int, typer.Option(help="The largest image that is read, in pixels.")]
 
 
-def inputs(images: list[Path] | None, question: str | None) -> tuple[list[Path], str]:
+def inputs(images: list[str] | None, question: str | None) -> tuple[list[str], str]:
     """Return the images and the prompt, with defaults: the sample image and a question about it."""
     if not images:
-        return [SAMPLE], _SAMPLE_QUESTION if question is None else question
+        return [str(SAMPLE)], _SAMPLE_QUESTION if question is None else question
     return images, _QUESTION if question is None else question
+
+
+def tell_cut(reasons: Sequence[str | None], most: int) -> None:
+    """Tell on stderr how many answers were cut at the largest number of tokens."""
+    cut = sum(one == "length" for one in reasons)
+    if cut:
+        which = "the answer was" if len(reasons) == 1 else f"{cut} of {len(reasons)} answers were"
+        ERR.print(f"{which} cut at {most} tokens; --max-new-tokens gives more", highlight=False)
 
 
 def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -309,6 +309,8 @@ class Context:  # long: what can be asked of it is a method each
             with self.questions.running(), session.recording(len(given)) as record:
                 session.read([[*ids, *given[:-1].tolist()]])
         said_text = answer_of(sequence, layout, vlm.processor.tokenizer, vlm.prompts.stop_ids(options))
+        if answer is not None:
+            said_text = replace(said_text, finish_reason=None)
         if not said_text.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         count = len(said_text.token_ids)

@@ -62,7 +62,13 @@ class Questions:
                     ends = [end or (0 if more else length) for end, more in zip(ends, said[3].tolist(), strict=True)]
         stop = self.runner.prompts.stop_ids(options)
         return [
-            answer_of(one[longest - len(prompt) : end], self.layout(len(prompt)), self.runner.processor.tokenizer, stop)
+            answer_of(
+                one[longest - len(prompt) : end],
+                self.layout(len(prompt)),
+                self.runner.processor.tokenizer,
+                stop,
+                options.get("stop_strings"),
+            )
             for one, prompt, end in zip(sequences.cpu(), prompts, ends, strict=True)
         ]
 

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError, first_line
+from .image_urls import is_url, url_bytes
+from .image_values import eight_bits, from_array, from_tensor, is_tensor
 
 MAX_PIXELS = 100_000_000  # about 300 MB once decoded; callers can raise this limit
 _MADE_HERE = "mllm_fast_made"  # an attribute of images that were converted already, which are not copied again
 _pillow_limit = Lock()  # guards Image.MAX_IMAGE_PIXELS, which is global
 
-ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray | bytes
+_EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# besides these, tensors of torch and objects with a method `read`
+ImageSource = Image.Image | str | os.PathLike[str] | np.ndarray | bytes | Any
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # formats that Pillow reads safely from untrusted files
 
@@ -26,26 +41,38 @@ _FROM_BYTES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # formats that Pill
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image into an upright 8-bit RGB image.
 
-    EXIF rotation is applied. Transparent parts are laid over white. 16-bit values are scaled to 8 bits.
+    EXIF rotation is applied, if it can be read; damaged metadata is no reason to refuse an image. Transparent parts are
+    laid over white. 16-bit values are scaled to 8 bits. An animation gives its first frame.
 
     Args:
-        source: A path, a PIL image, an array uint8 [H, W, 3], or the bytes of a file.
+        source: A path, a URL (http, https or data), a PIL image, the bytes of a file, an open binary file, an array
+            [H, W] or [H, W, C], or a tensor of torch [C, H, W] or [H, W, C], with 1, 3 or 4 channels; values are uint8,
+            uint16, bool, or floating point from 0 to 1.
         max_pixels: The size of the largest image that is accepted, in pixels.
 
     Raises:
-        InputError: The file does not exist, is no image or is truncated, or has more than `max_pixels` pixels.
+        InputError: The file does not exist, is no image or is truncated, or has more than `max_pixels` pixels, or the
+            values fit no range.
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise InputError(f"an image array is uint8 [H, W, 3], got {source.dtype} {source.shape}")
-        return _checked(Image.fromarray(source), "the array", max_pixels).convert("RGB")
     if isinstance(source, Image.Image):
-        checked = _checked(source, "the image", max_pixels)
-        return source if getattr(source, _MADE_HERE, False) and source.mode == "RGB" else to_rgb(checked)
-    if isinstance(source, bytes):
+        return _of_pillow(source, max_pixels)
+    if isinstance(source, np.ndarray) or is_tensor(source):
+        made = from_array(source) if isinstance(source, np.ndarray) else from_tensor(source)
+        return to_rgb(_checked(made, "the array", max_pixels))
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return _opened(io.BytesIO(source), "the image", max_pixels, _FROM_BYTES)
+    if isinstance(source, str) and is_url(source):
+        return _opened(io.BytesIO(url_bytes(source)), source[:100], max_pixels, _FROM_BYTES)
+    if hasattr(source, "read"):
+        content = source.read()
+        if not isinstance(content, bytes):
+            raise InputError(f"an open file of an image is binary ('rb'), got one of {type(content).__name__}")
+        return _opened(io.BytesIO(content), "the file", max_pixels, _FROM_BYTES)
     if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"an image is a path, a PIL image, an array or bytes, got {type(source).__name__}")
+        raise InputError(
+            "an image is a path, a URL, a PIL image, an array, a tensor, bytes or an open file, got"
+            f" {type(source).__name__}"
+        )
     path = Path(source)
     try:
         if not path.is_file():
@@ -55,6 +82,19 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     return _opened(path, str(path), max_pixels)
+
+
+def _of_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
+    checked = _checked(image, "the image", max_pixels)
+    if getattr(image, _MADE_HERE, False) and image.mode == "RGB":
+        return image
+    if getattr(image, "fp", True) is None and getattr(image, "_im", True) is None:  # closed before it was read
+        name = getattr(image, "filename", "")
+        if not name or not os.path.isfile(name):
+            raise InputError("the image was closed before it was read; open it again, or call its `load` before")
+        return _opened(Path(name), str(name), max_pixels)
+    with _reading("the image", None):
+        return to_rgb(checked)
 
 
 def image_size(file: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -88,9 +128,13 @@ def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[
 
 @contextmanager
 def _reading(name: str, formats: tuple[str, ...] | None) -> Iterator[None]:
-    """Turn the exceptions of Pillow's readers inside the block into an InputError."""
+    """Turn the exceptions of Pillow's readers inside the block into an InputError, and keep its warnings quiet.
+
+    Pillow warns of damaged metadata, which is no fault of the pixels.
+    """
     try:
-        with _no_limit_of_its_own():
+        with _no_limit_of_its_own(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
             yield
     except InputError:
         raise
@@ -117,25 +161,37 @@ def _no_limit_of_its_own() -> Iterator[None]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to upright 8-bit RGB; palettes, alpha, CMYK, 16 bits and EXIF rotation are handled."""
-    made = _to_rgb(image)
+    image.load()  # some formats have their metadata behind the pixels
+    turned = _TURNS.get(_orientation(image))
+    made = eight_bits(image)
+    if turned is not None:
+        made = made.transpose(turned)
+    elif made is image:
+        made = image.copy()
     setattr(made, _MADE_HERE, True)
     return made
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        # Pillow would clip 16-bit values to 255
-        values = np.asarray(image, dtype=np.float64) / 257.0
-        image = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * 255.0
-        image = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # `exif_transpose` made a copy
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1, upright, if there is none that can be read."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow's readers raise all kinds of exceptions for damaged metadata
+        found = None
+    return next((one for one in (found, _of_doubled(image)) if isinstance(one, int)), 1)
+
+
+def _of_doubled(image: Image.Image) -> int | None:
+    """Return the orientation of an EXIF block whose header some program wrote twice."""
+    raw = image.info.get("exif") or b""
+    if not isinstance(raw, bytes) or not raw.startswith(2 * _EXIF):
+        return None
+    try:
+        exif = Image.Exif()
+        exif.load(raw[len(_EXIF) :])
+        return exif.get(_ORIENTATION)
+    except Exception:  # as above
+        return None
 
 
 def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:

@@ -80,6 +80,7 @@ def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
     result: dict[str, Any] = {
         "question": ex.prompt,
         "answer": ex.text,
+        "finish_reason": ex.finish_reason,
         "norm": ex.final_norm,
         "tokens": [_token_summary(ex, i, numbers) for i in range(len(ex.tokens))],
         "images": [
@@ -181,6 +182,7 @@ def _html(ex: Scores, token: int | None, method: str, with_words: bool = False) 
     meaning = HEATMAP_METHODS.get(method).meaning
     data = {
         "question": ex.prompt,
+        "cut": ex.finish_reason == "length",
         "norm": ex.final_norm,
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],

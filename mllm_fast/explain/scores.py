@@ -57,6 +57,7 @@ class Scores:
         encode: a function from a text to its token ids.
         verification: the results of the last `verify`; empty before.
         unreached_layers: as in `Answer`.
+        finish_reason: as in `Answer`.
     """
 
     def __init__(  # noqa: PLR0913
@@ -80,6 +81,7 @@ class Scores:
         self.layout: TokenLayout = answer.layout
         self.input_ids: Tensor = answer.input_ids
         self.unreached_layers: tuple[int, ...] = answer.unreached_layers
+        self.finish_reason: str | None = answer.finish_reason
         self.prompt = prompt
         self.images = images
         self.final_norm = final_norm

@@ -142,6 +142,7 @@ class Stream(Iterator[Step]):
         self.first: AbstractContextManager[Any] = nullcontext()
         self._tokens = Detokenizer(vlm.processor.tokenizer)
         self._plain = Detokenizer(vlm.processor.tokenizer, skip_special_tokens=True)
+        self._done = False  # whether the last step ended the answer
         self._text = ""
         self._count = 0
         self._rules: tuple[Knockout, ...] = ()
@@ -165,6 +166,8 @@ class Stream(Iterator[Step]):
         """The answer so far."""
         sequence = torch.empty(0, dtype=torch.long) if self._sequence is None else self._sequence
         said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._stop_ids)
+        if not self._done:
+            said = replace(said, finish_reason=None)
         if self._plan is not None:
             said = replace(said, unreached_layers=self._plan.unreached(self._vlm.text.findings.others))
         if self._shares is None:
@@ -185,7 +188,7 @@ class Stream(Iterator[Step]):
         except BaseException:
             self.close()
             raise
-        self._sequence = sequence
+        self._sequence, self._done = sequence, done
         if done and token_id in self._stop_ids:  # a padding token that is no stop token does not end the answer
             self.close()
             raise StopIteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ class Answer:
             generated tokens that the model read. It is None if the model read no generated token.
         unreached_layers: The layers that a knockout names and does not reach, because they have no attention and carry
             what they read in a state; see `Knockout.zero_inputs`.
+        finish_reason: "stop" if the model ended the answer, "length" if it was cut at the largest number of tokens,
+            None if the answer was given, or is not at its end.
     """
 
     text: str
@@ -35,6 +38,7 @@ class Answer:
     input_ids: Tensor
     attention_share: dict[str, Tensor] | None = None
     unreached_layers: tuple[int, ...] = ()
+    finish_reason: str | None = None
 
 
 def answer_of(
@@ -42,6 +46,7 @@ def answer_of(
     prompt: TokenLayout,
     tokenizer: Any,
     stop_ids: set[int],
+    stop_strings: str | Sequence[str] | None = None,
 ) -> Answer:
     """Return the answer that follows the prompt in a sequence.
 
@@ -50,11 +55,18 @@ def answer_of(
         prompt: The layout of the prompt.
         tokenizer: The tokenizer of the model.
         stop_ids: Token ids that end an answer; they are cut off its end.
+        stop_strings: The option of transformers' `generate`: texts that end an answer and stay in it.
     """
     ids = sequence[prompt.prompt_length :].tolist()
+    ended = bool(ids) and ids[-1] in stop_ids
     while ids and ids[-1] in stop_ids:
         ids.pop()
     kept = sequence[: prompt.prompt_length + len(ids)].cpu()
     layout = replace(prompt, length=len(kept))
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, ids, token_texts(tokenizer, ids), layout, kept)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
+    # the last token may have more letters than the text that ended the answer
+    last = tokenizer.decode(ids[-1:], skip_special_tokens=True)
+    ended = ended or any(one in text[-len(one) - len(last) :] for one in stops)
+    reason = "stop" if ended else "length"
+    return Answer(text.strip(), ids, token_texts(tokenizer, ids), layout, kept, finish_reason=reason)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import ipaddress
 import socket
 from collections.abc import Sequence
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 
+from ..core.errors import InputError
+from ..core.image_urls import data_bytes
 from .errors import ServiceError
 from .settings import Settings
 
 _URL = 8192  # characters of a remote image's address
-_ALPHABET = bytes.maketrans(b"-_", b"+/")  # base64 for URLs
 _GLOBAL = ipaddress.ip_network("2000::/3")  # the addresses of IPv6 that are given to hosts
 # networks among the public ones whose addresses stand for IPv4 addresses, or for no host
 _SPECIAL = [
@@ -57,22 +56,10 @@ async def _remote(url: str, settings: Settings, most: int) -> bytes:
 
 
 def _from_data(url: str) -> bytes:
-    """Decode a data URL as browsers do: percent signs, spaces, missing padding and the URL alphabet are understood."""
-    head, comma, body = url.partition("#")[0].partition(",")
-    kind, *rest = head[5:].split(";")
-    kind = kind.strip().lower()
-    if not comma or not (kind.startswith("image/") or kind in ("", "application/octet-stream")):
-        raise _refused('a data URL of an image is "data:image/png;base64,...", got another kind')
-    if not url.isascii():
-        raise _refused("a data URL has ASCII characters only")
-    if "base64" not in [one.strip().lower() for one in rest]:
-        return unquote_to_bytes(body)
-    content = unquote_to_bytes(body) if "%" in body else body.encode()
-    content = content.translate(_ALPHABET, b" \t\n\r\f").rstrip(b"=")
     try:
-        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise _refused("the image's base64 is damaged") from None
+        return data_bytes(url)
+    except InputError as error:
+        raise _refused(str(error)) from None
 
 
 async def _fetched(url: str, settings: Settings, most: int) -> bytes:

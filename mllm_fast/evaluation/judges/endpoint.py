@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ...core.errors import EndsRunError, first_line
 from ...core.files import write_whole
+from .replies import without_reasoning
 
 T = TypeVar("T")
 Messages = Sequence[dict[str, Any]]
@@ -65,6 +66,7 @@ class Endpoint:
         self.model, self.base_url = model, base_url
         self._key, self._cache = api_key, cache
         self._attempts, self._timeout, self._pause = attempts, timeout, pause
+        self._options: dict[str, Any] = {"temperature": 0}
         self._client: Any = None
         self._answered = False  # after one answer, a refusal must be due to the question, not the key or model
         self._connect()
@@ -77,7 +79,8 @@ class Endpoint:
 
         Args:
             messages: The messages to send.
-            read: A function that reads the reply. It raises ValueError for a reply that cannot be read.
+            read: A function that reads the reply, which comes without a model's reasoning. It raises ValueError for a
+                reply that cannot be read.
 
         Returns:
             The result of `read`, and the number of tokens that all attempts cost.
@@ -89,7 +92,7 @@ class Endpoint:
         kept = self._kept(messages)
         if kept is not None and kept.exists():
             with contextlib.suppress(ValueError):  # another `read` may have accepted this reply
-                return read(kept.read_text()), 0
+                return read(without_reasoning(kept.read_text())), 0
         tokens, why = 0, ""
         for attempt in range(self._attempts):
             wait = self._pause * 2**attempt
@@ -113,13 +116,16 @@ class Endpoint:
         import openai
 
         try:
-            reply = self._connect().chat.completions.create(model=self.model, messages=messages, temperature=0)
+            reply = self._connect().chat.completions.create(model=self.model, messages=messages, **self._options)
         except openai.APITimeoutError:
             raise _Again(f"no answer within {self._timeout:g} s") from None
         except openai.APIConnectionError:
             raise _Again("no connection") from None
         except openai.APIStatusError as error:
             status = error.status_code
+            if status in (400, 422) and self._options and _is_about_temperature(error):
+                self._options = {}  # some models take none but their own
+                return self._reply(messages)
             if status in (408, 409, 429) or status >= 500:
                 raise _Again(f"status {status}", _seconds(error.response.headers.get("retry-after"))) from None
             if status in (400, 413, 422) and self._answered:
@@ -168,9 +174,13 @@ class _Again(Exception):  # noqa: N818
 
 def _read(text: str, read: Callable[[str], T]) -> T:
     try:
-        return read(text)
+        return read(without_reasoning(text))
     except ValueError as error:
         raise _Again(f"the answer cannot be read: {first_line(error)}") from None
+
+
+def _is_about_temperature(error: Any) -> bool:
+    return error.param == "temperature" or "temperature" in str(error.body)[:2000].lower()
 
 
 def _told(error: Any) -> str:

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from .judge import Comparison
+from .replies import json_object
 
 INSTRUCTIONS = """\
 You compare two descriptions of one picture, A and B, by the physical objects they name.
@@ -47,17 +48,12 @@ EXAMPLES = (
 
 
 def parse(text: str) -> Comparison:
-    """Return the comparison in a reply. A code fence around the JSON is removed.
+    """Return the comparison in a reply. What stands around the JSON is left out.
 
     Raises:
-        ValueError: The reply is not JSON or not of the requested form, or an object is paired twice.
+        ValueError: The reply has no JSON of the requested form, or an object is paired twice.
     """
-    lines = text.strip().splitlines()
-    if len(lines) > 2 and lines[0].startswith("```") and lines[-1] == "```":
-        text = "\n".join(lines[1:-1])
-    found = json.loads(text)
-    if not isinstance(found, dict) or set(found) != {"a", "b", "pairs"}:
-        raise ValueError('not an object of "a", "b" and "pairs"')
+    found = json_object(text, ("a", "b", "pairs"))
     for name in ("a", "b"):
         if not isinstance(found[name], list) or not all(isinstance(entry, str) for entry in found[name]):
             raise ValueError(f'"{name}" is no list of texts')

@@ -50,10 +50,9 @@ def handle_errors(app: FastAPI) -> None:
         found = ServiceError(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         if error.status_code == 405:
-            told = {
-                one.strip() for name, value in headers.items() if name.lower() == "allow" for one in value.split(",")
-            }
-            headers = {"Allow": ", ".join(sorted(_allowed(request) | told))}
+            told = next((value for name, value in headers.items() if name.lower() == "allow"), "")
+            methods = _allowed(request) | {one.strip() for one in told.split(",")} - {""}
+            headers = {"Allow": ", ".join(sorted(methods))}
         return JSONResponse(found.body, found.status, headers)
 
 

@@ -1,0 +1,69 @@
+"""Image files behind URLs: data URLs, and http or https with limits of size and time."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from urllib.parse import unquote_to_bytes
+
+from .errors import InputError, first_line
+
+MAX_BYTES = 64 << 20
+_SECONDS = 20.0
+_ALPHABET = bytes.maketrans(b"-_", b"+/")  # base64 for URLs
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL that images are read from."""
+    return text[:8].lower().startswith(("data:", "http://", "https://"))
+
+
+def data_bytes(url: str) -> bytes:
+    """Decode a data URL as browsers do: percent signs, spaces, missing padding and the URL alphabet are understood.
+
+    Raises:
+        InputError: The URL is none of an image, or damaged.
+    """
+    head, comma, body = url.partition("#")[0].partition(",")
+    kind, *rest = head[5:].split(";")
+    kind = kind.strip().lower()
+    if not comma or not (kind.startswith("image/") or kind in ("", "application/octet-stream")):
+        raise InputError('a data URL of an image is "data:image/png;base64,...", got another kind')
+    if not url.isascii():
+        raise InputError("a data URL has ASCII characters only")
+    if "base64" not in [one.strip().lower() for one in rest]:
+        return unquote_to_bytes(body)
+    content = unquote_to_bytes(body) if "%" in body else body.encode()
+    content = content.translate(_ALPHABET, b" \t\n\r\f").rstrip(b"=")
+    try:
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError("the image's base64 is damaged") from None
+
+
+def url_bytes(url: str) -> bytes:
+    """Return the bytes of the image file that a URL names.
+
+    For callers who may read any URL: nothing keeps it from naming a host of the inner network.
+
+    Raises:
+        InputError: The host does not answer with an image file of at most 64 MiB in 20 seconds.
+    """
+    if url[:5].lower() == "data:":
+        return data_bytes(url)
+    import httpx  # the library that huggingface_hub, and so transformers, fetch files by
+
+    found = bytearray()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=_SECONDS) as reply:
+            if reply.status_code != 200:
+                raise InputError(f"{url[:200]}: the host answered with {reply.status_code}; give the URL of an image")
+            for part in reply.iter_bytes():
+                found += part
+                if len(found) > MAX_BYTES:
+                    raise InputError(f"{url[:200]}: an image file has at most {MAX_BYTES:,} bytes")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{url[:200]}: cannot be fetched ({first_line(error)})") from None
+    return bytes(found)
