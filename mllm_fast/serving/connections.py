@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import resource
 from collections import Counter, OrderedDict
+from functools import lru_cache
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -225,12 +226,15 @@ class _LimitedProtocol(_ReadProtocol):
 
 def client_address(peer: Any) -> str:
     """Return what counts as one client: an IPv4 address, or an IPv6 network of 64 bits; "" if there is none."""
-    if not isinstance(peer, (tuple, list)) or not peer:
-        return ""
+    return _client(str(peer[0])) if isinstance(peer, (tuple, list)) and peer else ""
+
+
+@lru_cache(maxsize=4096)
+def _client(host: str) -> str:
     try:
-        address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return str(peer[0])
+        return host
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return str(address.ipv4_mapped)

@@ -18,7 +18,7 @@ from .answers import Answers, begin, summed
 from .connected import while_connected
 from .events import EventStream, event
 from .openapi import note_error
-from .state import Client, State, Tenant
+from .state import State, Tenant
 
 IGNORED = "x-ignored-parameters"
 
@@ -36,22 +36,23 @@ router = APIRouter()
         }
     },
 )
-async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant, client: Client) -> Response:
-    backend = state.backend
+async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant) -> Response:
+    backend, client = state.backend, request.state.client
     identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     first = time.perf_counter()
-    answers = await while_connected(request, begin(backend, body, tenant, client))
-    chunks = counted(answers, state.metrics, request, first)
     head = {"id": identity, "created": created, "model": backend.name}
     unused = ignored(body)
     headers = {IGNORED: unused} if unused else {}
     logprobs = bool(body.logprobs)
     if not body.stream:
-        try:
-            found = await while_connected(request, _whole(chunks, len(answers.sources), logprobs))
-        finally:
-            await answers.aclose()
-        return JSONResponse(head | found, headers=headers)
+
+        async def whole() -> dict[str, Any]:
+            answers = await begin(backend, body, tenant, client)
+            return await _whole(counted(answers, state.metrics, request, first), len(answers.sources), logprobs)
+
+        return JSONResponse(head | await while_connected(request, whole()), headers=headers)
+    answers = await while_connected(request, begin(backend, body, tenant, client))
+    chunks = counted(answers, state.metrics, request, first)
     usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(request, head, chunks, len(answers.sources), logprobs, usage)
     return EventStream(events, answers, backend.settings.time_limit, headers)
