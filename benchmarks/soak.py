@@ -1,8 +1,8 @@
 """Does the server stay right, whole and small for an hour? `python benchmarks/soak.py [--seconds 3600] [--out F]`:
 the real server as a process, the embedded model, a store, loopback.
 
-The store is as large as the server's default, 10 GiB, which an hour does not fill; a smaller one forgets the contexts that
-were not asked about for longest, as it should.
+The store has the server's default of 10 GiB, which an hour does not fill; a smaller one forgets the contexts that were
+not asked about for longest, as it should.
 
 24 clients of two keys send all kinds of requests: questions about known and about ever new pictures, whole and
 streamed, from contexts and from whole pictures, through both of OpenAI's interfaces; contexts that are made, looked up
