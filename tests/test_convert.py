@@ -4,6 +4,7 @@ import json
 
 import internvl_original as original
 import pytest
+import safetensors
 import tiny
 import torch
 
@@ -71,18 +72,22 @@ def test_texts_become_sentencepiece_s_own_pieces(dummy_prefix, tmp_path):
     assert tokenizer.decode(own.encode("what color ?")) == "what color ?"
 
 
-def test_the_conversation_is_the_authors(pieces, picture, tmp_path):
-    _checkpoint(tmp_path / "original", pieces)
-    convert(tmp_path / "original", tmp_path / "new", system="no \"star\" 'left' {{ 1 }}")
-    processor = mf.VLM.from_pretrained(tmp_path / "new", device="cpu").processor
+@pytest.mark.parametrize(("template", "between"), [("Hermes-2", ""), ("internlm2-chat", ""), ("internvl2_5", "\n")])
+def test_the_conversation_is_the_authors(template, between, pieces, picture, tmp_path):
+    """Between turns stands a new line in the latest of their templates alone."""
+    _checkpoint(tmp_path / "original", pieces, template=template)
+    convert(tmp_path / "original", tmp_path / "new", system="no \"star\" 'left' {{ 1 }} \U0001f600")
+    vlm = mf.VLM.from_pretrained(tmp_path / "new", device="cpu")
+    processor = vlm.processor
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color ?"}]}
-    said = "<|im_start|>system\nno \"star\" 'left' {{ 1 }}<|im_end|>\n"
-    asked = "<|im_start|>user\n<IMG_CONTEXT>\nwhat color ?<|im_end|>\n<|im_start|>assistant\n"
+    said = f"<|im_start|>system\nno \"star\" 'left' {{{{ 1 }}}} \U0001f600<|im_end|>{between}"
+    asked = f"<|im_start|>user\n<IMG_CONTEXT>\nwhat color ?<|im_end|>{between}<|im_start|>assistant\n"
     assert processor.apply_chat_template([turn], add_generation_prompt=True) == said + asked
     own = {"role": "system", "content": "yes"}
     assert processor.apply_chat_template([own, turn]) == (
-        "<|im_start|>system\nyes<|im_end|>\n" + asked.removesuffix("<|im_start|>assistant\n")
+        f"<|im_start|>system\nyes<|im_end|>{between}" + asked.removesuffix("<|im_start|>assistant\n")
     )
+    assert vlm.prepare(picture, "what color ?")
     stops = json.loads((tmp_path / "new" / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [2, pieces[1] + 1]  # </s> and <|im_end|>
 
@@ -109,6 +114,10 @@ def test_other_language_models_keep_their_names(language, pieces, picture, tmp_p
     ("change", "message"),
     [
         ({"ps_version": "v1"}, "ps_version is 'v1'"),
+        ({"template": "vicuna_v1.1"}, "Hermes-2, internlm2-chat, internvl2_5, got 'vicuna_v1.1'"),
+        ({"llm_config": "qwen2"}, "llm_config is an object"),
+        ({"downsample_ratio": None}, "downsample_ratio is a number above 0, got None"),
+        ({"max_dynamic_patch": "x"}, "max_dynamic_patch is a number above 0, got 'x'"),
         ({"pad2square": True}, "pad2square is True"),
         ({"model_type": "internvl"}, "only models of the type 'internvl_chat'"),
         ({"llm_config": {"model_type": "phi3"}}, "internlm2, llama, qwen2, qwen3, got 'phi3'"),
@@ -118,6 +127,48 @@ def test_other_language_models_keep_their_names(language, pieces, picture, tmp_p
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(change, message, pieces, tmp_path):
     _checkpoint(tmp_path / "original", pieces, **change)
     with pytest.raises(mf.InputError, match=message):
+        convert(tmp_path / "original", tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["original"]
+
+
+@pytest.mark.parametrize(("absent", "message"), [("ps_version", "'v1'"), ("use_thumbnail", "False")])
+def test_absent_settings_are_those_of_the_authors_class(absent, message, pieces, tmp_path):
+    _checkpoint(tmp_path / "original", pieces)
+    path = tmp_path / "original" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings[absent]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(mf.InputError, match=f"{absent} is {message}"):
+        convert(tmp_path / "original", tmp_path / "new")
+
+
+def test_tiles_that_the_config_leaves_out(pieces, tmp_path):
+    _checkpoint(tmp_path / "original", pieces)
+    path = tmp_path / "original" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["dynamic_image_size"], settings["max_dynamic_patch"]
+    path.write_text(json.dumps(settings))
+    convert(tmp_path / "original", tmp_path / "new")
+    images = mf.VLM.from_pretrained(tmp_path / "new", device="cpu").processor.image_processor
+    assert (images.crop_to_patches, images.max_patches) == (False, 6)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "preprocessor_config.json", "config.json"])
+def test_files_that_hold_no_object(name, pieces, tmp_path):
+    _checkpoint(tmp_path / "original", pieces)
+    (tmp_path / "original" / name).write_text("[1]")
+    with pytest.raises(mf.InputError, match=f"{name} holds an object of settings, got a list"):
+        convert(tmp_path / "original", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk(pieces, tmp_path, monkeypatch):
+    def full(*_):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    _checkpoint(tmp_path / "original", pieces)
+    monkeypatch.setattr("mllm_fast.models.internvl_chat.save_file", full)
+    with pytest.raises(mf.InputError, match=r"cannot be written: .*No space left"):
         convert(tmp_path / "original", tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["original"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -29,7 +29,7 @@ from transformers import (
     InternVLVisionConfig,
 )
 
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..core.files import TEMPORARY
 from .internvl_tokenizer import read_tokenizer
 from .loading import failures, image_side
@@ -58,8 +58,24 @@ _INTERNLM2 = (
     (r"\.ffn_norm\.", ".post_attention_layernorm."),
 )
 _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
-# per turn, with the end of a turn; {} stands for the role
-_TURNS = {"phi3-chat": ("<|{}|>\n", "<|end|>"), "": ("<|im_start|>{}\n", "<|im_end|>")}
+_START, _END = "<|im_start|>{}\n", "<|im_end|>"  # of a turn; {} stands for the role
+# what a config.json leaves out: configuration_internvl_chat.py of the authors' repository
+_DEFAULTS: dict[str, Any] = {
+    "model_type": None,
+    "template": None,
+    "llm_config": {},
+    "vision_config": {},
+    "ps_version": "v1",
+    "use_thumbnail": False,
+    "pad2square": False,
+    "select_layer": -1,
+    "downsample_ratio": 0.5,
+    "dynamic_image_size": False,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 6,
+}
+# templates, with what they put between turns: conversation.py of the authors' repository
+_BETWEEN = {"Hermes-2": "", "internlm2-chat": "", "internvl2_5": "\n"}
 
 
 def convert(source: Path, target: Path, system: str | None = None) -> int:
@@ -102,42 +118,57 @@ def _new_folder(target: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         folder.rename(target)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target}: cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _settings(source: Path) -> dict[str, Any]:
     """Return config.json, after checking what transformers' classes cannot express."""
-    with failures(f"{source}: config.json"):
-        settings = json.loads((source / "config.json").read_bytes())
-    if not isinstance(settings, dict) or settings.get("model_type") != MODEL_TYPE:
-        kind = settings.get("model_type") if isinstance(settings, dict) else None
-        raise InputError(f"{source}: only models of the type {MODEL_TYPE!r} are converted, got {kind!r}")
+    settings = _DEFAULTS | _object(source / "config.json")
+    if settings["model_type"] != MODEL_TYPE:
+        raise InputError(
+            f"{source}: only models of the type {MODEL_TYPE!r} are converted, got {settings['model_type']!r}"
+        )
     for key, wanted in (("ps_version", "v2"), ("use_thumbnail", True), ("pad2square", False)):
-        if settings.get(key, wanted) != wanted:
+        if settings[key] != wanted:
             raise InputError(f"{source}: {key} is {settings[key]!r}; transformers' InternVL knows {wanted!r} alone")
-    kind = _language(settings).get("model_type")
+    if settings["template"] not in _BETWEEN:
+        raise InputError(
+            f"{source}: the template of conversations is one of {', '.join(_BETWEEN)}, got {settings['template']!r}"
+        )
+    for key in ("llm_config", "vision_config"):
+        if not isinstance(settings[key], dict):
+            raise InputError(f"{source}: config.json: {key} is an object of settings, got {settings[key]!r}")
+    for key in ("downsample_ratio", "min_dynamic_patch", "max_dynamic_patch"):
+        if isinstance(settings[key], bool) or not isinstance(settings[key], (int, float)) or settings[key] <= 0:
+            raise InputError(f"{source}: config.json: {key} is a number above 0, got {settings[key]!r}")
+    kind = settings["llm_config"].get("model_type")
     if kind not in _TEXT:
         raise InputError(f"{source}: the language model is one of {', '.join(_TEXT)}, got {kind!r}")
     return settings
 
 
-def _language(settings: dict[str, Any]) -> dict[str, Any]:
-    return settings.get("llm_config") or {}
+def _object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds."""
+    with failures(f"{path.parent}: {path.name}"):
+        found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise InputError(f"{path.parent}: {path.name} holds an object of settings, got a {type(found).__name__}")
+    return found
 
 
 def _config(source: Path, settings: dict[str, Any]) -> Any:
     """Return transformers' config; the image token's id is set when the tokenizer is known."""
-    text = dict(_language(settings))
+    text = dict(settings["llm_config"])
     kind = text.pop("model_type")
     text.pop("auto_map", None)
     if kind == "internlm2":
         text["attention_bias"] = text.pop("bias", False)
     tied = not any(re.fullmatch(r"language_model\.(lm_head|output)\.weight", name) for name in _shapes(source))
     text["tie_word_embeddings"] = tied
-    vision = dict(settings.get("vision_config") or {})
+    vision = dict(settings["vision_config"])
     names = (
         ("qkv_bias", "attention_bias"),
         ("qk_normalization", "use_qk_norm"),
@@ -149,7 +180,7 @@ def _config(source: Path, settings: dict[str, Any]) -> Any:
     known = InternVLVisionConfig().to_dict()
     side = settings.get("force_image_size") or vision.get("image_size", 448)
     vision = {k: v for k, v in vision.items() if k in known and k != "model_type"} | {"image_size": [side, side]}
-    patch, ratio = vision.get("patch_size", 14), float(settings.get("downsample_ratio", 0.5))
+    patch, ratio = vision.get("patch_size", 14), float(settings["downsample_ratio"])
     with failures(f"{source}: config.json"):
         return InternVLConfig(
             architectures=["InternVLForConditionalGeneration"],
@@ -157,7 +188,7 @@ def _config(source: Path, settings: dict[str, Any]) -> Any:
             vision_config=InternVLVisionConfig(**vision),
             image_seq_length=int((side // patch * ratio) ** 2),
             downsample_ratio=ratio,
-            vision_feature_layer=settings.get("select_layer", -1),
+            vision_feature_layer=settings["select_layer"],
             tie_word_embeddings=tied,
             dtype=settings.get("torch_dtype"),
         )
@@ -234,7 +265,7 @@ def _check_shapes(source: Path, config: Any, change: Callable[[str, torch.Tensor
 
 def _write_weights(source: Path, folder: Path, config: Any, settings: dict[str, Any]) -> int:
     """Write each file of weights under the new names, and the index over them; return the number of tensors."""
-    internlm2 = _language(settings)["model_type"] == "internlm2"
+    internlm2 = settings["llm_config"]["model_type"] == "internlm2"
 
     def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return _convert(name, tensor, config, internlm2)
@@ -262,16 +293,13 @@ def _shares(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _turn(settings: dict[str, Any]) -> tuple[str, str]:
-    return _TURNS.get(str(settings.get("template")), _TURNS[""])
-
-
 def _chat_template(settings: dict[str, Any], system: str | None) -> str:
     """Return a chat template in the form that the checkpoint was trained on; an image is followed by a new line."""
-    start, end = _turn(settings)
-    opening, answer = start.replace("{}", "' + message['role'] + '"), start.replace("{}", "assistant")
-    said = "" if system is None else start.replace("{}", "system") + system + end + "\n"
-    own = "{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(said) + " }}{% endif %}" if said else ""
+    end = _END + _BETWEEN[settings["template"]]
+    opening, answer = _START.replace("{}", "' + message['role'] + '"), _START.replace("{}", "assistant")
+    said = "" if system is None else _START.replace("{}", "system") + system + end
+    quoted = json.dumps(said, ensure_ascii=False)  # Jinja reads an escaped pair of surrogates as two characters
+    own = "{% if messages[0]['role'] != 'system' %}{{ " + quoted + " }}{% endif %}" if said else ""
     return (
         own + "{% for message in messages %}{{ '" + opening.replace("\n", "\\n") + "' }}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -279,7 +307,7 @@ def _chat_template(settings: dict[str, Any], system: str | None) -> str:
         "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
         "{% elif part['type'] == 'video' %}{{ '<video>\\n' }}"
         "{% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}{{ '" + end + "\\n' }}{% endfor %}"
+        "{% endfor %}{% endif %}{{ '" + end.replace("\n", "\\n") + "' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '" + answer.replace("\n", "\\n") + "' }}{% endif %}"
     )
 
@@ -289,14 +317,13 @@ def _write_processor(
 ) -> None:
     images: dict[str, Any] = {}
     if (source / "preprocessor_config.json").is_file():
-        with failures(f"{source}: preprocessor_config.json"):
-            images = json.loads((source / "preprocessor_config.json").read_bytes())
+        images = _object(source / "preprocessor_config.json")
     height, width = config.vision_config.image_size
     vision = GotOcr2ImageProcessorPil(
         size={"height": height, "width": width},
-        crop_to_patches=bool(settings.get("dynamic_image_size", True)),
-        min_patches=settings.get("min_dynamic_patch", 1),
-        max_patches=settings.get("max_dynamic_patch", 12),
+        crop_to_patches=bool(settings["dynamic_image_size"]),
+        min_patches=settings["min_dynamic_patch"],
+        max_patches=settings["max_dynamic_patch"],
         image_mean=images.get("image_mean", [0.485, 0.456, 0.406]),
         image_std=images.get("image_std", [0.229, 0.224, 0.225]),
     )
@@ -316,10 +343,9 @@ def _generation(source: Path, settings: dict[str, Any], tokenizer: Any) -> Any:
     """Return the settings of generation: it stops at the end of a turn, and wherever the original stops."""
     told: dict[str, Any] = {}
     if (source / "generation_config.json").is_file():
-        with failures(f"{source}: generation_config.json"):
-            told = json.loads((source / "generation_config.json").read_bytes())
+        told = _object(source / "generation_config.json")
     stops = told.get("eos_token_id") or []
-    ends = {tokenizer.convert_tokens_to_ids(_turn(settings)[1]), tokenizer.eos_token_id}
+    ends = {tokenizer.convert_tokens_to_ids(_END), tokenizer.eos_token_id}
     ends |= set(stops if isinstance(stops, list) else [stops])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(eos_token_id=sorted(e for e in ends if e is not None), pad_token_id=pad)
