@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
 
 import httpx
 import numpy as np
@@ -41,6 +42,35 @@ def test_palette_with_transparency(tmp_path):
     pixels = np.asarray(load_image(path))
     assert tuple(pixels[0, 0]) == ORANGE
     assert tuple(pixels[4, 4]) == (255, 255, 255)
+
+
+def test_a_fetch_that_the_environment_spoils(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(InputError, match=r"a\.invalid/a\.png: cannot be fetched"):
+        load_image("https://a.invalid/a.png")
+
+
+def test_a_host_that_sends_for_ever(monkeypatch):
+    client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, content=iter([b"x"] * 9))))
+    monkeypatch.setattr(httpx, "stream", client.stream)
+    monkeypatch.setattr("mllm_fast.core.image_urls._SECONDS_IN_ALL", -1.0)
+    with client, pytest.raises(InputError, match="did not come within"):
+        load_image("https://a.test/a.png")
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa"])
+def test_every_kind_of_alpha(mode):
+    half = Image.new("RGBA", (4, 4), (100, 100, 100, 128))
+    made = (half if mode[0] == "R" else half.convert("LA")).convert(mode)
+    assert load_image(made).getpixel((0, 0)) == pytest.approx((177, 177, 177), abs=1)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(3, 4, 4, device="meta"), torch.zeros(3, 4, 4).to_sparse()], ids=["no data", "sparse"]
+)
+def test_tensors_without_plain_data(tensor):
+    with pytest.raises(InputError, match="dense and has data"):
+        load_image(tensor)
 
 
 def test_alpha_lies_over_white(tmp_path):
@@ -181,6 +211,11 @@ def test_arrays_and_tensors_of_every_kind():
         torch.from_numpy(rgb).permute(2, 0, 1).float() / 255,
         torch.from_numpy(clear).permute(2, 0, 1),
         torch.from_numpy(rgb / 255.0).requires_grad_(),
+        np.nextafter(rgb / np.float32(255), np.float32(2)),  # as resizing rounds
+        (rgb / 255.0) * 1.002 - 0.001,
+        (rgb.astype(np.uint16) * 257).astype(">u2"),
+        (rgb / 255.0).astype(">f4"),
+        torch.from_numpy(rgb).permute(2, 0, 1).conj(),
         Image.fromarray(rgb),
     ):
         assert (np.asarray(load_image(source)) == rgb).all()
@@ -200,6 +235,8 @@ def test_arrays_and_tensors_of_every_kind():
         (RAMP.astype(np.int32) * 257, RAMP),
         (RAMP.astype(np.float32), RAMP),  # came out white
         (RAMP.astype(np.float32) / 255, RAMP),
+        (np.nextafter(RAMP / np.float32(255), np.float32(2)), RAMP),
+        (RAMP.astype(np.float32) - np.float32(0.3), RAMP),
         (RAMP.astype(np.uint16) * 257, RAMP),
         (RAMP.astype(np.int32) * 1000, "0 to 255 or 0 to 65,535, got 0 to 235000"),
         (RAMP.astype(np.int32) - 1, "got -1 to"),
@@ -268,7 +305,8 @@ def test_damaged_metadata_refuses_no_pixels(name, kind, tmp_path):
         corner = (15, 0) if turned else (0, 0)
         assert min(found.getpixel(corner)) > 240
         assert max(found.getpixel((corner[0], 31 if turned else 15))) < 15
-        assert load_image(found).size == found.size
+        for again in (found, found.copy(), found.crop((0, 0, *found.size)), pickle.loads(pickle.dumps(found))):
+            assert load_image(again).size == found.size
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -305,13 +343,23 @@ def test_the_caller_s_image_stays_as_it_is():
     found = load_image(mine)
     found.putpixel((0, 0), (9, 9, 9))
     assert mine.getpixel((0, 0)) == (0, 0, 0)
+    assert load_image(found).getpixel((0, 0)) == (9, 9, 9)
+    load_image(found).putpixel((0, 0), (0, 0, 0))
+    assert found.getpixel((0, 0)) == (9, 9, 9)
 
 
 def test_files_and_urls(tmp_path, monkeypatch):
     path = save(tmp_path, Image.fromarray(RAMP))
     content = path.read_bytes()
     with path.open("rb") as file:
-        assert (grey(load_image(file)) == RAMP).all()
+        for _ in range(2):  # from its beginning each time, as Pillow does
+            assert (grey(load_image(file)) == RAMP).all()
+    for unreadable in (file, io.BytesIO, (tmp_path / "new").open("wb")):
+        with pytest.raises(InputError, match="the open file of an image cannot be read"):
+            load_image(unreadable)
+    unreadable.close()
+    stretched = np.repeat(np.frombuffer(content, np.uint8), 2).tobytes()
+    assert (grey(load_image(memoryview(stretched)[::2])) == RAMP).all()
     text = base64.b64encode(content).decode()
     for source in (io.BytesIO(content), bytearray(content), memoryview(content), f"data:image/png;base64,{text}"):
         assert (grey(load_image(source)) == RAMP).all()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import time
 from urllib.parse import unquote_to_bytes
 
 from .errors import InputError, first_line
 
 MAX_BYTES = 64 << 20
-_SECONDS = 20.0
+_SECONDS, _SECONDS_IN_ALL = 20.0, 60.0
 _ALPHABET = bytes.maketrans(b"-_", b"+/")  # base64 for URLs
 
 
@@ -47,13 +48,14 @@ def url_bytes(url: str) -> bytes:
     For callers who may read any URL: nothing keeps it from naming a host of the inner network.
 
     Raises:
-        InputError: The host does not answer with an image file of at most 64 MiB in 20 seconds.
+        InputError: The host does not answer with an image file of at most 64 MiB in a minute, or is silent for 20 s.
     """
     if url[:5].lower() == "data:":
         return data_bytes(url)
     import httpx  # the library that huggingface_hub, and so transformers, fetch files by
 
     found = bytearray()
+    until = time.monotonic() + _SECONDS_IN_ALL
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=_SECONDS) as reply:
             if reply.status_code != 200:
@@ -62,7 +64,10 @@ def url_bytes(url: str) -> bytes:
                 found += part
                 if len(found) > MAX_BYTES:
                     raise InputError(f"{url[:200]}: an image file has at most {MAX_BYTES:,} bytes")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+                if time.monotonic() > until:
+                    raise InputError(f"{url[:200]}: the file did not come within {_SECONDS_IN_ALL:g} s")
+    # the last two: what a proxy's or a certificate's settings in the environment lead to
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, ImportError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{url[:200]}: cannot be fetched ({first_line(error)})") from None

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+_ROUNDED = 1 / 510  # half a step of 8 bits: what resizing leaves outside 0 to 1 by rounding
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -28,8 +29,11 @@ def from_tensor(value: Any) -> Image.Image:
     Raises:
         InputError: The tensor has another shape, or values that no range fits.
     """
-    array = value.detach().cpu()
-    array = (array.float() if array.is_floating_point() else array).numpy()
+    try:
+        array = value.detach().resolve_conj().resolve_neg().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, quantized, without data
+        raise InputError(f"the tensor of an image is dense and has data ({first_line(error)})") from None
     if array.ndim == 3 and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, 2)
     return from_array(array, "a tensor of an image is [C, H, W] or [H, W, C]")
@@ -51,16 +55,16 @@ def from_array(array: np.ndarray, shape: str = "an array of an image is [H, W, C
         array = array[:, :, 0]
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either order of bytes
         array = _of_sixteen(array)
     elif np.issubdtype(array.dtype, np.floating):
         least, most = _range(array)
-        if least < 0 or most > 1:
+        if least < -_ROUNDED or most > 1 + _ROUNDED:
             raise InputError(
                 f"floating point values of an image are 0 to 1, got {least:g} to {most:g}; give 0 to 255 as uint8"
-                " (array.astype('uint8')), or undo what a processor has done to them"
+                " (array.astype('uint8')), clip them, or undo what a processor has done to them"
             )
-        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
+        array = _of_unit(array)
     elif array.dtype != np.uint8:
         raise InputError(f"values of an image are uint8, uint16, bool or floating point, got {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -82,6 +86,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
         if isinstance(clear, (int, float)):  # one value is transparent
             image = Image.fromarray(np.where(values == clear, np.uint8(255), np.asarray(image)))
         return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode in _ALPHA or clear is not None:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -92,10 +98,10 @@ def _of_wide(mode: str, values: np.ndarray, file_format: str | None) -> np.ndarr
     if mode in _SIXTEEN or (mode == "I" and file_format == "PNG"):  # some releases of Pillow read 16 bits into 32
         return _of_sixteen(values)
     least, most = _range(values)
-    if mode == "F" and least >= 0 and most <= 1:
-        return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
-    if least >= 0 and most <= 255:
-        return np.rint(values).astype(np.uint8)
+    if mode == "F" and least >= -_ROUNDED and most <= 1 + _ROUNDED:
+        return _of_unit(values)
+    if least >= (-0.5 if mode == "F" else 0) and most <= (255.5 if mode == "F" else 255):
+        return np.rint(values).clip(0, 255).astype(np.uint8)
     if mode == "I" and least >= 0 and most <= 65535:
         return _of_sixteen(values)
     kind, ranges = ("32-bit", "0 to 255 or 0 to 65,535") if mode == "I" else ("floating point", "0 to 1 or 0 to 255")
@@ -103,6 +109,11 @@ def _of_wide(mode: str, values: np.ndarray, file_format: str | None) -> np.ndarr
         f"{kind} values of an image are {ranges}, got {least:g} to {most:g}; scale them yourself, since nobody else"
         " knows what black and white are"
     )
+
+
+def _of_unit(values: np.ndarray) -> np.ndarray:
+    """Return 0 to 1 as 0 to 255, rounded."""
+    return np.rint(values.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
 
 
 def _of_sixteen(values: np.ndarray) -> np.ndarray:

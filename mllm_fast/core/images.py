@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,8 +19,7 @@ from .image_urls import is_url, url_bytes
 from .image_values import eight_bits, from_array, from_tensor, is_tensor
 
 MAX_PIXELS = 100_000_000  # about 300 MB once decoded; callers can raise this limit
-_MADE_HERE = "mllm_fast_made"  # an attribute of images that were converted already, which are not copied again
-_pillow_limit = Lock()  # guards Image.MAX_IMAGE_PIXELS, which is global
+_pillow = Lock()  # guards Image.MAX_IMAGE_PIXELS and the filters of warnings, which are global
 
 _EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
 _TURNS = {
@@ -42,7 +41,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     """Read an image into an upright 8-bit RGB image.
 
     EXIF rotation is applied, if it can be read; damaged metadata is no reason to refuse an image. Transparent parts are
-    laid over white. 16-bit values are scaled to 8 bits. An animation gives its first frame.
+    laid over white. 16-bit values are scaled to 8 bits. An animation gives its first frame. The result shares nothing
+    with the source, and carries no metadata, which would turn it a second time.
 
     Args:
         source: A path, a URL (http, https or data), a PIL image, the bytes of a file, an open binary file, an array
@@ -60,14 +60,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         made = from_array(source) if isinstance(source, np.ndarray) else from_tensor(source)
         return to_rgb(_checked(made, "the array", max_pixels))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _opened(io.BytesIO(source), "the image", max_pixels, _FROM_BYTES)
+        return _opened(io.BytesIO(bytes(source)), "the image", max_pixels, _FROM_BYTES)
     if isinstance(source, str) and is_url(source):
         return _opened(io.BytesIO(url_bytes(source)), source[:100], max_pixels, _FROM_BYTES)
     if hasattr(source, "read"):
-        content = source.read()
-        if not isinstance(content, bytes):
-            raise InputError(f"an open file of an image is binary ('rb'), got one of {type(content).__name__}")
-        return _opened(io.BytesIO(content), "the file", max_pixels, _FROM_BYTES)
+        return _opened(io.BytesIO(_content(source)), "the file", max_pixels, _FROM_BYTES)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             "an image is a path, a URL, a PIL image, an array, a tensor, bytes or an open file, got"
@@ -84,10 +81,22 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     return _opened(path, str(path), max_pixels)
 
 
+def _content(file: Any) -> bytes:
+    """Return all bytes of an open file, from its beginning if it can go there, as Pillow reads it."""
+    try:
+        if hasattr(file, "seek"):
+            with suppress(io.UnsupportedOperation):
+                file.seek(0)
+        content = file.read()
+    except Exception as error:  # whatever the caller's object raises
+        raise InputError(f"the open file of an image cannot be read ({first_line(error)})") from None
+    if not isinstance(content, bytes):
+        raise InputError(f"an open file of an image is binary ('rb'), got one of {type(content).__name__}")
+    return content
+
+
 def _of_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
     checked = _checked(image, "the image", max_pixels)
-    if getattr(image, _MADE_HERE, False) and image.mode == "RGB":
-        return image
     if getattr(image, "fp", True) is None and getattr(image, "_im", True) is None:  # closed before it was read
         name = getattr(image, "filename", "")
         if not name or not os.path.isfile(name):
@@ -151,7 +160,7 @@ def _no_limit_of_its_own() -> Iterator[None]:
 
     Pillow's callers cannot raise the limit for a single image. Our own limit is checked before anything is decoded.
     """
-    with _pillow_limit:
+    with _pillow:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -168,7 +177,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         made = made.transpose(turned)
     elif made is image:
         made = image.copy()
-    setattr(made, _MADE_HERE, True)
+    made.info = {}
     return made
 
 
