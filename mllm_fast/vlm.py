@@ -27,7 +27,7 @@ from .knockout.rule import Knockout, as_rules
 from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
 from .models.offload import one_gpu
-from .models.processing import Images, one_answer
+from .models.processing import Images
 from .runtime import hooks
 from .runtime.answer import Answer, answer_of
 from .runtime.decoding import one_sequence
@@ -90,7 +90,7 @@ class VLM(ModelRunner):
         attention_share: bool | str = False,
         prefix: str | Sequence[int] | None = None,
         chat_template: bool = True,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Answer | list[Answer]:
         """Answer a prompt about one image or several, or a list of prompts in one batch.
@@ -107,34 +107,45 @@ class VLM(ModelRunner):
                 is what the model says after them; they count as part of the prompt.
             chat_template: Whether the prompt is the user's turn in the model's chat template. Without it the model
                 reads the images and the prompt alone, as in "Q: What is the color of the dog? A:".
-            max_new_tokens, options: As in transformers' `generate`; greedy unless `do_sample=True`.
+            max_new_tokens: The longest answer, in tokens. By default what the caller's or the checkpoint's
+                `generation_config` says, or 32.
+            options: As in transformers' `generate`, such as `generation_config`, `do_sample`, `num_return_sequences`,
+                `stop_strings` or `prompt_lookup_num_tokens`. What is not given is as the checkpoint says.
 
         Returns:
-            An `Answer`, or a list of them for a list of prompts.
+            An `Answer`, or a list of them for a list of prompts. With `num_return_sequences` above 1 it is a list, in
+            the order of `generate`: all answers to the first prompt, then all to the second.
+
+        Raises:
+            InputError: An option asks for what an `Answer` does not hold, or cannot be combined with the others.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        settings = self.settings(max_new_tokens, options)
+        settings.check_outputs("generate")
         pictures = self.prompts.pictures(image, prompt)
         inputs, layouts, padding = self.prompts.prepare(pictures, prompts, chat_template)
         inputs, layouts = self.begun(inputs, layouts, prefix)
         plan = self.plan(knockout, layouts, padding)
+        if plan is not None:
+            settings.check_plain("a knockout")
         shares = None
         if attention_share:
-            one_answer("attention_share", options)
+            settings.check_single("attention_share")
             shares = self._shares(layouts, padding, attention_share)
         whole = {} if shares is None else self.whole_cache()
-        output = self.run(inputs, max_new_tokens, {**whole, **options}, plan, shares)
+        output = self.run(inputs, settings, plan, shares, **whole)
         sequences = output if isinstance(output, Tensor) else output.sequences
-        stop_ids, several = self.prompts.stop_ids(options), len(sequences) // len(prompts)
-        stops = options.get("stop_strings")
+        limit, several = settings.limit(inputs["input_ids"].shape[1]), len(sequences) // len(prompts)
         answers = []
-        for b, (layout, pad) in enumerate(zip(layouts, padding, strict=True)):
-            said = answer_of(sequences[b * several, pad:], layout, self.processor.tokenizer, stop_ids, stops)
+        for row, sequence in enumerate(sequences):
+            b = row // several
+            said = answer_of(sequence[padding[b] :], layouts[b], self.processor.tokenizer, settings, limit)
             if shares is not None:
                 said = replace(said, attention_share=shares.of(b, len(said.token_ids)))
             if plan is not None:
                 said = replace(said, unreached_layers=plan.unreached(self.text.findings.others))
             answers.append(said)
-        return answers[0] if isinstance(prompt, str) else answers
+        return answers[0] if isinstance(prompt, str) and several == 1 else answers
 
     def _shares(self, layouts: Sequence[TokenLayout], padding: Sequence[int], what: bool | str) -> AttentionShares:
         if what not in (True, "paper"):
@@ -153,7 +164,7 @@ class VLM(ModelRunner):
         knockout: Knockouts = None,
         prefix: str | Sequence[int] | None = None,
         chat_template: bool = True,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Explanation:
         """Generate an answer, or force `answer`, and explain every token of it from the same run.
@@ -175,25 +186,19 @@ class VLM(ModelRunner):
         inputs, layouts, padding = self.prompts.prepare([pictures], [prompt], chat_template)
         inputs, (layout,) = self.begun(inputs, layouts, prefix)
         plan = self.plan(knockout, [layout], padding)
+        settings = self.settings(max_new_tokens, options)
         if answer is None:
-            one_answer("explain", options)
-            settings = {
-                **self.whole_cache(),
-                **options,
-                "num_beams": 1,
-                "use_cache": True,
-                "return_dict_in_generate": True,
-            }
+            settings.check_single("explain")
             with hooks.recording(self.text, 1, plan, backend=self.backend) as record:
-                output = self.run(inputs, max_new_tokens, settings)
+                forced = {"use_cache": True, "return_dict_in_generate": True, **self.whole_cache()}
+                output = self.run(inputs, settings, **forced)
             sequence, cache = output.sequences[0], cache_of(output)
         else:
             nothing_generated(options)
             sequence = torch.cat([inputs["input_ids"][0], self.prompts.answer_ids(answer)])
             self.prompts.check_window(len(sequence), "the prompt and the answer take")
             record, cache = self.run_forced(inputs, sequence, plan)
-        stops, end = self.prompts.stop_ids(options), options.get("stop_strings")
-        said = answer_of(sequence, layout, self.processor.tokenizer, stops, end)
+        said = answer_of(sequence, layout, self.processor.tokenizer, settings, settings.limit(layout.length))
         if answer is not None:
             said = replace(said, finish_reason=None)
         if not said.token_ids:
@@ -222,7 +227,7 @@ class VLM(ModelRunner):
         attention_share: bool | str = False,
         prefix: str | Sequence[int] | None = None,
         chat_template: bool = True,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Stream:
         """Answer token by token, as an iterator that yields a `Step` for each token when it is generated.
@@ -237,7 +242,8 @@ class VLM(ModelRunner):
                 `generate`, for one sequence and one beam.
         """
         check_norm(final_norm)
-        one_answer("stream", options)
+        settings = self.settings(max_new_tokens, options)
+        settings.check_single("stream")
         pictures = self.prompts.load(image)
         inputs, layouts, _ = self.prompts.prepare([pictures], [prompt], chat_template)
         inputs, (layout,) = self.begun(inputs, layouts, prefix)
@@ -250,11 +256,10 @@ class VLM(ModelRunner):
             final_norm=final_norm,
             knockout=knockout,
             shares=self._shares([layout], [0], attention_share) if attention_share else None,
-            stop_ids=self.prompts.stop_ids(options),
+            settings=settings,
         )
         whole = self.whole_cache() if explain or attention_share else {}
-        settings = {**whole, **options, "num_beams": 1, "use_cache": True, "custom_generate": one_sequence}
-        stream.begin(lambda: self.run(inputs, max_new_tokens, settings))
+        stream.begin(lambda: self.run(inputs, settings, use_cache=True, custom_generate=one_sequence, **whole))
         return stream
 
     @contextmanager
@@ -330,7 +335,8 @@ class VLM(ModelRunner):
             parts: Which parts are kept: "query+image"; "query", no image token; "image", no token of the prompt. The
                 tokens before the image are always kept.
             seed: The seed for "random".
-            max_new_tokens, options: For the answer to the prompt, as in `generate`.
+            max_new_tokens, options: For the answer to the prompt, as in `generate`. It is greedy unless they say
+                otherwise, whatever the checkpoint says, so that what is kept is no matter of chance.
 
         Returns:
             A `Context`.

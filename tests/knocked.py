@@ -146,7 +146,7 @@ def differences(
     found = []
     for b, (prompt, said) in enumerate(zip(prompts, ours, strict=True)):
         theirs = out[b, inputs["input_ids"].shape[1] :].tolist()
-        while theirs and theirs[-1] in vlm.prompts.stop_ids({}):
+        while theirs and theirs[-1] in vlm.settings().stop_ids:
             theirs.pop()
         if theirs != said.token_ids:
             found.append(Difference(prompt, said.token_ids, theirs, _gap(vlm, pictures[b], prompt, rule, said, theirs)))

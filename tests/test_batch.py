@@ -87,7 +87,7 @@ def test_a_watched_row_sums_what_compression_keeps_by(vlm, picture):
     other = batch.join(full.keys, full.values, full.position, [5, 6, 7])
     token = int(full.logits.argmax())
     row = batch.join(full.keys, full.values, full.position, [token], watch=True)
-    ids, stop = [token], vlm.prompts.stop_ids({})
+    ids, stop = [token], vlm.settings().stop_ids
     while len(ids) < 6 and ids[-1] not in stop:
         with batch.recording(), torch.no_grad():
             ids.append(int(batch.read()[batch.rows.index(row)].argmax()))

@@ -37,7 +37,7 @@ class Asked:
 
     def __init__(self, vlm: mf.VLM, **options):
         self.events: queue.Queue = queue.Queue()
-        stop = vlm.prompts.end_ids()
+        stop = vlm.settings().end_ids
         self.wanted = Generation(self.events.put, stop, **{"max_tokens": 6, **options})
 
     def result(self, timeout: float = HANG) -> tuple[list[int], object]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from mllm_fast.core.assets import SAMPLE
-from mllm_fast.runtime.answer import answer_of
 
 SHORT, LONG = "What color is the star?", "Describe the image."
 
@@ -45,20 +43,6 @@ def test_given_answers_and_streams_that_are_left(shapes):
     with shapes.stream(SAMPLE, LONG, max_new_tokens=32) as stream:
         next(stream)
     assert stream.answer.finish_reason is None
-
-
-def test_stop_strings_end_an_answer(shapes):
-    """As transformers leaves the sequence: the text that ended it is at its end, in whole tokens."""
-    tokenizer, (_, (layout,), _) = shapes.processor.tokenizer, shapes.prompts.prepare([[]], [SHORT])
-    said = tokenizer("a red star, a white ring", add_special_tokens=False).input_ids
-    sequence = torch.tensor([*[0] * layout.length, *said])
-
-    def reason(stop, cut: int = 0) -> str:
-        return answer_of(sequence[: len(sequence) - cut], layout, tokenizer, {2}, stop).finish_reason
-
-    assert reason("ring") == reason(["square", " rin"]) == "stop"
-    assert reason("white") == reason(["red"]) == reason(None) == "length"
-    assert reason("white", 1) == "stop"
 
 
 def test_the_command_line_tells(run, tmp_path):

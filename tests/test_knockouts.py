@@ -198,7 +198,7 @@ def test_no_knockout_is_the_models_own(vlm, picture, nothing):
     own = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
     said = vlm.generate(picture, QUESTION, knockout=nothing, max_new_tokens=6)
     assert own.tolist()[: len(said.input_ids)] == said.input_ids.tolist()
-    assert all(i in vlm.prompts.stop_ids({}) for i in own[len(said.input_ids) :].tolist())
+    assert all(i in vlm.settings().stop_ids for i in own[len(said.input_ids) :].tolist())
 
 
 def test_explanations_are_of_the_impaired_model(vlm, picture, rules):

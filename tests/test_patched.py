@@ -75,7 +75,7 @@ def test_a_batch_with_padding(family, vlms, picture, name):
     inputs = inputs_of(vlm, [picture, BLUE], [QUESTION, SHORT])
     with vlm.knocked_out(*rules):
         output = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    stop = vlm.prompts.stop_ids({})
+    stop = vlm.settings().stop_ids
     start = inputs["input_ids"].shape[1]
     for said, row in zip(expected, output.tolist(), strict=True):
         ids = row[start:]
@@ -108,7 +108,7 @@ def test_a_loop_of_ones_own(family, vlms, picture, rules, cached):
     ids = inputs.pop("input_ids")
     del inputs["attention_mask"]  # with which Qwen2.5-VL's own forward cannot take a single token
     cache = DynamicCache() if cached else None
-    stop = vlm.prompts.stop_ids({})
+    stop = vlm.settings().stop_ids
     with vlm.knocked_out(*rules), torch.no_grad():
         for step in range(6):
             fed = ids if step == 0 or not cached else ids[:, -1:]

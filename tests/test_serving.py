@@ -366,6 +366,17 @@ def test_a_full_queue_is_told(endless, url):
     assert refused[0].code == "queue_full"
 
 
+def test_a_signal_at_any_time_of_its_life_ends_it_well(tmp_path):
+    """The first comes as soon as it listens, and more until the interpreter has ended."""
+    server = served.Server(cwd=tmp_path)
+    server.terminate()
+    until(lambda: any('"stopped"' in line for line in server.raw))
+    while server.process.poll() is None:
+        server.terminate()
+        time.sleep(0.002)
+    assert server.stop() == 0
+
+
 def test_stops_gracefully(tmp_path, url):
     """What runs is finished, what comes is refused, and the context is found by the next server."""
     options = ("--model", served.endless(tmp_path / "model"), "--served-name", "endless", "--store", tmp_path / "store")

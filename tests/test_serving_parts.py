@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
+import json
 import socket
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import HANG
 
 from mllm_fast.core.errors import InputError
 from mllm_fast.serving import image_fetch as pictures
 from mllm_fast.serving import middleware
 from mllm_fast.serving.app import create_app
 from mllm_fast.serving.auth import ApiKeys
+from mllm_fast.serving.budgets import Lane
 from mllm_fast.serving.connections import Connections
 from mllm_fast.serving.detokenizer import AnswerDetokenizer
 from mllm_fast.serving.errors import ServiceError, service_error
@@ -23,8 +28,9 @@ from mllm_fast.serving.messages import conversation
 from mllm_fast.serving.metrics import Metrics
 from mllm_fast.serving.middleware import RequestGuardMiddleware
 from mllm_fast.serving.responses import ResponseChunk
+from mllm_fast.serving.routes.answers import summed
 from mllm_fast.serving.routes.state import Probes
-from mllm_fast.serving.schema import Message
+from mllm_fast.serving.schema import ChatRequest, Details, Message, Usage
 from mllm_fast.serving.settings import Settings
 
 PROMPT = "describe this picture"
@@ -181,7 +187,13 @@ def test_a_remote_picture_is_fetched_from_the_address_that_was_checked(monkeypat
         seen.append(request)
         if request.url.path == "/moved":
             return httpx.Response(302, headers={"Location": "http://127.0.0.1/"})
-        return httpx.Response(200, content=b"picture" * (1 if request.url.path == "/a.png" else 1000))
+        if request.url.path == "/packed":
+            return httpx.Response(200, content=gzip.compress(bytes(1 << 20)), headers={"Content-Encoding": "gzip"})
+
+        async def parts():
+            yield b"picture" * (1 if request.url.path == "/a.png" else 1000)
+
+        return httpx.Response(200, content=parts())
 
     async def found(self, host, port, **_):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", port))]
@@ -193,6 +205,9 @@ def test_a_remote_picture_is_fetched_from_the_address_that_was_checked(monkeypat
     assert seen[0].url.host == "93.184.216.34"
     assert seen[0].headers["host"] == "a.cdn.test"
     assert seen[0].extensions["sni_hostname"] == "a.cdn.test"
+    assert seen[0].headers["accept-encoding"] == "identity"  # a small answer must not become a large one in memory
+    with pytest.raises(ServiceError, match="answered with compressed bytes"):
+        fetched("https://a.cdn.test/packed", remote_bytes=10_000)
     with pytest.raises(ServiceError, match="at most 100 bytes together"):
         fetched("https://a.cdn.test/large.png", remote_bytes=100)
     with pytest.raises(ServiceError, match="answered with 302"):
@@ -329,3 +344,84 @@ def json_of(error: ServiceError) -> str:
     import json
 
     return json.dumps(error.body)
+
+
+def test_the_log_may_be_called_while_it_writes():
+    """A garbage collection inside a write may make a library log something, in the same thread."""
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            if "outer" in text and not self.getvalue():
+                log("inner")
+            return super().write(text)
+
+    stream = Stream()
+    log = Log(stream)
+    thread = threading.Thread(target=log, args=("outer",), daemon=True)
+    thread.start()
+    thread.join(HANG)
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["outer", "inner"]
+
+
+def test_a_client_that_leaves_as_its_place_comes():
+    """The cancellation counts, and the place goes on to the next."""
+
+    async def check():
+        lane = Lane("things", 1, 4, 4)
+        first = await lane.enter("a", 1.0)
+        ran = []
+
+        async def work():
+            async with lane.place("a", HANG):
+                ran.append(True)
+                await asyncio.sleep(0)
+
+        waiting = asyncio.ensure_future(work())
+        await asyncio.sleep(0)
+        first.leave()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not ran
+        gone = asyncio.ensure_future(work())
+        (await lane.enter("a", HANG)).leave()
+        await gone
+        held = await lane.enter("a", HANG)
+        with pytest.raises(ServiceError, match="was free in 0 s"):
+            await lane.enter("a", 0.0)
+        left = asyncio.ensure_future(work())
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        held.leave()
+        assert (lane._inside, len(lane._line), dict(lane._of)) == (0, 0, {})
+
+    asyncio.run(check())
+
+
+def test_token_counts_of_several_answers_do_not_depend_on_who_ends_first():
+    new, held = (
+        Usage(prompt_tokens=9, completion_tokens=n, prompt_tokens_details=Details(cached_tokens=c))
+        for n, c in ((2, 0), (3, 8))
+    )
+    for usages in ({0: new, 1: held}, {1: held, 0: new}):
+        made = summed(usages)
+        assert (made.completion_tokens, made.prompt_tokens_details.cached_tokens) == (5, 0)
+
+
+def test_limits_that_contradict_each_other():
+    with pytest.raises(InputError, match=r"max_body .* is at most max_client_bodies"):
+        Settings(max_body=1 << 30)
+
+
+def test_a_request_survives_the_way_to_a_replica():
+    """Every field, by the names that the interface has."""
+    given = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "what ?"}]}],
+        "keep": 0.25,
+        "stop": ["."],
+        "temperature": 0.5,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+    }
+    request = ChatRequest.model_validate(given)
+    assert ChatRequest.model_validate(request.model_dump(exclude_none=True, by_alias=True)) == request

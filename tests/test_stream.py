@@ -257,7 +257,7 @@ def test_a_knockout_set_between_steps(vlm, picture):
             ids.append((int(sequence[0, -1]), float(torch.log_softmax(out.logits[0, -1], -1)[sequence[0, -1]])))
         return ids
 
-    stop = [*vlm.prompts.stop_ids({})]
+    stop = [*vlm.settings().stop_ids]
     stream = vlm.stream(picture, QUESTION, max_new_tokens=6, suppress_tokens=stop)
     got = []
     for i in range(6):

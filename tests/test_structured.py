@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 
 import jsonschema
 import pytest
@@ -116,3 +117,13 @@ def test_a_vocabulary_without_json(shapes):
     with pytest.raises(ServiceError, match=r"cannot be followed|vocabulary cannot write") as caught:
         answers(shapes, {**of_schema(SCHEMA), "messages": [{"role": "user", "content": "what ?"}]})
     assert caught.value.status == 400
+
+
+def test_a_schema_that_grows_without_end(vlm):
+    """Patterns that must all match take exponential time and memory; the server itself spends none on them."""
+    patterns = {"type": "string", "allOf": [{"pattern": f".*{chr(97 + i)}.*"} for i in range(20)]}
+    with pytest.raises(ServiceError, match="too much time or memory") as caught:
+        answers(vlm, of_schema(patterns))
+    assert caught.value.status == 400
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+    assert children < 1 << 30

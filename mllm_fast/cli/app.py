@@ -126,7 +126,7 @@ def explain(  # long: the options of a command are its parameters
     block: Block = None,
     layers: Layers = "all",
     zero_inputs: ZeroInputs = False,
-    max_new_tokens: NewTokens = 32,
+    max_new_tokens: NewTokens = None,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
@@ -179,7 +179,7 @@ def explain(  # long: the options of a command are its parameters
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
     _print_explanation(ex, chosen, method)
-    tell_cut([ex.finish_reason], max_new_tokens)
+    tell_cut([ex])
     lenses.show(OUT)
     if out is not None:
         OUT.print(f"saved {escape(str(out))}", highlight=False)
@@ -211,7 +211,7 @@ def generate(
     zero_inputs: ZeroInputs = False,
     prefix: Prefix = None,
     raw: Raw = False,
-    max_new_tokens: NewTokens = 32,
+    max_new_tokens: NewTokens = None,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
@@ -238,7 +238,7 @@ def generate(
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         typer.echo(said.text)
-        tell_cut([said.finish_reason], max_new_tokens)
+        tell_cut([said])
 
 
 @app.command()
@@ -249,7 +249,7 @@ def knockout(
     layers: Layers = "all",
     zero_inputs: ZeroInputs = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a chart of the shares (.png, .svg).")] = None,
-    max_new_tokens: NewTokens = 32,
+    max_new_tokens: NewTokens = None,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,

@@ -63,9 +63,8 @@ def coco(  # long: the options of a command are its parameters
         folder = ask
 
         def answer(photo: Photo) -> str:
-            return vlm.generate(
-                folder / photo.file_name, f"What is the color of the {photo.animal}?", max_new_tokens=16
-            ).text
+            question = f"What is the color of the {photo.animal}?"
+            return vlm.generate(folder / photo.file_name, question, max_new_tokens=16, do_sample=False).text
 
     found = coco_colors.with_sample(coco_colors.with_colors(photos, told, table, answer), count, seed)
     used = coco_colors.write_folder(found, content, out, seed, animals)

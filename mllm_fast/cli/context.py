@@ -119,7 +119,7 @@ def ask(
     ] = None,
     file: Annotated[Path | None, typer.Option("--questions", "-f", help="A file with a question a line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 32,
-    max_new_tokens: NewTokens = 32,
+    max_new_tokens: NewTokens = None,
     model: Model = "shapes",
     device: Device = None,
     dtype: Dtype = None,
@@ -157,7 +157,7 @@ def ask(
         return
     for question, answer in zip(asked, answers, strict=True):
         typer.echo(answer.text if len(asked) == 1 else f"{question}\t{answer.text}")
-    tell_cut([answer.finish_reason for answer in answers], max_new_tokens)
+    tell_cut(answers)
 
 
 def kept(
@@ -225,7 +225,7 @@ def _context(
     return Context.load(path, vlm, images or [])
 
 
-def _converse(ctx: Context, max_new_tokens: int) -> None:
+def _converse(ctx: Context, max_new_tokens: int | None) -> None:
     """Answer one question per line until the end of input. Each question sees the earlier ones."""
     ERR.print("[dim]ask about the image; an empty line or Ctrl-D ends[/]", highlight=False)
     chat = ctx.chat()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,7 +38,10 @@ Dtype = Annotated[
     str | None, typer.Option(help="The number type: float32, bfloat16 or float16. The default is float32 on the CPU.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(help="The longest answer, in tokens; by default what the checkpoint says, or 32.", show_default=False),
+]
 Backend = Annotated[str, typer.Option(help="The kernels' backend: auto, triton, cpu or torch; see info.")]
 Block = Annotated[
     list[str] | None,
@@ -73,12 +76,12 @@ def inputs(images: list[str] | None, question: str | None) -> tuple[list[str], s
     return images, _QUESTION if question is None else question
 
 
-def tell_cut(reasons: Sequence[str | None], most: int) -> None:
-    """Tell on stderr how many answers were cut at the largest number of tokens."""
-    cut = sum(one == "length" for one in reasons)
+def tell_cut(answers: Sequence[Any]) -> None:
+    """Tell on stderr how many of some answers (or explanations) were cut at the largest number of tokens."""
+    cut = [len(one.tokens) for one in answers if one.finish_reason == "length"]
     if cut:
-        which = "the answer was" if len(reasons) == 1 else f"{cut} of {len(reasons)} answers were"
-        ERR.print(f"{which} cut at {most} tokens; --max-new-tokens gives more", highlight=False)
+        which = "the answer was" if len(answers) == 1 else f"{len(cut)} of {len(answers)} answers were"
+        ERR.print(f"{which} cut at {max(cut)} tokens; --max-new-tokens gives more", highlight=False)
 
 
 def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:

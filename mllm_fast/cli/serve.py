@@ -65,7 +65,7 @@ def serve(  # long: the options of a command are its parameters
 
     An image is read once, and later questions about it use its context.
     Without API keys, everybody who reaches the address may use the server.
-    SIGINT (Ctrl-C) and SIGTERM stop it once the requests in progress are finished.
+    SIGINT (Ctrl-C) and SIGTERM stop it: requests in progress have a third of the time of grace to finish.
     """
     needed = _NEEDED | ({"gradio": "ui"} if ui else {})
     for name, extra in needed.items():
@@ -89,6 +89,8 @@ def serve(  # long: the options of a command are its parameters
         max_tokens=max_tokens,
         default_tokens=min(256, max_tokens),
         max_body=max_body * MIB,
+        max_client_bodies=max(128, max_body) * MIB,
+        max_bodies=max(256, 2 * max_body) * MIB,
         max_pixels=max_pixels,
         max_client_requests=max_client_requests,
         time_limit=time_limit,
@@ -111,6 +113,6 @@ def serve(  # long: the options of a command are its parameters
         from ..serving.ui_backend import UIBackend
 
         app = mount(app, UIBackend(service, both), keys, log)
-    code = listen(app, service, log, host, port, Connections(max_connections, client_connections))
+    code = listen(app, service, log, host, port, Connections(max_connections, client_connections), own_process=True)
     if code:
         raise typer.Exit(code)

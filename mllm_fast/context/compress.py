@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 from ..core.errors import InputError, check_choice
 from ..core.layout import TokenLayout
 from ..kernels import topk_compaction
-from ..models.processing import one_answer
 from ..runtime.hooks import model_lock, recording
 from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
 from ..runtime.model_runner import ModelRunner
@@ -168,7 +167,8 @@ def prefill_and_score(
             no token to score by.
     """
     observed = {PRUNING_SCORES.get(score_name(score)).observes for score in scores}
-    one_answer("compress", options)
+    settings = vlm.settings(max_new_tokens, options, greedy=True)
+    settings.check_single("compress")
     check_state(vlm.text)
     pictures = vlm.prompts.load(image)
     if not pictures:
@@ -180,9 +180,9 @@ def prefill_and_score(
     for score in [one for one in OBSERVED if one and one in observed] or [""]:
         watcher = AttendedTokens(layout, score, len(vlm.text.sites)) if score else None
         length = max_new_tokens if score == "generated" else 1
-        settings = {**vlm.whole_cache(), **options, "num_beams": 1, "use_cache": True, "return_dict_in_generate": True}
+        forced = {"max_new_tokens": length, "use_cache": True, "return_dict_in_generate": True, **vlm.whole_cache()}
         with recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
-            output = vlm.run(inputs, length, settings)
+            output = vlm.run(inputs, settings, **forced)
         keys, values = keys_and_values(vlm.text, record, cache_of(output), layout.length)
         peak = max(peak, sum(part.untyped_storage().nbytes() for part in (*keys, *values)))
         if watcher is not None:

@@ -19,7 +19,6 @@ from ..core.layout import TokenLayout
 from ..explain.explanation import Explanation, nothing_generated
 from ..explain.scores import check_norm
 from ..explain.stream import Stream
-from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
 from ..runtime.hooks import Recording
 from ..runtime.kv_cache import of_own_shape
@@ -174,18 +173,19 @@ class Context:  # long: what can be asked of it is a method each
         """
         if self.first_token is None:
             raise InputError("this context does not hold the first token of a description: make it again")
-        questions, stop = self.questions, self.vlm.prompts.stop_ids(options)
+        questions, settings = self.questions, self.vlm.settings(max_new_tokens, options)
         sequence = torch.cat([self.input_ids, torch.tensor([self.first_token])])
         questions.check_window(max_new_tokens)
-        if max_new_tokens > 1 and self.first_token not in self.vlm.prompts.end_ids(options):
+        if max_new_tokens > 1 and self.first_token not in settings.end_ids:
             session = questions.decoder(1, max_new_tokens)
             ids, whole = [[self.first_token]], [sequence]
             with questions.running(), session.recording():
-                for said in questions.generate(session, ids, whole, max_new_tokens - 1, options):
+                for said in questions.generate(session, ids, whole, settings, max_new_tokens - 1):
                     sequence = sequence if said is None else said[2][0].cpu()
-        return answer_of(sequence, questions.layout(len(self.input_ids)), self.vlm.processor.tokenizer, stop)
+        layout = questions.layout(len(self.input_ids))
+        return answer_of(sequence, layout, self.vlm.processor.tokenizer, settings, max_new_tokens)
 
-    def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
+    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> Answer:
         """Answer a question.
 
         Args:
@@ -199,7 +199,7 @@ class Context:  # long: what can be asked of it is a method each
         return self.ask_many([question], max_new_tokens=max_new_tokens, **options)[0]
 
     def ask_many(
-        self, questions: Sequence[str], *, max_new_tokens: int = 32, batch_size: int = _BATCH, **options: Any
+        self, questions: Sequence[str], *, max_new_tokens: int | None = None, batch_size: int = _BATCH, **options: Any
     ) -> list[Answer]:
         """Answer several questions, in batches over one copy of the prefix.
 
@@ -224,12 +224,13 @@ class Context:  # long: what can be asked of it is a method each
             raise InputError("no question was given; give a list of them")
         if batch_size < 1:
             raise InputError(f"batch_size is at least 1, got {batch_size}")
-        ids = [self.questions.ids(question, max_new_tokens) for question in questions]
+        settings = self.vlm.settings(max_new_tokens, options)
+        ids = [self.questions.ids(question, settings) for question in questions]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths in a batch need less padding
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            made = self.questions.answers([ids[i] for i in part], max_new_tokens, options)
+            made = self.questions.answers([ids[i] for i in part], settings)
             answers |= dict(zip(part, made, strict=True))
         return [answers[i] for i in range(len(ids))]
 
@@ -244,16 +245,18 @@ class Context:  # long: what can be asked of it is a method each
         *,
         explain: bool = False,
         final_norm: str = "frozen",
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Stream:
         """Answer token by token; see `VLM.stream`."""
         vlm = self.vlm
         check_norm(final_norm)
-        one_answer("stream", options)
-        ids = self.questions.ids(question, max_new_tokens)
+        settings = vlm.settings(max_new_tokens, options)
+        settings.check_single("stream")
+        ids = self.questions.ids(question, settings)
         session = self.questions.decoder(1)
         sequence = torch.cat([self.input_ids, torch.tensor(ids)])
+        limit = settings.limit(len(sequence))
         stream = Stream(
             vlm=vlm,
             layout=self.questions.layout(len(sequence)),
@@ -261,12 +264,12 @@ class Context:  # long: what can be asked of it is a method each
             images=self.canvases,
             explain=explain,
             final_norm=final_norm,
-            stop_ids=vlm.prompts.stop_ids(options),
+            settings=settings,
             source=_Asked(self.questions, session),
         )
 
         def start() -> Iterator[Any]:
-            for said in self.questions.generate(session, [ids], [sequence], max_new_tokens, options):
+            for said in self.questions.generate(session, [ids], [sequence], settings, limit):
                 if said is None:
                     yield None
                     continue
@@ -284,7 +287,7 @@ class Context:  # long: what can be asked of it is a method each
         answer: str | Sequence[int] | None = None,
         *,
         final_norm: str = "frozen",
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Explanation:
         """Explain an answer, generated or given, over the kept tokens.
@@ -293,13 +296,14 @@ class Context:  # long: what can be asked of it is a method each
         """
         vlm = self.vlm
         check_norm(final_norm)
-        ids = self.questions.ids(question, max_new_tokens)
+        settings = vlm.settings(max_new_tokens, options)
+        ids = self.questions.ids(question, settings)
         session = self.questions.decoder(1)
         sequence = torch.cat([self.input_ids, torch.tensor(ids)])
-        layout = self.questions.layout(len(sequence))
+        layout, limit = self.questions.layout(len(sequence)), settings.limit(len(sequence))
         if answer is None:
             with self.questions.running(), session.recording(1) as record:
-                for said in self.questions.generate(session, [ids], [sequence], max_new_tokens, options):
+                for said in self.questions.generate(session, [ids], [sequence], settings, limit):
                     sequence = sequence if said is None else said[2][0]
         else:
             nothing_generated(options)
@@ -308,7 +312,7 @@ class Context:  # long: what can be asked of it is a method each
             self.questions.check_window(len(ids) + len(given))
             with self.questions.running(), session.recording(len(given)) as record:
                 session.read([[*ids, *given[:-1].tolist()]])
-        said_text = answer_of(sequence, layout, vlm.processor.tokenizer, vlm.prompts.stop_ids(options))
+        said_text = answer_of(sequence, layout, vlm.processor.tokenizer, settings, limit)
         if answer is not None:
             said_text = replace(said_text, finish_reason=None)
         if not said_text.token_ids:
@@ -379,27 +383,26 @@ class Chat:
         self._sequence = context.input_ids
         self._unread: list[int] = []  # the last answer token, which no forward pass has read yet
 
-    def ask(self, question: str, *, max_new_tokens: int = 32, **options: Any) -> Answer:
+    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> Answer:
         """Answer a question that may refer to the earlier ones; options as in `Context.ask`."""
         questions, vlm = self.context.questions, self.context.vlm
-        ids = questions.ids(question, max_new_tokens)
-        questions.check_window(self._session.length + len(self._unread) + len(ids) + max_new_tokens)
+        settings = vlm.settings(max_new_tokens, options)
+        ids = questions.ids(question, settings)
         sequence = torch.cat([self._sequence, torch.tensor([*self._unread, *ids])])
+        limit = settings.limit(len(sequence))
+        questions.check_window(self._session.length + len(self._unread) + len(ids) + limit)
         layout = questions.layout(len(sequence))
         before = self._session.mark()
         try:
             with questions.running(), self._session.recording():
-                for said in questions.generate(
-                    self._session, [[*self._unread, *ids]], [sequence], max_new_tokens, options
-                ):
+                for said in questions.generate(self._session, [[*self._unread, *ids]], [sequence], settings, limit):
                     sequence = sequence if said is None else said[2][0].cpu()
-            stop = vlm.prompts.stop_ids(options)
-            answer = answer_of(sequence, layout, vlm.processor.tokenizer, stop)
+            answer = answer_of(sequence, layout, vlm.processor.tokenizer, settings, limit)
         except BaseException:
             self._session.back(before)  # restore the state before the question
             raise
         # the last token was not read; a stop token is dropped, since the chat template adds its own end of turn
         self._sequence, last = sequence[:-1], int(sequence[-1])
-        self._unread = [] if last in stop else [last]
+        self._unread = [] if last in settings.stop_ids else [last]
         self.turns.append(answer)
         return answer

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.layout import TokenLayout
 from ..models.offload import device_of
-from ..models.processing import one_answer
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import StepOutput, decode_loop, own_state
+from ..runtime.generation_settings import GenerationSettings
 from ..runtime.hooks import Recording
 from ..runtime.model_runner import ModelRunner
 from ..runtime.recurrent import RecurrentPrefixDecoder, State
@@ -48,28 +47,29 @@ class Questions:
         own = torch.arange(len(self.input_ids), length).expand(len(self.positions), -1)
         return session.trace(record, num_tokens, own.shape[1], torch.cat([self.positions, own], 1))
 
-    def answers(self, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> list[Answer]:
+    def answers(self, ids: list[list[int]], settings: GenerationSettings) -> list[Answer]:
         """Return the answers to questions with these token ids, computed in one batch."""
-        session = self.decoder(len(ids), max_new_tokens - 1)
         prompts = [torch.cat([self.input_ids, torch.tensor(one)]) for one in ids]
+        limits = [settings.limit(len(prompt)) for prompt in prompts]
+        session = self.decoder(len(ids), max(limits) - 1)
         longest = max(map(len, prompts))
         sequences, ends = torch.empty(0), [0] * len(ids)
         with self.running(), session.recording():
-            for said in self.generate(session, ids, prompts, max_new_tokens, options):
+            for said in self.generate(session, ids, prompts, settings, max(limits)):
                 if said is not None:
                     sequences = said[2]
                     length = sequences.shape[1]
                     ends = [end or (0 if more else length) for end, more in zip(ends, said[3].tolist(), strict=True)]
-        stop = self.runner.prompts.stop_ids(options)
         return [
             answer_of(
-                one[longest - len(prompt) : end],
+                # with `max_length` each answer has a limit of its own
+                one[longest - len(prompt) : min(end, longest + limit)],
                 self.layout(len(prompt)),
                 self.runner.processor.tokenizer,
-                stop,
-                options.get("stop_strings"),
+                settings,
+                limit,
             )
-            for one, prompt, end in zip(sequences.cpu(), prompts, ends, strict=True)
+            for one, prompt, end, limit in zip(sequences.cpu(), prompts, ends, limits, strict=True)
         ]
 
     def generate(
@@ -77,14 +77,14 @@ class Questions:
         session: SharedPrefixDecoder,
         ids: list[list[int]],
         prompts: list[Tensor],
-        max_new_tokens: int,
-        options: dict[str, Any],
+        settings: GenerationSettings,
+        limit: int,
     ) -> Iterator[StepOutput | None]:
-        """Run the forward passes that answer some questions.
+        """Run the forward passes that answer some questions with at most `limit` tokens.
 
         `prompts` are the whole sequences (prefix and question), for the logits processors.
         """
-        one_answer("a context's answer", options)
+        settings.check_single("a context's answer")
         rows = [prompt.flip(0) for prompt in prompts]
         # pad with a token that every sequence contains: some processors look at which tokens occur
         padding = int(self.input_ids[0])
@@ -92,8 +92,9 @@ class Questions:
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
         device = device_of(self.runner.model)
         inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
-        settings = {**options, "num_beams": 1, "use_cache": True, "custom_generate": decode_loop(session, ids)}
-        return self.runner.run(inputs, max_new_tokens, settings)
+        return self.runner.run(
+            inputs, settings, max_new_tokens=limit, use_cache=True, custom_generate=decode_loop(session, ids)
+        )
 
     def running(self) -> AbstractContextManager[None]:
         """Return a context manager that locks the model and restores its state afterwards."""
@@ -112,14 +113,14 @@ class Questions:
         """Return the layout of a sequence of the prefix and a question, `length` tokens in all."""
         return replace(self.prefix, length=length, prompt_length=length)
 
-    def ids(self, question: str, max_new_tokens: int) -> list[int]:
+    def ids(self, question: str, settings: GenerationSettings) -> list[int]:
         """Return the token ids of a question that follows the first turn.
 
         Raises:
             InputError: the question is empty, or it and the longest answer do not fit the model's window.
         """
         ids = self.runner.prompts.turn_ids(self.prompt, len(self.prefix.images), question)
-        self.check_window(len(ids) + max_new_tokens)
+        self.check_window(len(ids) + settings.limit(len(self.input_ids) + len(ids)))
         return ids
 
     def check_window(self, more: int) -> None:

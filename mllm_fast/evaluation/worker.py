@@ -47,9 +47,13 @@ class ModelChoice:
 
 
 def rows_of(evaluation: Evaluation, vlm: VLM, sample: Sample) -> list[Row]:
-    """Return the rows of a sample, or one row that says why there are none."""
+    """Return the rows of a sample, or one row that says why there are none.
+
+    Answers are greedy unless the evaluation asks for others, so that a run can be repeated.
+    """
     try:
-        return evaluation.rows(vlm, sample)
+        with vlm.greedy():
+            return evaluation.rows(vlm, sample)
     except EndsRunError:
         raise
     except (InputError, OSError) as error:

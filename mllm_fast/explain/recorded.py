@@ -61,7 +61,7 @@ class Recorded:
         ids = call.input_ids[sequence, pad : pad + length]
         layout = prompt_layout(runner.prompts, ids, call.inputs, [one.size for one in pictures], before)
         tokenizer = runner.processor.tokenizer
-        answer = answer_of(sequences[sequence, pad:], layout, tokenizer, runner.prompts.stop_ids(call.inputs))
+        answer = answer_of(sequences[sequence, pad:], layout, tokenizer, runner.settings(None, call.inputs))
         if not answer.token_ids:
             raise InputError("the answer is empty: there is no token to explain")
         trace = make_trace(

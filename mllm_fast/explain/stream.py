@@ -21,6 +21,7 @@ from ..knockout.rule import Knockout, as_rules
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import Pass, own_state
 from ..runtime.detokenizer import Detokenizer
+from ..runtime.generation_settings import GenerationSettings
 from ..runtime.hooks import Recording, recording
 from ..runtime.model_runner import ModelRunner
 from ..runtime.trace import Trace, make_trace
@@ -120,7 +121,7 @@ class Stream(Iterator[Step]):
         images: list[Any],
         explain: bool,
         final_norm: str,
-        stop_ids: set[int],
+        settings: GenerationSettings,
         knockout: Knockout | Sequence[Knockout] | None = None,
         shares: AttentionShares | None = None,
         source: Source | None = None,
@@ -133,7 +134,7 @@ class Stream(Iterator[Step]):
         self._final_norm = final_norm
         self._shares = shares
         self._source = source
-        self._stop_ids = stop_ids
+        self._settings, self._stop_ids = settings, settings.stop_ids
         self._passes: Iterator[Pass] | None = None
         self._sequence: Tensor | None = None
         self._record: Recording | None = None
@@ -165,7 +166,8 @@ class Stream(Iterator[Step]):
     def answer(self) -> Answer:
         """The answer so far."""
         sequence = torch.empty(0, dtype=torch.long) if self._sequence is None else self._sequence
-        said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._stop_ids)
+        limit = self._settings.limit(self.layout.length)
+        said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._settings, limit)
         if not self._done:
             said = replace(said, finish_reason=None)
         if self._plan is not None:

@@ -148,7 +148,7 @@ def _step(joint: JointModel, adapted: Any, pictures: Pictures, config: FinetuneC
             continue
         prompt = config.prompts[int(number) % len(config.prompts)]
         with adapted.disable_adapter():
-            answer = joint.vlm.generate(picture, prompt, max_new_tokens=config.max_new_tokens)
+            answer = joint.vlm.generate(picture, prompt, max_new_tokens=config.max_new_tokens, do_sample=False)
         loss = _loss(joint, adapted, seen, answer.input_ids, answer.layout.prompt_length, prompt, config.precision)
         (loss / config.batch).backward()
         total, used = total + loss.item(), used + 1

@@ -19,6 +19,7 @@ from .processor_settings import fill_settings
 from .ready_inputs import ReadyInputs
 
 Images = ImageSource | Sequence[ImageSource]
+_LEADS = 64  # how many beginnings of conversations are remembered with their token ids
 _REPLY = "mllmfastreply"  # a placeholder answer that shows where the chat template puts an answer
 _SAMPLE: list[Turn] = [("user", [None, _REPLY]), ("assistant", [_REPLY]), ("user", [_REPLY])]
 
@@ -42,6 +43,7 @@ class Prompts:
         self.image_tokens = image_tokens(model, processor)
         self.window: int | None = getattr(config, "max_position_embeddings", None)
         self.ready = ReadyInputs()
+        self._leads: dict[str, list[int]] = {}
         self.typed = PlainText(processor, lambda: self._spelled(_SAMPLE))
 
     def load(self, image: Images | None) -> list[Any]:
@@ -51,7 +53,7 @@ class Prompts:
         many = image if isinstance(image, (list, tuple)) else [image]
         if not many:
             raise InputError("no image was given; give one, a list of them, or None for text alone")
-        return [load_image(one, self.max_pixels) for one in many]  # type: ignore[arg-type]
+        return [one if self.ready.has(one) else load_image(one, self.max_pixels) for one in many]  # type: ignore
 
     def pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
         """Load the images of each prompt."""
@@ -191,9 +193,7 @@ class Prompts:
         if not reply or not turn.strip():
             raise InputError("the chat template drops earlier replies, so no question can follow one")
         tokenizer = self.processor.tokenizer
-        ids, lead = (tokenizer(one).input_ids for one in (before + turn, before))
-        if lead and lead[-1] == tokenizer.eos_token_id:
-            lead = lead[:-1]
+        ids, lead = tokenizer(before + turn).input_ids, _lead_ids(tokenizer, before, self._leads)
         # otherwise the tokenizer splits the text differently at this place
         ids = ids[len(lead) :] if ids[: len(lead)] == lead else tokenizer(turn, add_special_tokens=False).input_ids
         return self.typed.restored(ids, marks)
@@ -213,24 +213,6 @@ class Prompts:
         if self.image_tokens.image in ids[:-1]:  # the model does not read the last one
             raise InputError("the answer to be explained holds the image token, which stands for a part of an image")
         return torch.tensor(ids, device=device_of(self.model))
-
-    def stop_ids(self, options: dict[str, Any]) -> set[int]:
-        """Return the ids that end an answer and are not part of it, padding included."""
-        config = options.get("generation_config", self.model.generation_config)
-        stop = options.get("eos_token_id", getattr(config, "eos_token_id", None))
-        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
-        padding = self.processor.tokenizer.pad_token_id
-        return {*(stop if isinstance(stop, (list, tuple)) else [stop]), padding} - {None}  # type: ignore[return-value]
-
-    def end_ids(self, options: dict[str, Any] | None = None) -> set[int]:
-        """Return the ids at which the model ends an answer, under options of transformers' `generate`.
-
-        `stop_ids` also has the padding, after which generation continues.
-        """
-        options = options or {}
-        config = options.get("generation_config", self.model.generation_config)
-        end = options.get("eos_token_id", getattr(config, "eos_token_id", None))
-        return {*(end if isinstance(end, (list, tuple)) else [end])} - {None}
 
     def check_window(self, length: int, what: str) -> None:
         """Raise InputError if a sequence of this length does not fit the model's context window."""
@@ -280,22 +262,6 @@ def ordinary_ids(processor: Any) -> list[int]:
     return [one for one in range(len(tokenizer)) if one not in special]  # a tokenizer of few words
 
 
-_RUNS_ELSEWHERE = ("guidance_scale", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "streamer")
-
-
-def one_answer(what: str, options: dict[str, Any]) -> None:
-    """Raise InputError for options of `generate` that ask for several answers, or that run the model in another way."""
-    for name in ("num_beams", "num_return_sequences"):
-        if options.get(name, 1) != 1:
-            raise InputError(
-                f"{what} follows one sequence, got {name}={options[name]}: call generate first and pass its"
-                " text to explain as answer="
-            )
-    for name in _RUNS_ELSEWHERE:
-        if options.get(name) is not None:
-            raise InputError(f"{what} runs the model token by token and takes no {name}; use VLM.generate")
-
-
 def prompt_layout(
     prompts: Prompts, ids: Tensor, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
 ) -> TokenLayout:
@@ -319,6 +285,19 @@ def prompt_layout(
             raise InputError(f"{error}; give one image a prompt") from None
     tilings = [(size, *adapter.tiles(prompts.processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
     return TokenLayout.from_input_ids(ids.cpu(), tokens.image, tilings, len(ids), tokens.separators)
+
+
+def _lead_ids(tokenizer: Any, text: str, known: dict[str, list[int]]) -> list[int]:
+    """Return the token ids of the beginning of a conversation; `known` has the latest, since many turns follow one."""
+    ids = known.get(text)
+    if ids is None:
+        ids = tokenizer(text).input_ids
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if len(known) >= _LEADS:
+            known.clear()
+        known[text] = ids
+    return ids
 
 
 def _check_text(processor: Any, text: str, what: str, placeholders: bool = False) -> None:

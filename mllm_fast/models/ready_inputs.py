@@ -25,6 +25,10 @@ class ReadyInputs:
         finally:
             self._held.pop(key, None)
 
+    def has(self, picture: Any) -> bool:
+        """Return whether this very image belongs to held inputs; it is loaded already, then."""
+        return any(id(picture) in some for pictures, _ in self._held for some in pictures)
+
     def find(self, pictures: Sequence[Sequence[Any]], prompts: Sequence[str]) -> Prepared | None:
         """Return held inputs, as copies that may be changed, or None."""
         found = self._held.get(_key(pictures, prompts)) if self._held else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from ..core.layout import TokenLayout
 from .detokenizer import token_texts
+from .generation_settings import GenerationSettings
+from .stop_strings import ended_by
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Answer:
             generated tokens that the model read. It is None if the model read no generated token.
         unreached_layers: The layers that a knockout names and does not reach, because they have no attention and carry
             what they read in a state; see `Knockout.zero_inputs`.
-        finish_reason: "stop" if the model ended the answer, "length" if it was cut at the largest number of tokens,
-            None if the answer was given, or is not at its end.
+        finish_reason: "stop" if the model, a stop string or a criterion of the caller's ended the answer, "length" if
+            it was cut at the largest number of tokens, None if the answer was given, or is not at its end.
     """
 
     text: str
@@ -42,11 +43,7 @@ class Answer:
 
 
 def answer_of(
-    sequence: Tensor,
-    prompt: TokenLayout,
-    tokenizer: Any,
-    stop_ids: set[int],
-    stop_strings: str | Sequence[str] | None = None,
+    sequence: Tensor, prompt: TokenLayout, tokenizer: Any, settings: GenerationSettings, limit: int | None = None
 ) -> Answer:
     """Return the answer that follows the prompt in a sequence.
 
@@ -54,19 +51,20 @@ def answer_of(
         sequence: Token ids of prompt and answer, int64 [N], without padding before the prompt.
         prompt: The layout of the prompt.
         tokenizer: The tokenizer of the model.
-        stop_ids: Token ids that end an answer; they are cut off its end.
-        stop_strings: The option of transformers' `generate`: texts that end an answer and stay in it.
+        settings: The settings of the answer. Tokens that end it are cut off its end.
+        limit: The most tokens that the answer could have; None if that is not known.
     """
     ids = sequence[prompt.prompt_length :].tolist()
-    ended = bool(ids) and ids[-1] in stop_ids
+    count, stop_ids = len(ids), settings.stop_ids
     while ids and ids[-1] in stop_ids:
         ids.pop()
+    # a criterion of the caller's, a text or a time limit may have ended it before the limit
+    ended = len(ids) < count if limit is None else len(ids) < limit
     kept = sequence[: prompt.prompt_length + len(ids)].cpu()
     layout = replace(prompt, length=len(kept))
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
     # the last token may have more letters than the text that ended the answer
     last = tokenizer.decode(ids[-1:], skip_special_tokens=True)
-    ended = ended or any(one in text[-len(one) - len(last) :] for one in stops)
+    ended = ended or ended_by(text, last, settings.stop_strings)
     reason = "stop" if ended else "length"
     return Answer(text.strip(), ids, token_texts(tokenizer, ids), layout, kept, finish_reason=reason)

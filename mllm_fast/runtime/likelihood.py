@@ -31,7 +31,7 @@ def yes_probabilities(runner: ModelRunner, pictures: Sequence[list[Any]], prompt
         InputError: Yes and no begin with the same token in this model's vocabulary.
     """
     inputs, _, _ = runner.prompts.prepare([list(one) for one in pictures], list(prompts))
-    output = runner.run(inputs, 1, {"output_logits": True, "return_dict_in_generate": True})
+    output = runner.run(inputs, runner.settings(1), output_logits=True, return_dict_in_generate=True)
     logits = output.logits[0].double()
     ids = {name: {int(runner.prompts.answer_ids(word)[0]) for word in words} for name, words in YES_NO.items()}
     neither = ids["yes"] & ids["no"]  # such as the unknown token

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from ..models.offload import check_one_device, device_of
 from ..models.part_checks import check_parts
 from ..models.processing import Images, Prompts, ordinary_ids
 from ..models.text_model import text_model
+from .generation_settings import GenerationSettings
 from .hooks import Recording, model_lock, recording
 from .kv_cache import CACHE, cache_of, full_cache
 
@@ -114,33 +116,46 @@ class ModelRunner:
         """Return a cache that keeps every position, as an argument of the model; empty if its own cache does."""
         return {CACHE: full_cache(self.text)} if any(site.window for site in self.text.sites) else {}
 
+    def settings(
+        self, max_new_tokens: int | None = None, options: Mapping[str, Any] | None = None, greedy: bool = False
+    ) -> GenerationSettings:
+        """Return the settings of an answer; see `GenerationSettings`."""
+        window = self.prompts.window
+        return GenerationSettings(self.model, self.processor.tokenizer, max_new_tokens, options, greedy, window)
+
+    @contextmanager
+    def greedy(self) -> Iterator[None]:
+        """Take the likeliest tokens inside the block, unless a call says otherwise, whatever the checkpoint says."""
+        before = self.model.generation_config
+        self.model.generation_config = copy.deepcopy(before)
+        self.model.generation_config.do_sample = False
+        try:
+            yield
+        finally:
+            self.model.generation_config = before
+
     def run(
         self,
         inputs: Any,
-        max_new_tokens: int,
-        options: dict[str, Any],
+        settings: GenerationSettings,
         plan: Plan | None = None,
         shares: AttentionShares | None = None,
+        **forced: Any,
     ) -> Any:
-        """Run transformers' `generate`; it is greedy unless `options` ask for sampling.
+        """Run transformers' `generate`.
 
         Args:
             inputs: The processor's inputs.
-            max_new_tokens: The most tokens to generate, at least 1.
-            options: Further arguments of `generate`.
+            settings: The settings of the answer.
             plan, shares: The arguments `knockouts` and `shares` of `recording`.
+            forced: Arguments of `generate` that take precedence over the settings.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is at least 1, got {max_new_tokens}")
-        settings = {"do_sample": False, **options}
-        if not settings["do_sample"]:
-            # a checkpoint's own sampling settings would only make transformers warn
-            settings = {"temperature": None, "top_p": None, "top_k": None} | settings
+        arguments = {**inputs, **settings.arguments(inputs["input_ids"].shape[1], **forced)}
         with model_lock(self.text), self.text.inference():
             if plan is None and shares is None:
-                return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+                return self.model.generate(**arguments)
             with recording(self.text, 0, plan, shares, self.backend):
-                return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+                return self.model.generate(**arguments)
 
     def _type_of_answers(self, inputs: Any, name: str) -> int:
         """Return the token type of an answer's tokens, which see the tokens before them alone: not that of images.

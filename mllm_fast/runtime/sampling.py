@@ -40,17 +40,17 @@ class Sampling:
 
     Attributes:
         temperature: The temperature; 0 takes the likeliest token, and so does any below 1e-5, whose probabilities no
-            float32 can hold.
-        top_p: Nucleus sampling, the probability mass of the tokens that are kept.
+            float32 can hold. None samples, or not, as the checkpoint's generation config says.
+        top_p: Nucleus sampling, the probability mass of the tokens that are kept; 1 if only a temperature is given.
         seed: The seed of the random numbers; None for a random one.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float | None = 0.0
+    top_p: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < _COLDEST:
+        if self.temperature is not None and self.temperature < _COLDEST:
             object.__setattr__(self, "temperature", 0.0)
 
 
@@ -86,7 +86,7 @@ class SamplerCache:
 
     def __init__(self, runner: ModelRunner):
         self._runner = runner
-        self._known: OrderedDict[tuple[float, float], Any] = OrderedDict()
+        self._known: OrderedDict[tuple[float | None, float | None], tuple[Any, bool]] = OrderedDict()
 
     def make(self, ids: Sequence[int], sampling: Sampling) -> Sampler:
         """Return a sampler for the sequence that begins with `ids`.
@@ -94,35 +94,44 @@ class SamplerCache:
         `generate` prepares the logits processors, which needs the model's lock.
         """
         key = sampling.temperature, sampling.top_p
-        processors = self._known.get(key)
-        if processors is not None:
+        known = self._known.get(key)
+        if known is not None:
             self._known.move_to_end(key)
         else:
             # processors that depend on the sequence are made for each prompt: they may need to know where it ends
-            processors = self._prepared(torch.tensor([[1]]), sampling)
-            if all(_stateless(one) for one in processors):
-                self._known[key] = processors
+            known = self._prepared(torch.tensor([[1]]), sampling)
+            if all(_stateless(one) for one in known[0]):
+                self._known[key] = known
                 while len(self._known) > _SETTINGS:
                     self._known.popitem(last=False)
             else:
-                processors = self._prepared(torch.tensor([list(ids)]), sampling)
+                known = self._prepared(torch.tensor([list(ids)]), sampling)
+        processors, sample = known
         generator = None
-        if sampling.temperature:
+        if sample:
             generator = torch.Generator(self._runner.model.device)
             generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-        return Sampler(processors, sampling.temperature > 0, list(ids), generator)
+        return Sampler(processors, sample, list(ids), generator)
 
-    def _prepared(self, ids: Tensor, sampling: Sampling) -> Any:
+    def _prepared(self, ids: Tensor, sampling: Sampling) -> tuple[Any, bool]:
         ids = ids.to(self._runner.model.device)
         options: dict[str, Any] = {"custom_generate": _prepared_only}
         if sampling.temperature:
             # apply only the filters that were asked for
-            options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return next(self._runner.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1, options))
+            options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0}
+            options["top_p"] = 1.0 if sampling.top_p is None else sampling.top_p
+        elif sampling.temperature is not None:
+            options["do_sample"] = False
+        elif sampling.top_p is not None:
+            options["top_p"] = sampling.top_p
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return next(self._runner.run(inputs, self._runner.settings(1, options)))
 
 
-def _prepared_only(model: Any, input_ids: Tensor, logits_processor: Any, *_: Any, **__: Any) -> Iterator[Any]:
-    yield logits_processor
+def _prepared_only(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **_: Any
+) -> Iterator[tuple[Any, bool]]:
+    yield logits_processor, bool(generation_config.do_sample)
 
 
 def _stateless(processor: Any) -> bool:

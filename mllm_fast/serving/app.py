@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's chat completions, contexts, explanations, health and metrics."""
+"""The HTTP application: OpenAI's chat completions and responses, contexts, explanations, health and metrics."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .metrics import Metrics
 from .middleware import RequestGuardMiddleware
 from .replies import Replies
 from .routes import chat, contexts, explanations, ops, responses_api
+from .routes.answers import IGNORED
 from .routes.openapi import ERRORS, describe_errors, handle_errors
 from .routes.state import AppState, Probes
 
@@ -65,7 +66,7 @@ def create_app(
             allow_origins=list(origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", chat.IGNORED],
+            expose_headers=["x-request-id", "retry-after", IGNORED],
         )
     handle_errors(app)
     for resource in (chat, responses_api, ops, contexts, explanations):

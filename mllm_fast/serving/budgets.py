@@ -150,20 +150,28 @@ class Lane:
         if self._inside < self.width:
             self._inside += 1
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
         self._line.append(turn)
-        try:
-            await asyncio.wait_for(turn, seconds)
-        except BaseException as error:
-            if turn.done() and not turn.cancelled():  # the place came with the interruption
-                self._next()
-            elif turn in self._line:
+
+        def late() -> None:
+            if not turn.done():
                 self._line.remove(turn)
-            if isinstance(error, asyncio.TimeoutError):
-                raise ServiceError(
-                    504, f"no place among the {self.name} was free in {seconds:g} s", code="timeout"
-                ) from None
+                message = f"no place among the {self.name} was free in {seconds:g} s"
+                turn.set_exception(ServiceError(504, message, code="timeout"))
+
+        # not `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes together with the place
+        timer = loop.call_later(seconds, late)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in self._line:
+                self._line.remove(turn)
+            elif not turn.cancelled() and turn.exception() is None:  # the place came with the interruption
+                self._next()
             raise
+        finally:
+            timer.cancel()
 
     def _next(self) -> None:
         """Hand a place to the next in line, or keep it free."""

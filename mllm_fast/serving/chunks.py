@@ -49,7 +49,6 @@ async def response_chunks(
     queue: asyncio.Queue[Any],
     words: AnswerDetokenizer,
     token_bytes: TokenBytes,
-    read: Callable[[], None],
 ) -> AsyncGenerator[ResponseChunk, None]:
     """Yield the chunks of an answer, made from the engine's events.
 
@@ -58,7 +57,6 @@ async def response_chunks(
         queue: The queue that receives the engine's events.
         words: Turns the tokens into text and finds the stop words.
         token_bytes: The bytes of a token, for the log-probabilities.
-        read: Called when the prompt was read, and its images are no longer held.
 
     Raises:
         ServiceError: The engine reported a failure.
@@ -70,7 +68,6 @@ async def response_chunks(
         if isinstance(event, FailureEvent):
             raise service_error(event.error)
         if isinstance(event, PrefillEvent):
-            read()
             usage.prompt_tokens = event.prompt_tokens
             usage.prompt_tokens_details = Details(cached_tokens=event.cached)
             info = None if event.context is None else info_of(wanted.key, event.context, brief=True)

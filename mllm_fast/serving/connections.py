@@ -7,14 +7,19 @@ request exists yet when they act.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import ipaddress
 import resource
+import sys
+import termios
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_LEAST_RATE = 4096  # bytes a second
 _RESERVED = 256  # file descriptors for the store, the model and the requests in progress
 _HEAD_BYTES = 65536
 _PIPELINED = 4
@@ -32,8 +37,8 @@ class Connections:
             process may open, less 256, and is 64 to 4096.
         each: The largest number of connections of one client address; by default half of `most`. Addresses of one IPv6
             network of 64 bits count as one.
-        seconds: How long a connection may take to send the head of a request (request line and headers), and how long a
-            client may read nothing of an answer that waits for it.
+        seconds: How long a connection may take to send the head of a request (request line and headers). In each such
+            time a client reads at least 4 KiB a second of an answer that waits for it.
         head_bytes: The largest head of a request, in bytes.
         pipelined: How many further requests a connection may send before the first is answered.
 
@@ -103,14 +108,14 @@ class Connections:
 
 
 class _ReadProtocol(HttpToolsProtocol):
-    """A connection that is closed when its client reads nothing of an answer that waits for it."""
+    """A connection that is closed when its client reads an answer that waits for it too slowly."""
 
     limits: Connections
     _unread: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch(self.transport.get_write_buffer_size())
+        self._watch(self._left())
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -121,16 +126,27 @@ class _ReadProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _watch(self, size: int) -> None:
-        """Close the connection unless the client has read something the next time."""
+        """Close the connection unless the client has read enough the next time."""
         self._unread = self.loop.call_later(self.limits.seconds, self._check, size)
 
     def _check(self, before: int) -> None:
-        size = self.transport.get_write_buffer_size()
-        if size < before:
+        size = self._left()
+        if size <= before - _LEAST_RATE * self.limits.seconds:
             self._watch(size)
         else:
             self.limits.closed += 1
             self.transport.abort()
+
+    def _left(self) -> int:
+        """Return how many bytes the client has not read: in this process, and in the kernel where it tells.
+
+        The kernel takes more of an answer only when a good part of its own buffer is free again.
+        """
+        size = self.transport.get_write_buffer_size()
+        with suppress(OSError, AttributeError, ValueError):
+            number = self.transport.get_extra_info("socket").fileno()
+            size += int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return size
 
     def _unwatch(self) -> None:
         if self._unread is not None:

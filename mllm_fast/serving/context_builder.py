@@ -52,7 +52,7 @@ class ContextBuilder:
         self._mass: Tensor | None = None
         self._choosers = samplers
         self._chooser: Sampler | None = None
-        self._stop = vlm.prompts.end_ids()
+        self._stop = vlm.settings().end_ids
 
     @property
     def plain(self) -> bool:

@@ -68,8 +68,8 @@ class EngineClient:
         except Exception as error:
             raise service_error(error) from None
 
-    def open_queue(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
-        """Return a queue of events, and the sink that fills it from the engine's thread."""
+    def open_queue(self, seen: Callable[[Any], None] | None = None) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
+        """Return a queue of events, and the sink that fills it from the engine's thread; see `EventQueue.open`."""
         if self._events is None:
             raise RuntimeError("start the service first")
-        return self._events.open()
+        return self._events.open(seen)

@@ -21,16 +21,26 @@ class EventQueue:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._guard = threading.Lock()
-        self._waiting: list[tuple[asyncio.Queue[Any], Any]] = []
+        self._waiting: list[tuple[Callable[[Any], None], Any]] = []
 
-    def open(self) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
-        """Return a queue, and a function that puts events into it from another thread."""
+    def open(self, seen: Callable[[Any], None] | None = None) -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
+        """Return a queue, and a function that puts events into it from another thread.
+
+        Args:
+            seen: Called in the event loop with each event, whether or not the queue is read.
+        """
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        return queue, lambda event: self._post(queue, event)
 
-    def _post(self, queue: asyncio.Queue[Any], event: Any) -> None:
+        def told(event: Any) -> None:
+            if seen is not None:
+                seen(event)
+            queue.put_nowait(event)
+
+        return queue, lambda event: self._post(told, event)
+
+    def _post(self, told: Callable[[Any], None], event: Any) -> None:
         with self._guard:
-            self._waiting.append((queue, event))
+            self._waiting.append((told, event))
             first = len(self._waiting) == 1
         if first:
             with suppress(RuntimeError):  # the loop is closed, so nobody reads the events
@@ -39,5 +49,5 @@ class EventQueue:
     def _deliver(self) -> None:
         with self._guard:
             events, self._waiting = self._waiting, []
-        for queue, event in events:
-            queue.put_nowait(event)
+        for told, event in events:
+            told(event)

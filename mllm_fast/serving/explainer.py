@@ -17,7 +17,7 @@ from .budgets import Lane
 from .engine_client import EngineClient
 from .errors import ServiceError, service_error
 from .image_fetch import picture_files
-from .interruptible import Interruptible, number_count
+from .interruptible import Interruptible
 from .messages import Conversation, check_length, conversation
 from .preparation import RequestPreparer, check_pixels, in_pool
 from .requests import StoppingError
@@ -124,7 +124,7 @@ class Explainer:
             made = await self._engine.last(pieces)
         if request.token is not None:
             made.token_index(request.token)
-        if request.format in ("json", "html") and number_count(made) > _NUMBERS:
+        if request.format in ("json", "html") and _number_count(made) > _NUMBERS:
             raise ServiceError(
                 413,
                 f"this explanation has more than {_NUMBERS:,} numbers: ask for format 'safetensors', for a shorter"
@@ -161,3 +161,10 @@ class Explainer:
             raise service_error(TimeoutError()) from None
         finally:
             given_up.set()
+
+
+def _number_count(explanation: Any) -> int:
+    """Return about how many numbers an explanation has as text: ten rows of position scores and two maps per token."""
+    positions = len(explanation.input_ids)
+    image = sum(len(one.positions) for one in explanation.layout.images)
+    return len(explanation.tokens) * (10 * positions + 2 * image + explanation.num_layers * explanation.num_heads)

@@ -81,14 +81,18 @@ async def _fetched(url: str, settings: Settings, most: int) -> bytes:
     except httpx.InvalidURL:
         raise _refused("the image's URL is not valid") from None
     async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=settings.remote_seconds) as client:
-        request = client.build_request("GET", target, headers={"Host": host}, extensions={"sni_hostname": host})
+        # compressed, a small answer could be a large one in memory before its size is known
+        headers = {"Host": host, "Accept-Encoding": "identity"}
+        request = client.build_request("GET", target, headers=headers, extensions={"sni_hostname": host})
         try:
             response = await client.send(request, stream=True)
             try:
                 if response.status_code != 200:
                     raise _refused(f"the image's host answered with {response.status_code}")
+                if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                    raise _refused("the image's host answered with compressed bytes")
                 found = bytearray()
-                async for part in response.aiter_bytes():
+                async for part in response.aiter_raw():
                     found += part
                     if len(found) > most:
                         raise _refused(f"remote images have at most {settings.remote_bytes:,} bytes together")

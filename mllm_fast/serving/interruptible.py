@@ -22,10 +22,3 @@ class Interruptible:
     def __getattr__(self, name: str) -> Any:
         self._check()
         return getattr(self._explanation, name)
-
-
-def number_count(explanation: Any) -> int:
-    """Return about how many numbers an explanation has as text: ten rows of position scores and two maps per token."""
-    positions = len(explanation.input_ids)
-    image = sum(len(one.positions) for one in explanation.layout.images)
-    return len(explanation.tokens) * (10 * positions + 2 * image + explanation.num_layers * explanation.num_heads)

@@ -1,4 +1,8 @@
-"""Structured logs on stderr, one JSON object per line. They never contain images, prompts, answers or keys."""
+"""Structured logs on stderr, one JSON object per line.
+
+The server's own events never contain images, prompts, answers or keys. What libraries log and warn of is shortened to
+its first line.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,16 +39,27 @@ class Log:
 
     def __init__(self, stream: TextIO | None = sys.stderr):
         self._stream = stream
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
+        self._lines: deque[str] = deque()
+        self._writing = False
 
     def __call__(self, event: str, **facts: Any) -> None:
         if self._stream is None:
             return
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+        line = json.dumps({"time": stamp, "event": event, **facts}) + "\n"
         with self._guard:
-            self._stream.write(json.dumps({"time": stamp, "event": event, **facts}) + "\n")
-            self._stream.flush()
+            self._lines.append(line)
+            if self._writing:  # a garbage collection during the write below logs something: it is written then
+                return
+            self._writing = True
+            try:
+                while self._lines:
+                    self._stream.write(self._lines.popleft())
+                self._stream.flush()
+            finally:
+                self._writing = False
 
     def take_over(self) -> None:
         """Write what libraries log, warn of and leave uncaught as lines of this log, without tracebacks."""

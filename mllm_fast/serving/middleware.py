@@ -38,7 +38,8 @@ class RequestGuardMiddleware:
 
     The key, the rate and the declared size are checked on the headers alone. A body is then read with a limit of its
     own, one for all bodies of a client and one for all bodies. The state of a request gets the tenant of its key
-    ("tenant"), what its limits are counted by ("client"), and facts for the log ("facts").
+    ("tenant"), what its limits are counted by ("client"), facts for the log ("facts") and the id by which the log, the
+    header x-request-id and the answer name it ("id").
 
     Args:
         app: The application behind the middleware.
@@ -70,8 +71,8 @@ class RequestGuardMiddleware:
         began, status = time.perf_counter(), 0
         refused: list[ServiceError] = []
         facts: dict[str, Any] = {}
-        scope.setdefault("state", {})["facts"] = facts
         identity = uuid.uuid4().hex
+        scope.setdefault("state", {}).update(facts=facts, id=identity)
 
         async def answer(message: Message) -> None:
             nonlocal status

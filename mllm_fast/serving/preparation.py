@@ -80,7 +80,7 @@ class RequestPreparer:
         """Return the generation for the engine. The caller still has to set its sink."""
         return Generation(
             sink=lambda _: None,
-            stop_ids=self.vlm.prompts.end_ids(),
+            stop_ids=self.vlm.settings().end_ids,
             max_tokens=count,
             key=prepared.key,
             context=prepared.context,

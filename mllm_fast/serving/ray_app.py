@@ -15,6 +15,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,9 @@ class Replica:
         await self._start()
         try:
             pieces = await self._service.chat(ChatRequest.model_validate(request), tenant, client)
-            async for piece in pieces:
-                yield piece
+            async with aclosing(pieces):  # type: ignore[type-var]
+                async for piece in pieces:
+                    yield piece
         except Exception as error:
             yield service_error(error)
 
@@ -216,8 +218,10 @@ class Remote:
             session = request.context[4 : 4 + _DIGITS]
         else:
             session, urls = await self._session(urls, tenant, client)
-        content = request.model_dump(exclude_none=True) | {"messages": _with_urls(request.messages, urls)}
-        same_again = not request.temperature or request.seed is not None
+        content = request.model_dump(exclude_none=True, by_alias=True) | {
+            "messages": _with_urls(request.messages, urls)
+        }
+        same_again = request.temperature == 0 or request.seed is not None
         pieces = self._pieces(content, (tenant, client), session, same_again)
         first = await anext(pieces)  # an error is raised before the stream begins
         return _behind(first, pieces)

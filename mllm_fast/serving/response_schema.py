@@ -24,11 +24,12 @@ from .schema import (
     TextFormat,
     TextPart,
     Texts,
+    format_type,
     text_or_list,
     union,
 )
 
-_IGNORED = (
+RESPONSE_IGNORED = (
     "metadata",
     "user",
     "service_tier",
@@ -119,16 +120,11 @@ class SchemaFormat(Strict):
     strict: bool | None = None
 
 
-def _format_type(given: Any) -> str | None:
-    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
-    return f"={kind}" if kind in ("text", "json_object", "json_schema") else None
-
-
 AnswerFormat = Annotated[
     Annotated[TextFormat, Tag("=text")]
     | Annotated[JsonFormat, Tag("=json_object")]
     | Annotated[SchemaFormat, Tag("=json_schema")],
-    union(_format_type, 'an object with "type": "text", "json_object" or "json_schema" is expected'),
+    union(format_type, 'an object with "type": "text", "json_object" or "json_schema" is expected'),
 ]
 
 
@@ -178,11 +174,6 @@ class ResponseRequest(Strict):
     tool_choice: Literal["none", "auto"] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-
-
-def ignored(request: ResponseRequest) -> str:
-    """Return the names of the fields of a request that have no effect, with commas."""
-    return ", ".join(name for name in _IGNORED if getattr(request, name) is not None)
 
 
 def chat_request(request: ResponseRequest, reply: Callable[[str], str]) -> ChatRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -178,7 +178,7 @@ class JsonSchemaFormat(Strict):
 ResponseFormat = TextFormat | JsonFormat | JsonSchemaFormat
 
 
-def _format_type(given: Any) -> str | None:
+def format_type(given: Any) -> str | None:
     kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
     return f"={kind}" if kind in ("text", "json_object", "json_schema") else None
 
@@ -255,7 +255,7 @@ class ChatRequest(Strict):
             Annotated[TextFormat, Tag("=text")]
             | Annotated[JsonFormat, Tag("=json_object")]
             | Annotated[JsonSchemaFormat, Tag("=json_schema")],
-            union(_format_type, 'an object with "type": "text", "json_object" or "json_schema" is expected'),
+            union(format_type, 'an object with "type": "text", "json_object" or "json_schema" is expected'),
         ]
         | None
     ) = None
@@ -267,7 +267,7 @@ class ChatRequest(Strict):
         return self
 
 
-_IGNORED = (
+CHAT_IGNORED = (
     "user",
     "metadata",
     "store",
@@ -281,9 +281,9 @@ _IGNORED = (
 )
 
 
-def ignored(request: ChatRequest) -> str:
-    """Return the names of the fields of a request that have no effect, with commas."""
-    return ", ".join(name for name in _IGNORED if getattr(request, name) is not None)
+def ignored(request: BaseModel, names: Sequence[str]) -> str:
+    """Return which of some fields, those without an effect, a request has, with commas."""
+    return ", ".join(name for name in names if getattr(request, name) is not None)
 
 
 class ContextRequest(Strict):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -65,12 +65,17 @@ def application(
 
 
 def serve(
-    app: FastAPI, service: Service, log: Log, host: str, port: int, connections: Connections | None = None
+    app: FastAPI,
+    service: Service,
+    log: Log,
+    host: str,
+    port: int,
+    connections: Connections | None = None,
+    own_process: bool = False,
 ) -> int:
     """Serve the application until SIGTERM or SIGINT, or until the engine fails.
 
-    The server then refuses new requests and finishes those in progress. What is not finished after the time of grace is
-    given up, and the process ends.
+    The server then refuses new requests and finishes those in progress, within a third of the time of grace.
 
     Args:
         app: The application.
@@ -79,6 +84,8 @@ def serve(
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
         connections: The limits of connections.
+        own_process: Whether the process has no other purpose: it then ends within the time of grace, whatever its
+            threads still do.
 
     Returns:
         The exit code of the process: 0, or 1 if the engine failed and the process should be started again.
@@ -96,7 +103,12 @@ def serve(
         lifespan="on",
     )
     server = uvicorn.Server(config)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when it has shut down
+
+    def end(*_: Any) -> None:
+        server.should_exit = True
+
+    # a signal can come before uvicorn has its own handler, and uvicorn raises it again when it has shut down
+    before = signal.signal(signal.SIGTERM, end)
     log.take_over()
     log("listening", host=host, port=listening.getsockname()[1])
 
@@ -105,14 +117,16 @@ def serve(
         server.should_exit = True
 
     service.engine.on_failure = failed
-    watch = threading.Thread(target=_end_in_time, args=(server, grace, log), name="watch", daemon=True)
-    watch.start()
+    if own_process:
+        threading.Thread(target=_end_in_time, args=(server, grace, log), name="watch", daemon=True).start()
     try:
         with suppress(KeyboardInterrupt):
             server.run([listening])
     finally:
         listening.close()
         log("stopped")
+        # a second signal would break off the interpreter's own end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if own_process else before)
     return 0 if service.engine.failure is None else 1
 
 

@@ -67,7 +67,9 @@ class Service:
         self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
         self._writing = ThreadPoolExecutor(1, "write")
         self._looking = ThreadPoolExecutor(1, "look")  # a large store is listed beside the answers
-        self._constraints = Constraints(vlm.processor.tokenizer, vlm.prompts.end_ids(), int(vlm.text.head.out_features))
+        self._schemas = ThreadPoolExecutor(1, "schemas")
+        size = int(vlm.text.head.out_features)
+        self._constraints = Constraints(vlm.processor.tokenizer, vlm.settings().end_ids, size)
         self._token_bytes = TokenBytes(vlm.processor.tokenizer)
         self._unwritten: set[Future[None]] = set()
         most, each = self.settings.max_batch + self.settings.max_queue, self.settings.max_client_requests
@@ -84,7 +86,7 @@ class Service:
         until = time.monotonic() + self.settings.grace / 2
         self.engine.stop(self.settings.grace / 4)
         self.explainer.stop()
-        for pool in (self._preparer.pool, self._looking):
+        for pool in (self._preparer.pool, self._looking, self._schemas):
             pool.shutdown(wait=False, cancel_futures=True)
         wait(list(self._unwritten), max(0.0, until - time.monotonic()))
         self._writing.shutdown(wait=False, cancel_futures=True)
@@ -121,11 +123,11 @@ class Service:
                 prepared = await self._preparer.chat(asked, request, tenant, count)
             stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
             wanted = self._preparer.generation(prepared, count, deadline)
-            wanted.sampling = Sampling(request.temperature or 0.0, request.top_p or 1.0, request.seed)
+            wanted.sampling = Sampling(request.temperature, request.top_p, request.seed)
             if request.response_format is not None:
-                wanted.constraint = await self._preparer.run(lambda: self._constraints.of(request.response_format))
+                wanted.constraint = await in_pool(self._schemas, lambda: self._constraints.of(request.response_format))
             wanted.log_probs = (request.top_logprobs or 0) if request.logprobs else None
-            queue, wanted.sink = self.client.open_queue()
+            queue, wanted.sink = self.client.open_queue(None if reading is None else _until_read(reading))
             self.client.submit(wanted)
         except BaseException:
             place.leave()
@@ -133,7 +135,7 @@ class Service:
                 reading.leave()
             raise
         words = AnswerDetokenizer(self.vlm.processor.tokenizer, stop)
-        chunks = response_chunks(wanted, queue, words, self._token_bytes, reading.leave if reading else lambda: None)
+        chunks = response_chunks(wanted, queue, words, self._token_bytes)
 
         def ended() -> None:
             self.engine.cancel(wanted)
@@ -261,3 +263,13 @@ class Service:
             self._unwritten.add(writing)
             writing.add_done_callback(self._unwritten.discard)
         return kept
+
+
+def _until_read(place: Place) -> Callable[[Any], None]:
+    """Return what gives a place back as soon as the images of a request are no longer held, given its events."""
+
+    def seen(event: Any) -> None:
+        if isinstance(event, (PrefillEvent, FinishEvent, FailureEvent)):
+            place.leave()
+
+    return seen

@@ -86,6 +86,11 @@ class Settings:
     remote_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        if not self.max_body <= self.max_client_bodies <= self.max_bodies:
+            raise InputError(
+                f"max_body ({self.max_body:,}) is at most max_client_bodies ({self.max_client_bodies:,}), and that at"
+                f" most max_bodies ({self.max_bodies:,})"
+            )
         object.__setattr__(self, "score", score_name(self.score))
         if self.keep is not None:
             kept_count(self.keep, 1 << 62)

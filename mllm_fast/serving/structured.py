@@ -6,6 +6,7 @@ llguidance (https://github.com/guidance-ai/llguidance) turns a schema into the t
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from .errors import ServiceError
 from .schema import JsonSchemaFormat, ResponseFormat
+from .schema_check import schema_error
 
 _ANY_OBJECT = {"type": "object"}
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # no answer of spaces alone
+_VERDICTS = 64  # schemas whose check is remembered
 _LONGEST = 65_536  # characters of a schema
 
 
@@ -67,9 +70,10 @@ class Constraints:
     def __init__(self, tokenizer: Any, end_ids: Collection[int], size: int):
         self._tokenizer, self._end_ids, self._size = tokenizer, sorted(end_ids), size
         self._made: Any = None
+        self._verdicts: OrderedDict[str, str] = OrderedDict({json.dumps(_ANY_OBJECT): ""})
 
     def of(self, wanted: ResponseFormat | None) -> Constraint | None:
-        """Return the constraint of a request's format; None if any text will do.
+        """Return the constraint of a request's format; None if any text will do. For use in one thread.
 
         Raises:
             ServiceError: llguidance is not installed, or it cannot read the schema or the tokenizer.
@@ -84,17 +88,26 @@ class Constraints:
         text = json.dumps(schema)
         if len(text) > _LONGEST:
             raise _refused(f"a schema has at most {_LONGEST:,} characters, got {len(text):,}")
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_COMPACT)  # type: ignore[arg-type]
-            error = LLMatcher.validate_grammar(grammar)
-            if not error:
+        error = self._error(text)
+        if not error:
+            try:
+                grammar = LLMatcher.grammar_from_json_schema(text, defaults=_COMPACT)  # type: ignore[arg-type]
                 matcher = LLMatcher(self._tokens(), grammar)
                 error = matcher.get_error() if matcher.is_error() else ""
-        except (ValueError, RuntimeError) as problem:
-            error = str(problem)
+            except (ValueError, RuntimeError) as problem:  # a tokenizer that llguidance does not take
+                error = str(problem)
         if error:
             raise _refused(f"the schema cannot be followed: {error.splitlines()[0][:300]}")
         return Constraint(matcher, self._size)
+
+    def _error(self, text: str) -> str:
+        """Return what is wrong with a schema; the verdicts on the latest ones are remembered."""
+        if text not in self._verdicts:
+            self._verdicts[text] = schema_error(text, _COMPACT)
+            if len(self._verdicts) > _VERDICTS:
+                self._verdicts.popitem(last=False)
+        self._verdicts.move_to_end(text)
+        return self._verdicts[text]
 
     def _tokens(self) -> Any:
         if self._made is None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import asyncio
+import socket
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 import httpx
 import pytest
+import uvicorn
 from kit import connection, descriptors, head, read_some, status
 from served import OTHER
 from waiting import HANG
+
+from mllm_fast.serving.connections import Connections
 
 
 def test_one_request_and_half_a_head_each(server, beside):
@@ -69,42 +74,71 @@ def test_a_head_of_thirty_megabytes(server, beside, lines):
     beside.survives(attack)
 
 
-def test_heads_that_never_end_are_closed(tmp_path):
-    """The time of a head runs for each request of a connection anew."""
-    import asyncio
-
-    from mllm_fast.serving.connections import Connections
-
-    limits = Connections(most=10, each=10, seconds=0.2)
+@asynccontextmanager
+async def small_server(limits, body: bytes):
+    """A server in this process whose connections have these limits, and which answers with a body; yields its port."""
     protocol = limits.protocol()
 
+    async def app(scope, receive, send):
+        length = str(len(body)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": body})
+
+    config = uvicorn.Config(app, http=protocol, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    config.load()
+    listening = await asyncio.get_running_loop().create_server(
+        lambda: protocol(config=config, server_state=server.server_state, app_state={}), "127.0.0.1", 0
+    )
+    yield listening.sockets[0].getsockname()[1]
+    listening.close()
+
+
+def test_heads_that_never_end_are_closed():
+    """The time of a head runs for each request of a connection anew."""
+    limits = Connections(most=10, each=10, seconds=0.2)
+
     async def run() -> list[bytes]:
-        import uvicorn
-
-        async def app(scope, receive, send):
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-            await send({"type": "http.response.body", "body": b"ok"})
-
-        config = uvicorn.Config(app, http=protocol, log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
-        config.load()
-        listening = await asyncio.get_running_loop().create_server(
-            lambda: protocol(config=config, server_state=server.server_state, app_state={}), "127.0.0.1", 0
-        )
-        port = listening.sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        first = await reader.readuntil(b"ok")
-        writer.write(b"GET / HTTP/1.1\r\nHost")
-        rest = await asyncio.wait_for(reader.read(), HANG)
-        writer.close()
-        listening.close()
+        async with small_server(limits, b"ok") as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            first = await reader.readuntil(b"ok")
+            writer.write(b"GET / HTTP/1.1\r\nHost")
+            rest = await asyncio.wait_for(reader.read(), HANG)
+            writer.close()
         return [first, rest]
 
     first, rest = asyncio.run(run())
     assert first.startswith(b"HTTP/1.1 200")
     assert rest == b""
     assert limits.closed == 1
+
+
+@pytest.mark.parametrize(("pause", "whole"), [(0.02, True), (None, False)])
+def test_slow_readers(pause, whole):
+    """One that reads all the while gets its answer, though the kernel's own buffers stand still for long."""
+    limits = Connections(most=10, each=10, seconds=0.1)
+    size = 24 << 20
+
+    async def run() -> int:
+        async with small_server(limits, bytes(size)) as port:
+            with socket.socket() as one:
+                one.setblocking(False)
+                loop, read = asyncio.get_running_loop(), 0
+                await loop.sock_connect(one, ("127.0.0.1", port))
+                await loop.sock_sendall(one, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                if pause is None:
+                    while not limits.closed:
+                        await asyncio.sleep(0.01)
+                with suppress(ConnectionError):
+                    while read < size and (part := await loop.sock_recv(one, 1 << 17)):
+                        read += len(part)
+                        await asyncio.sleep(pause or 0)
+                return read
+
+    read = asyncio.run(asyncio.wait_for(run(), HANG))
+    assert (read >= size) == whole
+    assert limits.closed == (not whole)
 
 
 def test_the_key_goes_before_the_body(server, beside):

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 import served
 from kit import beside_quiet, connection, head
@@ -183,3 +184,18 @@ def test_it_ends_in_time_whatever_it_does(crowded, url):
     for line in server.raw:
         assert json.loads(line)["event"]
     assert not any("Traceback" in line for line in server.raw)
+
+
+@pytest.mark.parametrize("keep", ["off", 0.05])
+def test_several_answers_about_new_pictures(server, keep):
+    """Requests for eight answers each hold places that others wait for, and are answered all the same."""
+    colors = [tuple(one) for one in np.random.default_rng(5).integers(0, 256, (4, 3))]
+    pictures = [served.data_url(Image.new("RGB", (96, 96), color)) for color in colors]
+
+    def ask(picture: str) -> int:
+        with server.http() as http:
+            body = {"messages": asked("what ?", picture), "n": 8, "max_tokens": 1, "keep": keep}
+            return len(http.post("/v1/chat/completions", json=body).json().get("choices", []))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, pictures)) == [8] * 4

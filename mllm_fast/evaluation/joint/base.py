@@ -36,7 +36,10 @@ class JointEvaluation(Evaluation):
         """Return the joint model of a name, by default that of the evaluation. It is loaded once."""
         name = self.name_of_joint if name is None else name
         if name not in self._made or self._made[name][0] is not vlm:
-            self._made[name] = vlm, JointModel.from_pretrained(name, vlm=vlm)
+            made = JointModel.from_pretrained(name, vlm=vlm)
+            if made.vlm is not vlm:  # a fine-tuned one; the evaluation's own model is greedy anyway
+                made.vlm.model.generation_config.do_sample = False
+            self._made[name] = vlm, made
         return self._made[name][1]
 
 

@@ -79,13 +79,14 @@ class Conversations(JointEvaluation):
         vlm = joint.vlm
         picture = load_image(sample.image)
         seen = joint.see(picture) if through else None
+        settings = vlm.settings(self.settings["max_new_tokens"], greedy=True)
         turns: list[Turn] = []
         for i, question in enumerate(questions):
             turns.append(("user", [None, question] if i == 0 else [question]))
             inputs, layout = vlm.prompts.conversation([picture], turns)
             with nullcontext() if seen is None else joint.reading([seen]):
-                output = vlm.run(inputs, self.settings["max_new_tokens"], {})
-            text = answer_of(output[0], layout, vlm.processor.tokenizer, vlm.prompts.stop_ids({})).text
+                output = vlm.run(inputs, settings)
+            text = answer_of(output[0], layout, vlm.processor.tokenizer, settings).text
             turns.append(("assistant", [text]))
         return [str(parts[0]) for role, parts in turns if role == "assistant"]
 

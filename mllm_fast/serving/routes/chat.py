@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from ..errors import service_error
-from ..metrics import Metrics
 from ..responses import ResponseChunk
-from ..schema import ChatRequest, Usage, ignored
-from .answers import Answers, begin, summed
+from ..schema import CHAT_IGNORED, ChatRequest, Usage, ignored
+from .answers import IGNORED, begin, counted, summed
 from .connected import while_connected
-from .events import EventStream, event
+from .events import EventStream, event, json_response
 from .openapi import note_error
-from .state import State, Tenant
-
-IGNORED = "x-ignored-parameters"
+from .state import Client, State, Tenant
 
 router = APIRouter()
 
@@ -36,12 +31,12 @@ router = APIRouter()
         }
     },
 )
-async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant) -> Response:
-    backend, client = state.backend, request.state.client
-    identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant, client: Client) -> Response:
+    backend = state.backend
+    identity, created = f"chatcmpl-{request.state.id}", int(time.time())
     first = time.perf_counter()
     head = {"id": identity, "created": created, "model": backend.name}
-    unused = ignored(body)
+    unused = ignored(body, CHAT_IGNORED)
     headers = {IGNORED: unused} if unused else {}
     logprobs = bool(body.logprobs)
     if not body.stream:
@@ -50,38 +45,12 @@ async def chat(body: ChatRequest, request: Request, state: State, tenant: Tenant
             answers = await begin(backend, body, tenant, client)
             return await _whole(counted(answers, state.metrics, request, first), len(answers.sources), logprobs)
 
-        return JSONResponse(head | await while_connected(request, whole()), headers=headers)
+        return json_response(head | await while_connected(request, whole()), headers)
     answers = await while_connected(request, begin(backend, body, tenant, client))
     chunks = counted(answers, state.metrics, request, first)
     usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(request, head, chunks, len(answers.sources), logprobs, usage)
     return EventStream(events, answers, backend.settings.time_limit, headers)
-
-
-async def counted(
-    answers: Answers, metrics: Metrics, request: Request, first: float
-) -> AsyncIterator[tuple[int, ResponseChunk]]:
-    """Yield the chunks of all answers and update the metrics.
-
-    Args:
-        answers: The answers.
-        metrics: The metrics.
-        request: The request, whose facts for the log are filled in.
-        first: The time at which the request arrived.
-    """
-    begun = False
-    usages: list[Usage] = []
-    try:
-        async for index, chunk in answers.merged():
-            if not begun:
-                metrics.first_token.observe(time.perf_counter() - first)
-            begun = True
-            if chunk.usage is not None:
-                usages.append(chunk.usage)
-            yield index, chunk
-        _count(metrics, request, summed(usages))
-    finally:
-        await answers.aclose()
 
 
 async def _whole(chunks: AsyncIterator[tuple[int, ResponseChunk]], count: int, logprobs: bool) -> dict[str, Any]:
@@ -101,7 +70,7 @@ async def _whole(chunks: AsyncIterator[tuple[int, ResponseChunk]], count: int, l
         }
         for i in range(count)
     ]
-    usage = summed([one.usage for one in last if one.usage is not None]).model_dump()
+    usage = summed({i: one.usage for i, one in enumerate(last) if one.usage is not None}).model_dump()
     return {"object": "chat.completion", "choices": choices, "usage": usage} | _context(last[0])
 
 
@@ -124,7 +93,7 @@ async def _events(
         choice = {"index": index, "delta": delta, "finish_reason": chunk.finish, "logprobs": logs}
         return event(head | {"choices": [choice]} | ({"usage": None} if with_usage else {}) | _context(chunk))
 
-    usages: list[Usage] = []
+    usages: dict[int, Usage] = {}
     try:
         for index in range(count):
             yield part(index, {"role": "assistant", "content": ""})
@@ -134,7 +103,7 @@ async def _events(
             if chunk.finish is not None:
                 yield part(index, {}, ResponseChunk(finish=chunk.finish, context=chunk.context))
             if chunk.usage is not None:
-                usages.append(chunk.usage)
+                usages[index] = chunk.usage
         if with_usage:
             yield event(head | {"choices": [], "usage": summed(usages).model_dump()})
         yield b"data: [DONE]\n\n"
@@ -144,15 +113,3 @@ async def _events(
         yield event(found.body)
     finally:
         await chunks.aclose()  # type: ignore[attr-defined]
-
-
-def _count(metrics: Metrics, request: Request, usage: Usage) -> None:
-    cached = usage.prompt_tokens_details.cached_tokens
-    metrics.prompt_tokens.inc(usage.prompt_tokens)
-    metrics.cached_tokens.inc(cached)
-    metrics.answer_tokens.inc(usage.completion_tokens)
-    request.state.facts |= {
-        "prompt_tokens": usage.prompt_tokens,
-        "cached_tokens": cached,
-        "answer_tokens": usage.completion_tokens,
-    }

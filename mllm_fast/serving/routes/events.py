@@ -1,4 +1,4 @@
-"""Answers that are sent as server-sent events."""
+"""Answers as they are sent: whole as JSON, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .answers import Answers
@@ -40,6 +40,15 @@ class EventStream(StreamingResponse):
             await self._answers.aclose()
 
 
+def json_response(content: dict[str, Any], headers: Mapping[str, str]) -> Response:
+    """Return an answer as a whole."""
+    return Response(_encoded(content), media_type="application/json", headers=dict(headers))
+
+
+def _encoded(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # a client may have sent half a character
+
+
 def event(content: dict[str, Any], name: str | None = None) -> bytes:
     """Return one event.
 
@@ -47,5 +56,5 @@ def event(content: dict[str, Any], name: str | None = None) -> bytes:
         content: The data.
         name: The name of the event; without one it has none.
     """
-    data = b"data: " + json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    data = b"data: " + _encoded(content) + b"\n\n"
     return data if name is None else b"event: " + name.encode() + b"\n" + data

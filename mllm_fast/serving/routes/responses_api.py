@@ -7,20 +7,18 @@ is refused: send the earlier messages.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from ..errors import ServiceError, service_error
-from ..response_schema import ResponseRequest, chat_request, ignored
+from ..response_schema import RESPONSE_IGNORED, ResponseRequest, chat_request
 from ..responses import ResponseChunk
-from .answers import begin
-from .chat import IGNORED, counted
+from ..schema import ignored
+from .answers import IGNORED, begin, counted
 from .connected import while_connected
-from .events import EventStream, event
+from .events import EventStream, event, json_response
 from .openapi import note_error
 from .state import Client, State, Tenant
 
@@ -43,8 +41,8 @@ async def respond(body: ResponseRequest, request: Request, state: State, tenant:
     asked = chat_request(body, lambda identity: state.replies.find(tenant, identity))
     answers = await while_connected(request, begin(state.backend, asked, tenant, client))
     chunks = counted(answers, state.metrics, request, first)
-    made = _Made(body, state.backend.name, lambda one, text: state.replies.keep(tenant, one, text))
-    unused = ignored(body)
+    made = _Made(body, request.state.id, state.backend.name, lambda one, text: state.replies.keep(tenant, one, text))
+    unused = ignored(body, RESPONSE_IGNORED)
     headers = {IGNORED: unused} if unused else {}
     if not body.stream:
 
@@ -55,7 +53,7 @@ async def respond(body: ResponseRequest, request: Request, state: State, tenant:
             return made.response(made.status)
 
         try:
-            return JSONResponse(await while_connected(request, whole()), headers=headers)
+            return json_response(await while_connected(request, whole()), headers)
         finally:
             await answers.aclose()
     return EventStream(_events(request, made, chunks), answers, state.backend.settings.time_limit, headers)
@@ -66,13 +64,14 @@ class _Made:
 
     Args:
         body: The request.
+        identity: The id by which the server's log names the request.
         model: The name of the model.
         keep: Called with the id and the text of the answer, unless the request is not to be stored.
     """
 
-    def __init__(self, body: ResponseRequest, model: str, keep: Callable[[str, str], None]):
+    def __init__(self, body: ResponseRequest, identity: str, model: str, keep: Callable[[str, str], None]):
         self.body, self.model, self._keep = body, model, keep
-        self.identity, self.message = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self.identity, self.message = f"resp_{identity}", f"msg_{identity}"
         self.created = int(time.time())
         self.text = ""
         self.last = ResponseChunk()

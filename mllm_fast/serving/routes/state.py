@@ -46,8 +46,11 @@ class AppState:
     began: int
 
 
-def state_of(request: Request) -> AppState:
-    """Return the state of the application that received a request."""
+async def state_of(request: Request) -> AppState:
+    """Return the state of the application that received a request.
+
+    Like the other dependencies it is a coroutine function: FastAPI calls any other one in a thread.
+    """
     return request.app.state.mllm_fast
 
 
