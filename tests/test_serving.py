@@ -421,3 +421,22 @@ def test_refuses_to_start_with_what_cannot_be(run, tmp_path):
 
 def test_the_packages_top_level_knows_nothing_of_it():
     assert not any("serving" in home for home in mf._HOME.values())
+
+
+def test_half_a_character_is_sent_back_as_what_stands_for_it(server):
+    """JSON can spell half of a character, which no encoding of text can; the model has answered by then."""
+    body = b'{"input": "what ?", "metadata": {"a": "\\ud800"}, "max_output_tokens": 1}'
+    with server.http() as http:
+        reply = http.post("/v1/responses", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 200
+    assert reply.json()["metadata"] == {"a": "?"}
+
+
+def test_the_answer_and_the_log_are_known_by_one_id(server, url):
+    with server.http() as http:
+        reply = http.post("/v1/chat/completions", json={"messages": asked(COLOR, url)})
+        other = http.post("/v1/responses", json={"input": "what ?", "max_output_tokens": 1})
+    for one, mark in ((reply, "chatcmpl-"), (other, "resp_")):
+        identity = one.headers["x-request-id"]
+        assert one.json()["id"] == mark + identity
+        until(lambda identity=identity: any(identity in line for line in server.raw))

@@ -173,12 +173,14 @@ class Replicas:
     def __init__(self, *lives: list):
         self.lives = list(lives)
         self.sessions: list[str | None] = []
+        self.seeds: list[int] = []
 
     def options(self, *, session_id: str | None = None, **_):
         self.sessions.append(session_id)
         return self
 
-    def remote(self, *_):
+    def remote(self, content, *_):
+        self.seeds.append(content["seed"])
         return Life(self.lives.pop(0))
 
 
@@ -222,20 +224,42 @@ def test_an_answer_goes_on_where_another_replica_left_it(sent):
     second.append(ResponseChunk("", (), "stop"))
     body = {"messages": [{"role": "user", "content": "what?"}]}
 
-    async def ask(**options) -> list[ResponseChunk]:
+    async def ask(**options) -> tuple[list[ResponseChunk], list[int]]:
         replicas = Replicas([*first[:sent], RayActorError()], list(second))
         remote = Remote(replicas, "shapes", Settings())  # type: ignore[arg-type]
         pieces = await remote.chat(ChatRequest.model_validate(body | options), "", "")
-        return [piece async for piece in pieces]
+        return [piece async for piece in pieces], replicas.seeds
 
-    for options in ({}, {"temperature": 1.0, "seed": 7}):
-        got = asyncio.run(ask(**options))
+    for options in ({}, {"temperature": 1.0, "seed": 7}, {"temperature": 1.0}):
+        got, seeds = asyncio.run(ask(**options))
         assert "".join(piece.text for piece in got) == "a blue star, a ring"
         assert [entry["n"] for piece in got for entry in piece.logprobs] == [0, 1, 2, 3, 4]
         assert got[-1].finish == "stop"
-    if sent:  # what was drawn at random would come out another time
-        from mllm_fast.serving.errors import ServiceError
+        assert len(seeds) == 2
+        assert len(set(seeds)) == 1  # what is drawn at random comes out the same another time
+        assert seeds[0] == options.get("seed", seeds[0])
 
-        with pytest.raises(ServiceError) as caught:
-            asyncio.run(ask(temperature=1.0))
-        assert caught.value.status == 503
+
+def test_a_stream_that_is_left_gives_its_place_back(shapes):
+    """In a replica, whose caller closes the generator between two pieces."""
+    import asyncio
+
+    from mllm_fast.serving.ray_app import Replica
+    from mllm_fast.serving.service import Service
+    from mllm_fast.serving.settings import Settings
+
+    class Own(Replica.func_or_class):  # type: ignore[misc, name-defined]
+        def __init__(self):
+            self._service, self._started = Service(shapes, Settings()), False
+
+    async def run() -> tuple[int, int]:
+        replica = Own()
+        body = {"messages": [{"role": "user", "content": "Describe the image."}], "max_tokens": 30}
+        for _ in range(3):
+            pieces = replica.chat(body, "", "")
+            await anext(pieces)
+            await pieces.aclose()
+        lane = replica._service._requests
+        return lane._inside, len(lane._of)
+
+    assert asyncio.run(run()) == (0, 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -210,8 +211,8 @@ class Remote:
     async def chat(self, request: ChatRequest, tenant: str, client: str) -> AsyncIterator[ResponseChunk]:
         """Answer a chat request, see `Service.chat`.
 
-        If the replica dies, the request is sent again to another one. An answer that is sampled without a seed cannot
-        be repeated, so it is requested again only if nothing of it was sent yet.
+        If the replica dies, the request is sent again to another one. A request without a seed is given one, so that an
+        answer that is sampled comes out the same again.
         """
         urls = conversation(request.messages, self.settings).urls
         if request.context is not None:
@@ -221,8 +222,8 @@ class Remote:
         content = request.model_dump(exclude_none=True, by_alias=True) | {
             "messages": _with_urls(request.messages, urls)
         }
-        same_again = request.temperature == 0 or request.seed is not None
-        pieces = self._pieces(content, (tenant, client), session, same_again)
+        content.setdefault("seed", secrets.randbits(63))
+        pieces = self._pieces(content, (tenant, client), session)
         first = await anext(pieces)  # an error is raised before the stream begins
         return _behind(first, pieces)
 
@@ -286,7 +287,7 @@ class Remote:
         raise _no_replica()
 
     async def _pieces(
-        self, content: dict[str, Any], whose: tuple[str, str], session: str, same_again: bool
+        self, content: dict[str, Any], whose: tuple[str, str], session: str
     ) -> AsyncIterator[ResponseChunk]:
         sent = logs = 0  # characters and log-probabilities
         for again in range(_TRIES):
@@ -303,7 +304,7 @@ class Remote:
                         yield ResponseChunk(text, entries, piece.finish, piece.usage, piece.context)
                 return
             except _LOST:
-                if again == _TRIES - 1 or (sent and not same_again):
+                if again == _TRIES - 1:
                     raise _no_replica() from None
             finally:
                 stream.cancel()

@@ -191,7 +191,8 @@ class ChatRequest(Strict):
     - `keep`: how many image tokens to keep in each layer.
     - `context`: the id of a context to ask about, in place of images.
     - `max_completion_tokens`, `max_tokens`: the longest answer, in tokens. The first one takes precedence.
-    - `temperature`, `top_p`, `seed`: how tokens are sampled. Without a temperature the answer is greedy.
+    - `temperature`, `top_p`, `seed`: how tokens are sampled. Without a temperature the checkpoint's generation config
+      says whether they are.
     - `stop`: up to four texts. The answer ends before the first of them.
     - `logprobs`, `top_logprobs`: whether to send the log-probability of each token, and those of how many of the most
       likely tokens (at most 20).
@@ -217,7 +218,9 @@ class ChatRequest(Strict):
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0, the default: no sampling.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="0: no sampling; by default as the checkpoint's generation config says."
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
