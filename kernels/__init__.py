@@ -7,6 +7,7 @@ Their backends (the compiled extension, Triton) are loaded by the first call tha
 import warnings
 from typing import Any
 
+from .autocast import cast_operands, without_autocast
 from .dispatch import backend_report, wide_type
 from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import Base, OperatorCache, Unembedding, logprob_increase, weight_state
@@ -21,6 +22,7 @@ __all__ = [
     "OperatorCache",
     "Unembedding",
     "backend_report",
+    "cast_operands",
     "join",
     "knockout_attention",
     "logprob_increase",
@@ -30,6 +32,7 @@ __all__ = [
     "weight_state",
     "weighted_values",
     "wide_type",
+    "without_autocast",
     "worth_reading",
 ]
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..dispatch import kernel_of, wide_type
 
 __all__ = ["SEGMENTS", "Attention", "join", "knockout_attention", "segment_table"]
@@ -65,6 +66,7 @@ def segment_table(rules: Iterable[tuple[int, int]], device: torch.device | str =
     return torch.tensor([w - (w >> 31 << 32) for w in words], dtype=torch.int32, device=device)
 
 
+@without_autocast
 def knockout_attention(
     query: Tensor,
     key: Tensor,
@@ -125,6 +127,7 @@ def knockout_attention(
     )
 
 
+@without_autocast
 def join(first: Attention, second: Attention) -> Tensor:
     """Merge the results of two calls with `lse=True` that split the keys of the same rows between them.
 

@@ -22,6 +22,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..dispatch import kernel_of
 from .base import Base, check_range
 from .operators import OperatorCache, Operators, weight_state
@@ -33,6 +34,7 @@ WAYS = ("auto", "direct", "factored")
 
 
 @torch.no_grad()
+@without_autocast
 def logprob_increase(
     residual: Tensor | Base,
     values: Tensor,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..dispatch import kernel_of
 
 __all__ = ["Compaction", "topk_compaction"]
@@ -34,6 +35,7 @@ class Compaction(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast
 def topk_compaction(
     mass: Tensor,
     keys: Sequence[Tensor],

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..dispatch import kernel_of
 
 __all__ = ["weighted_values"]
 
 
 @torch.no_grad()
+@without_autocast
 def weighted_values(
     query: Tensor,
     keys: Sequence[Tensor],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError, check_choice
+from ..kernels import without_autocast
 from ..models.offload import weight_of
 from .scores import Scores
 
@@ -93,6 +94,7 @@ def vector_at(scores: Scores, place: Place) -> Tensor:
     return scores.replay.layer_inputs(position)[layer]
 
 
+@without_autocast
 def write_of(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
     """Return what a head writes to the residual stream at a token's row, whole or from one position, [d]."""
     trace, site = scores.trace, scores.text_model.site(layer)
@@ -112,6 +114,7 @@ def write_of(scores: Scores, token: int, layer: int, head: int, position: int | 
 
 
 @torch.no_grad()
+@without_autocast
 def word_values(
     scores: Scores, token: int, vector: Tensor, space: str, write: bool = False, norm: str | None = None
 ) -> Tensor:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import without_autocast
 from ..models.offload import weight_of
+from ..models.text_model import TextModel
 from .scores import Scores
 
 _LAYERS = 17  # at most so many layers, evenly spaced, the first and the last among them
@@ -54,12 +56,16 @@ def patch_words(scores: Scores, tokens: Tensor, k: int = 3) -> PatchWords:
         inputs = scores.replay.layer_inputs(some)  # [tokens, layers + 1, d]
         best = []
         for layer in layers:
-            vectors = inputs[:, layer].to(text.head.weight.dtype)
-            if layer == 0:
-                values = vectors.to(table.dtype) @ table.to(vectors.device).T
-            else:
-                values = text.logits(text.norm(vectors))
+            values = _values(text, table, inputs[:, layer].to(text.head.weight.dtype), layer)
             best.append(values.topk(min(k, values.shape[-1])).indices.cpu())
         parts.append(torch.stack(best))
     ids, places = torch.cat(parts, 1).unique(return_inverse=True)
     return PatchWords(layers, tuple(scores.decode([i]).strip() for i in ids.tolist()), places)
+
+
+@without_autocast
+def _values(text: TextModel, table: Tensor, vectors: Tensor, layer: int) -> Tensor:
+    """Return the value of every word for vectors [tokens, d] at the input of a layer."""
+    if layer == 0:
+        return vectors.to(table.dtype) @ table.to(vectors.device).T
+    return text.logits(text.norm(vectors))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, wide_type
+from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, wide_type, without_autocast
 from ..models.text_model import TextModel
 from ..runtime.trace import Trace
 
@@ -98,6 +98,7 @@ class WriteScores:
         """Drop the logits that are kept for the next call."""
         self._logits = None
 
+    @without_autocast
     def _heads(self, tokens: range) -> Tensor:
         """Return the scores of some tokens, [len(tokens), S, H].
 

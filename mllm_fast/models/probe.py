@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..core.errors import InputError, first_line
-from ..kernels import wide_type
+from ..kernels import cast_operands, wide_type, without_autocast
 from ..kernels.knockout_attention.reference import capped, weights
 from .findings import Findings, Site
 from .norms import relative_error
@@ -185,14 +185,9 @@ class _Probe:
     def _attend(self, module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
         """Compute attention by its definition, and note what went in and out."""
         self.unknown |= {name for name in _UNKNOWN_ATTENTION if kwargs.get(name) is not None}
-        groups = query.shape[1] // key.shape[1]
-        wide = wide_type(query.dtype)
+        query, key, value = cast_operands(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = capped(query.to(wide) @ key.to(wide).repeat_interleave(groups, 1).mT * scale, kwargs.get("softcap"))
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask[..., : key.shape[2]], torch.finfo(wide).min)
-        alpha = weights(scores, kwargs.get("s_aux"))
-        output = (alpha @ value.to(wide).repeat_interleave(groups, 1)).to(value.dtype).transpose(1, 2).contiguous()
+        output = _attention(query, key, value, attention_mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         window = kwargs.get("sliding_window")
         self.attended.append(_Attended(module, self.names[module], query, key, value, output, window, len(self.calls)))
         return output, None
@@ -410,3 +405,22 @@ def _loose(logits: Tensor) -> float:
     """Return by how much logits may differ between two ways to compute the attention."""
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
     return 16 * eps if logits.element_size() == 2 else 1e3 * eps
+
+
+@without_autocast
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return attention by its definition, [B, R, H, D]."""
+    groups, wide = query.shape[1] // key.shape[1], wide_type(query.dtype)
+    scores = capped(query.to(wide) @ key.to(wide).repeat_interleave(groups, 1).mT * scale, softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., : key.shape[2]], torch.finfo(wide).min)
+    alpha = weights(scores, sinks)
+    return (alpha @ value.to(wide).repeat_interleave(groups, 1)).to(value.dtype).transpose(1, 2).contiguous()

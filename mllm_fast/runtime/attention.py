@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..kernels import Attention, join, knockout_attention, wide_type
+from ..kernels import Attention, join, knockout_attention, wide_type, without_autocast
 from ..kernels.knockout_attention import HEAD_SIZES, torch_kernel
 from ..kernels.knockout_attention.reference import capped, log_sum_exp, open_pairs, weights
 from .row_mask import RowMask
@@ -45,6 +45,7 @@ class Scoring(NamedTuple):
         return weights(scores, self.sinks)
 
 
+@without_autocast
 def attend(
     query: Tensor,
     key: Tensor,
@@ -116,6 +117,7 @@ def attend(
     return Attention(out, None, None if mass is False else share)
 
 
+@without_autocast
 def attend_split(
     query: Tensor,
     key: Tensor,
@@ -155,6 +157,7 @@ def _even(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return tuple(F.pad(one, (0, size - one.shape[3])) for one in (query, key, value))  # type: ignore[return-value]
 
 
+@without_autocast
 def attend_seen(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring) -> Attention:
     """Compute attention over the keys that a mask lets each row see, with the log-sum-exp of the scores.
 
@@ -182,6 +185,7 @@ def join_rows(own: tuple[Tensor, Tensor], prefix: Attention) -> Tensor:
     return join(Attention(output.transpose(0, 1)[None], total.transpose(0, 1)[None], None), prefix)
 
 
+@without_autocast
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring, closed: Closed | None = None
 ) -> tuple[Tensor, Tensor]:

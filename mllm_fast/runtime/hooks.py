@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core.errors import InputError
-from ..kernels import wide_type
+from ..kernels import cast_operands, wide_type
 from ..kernels.knockout_attention.reference import open_pairs
 from ..knockout.attention_share import AttentionObserver
 from ..knockout.plan import Plan
@@ -210,6 +210,7 @@ class _Attachment:
             raise NotImplementedError("attention with 'position_bias' is not supported by mllm-fast")
         if dropout:
             raise NotImplementedError("attention dropout is for training; call model.eval() first")
+        query, key, value = cast_operands(query, key, value)
         site = self.text.by_module.get(module)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scoring = Scoring(scale, kwargs.get("softcap"), kwargs.get("s_aux"))

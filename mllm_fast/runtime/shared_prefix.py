@@ -120,6 +120,8 @@ class SharedPrefixDecoder:
             padded[self._rows] = rows
         padded = padded.reshape(count, longest, *rows.shape[1:]).transpose(1, 2)
         window = self.text.sites[site].window
+        if self.keys[site].dtype != query.dtype:  # autocast, or no autocast where the prefix was read with it
+            self.keys, self.values = ([one.to(query.dtype) for one in many] for many in (self.keys, self.values))
         keys, values = self.keys[site][None], self.values[site][None]
         behind = scoring._replace(sinks=None)  # the own keys' part takes the sinks
         if window is not None and self._places is not None and self._places[1] + self.length > window:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.errors import InputError
-from ..kernels import weighted_values, wide_type
+from ..kernels import weighted_values, wide_type, without_autocast
 from ..models.text_model import TextModel
 from .attention import Scoring
 from .hooks import Recording
@@ -67,6 +67,7 @@ class Trace:
             return torch.constant_pad_nd(values, (0, length - count))
         return torch.zeros(len(values), length).scatter_(1, self.positions[list(sites), :count], values)
 
+    @without_autocast
     def attention(self, token: int, site: int) -> Tensor:
         """Return the attention weights alpha of one row, float32 or wider [H, N'], where N' is its position + 1."""
         stop = self.rows[token] + 1
@@ -82,6 +83,7 @@ class Trace:
             scores = scores.masked_fill(~seen[token, :stop].to(scores.device), -torch.inf)
         return scoring.weights(scores[None, :, None])[0, :, 0]
 
+    @without_autocast
     def position_values(self, token: int, heads: Sequence[tuple[int, int]], backend: str = "auto") -> Tensor:
         """Return what some heads give to the output projection from every position that one row can see.
 
@@ -179,14 +181,16 @@ def make_trace(
 def held(text: TextModel, record: Recording, cache: Any, site: int) -> tuple[Tensor | None, Tensor | None, str]:
     """Return the keys and values of a site, [B, Hkv, N, D] each or None, and the name of what holds them.
 
-    A model that caches something else, from which it makes keys and values, has them in the recording.
+    A model that caches something else, from which it makes keys and values, has them in the recording. Under autocast
+    and in models of several types they are cached as they come, and attended to in the type of the recorded queries.
     """
     place = text.sites[site].cache
     if place is None:
         return *record.attended[site], "recording"
     layer = cache.layers[place]
     found = [getattr(layer, name, None) for name in ("keys", "values")]
-    keys, values = (one if isinstance(one, Tensor) else None for one in found)
+    kind = record.query[site][-1].dtype if record.query[site] else None
+    keys, values = (one.to(kind or one.dtype) if isinstance(one, Tensor) else None for one in found)
     return keys, values, type(layer).__name__
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...core.layout import ImageLayout
+from ...kernels import without_autocast
 from ..registry import Heads, heatmap_method
 from ..replay import gradient
 from ..scores import Scores, check_attention_everywhere
@@ -30,7 +31,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
             if flow is None:
                 flow = weights.new_zeros(row + 1)
                 flow[row] = 1.0
-            flow = flow + flow @ (change * weights)[0].clamp_min(0).mean(0)
+            flow = _further(flow, (change * weights)[0].clamp_min(0).mean(0))
 
         alpha.register_hook(backward)
 
@@ -40,3 +41,9 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
         gradient(logit, embeds)
     assert flow is not None
     return flow.detach()[image.positions.to(flow.device)]
+
+
+@without_autocast
+def _further(flow: Tensor, layer: Tensor) -> Tensor:
+    """Return the relevance of each position one layer further down."""
+    return flow + flow @ layer

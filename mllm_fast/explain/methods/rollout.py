@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.layout import ImageLayout
+from ...kernels import without_autocast
 from ..registry import Heads, heatmap_method
 from ..scores import Scores, check_attention_everywhere, in_inference
 
@@ -25,5 +26,11 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     flow = torch.zeros(row + 1, dtype=layers[0].dtype, device=layers[0].device)
     flow[row] = 1.0
     for mean in reversed(layers):
-        flow = (flow + flow @ mean) / 2
+        flow = _further(flow, mean)
     return flow[image.positions.to(flow.device)]
+
+
+@without_autocast
+def _further(flow: Tensor, layer: Tensor) -> Tensor:
+    """Return what reaches each position one layer further down."""
+    return (flow + flow @ layer) / 2

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.layout import ImageLayout
+from ...kernels import without_autocast
 from ..registry import Heads, heatmap_method
 from ..scores import Scores, in_inference
 
@@ -39,6 +40,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     return torch.cat(parts)
 
 
+@without_autocast
 def less(activation: Tensor, others: Tensor, relevance: Tensor) -> Tensor:
     """Return an activation without the part that the other words explain, never below 0.
 
