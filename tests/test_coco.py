@@ -10,9 +10,9 @@ import pytest
 
 from mllm_fast.core.errors import InputError
 from mllm_fast.evaluation.coco_colors import Photo, colors_of, read_photos, with_colors, with_sample
+from mllm_fast.evaluation.coco_objects import coco
 from mllm_fast.evaluation.judges.judge import read_vocabulary
 from mllm_fast.evaluation.samples import sampled
-from mllm_fast.evaluation.segmentation import coco
 from mllm_fast.evaluation.studies.evidence import Evidence
 from mllm_fast.shapes.scenes import generate_scene
 

@@ -341,7 +341,7 @@ def test_the_command(tmp_path):
     [
         (["chair"], "the evaluation is one of attention-share"),
         (["mme", "--data", "."], "holds no task of MME"),
-        (["pope", "--data", "."], "holds no file of questions"),
+        (["pope", "--data", "."], "holds no file of POPE's questions"),
         (["localisation", "--data", "."], "is a benchmark's folder"),
         (["mme", "--images", "."], "give the benchmark's folder with --data"),
         (["mme", "--keep", "5"], "--keep is a share here, 5% or 0.05, got 5"),

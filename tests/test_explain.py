@@ -290,7 +290,9 @@ def test_other_ways_to_generate_are_refused(vlm, picture):
     config = vlm.model.generation_config
     config.num_beams, config.use_cache = 4, False
     try:
-        ex = vlm.explain(picture, QUESTION, max_new_tokens=4)
+        with pytest.raises(mf.InputError, match="num_beams=4 by the checkpoint"):
+            vlm.explain(picture, QUESTION, max_new_tokens=4)
+        ex = vlm.explain(picture, QUESTION, max_new_tokens=4, num_beams=1)
     finally:
         config.num_beams, config.use_cache = 1, True
     assert ex.token_ids == plain.token_ids

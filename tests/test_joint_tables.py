@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from mllm_fast.core.errors import InputError
+from mllm_fast.evaluation.coco_objects import categories, coco
 from mllm_fast.evaluation.joint.answers_and_boxes import AnswersAndBoxes, meaning
 from mllm_fast.evaluation.joint.bias import swapped_scenes
 from mllm_fast.evaluation.joint.bias_table import BiasTable, number_in
 from mllm_fast.evaluation.samples import scenes
-from mllm_fast.evaluation.segmentation import categories, coco
 from mllm_fast.joint import JointModel
 from mllm_fast.joint.perturb import signed_step
 

@@ -113,13 +113,64 @@ def test_pope_as_it_is_published(lines, tmp_path):
     assert len(pope(tmp_path, tmp_path / "val2014", 1).list) == 2
 
 
+ASKED = [
+    {"question_id": n, "image": "a b.png", "text": f"Is there a {what}?", "label": "yes"}
+    for n, what in enumerate(("dog", "cat"))
+]
+
+
+def lines(entries) -> str:
+    return "".join(json.dumps(one) + "\n" for one in entries)
+
+
+LAYOUTS = {
+    "lines, .json": {"coco_pope_random.json": lines(ASKED)},
+    "a list": {"coco_pope_random.json": json.dumps(ASKED)},
+    "lines, .jsonl": {"coco_pope_random.jsonl": lines(ASKED)},
+    "both endings": {"coco_pope_random.jsonl": lines(ASKED), "coco_pope_random.json": json.dumps(ASKED)},
+    "LLaVA's": {
+        "coco/coco_pope_random.json": lines(ASKED),
+        "llava_pope_test.jsonl": lines({k: v for k, v in one.items() if k != "label"} for one in ASKED),
+        "answers/llava-v1.5-7b.jsonl": lines({"question_id": 0, "text": "Yes", "answer_id": n} for n in range(2)),
+    },
+    "the authors' repository": {
+        "output/coco/coco_pope_random.json": lines(ASKED),
+        "segmentation/coco_ground_truth_segmentation.json": lines([{"image": "a b.png", "objects": ["dog"]}]),
+        "output/coco/coco_ground_truth_objects.json": json.dumps({"dog": 3}),
+        "answers.json": lines([{"question": "Is there a dog?", "answer": "Yes"}]),
+    },
+    "a model's settings beside it": {"x/coco_pope_random.json": lines(ASKED), "config.json": '{"a": {"b": 1}}'},
+    "a file that is none": {"coco_pope_random.json": lines(ASKED), "notes.json": "not json"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("file", [False, True])
+def test_pope_as_it_is_found(name, file, tmp_path):
+    """The questions alone become samples; each other file is named in a note."""
+    picture(tmp_path / "val2014" / "a b.png")
+    folder = tmp_path / "pope"
+    for path, content in LAYOUTS[name].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    asking = next(path for path in LAYOUTS[name] if "pope_random" in path)
+    found = pope(folder / asking if file else folder, tmp_path / "val2014")
+    (sample,) = found.list
+    assert sample.group == "coco_pope_random"
+    assert not sample.problem
+    assert [one.text for one in sample.questions] == ["Is there a dog?", "Is there a cat?"]
+    assert len(found.notes) == (0 if file else len(LAYOUTS[name]) - 1)
+    assert all("is left out" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("read", "content", "message"),
     [
         (mme, None, "holds no task of MME"),
-        (pope, None, "holds no file of questions"),
-        (pope, "not json", "not POPE's questions"),
-        (pope, "[1]", "not POPE's questions"),
+        (pope, None, "holds no file of POPE's questions"),
+        (pope, "not json", "x_random.json is left out: it is no list of questions"),
+        (pope, "[1]", "x_random.json is left out: it is no list of questions"),
+        (pope, '{"image": "a", "text": "?"}', "x_random.json is left out: its entries have no label"),
         (lambda folder: pope(folder, folder / "gone"), "", "is no folder of images"),
     ],
 )

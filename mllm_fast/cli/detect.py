@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core.errors import InputError
-from .joint import SCENES, Count, Folder, JointName, Masks, Processes, Seed, Vocabulary
+from .joint import SCENES, Count, Folder, JointName, Masks, Orientation, Processes, Seed, Vocabulary
 from .joint_measures import run_evaluation
 from .options import OUT, Device, Dtype, Json, progress
 from .report import samples_of
@@ -42,6 +42,7 @@ def detect(  # long: the options of a command are its parameters
     ] = False,
     images: Folder = None,
     masks: Masks = None,
+    orientation: Orientation = "auto",
     count: Count = None,
     seed: Seed = 0,
     strength: Annotated[
@@ -64,7 +65,9 @@ def detect(  # long: the options of a command are its parameters
     if report:
         if image is not None:
             raise InputError("--report takes a folder of images: --images, with --masks")
-        _report(name, classes, images, masks, count, seed, strength, out, processes, device, dtype, as_json)
+        _report(
+            name, classes, images, masks, orientation, count, seed, strength, out, processes, device, dtype, as_json
+        )
         return
     if images is not None or strength:
         raise InputError("--images and --strength belong to --report; for one image give it alone")
@@ -110,6 +113,7 @@ def _report(
     classes: list[str] | None,
     images: Path | None,
     masks: Path | None,
+    orientation: str,
     count: int | None,
     seed: int,
     strength: list[float] | None,
@@ -124,7 +128,8 @@ def _report(
         from ..shapes.scenes import SHAPES
     if images is not None and masks is None:
         raise InputError("--report needs to know what is there: give --masks, COCO's .json or a folder of .png")
-    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
+    first = SCENES if count is None and images is None else count
+    samples = samples_of(images, masks, first, seed, orientation=orientation)
     if not classes:
         named = {thing.name for sample in samples.list for thing in sample.things or ()}
         classes = list(SHAPES) if images is None else sorted(named)

@@ -10,8 +10,9 @@ import typer
 
 from ..core.errors import InputError
 from ..evaluation.registry import EVALUATIONS
+from .joint import Orientation
 from .options import OUT, Backend, Device, Dtype, Json, Model, parse_keep, progress
-from .report import bar, publish, samples_of
+from .report import bar, publish, samples_of, tell_notes
 
 if TYPE_CHECKING:
     from ..evaluation.base import Evaluation
@@ -56,6 +57,7 @@ def evaluate(  # long: the options of a command are its parameters
     masks: Annotated[
         Path | None, typer.Option(help="The images' objects: a .json in COCO's format, or a folder of .png masks.")
     ] = None,
+    orientation: Orientation = "auto",
     seed: Annotated[int, typer.Option(help="The seed of the generated scenes, or of --sample.")] = 0,
     sample: Annotated[
         bool, typer.Option("--sample", help="--count images of the folder at random, by --seed; else the first ones.")
@@ -187,7 +189,9 @@ def evaluate(  # long: the options of a command are its parameters
     if labels is not None:
         _judges(labels, ratings or [], page, (words, judge, price), (count, seed), out, as_json)
         return
-    samples = {one: _samples(kind, images, masks, data, count, seed, sample) for one, kind in chosen.items()}
+    samples = {
+        one: _samples(kind, images, masks, data, count, seed, sample, orientation) for one, kind in chosen.items()
+    }
     if masks is not None and words is None:
         words = NounJudge({thing.name: () for sample in samples[name].list for thing in sample.things or ()})
     options = EvaluationOptions(
@@ -327,6 +331,7 @@ def _samples(
     count: int | None,
     seed: int,
     sample: bool = False,
+    orientation: str = "auto",
 ) -> Samples:
     """Return the samples that an evaluation runs on."""
     from ..evaluation.datasets import mme, pope, scene_pairs
@@ -334,7 +339,10 @@ def _samples(
     if sample and kind.benchmark:
         raise InputError("--sample takes images of a folder, not a benchmark's")
     if data is not None:
-        return pope(data, images, count) if kind.benchmark == "pope" else mme(data, count)
+        found = pope(data, images, count) if kind.benchmark == "pope" else mme(data, count)
+        tell_notes(found)
+        return found
     if kind.benchmark:
         return scene_pairs(_SCENES if count is None else count, seed)
-    return samples_of(images, masks, _SCENES if count is None and images is None else count, seed, sample)
+    first = _SCENES if count is None and images is None else count
+    return samples_of(images, masks, first, seed, sample, orientation)

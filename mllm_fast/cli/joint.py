@@ -29,6 +29,9 @@ Folder = Annotated[
     Path | None, typer.Option("--images", "-i", help="A folder of images; generated scenes if none is given.")
 ]
 Masks = Annotated[Path | None, typer.Option(help="Their objects: COCO's .json, or a folder of .png masks.")]
+Orientation = Annotated[
+    str, typer.Option(help="Photos turned by EXIF data: COCO's masks are of the upright or the stored image, or auto.")
+]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of rows and report; used again, it goes on.")]
 Count = Annotated[int | None, typer.Option(help="How many images; all of a folder.")]
 Seed = Annotated[int, typer.Option(help="The seed of the generated scenes.")]

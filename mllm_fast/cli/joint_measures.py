@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 
 from ..core.errors import InputError
-from .joint import SCENES, Count, Folder, JointName, Masks, OutFolder, Processes, Seed, Vocabulary, joint
+from .joint import SCENES, Count, Folder, JointName, Masks, Orientation, OutFolder, Processes, Seed, Vocabulary, joint
 from .options import OUT, Device, Dtype, Json, progress
-from .report import bar, publish, samples_of
+from .report import bar, publish, samples_of, tell_notes
 
 if TYPE_CHECKING:
     from ..evaluation.joint.base import JointEvaluation
@@ -26,12 +26,13 @@ _PROPERTY = (
 
 
 @joint.command()
-def evaluate(
+def evaluate(  # long: the options of a command are its parameters
     joints: Annotated[
         list[str] | None, typer.Option("--joint", help="A folder that `joint train` wrote, or 'shapes'; several.")
     ] = None,
     images: Folder = None,
     masks: Masks = None,
+    orientation: Orientation = "auto",
     count: Count = None,
     seed: Seed = 0,
     question: Annotated[str, typer.Option("--question", "-q", help="Asked of images of a folder.")] = (
@@ -71,7 +72,8 @@ def evaluate(
         from ..evaluation.judges.endpoint import Endpoint
         from ..joint.checkpoint import REVERSE, joint_folder, read_settings
         from ..shapes.scenes import COLORS, SHAPES
-    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed, sample)
+    first = SCENES if count is None and images is None else count
+    samples = samples_of(images, masks, first, seed, sample, orientation=orientation)
     if captions is not None and (images is None or judge_model is None):
         raise InputError("--captions are scored by a judge, of images of your own: give --images and --judge-model")
     told = {} if captions is None else first_captions(captions)
@@ -126,6 +128,7 @@ def simulatability(
     name: JointName = "shapes",
     images: Folder = None,
     masks: Masks = None,
+    orientation: Orientation = "auto",
     count: Count = None,
     seed: Seed = 0,
     vocabulary: Vocabulary = None,
@@ -145,7 +148,8 @@ def simulatability(
         from ..evaluation.judges.judge import NounJudge, read_vocabulary
     if images is not None and masks is None:
         raise InputError("simulatability needs your images' objects: give --masks, COCO's .json or a folder of .png")
-    samples = samples_of(images, masks, SCENES if count is None and images is None else count, seed)
+    first = SCENES if count is None and images is None else count
+    samples = samples_of(images, masks, first, seed, orientation=orientation)
     words = None if vocabulary is None else read_vocabulary(vocabulary)
     if words is None and images is not None:
         words = NounJudge({thing.name: () for sample in samples.list for thing in sample.things or ()})
@@ -157,6 +161,7 @@ def study(  # long: the options of a command are its parameters
     name: JointName = "shapes",
     images: Folder = None,
     masks: Masks = None,
+    orientation: Orientation = "auto",
     count: Annotated[int, typer.Option(help="How many questions.")] = 10,
     seed: Seed = 0,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the model is asked.")] = None,
@@ -188,7 +193,7 @@ def study(  # long: the options of a command are its parameters
         return
     if images is not None and masks is None:
         raise InputError("a study needs your images' objects: give --masks, COCO's .json or a folder of .png")
-    samples = samples_of(images, masks, 3 * count if images is None else None, seed)
+    samples = samples_of(images, masks, 3 * count if images is None else None, seed, orientation=orientation)
     own = images is None  # the embedded model knows few words
     with progress("loading the models"):
         model = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
@@ -338,6 +343,7 @@ def answers_and_boxes(
     ] = None,
     images: Folder = None,
     masks: Masks = None,
+    orientation: Orientation = "auto",
     count: Count = None,
     seed: Seed = 0,
     question: Annotated[
@@ -356,13 +362,14 @@ def answers_and_boxes(
     Every class is asked about in every image, those without objects included.
     """
     with progress("loading the libraries"):
+        from ..evaluation.coco_objects import categories, coco
         from ..evaluation.joint.answers_and_boxes import AnswersAndBoxes
-        from ..evaluation.segmentation import categories, coco
         from ..shapes.scenes import SHAPES
-    if images is not None and (masks is None or masks.suffix != ".json"):
+    if images is not None and (masks is None or masks.is_dir()):
         raise InputError("the classes and what is there are read from COCO's file: give --masks, a .json")
     if images is not None and masks is not None:
-        samples, known = coco(masks, images, count, empty=True), categories(masks)
+        samples, known = coco(masks, images, count, empty=True, orientation=orientation), categories(masks)
+        tell_notes(samples)
     else:
         samples, known = samples_of(None, masks, SCENES if count is None else count, seed), list(SHAPES)
     asked = question or ("is there a {}?" if images is None else _PRESENT)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table as Printed
 
 from ..core.errors import InputError
-from .options import OUT
+from .options import ERR, OUT
 
 if TYPE_CHECKING:
     from ..evaluation.report import Report, Table
@@ -78,21 +78,36 @@ def _printed(table: Table) -> Printed:
     return printed
 
 
-def samples_of(images: Path | None, masks: Path | None, count: int | None, seed: int, sample: bool = False) -> Samples:
+def tell_notes(samples: Samples) -> None:
+    """Tell on stderr what was odd about the files that samples were read from."""
+    for note in samples.notes:
+        ERR.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
+
+
+def samples_of(
+    images: Path | None,
+    masks: Path | None,
+    count: int | None,
+    seed: int,
+    sample: bool = False,
+    orientation: str = "auto",
+) -> Samples:
     """Return generated scenes, or the images of a folder.
 
     Args:
         images: A folder of images; None generates scenes.
-        masks: The images' objects, as a .json file in COCO's format or a folder of .png masks.
+        masks: The images' objects, as a file in COCO's format or a folder of .png masks.
         count: How many scenes or images; None takes all images of the folder.
         seed: The seed of the generated scenes, or of the sample.
         sample: Take a random sample of the images in place of the first ones.
+        orientation: Which images the masks of a file are of; see `coco`.
 
     Raises:
         InputError: `count` is less than 1, masks are given without images, or a sample without images or a count.
     """
+    from ..evaluation.coco_objects import coco
+    from ..evaluation.mask_folder import mask_folder
     from ..evaluation.samples import drawn, pictures, scenes
-    from ..evaluation.segmentation import coco, mask_folder
 
     if count is not None and count < 1:
         raise InputError(f"--count is at least 1, got {count}")
@@ -105,6 +120,9 @@ def samples_of(images: Path | None, masks: Path | None, count: int | None, seed:
     first = None if sample else count
     if masks is None:
         found = pictures(images, first)
+    elif masks.is_dir():
+        found = mask_folder(masks, images, first)
     else:
-        found = coco(masks, images, first) if masks.suffix == ".json" else mask_folder(masks, images, first)
+        found = coco(masks, images, first, orientation=orientation)
+    tell_notes(found)
     return drawn(found, count, seed) if sample and count is not None else found

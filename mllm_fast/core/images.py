@@ -120,6 +120,22 @@ def image_size(file: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     return load_image(file, max_pixels).size
 
 
+def stored_orientation(path: Path) -> tuple[tuple[int, int], int]:
+    """Return the width and height of an image as its file stores it, and its EXIF orientation, 1 for upright.
+
+    Raises:
+        InputError: The file is no image.
+    """
+    with _reading(str(path), None), Image.open(path) as image:
+        return image.size, min(8, max(1, _orientation(image)))
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return stored pixels [H, W] as they stand upright, for an EXIF orientation."""
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
 def check_file(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> None:
     """Check a file from a stranger before any other library opens it: its format, and its size in pixels.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..shapes.scenes import Scene
 from .samples import Sample, Samples, YesNo, scenes
 
 _PICTURES, _QUESTIONS = "images", "questions_answers_YN"
+_POPE_ENDINGS, _POPE_KEYS = (".json", ".jsonl"), ("image", "text", "label")
 _ANSWER = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
 
 
@@ -83,47 +85,72 @@ def _mme_sample(task: str, stem: str, pictures: list[Path], texts: list[Path]) -
 def pope(folder: Path, pictures: Path | None = None, count: int | None = None) -> Samples:
     """Read the POPE benchmark.
 
-    The questions are in files (..._random.json, ..._popular.json, ..._adversarial.json). Each file has one line of JSON
-    for each question, or is one JSON list.
+    The questions are in files (..._random.json, ..._popular.json, ..._adversarial.json, or .jsonl). Each file has one
+    line of JSON for each question, or is one JSON list. Files whose entries have no image, text and label, such as
+    models' answers, questions without labels and lists of objects, lie beside them in the authors' and in other
+    repositories: they are left out, and so are copies. The samples' notes say which.
 
     Args:
-        folder: The folder with the files of questions.
+        folder: The folder with the files of questions, or one such file.
         pictures: The folder of the images, which may lie anywhere in it. By default it is `folder`.
         count: The number of images to take from each file, in order; None takes all.
 
     Raises:
         InputError: A folder does not exist, there is no file of questions, or a file has another format.
     """
-    files = sorted(folder.rglob("*.json")) if folder.is_dir() else []
-    if not files:
-        raise InputError(f"{folder}: holds no file of questions of POPE (.json)")
-    where = pictures or folder
+    whole = folder.parent if folder.is_file() else folder
+    files = [folder] if folder.is_file() else sorted(one for one in folder.rglob("*") if one.suffix in _POPE_ENDINGS)
+    where = pictures or whole
     if not where.is_dir():
         raise InputError(f"{where}: is no folder of images")
+    asking, notes = _asking(files, whole)
+    if not asking:
+        told = "".join(f"; {note}" for note in notes)
+        raise InputError(f"{folder}: holds no file of POPE's questions (.json, .jsonl: image, text and label){told}")
     known = {path.name: path for path in sorted(where.rglob("*")) if path.suffix.lower() in ENDINGS}
     found: list[Sample] = []
-    for file in files:
-        place = file.relative_to(folder).with_suffix("").as_posix()
+    for file, entries_of_file in asking.items():
+        place = file.relative_to(whole).with_suffix("").as_posix()
         asked: dict[str, list[Any]] = {}
-        for entry in _entries(file):
+        for entry in entries_of_file:
             asked.setdefault(str(entry.get("image")), []).append(entry)
         for image, entries in list(asked.items())[:count]:
             found.append(
                 _pope_sample(f"{place}/{image}", file.stem, known.get(Path(image).name), where / image, entries)
             )
-    return Samples(found, {"pope": str(folder), "pictures": str(where)})
+    return Samples(found, {"pope": str(folder), "pictures": str(where)}, notes)
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
+def _asking(files: Sequence[Path], folder: Path) -> tuple[dict[Path, list[dict[str, Any]]], tuple[str, ...]]:
+    """Return the entries of each file of questions, and a note on each other file."""
+    found: dict[Path, list[dict[str, Any]]] = {}
+    notes = []
+    for file in files:
+        name, entries = file.relative_to(folder).as_posix(), _entries(file)
+        twin = next((one for one, known in found.items() if known == entries), None)
+        if entries is None:
+            notes.append(f"{name} is left out: it is no list of questions")
+        elif not any(all(one.get(key) is not None for key in _POPE_KEYS) for one in entries):
+            missing = [key for key in _POPE_KEYS if all(one.get(key) is None for one in entries)]
+            notes.append(f"{name} is left out: its entries have no {' and no '.join(missing or ['questions'])}")
+        elif twin is not None:
+            notes.append(f"{name} is left out: it is a copy of {twin.relative_to(folder).as_posix()}")
+        else:
+            found[file] = entries
+    return found, tuple(notes)
+
+
+def _entries(file: Path) -> list[dict[str, Any]] | None:
+    """Return the objects of a file of JSON, one list or a line each; None if it holds something else."""
     try:
+        text = file.read_text(encoding="utf-8-sig")
         found = (
             json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.splitlines()))
         )
-        entries = [dict(entry) for entry in found]
+        entries = list(found)
     except (ValueError, TypeError):
-        raise InputError(f"{file}: not POPE's questions (a line of JSON each, with image, text and label)") from None
-    return entries
+        return None
+    return entries if all(isinstance(one, dict) for one in entries) else None
 
 
 def _pope_sample(name: str, group: str, picture: Path | None, wanted: Path, entries: list[Any]) -> Sample:

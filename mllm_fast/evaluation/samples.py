@@ -82,10 +82,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """A list of samples, and their origin as plain JSON."""
+    """A list of samples, their origin as plain JSON, and what was odd about it, a sentence each."""
 
     list: Sequence[Sample]
     origin: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def sampled(items: Sequence[T], count: int, seed: int) -> list[T]:
@@ -101,7 +102,7 @@ def sampled(items: Sequence[T], count: int, seed: int) -> list[T]:
 
 def drawn(samples: Samples, count: int, seed: int) -> Samples:
     """Return a random sample of `count` samples; see `sampled`."""
-    return Samples(sampled(samples.list, count, seed), {**samples.origin, "sample": [count, seed]})
+    return Samples(sampled(samples.list, count, seed), {**samples.origin, "sample": [count, seed]}, samples.notes)
 
 
 def scenes(count: int, seed: int = 0) -> Samples:
