@@ -95,7 +95,9 @@ def test_beams_and_sampling(family, vlms, picture, options):
     with vlm.knocked_out(*rules):
         torch.manual_seed(1)
         output = vlm.model.generate(**inputs, max_new_tokens=6, **{"do_sample": False, **options})
-    assert output[0].tolist()[: len(expected.input_ids)] == expected.input_ids.tolist()
+    expected = expected if isinstance(expected, list) else [expected]  # one for each sequence
+    for one, row in zip(expected, output.tolist(), strict=True):
+        assert row[: len(one.input_ids)] == one.input_ids.tolist()
 
 
 @pytest.mark.parametrize("cached", [True, False])
