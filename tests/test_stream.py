@@ -313,3 +313,14 @@ def test_errors(vlm, picture):
     for ask in (step.heatmap, step.position_scores, step.attention, step.top_heads, lambda: step.head_scores):
         with pytest.raises(mf.InputError, match=r"not recorded; call stream\(..., explain=True\)"):
             ask()
+
+
+def test_one_line_for_what_a_cell_shows(shapes):
+    from mllm_fast.core.assets import SAMPLE
+
+    question = "What color is the star?"
+    assert repr(shapes.generate(SAMPLE, question)) == "Answer('blue', 1 tokens, finish_reason='stop')"
+    assert repr(shapes.explain(SAMPLE, question)) == f"Explanation('blue', 1 tokens, 1 image, prompt={question!r})"
+    with shapes.stream(SAMPLE, question) as stream:
+        (step,) = stream
+    assert repr(step) == f"Step(0, 'blue', log_prob={step.log_prob:.3f})"

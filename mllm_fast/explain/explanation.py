@@ -55,6 +55,10 @@ class Explanation(Scores):
             replay=replay,
         )
 
+    def __repr__(self) -> str:
+        images = "no image" if not self.images else f"{len(self.images)} image{'s' * (len(self.images) > 1)}"
+        return f"Explanation({self.text!r}, {len(self.tokens)} tokens, {images}, prompt={self.prompt!r})"
+
     def verify(
         self,
         top: float = 0.05,

@@ -72,6 +72,9 @@ class Step:
         self._recorded = recorded
         self._explanation: Explanation | None = None
 
+    def __repr__(self) -> str:
+        return f"Step({self.index}, {self.token!r}, log_prob={self.log_prob:.3f})"
+
     @property
     def explanation(self) -> Explanation:
         """The explanation of this token alone, where its index is 0; computed on first access."""

@@ -41,6 +41,9 @@ class Answer:
     unreached_layers: tuple[int, ...] = ()
     finish_reason: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Answer({self.text!r}, {len(self.token_ids)} tokens, finish_reason={self.finish_reason!r})"
+
 
 def answer_of(
     sequence: Tensor, prompt: TokenLayout, tokenizer: Any, settings: GenerationSettings, limit: int | None = None
