@@ -256,7 +256,7 @@ def test_contexts(one, near, tmp_path):
             one.vlm.compress(PICTURE, prompt=QUESTION)
         return
     context = one.vlm.compress(PICTURE, keep=1.0, prompt=QUESTION, score="query")
-    ids = list(context.questions.ids("is the circle red ?", 3))
+    ids = list(context.questions.ids("is the circle red ?", context.vlm.settings(3)))
     wanted = run(one.parts, one.extended(ids)).logits[-1]
     session = context.questions.decoder(1)
     with context.questions.running(), session.recording():
