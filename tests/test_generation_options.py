@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 
@@ -12,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 import mllm_fast as mf
 from mllm_fast.core.assets import SAMPLE
+from mllm_fast.runtime.stop_strings import StopStrings
 
 ASKED = "Describe the image."
 WAYS = ("generate", "explain", "stream", "ask", "explained over a context", "streamed over a context", "chat")
@@ -256,6 +256,18 @@ def test_random_numbers_of_the_caller_stay_when_nothing_is_sampled(vlm, ctx):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     for way in WAYS:
-        with contextlib.suppress(StopIteration):
-            said(vlm, ctx, way, max_new_tokens=2)
+        said(vlm, ctx, way, max_new_tokens=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_stop_string_of_many_tokens():
+    """Each of its characters takes four tokens where tokens are bytes."""
+
+    class Bytes:
+        def decode(self, ids, skip_special_tokens=False):
+            return bytes(ids).decode("utf-8", "replace")
+
+    text = "a long answer before it \N{GRINNING FACE}" + 4 * "\N{WHITE HEAVY CHECK MARK}\N{GRINNING FACE}"
+    ids = torch.tensor([[0, *text.encode()]])
+    stop = StopStrings(Bytes(), [text[-8:]], length=1)
+    assert [bool(stop(ids[:, :n], None)) for n in range(2, ids.shape[1] + 1)] == [False] * (ids.shape[1] - 2) + [True]

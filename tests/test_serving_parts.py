@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import socket
+import sys
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from waiting import HANG
 
 from mllm_fast.core.errors import InputError
+from mllm_fast.models.ready_inputs import ReadyInputs
 from mllm_fast.serving import image_fetch as pictures
 from mllm_fast.serving import middleware
 from mllm_fast.serving.app import create_app
@@ -425,3 +427,30 @@ def test_a_request_survives_the_way_to_a_replica():
     }
     request = ChatRequest.model_validate(given)
     assert ChatRequest.model_validate(request.model_dump(exclude_none=True, by_alias=True)) == request
+
+
+def test_inputs_become_ready_while_others_are_looked_up():
+    """In the event loop's thread and in the engine's, at the same time."""
+    ready, ended = ReadyInputs(), threading.Event()
+    failed: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not ended.is_set():
+                assert not ready.has(object())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=look)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for i in range(3000):
+            with ready.holding([object() for _ in range(8)], str(i), ({}, [], [])):
+                pass
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert not failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import subprocess
 
 import jsonschema
 import pytest
@@ -127,3 +128,24 @@ def test_a_schema_that_grows_without_end(vlm):
         answers(vlm, of_schema(patterns))
     assert caught.value.status == 400
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < 256 << 20
+
+
+def test_only_verdicts_about_a_schema_are_remembered(monkeypatch):
+    """A machine that was busy, or a checker that could not run, says nothing about the schema."""
+    from mllm_fast.serving import schema_check, structured
+
+    def late(*_, **__):
+        raise subprocess.TimeoutExpired("check", 1.0)
+
+    def broken(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "ImportError: no such library")
+
+    made = structured.Constraints(None, [2], 8)
+    right = subprocess.run
+    for run, error in ((late, TimeoutError), (broken, RuntimeError)):
+        monkeypatch.setattr(schema_check.subprocess, "run", run)
+        with pytest.raises(error):
+            made._error('{"type": "string"}')
+    monkeypatch.setattr(schema_check.subprocess, "run", right)
+    assert made._error('{"type": "string"}') == ""
+    assert "nothing" in made._error('{"type": "nothing"}')

@@ -222,7 +222,7 @@ def _fits(area: Any, size: tuple[int, int]) -> bool:
     counts = area.get("counts")
     if isinstance(counts, str):
         try:
-            return sum(_unpacked(counts)) == size[0] * size[1] and min(_unpacked(counts)) >= 0
+            counts = _unpacked(counts)
         except (ValueError, IndexError):
             return False
     if not isinstance(counts, list) or not all(isinstance(one, int) and one >= 0 for one in counts):

@@ -27,7 +27,8 @@ class ReadyInputs:
 
     def has(self, picture: Any) -> bool:
         """Return whether this very image belongs to held inputs; it is loaded already, then."""
-        return any(id(picture) in some for pictures, _ in self._held for some in pictures)
+        # a copy, since another thread may add and remove inputs meanwhile
+        return any(id(picture) in some for pictures, _ in list(self._held) for some in pictures)
 
     def find(self, pictures: Sequence[Sequence[Any]], prompts: Sequence[str]) -> Prepared | None:
         """Return held inputs, as copies that may be changed, or None."""

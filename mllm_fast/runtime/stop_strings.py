@@ -37,7 +37,7 @@ class StopStrings(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], length: int):
         self._tokenizer, self._stops, self._length = tokenizer, list(stops), length
-        self._tokens = max(map(len, self._stops)) + _MORE  # a token has at least one character, or belongs to one
+        self._tokens = max(len(one.encode()) for one in self._stops) + _MORE  # a token has at least one byte
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Return which sequences [B] are to end, bool [B]."""
