@@ -104,13 +104,13 @@ def test_polygons_are_pycocotools(polygons):
 GOOD = [[0, 0, 3, 0, 3, 3, 0, 3]]
 PACKED = {"counts": packed(RUNS), "size": [4, 6]}
 ODD = {
-    "too few points": ({"segmentation": [[0, 0, 1, 1]]}, "no polygon of three points or more"),
-    "an odd number": ({"segmentation": [[0, 0, 1, 1, 2, 2, 3]]}, "no polygon of three points or more"),
-    "no number": ({"segmentation": [[0, 0, 1, 1, 2, None]]}, "no polygon of three points or more"),
-    "not finite": ({"segmentation": [[0, 0, 1, 1, 2, float("nan")]]}, "no polygon of three points or more"),
-    "null": ({"segmentation": None}, "have no mask"),
-    "empty": ({"segmentation": []}, "have no mask"),
-    "absent": ({"segmentation": {}}, "have no mask"),
+    "too few points": ({"segmentation": [[0, 0, 1, 1]]}, "without a polygon of three points or more"),
+    "an odd number": ({"segmentation": [[0, 0, 1, 1, 2, 2, 3]]}, "without a polygon of three points or more"),
+    "no number": ({"segmentation": [[0, 0, 1, 1, 2, None]]}, "without a polygon of three points or more"),
+    "not finite": ({"segmentation": [[0, 0, 1, 1, 2, float("nan")]]}, "without a polygon of three points or more"),
+    "null": ({"segmentation": None}, "without a mask"),
+    "empty": ({"segmentation": []}, "without a mask"),
+    "absent": ({"segmentation": {}}, "without a mask"),
     "short runs": ({"segmentation": {"counts": [1, 2], "size": [4, 6]}}, "run lengths that do not fit"),
     "negative runs": ({"segmentation": {"counts": [30, -6], "size": [4, 6]}}, "run lengths that do not fit"),
     "runs of another size": ({"segmentation": {"counts": RUNS, "size": [6, 4]}}, "run lengths that do not fit"),
@@ -145,8 +145,8 @@ def test_odd_annotations_that_are_used(tmp_path):
     found = of(tmp_path, content)
     assert [thing.mask.sum() for thing in found.list[0].things] == [9, 6]
     assert sorted(found.notes) == [
-        "notes.json: 1 of 2 annotations are crowds, each of which counts as one object (5)",
-        "notes.json: 1 of 2 annotations have polygons of fewer than three points, which are left out (number 0)",
+        "notes.json: 1 of 2 annotations used as one object each, being crowds (5)",
+        "notes.json: 1 of 2 annotations used without polygons of fewer than three points (number 0)",
     ]
 
 
@@ -156,7 +156,7 @@ def test_a_null_among_the_lists(tmp_path):
         content[name].append(None)
     found = of(tmp_path, content)
     assert len(found.list[0].things) == 1
-    assert "no objects of JSON" in found.notes[0]
+    assert "being no object of JSON" in found.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,9 @@ def test_the_command_line_knows_coco_s_file_by_its_content(run, tmp_path):
     command = ["eval", "localisation", "--images", tmp_path, "--masks", path, "--out", tmp_path / "out"]
     code, _, err = run(*map(str, command))
     assert code == 0, err
-    assert "1 of 3 annotations are of no known image (number 2)" in " ".join(err.split())
+    said = "objects.coco: 1 of 3 annotations left out, of no known image (number 2)"
+    assert said in " ".join(err.split())
+    assert said in (tmp_path / "out" / "localisation" / "report.html").read_text()
 
 
 def test_folders_of_masks_localise_as_scenes_do(tmp_path):

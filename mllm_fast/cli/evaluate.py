@@ -169,7 +169,7 @@ def evaluate(  # long: the options of a command are its parameters
     with progress("loading the libraries"):
         from ..evaluation.base import EvaluationOptions
         from ..evaluation.judges.judge import NounJudge, read_vocabulary
-        from ..evaluation.report import check_charts
+        from ..evaluation.report import check_charts, noted
         from ..evaluation.rows import SETTINGS, write_parquet
         from ..evaluation.run import run
         from ..evaluation.worker import ModelChoice
@@ -226,7 +226,8 @@ def evaluate(  # long: the options of a command are its parameters
             rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm, ray)
         if parquet:
             write_parquet(rows, folder / "rows.parquet")
-        reports.append((evaluations[one].report(rows), json.loads((folder / SETTINGS).read_text())))
+        report = noted(evaluations[one].report(rows), samples[one].notes)
+        reports.append((report, json.loads((folder / SETTINGS).read_text())))
     publish(reports, out, as_json)
 
 

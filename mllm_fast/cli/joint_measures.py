@@ -416,7 +416,7 @@ def run_evaluation(
     as_json: bool,
 ) -> None:
     """Run an evaluation with the language model of its joint model, and publish its report."""
-    from ..evaluation.report import check_charts
+    from ..evaluation.report import check_charts, noted
     from ..evaluation.rows import SETTINGS
     from ..evaluation.run import run
     from ..evaluation.worker import ModelChoice
@@ -429,4 +429,5 @@ def run_evaluation(
     folder = out / evaluation.name
     with bar(evaluation.name) as tell:
         rows = run(evaluation, samples, choice, folder, processes, tell, vlm)
-    publish([(evaluation.report(rows), json.loads((folder / SETTINGS).read_text()))], out, as_json)
+    report = noted(evaluation.report(rows), samples.notes)
+    publish([(report, json.loads((folder / SETTINGS).read_text()))], out, as_json)

@@ -122,13 +122,13 @@ def coco(
     for number, note in enumerate(content["annotations"]):
         problem = _problem(note, images, names)
         if problem:
-            odd.add(problem, note, number)
+            odd.add(f"left out, {problem}", note, number)
             continue
         area = _usable(note["segmentation"])
         if area != note["segmentation"]:
-            odd.add("have polygons of fewer than three points, which are left out", note, number)
+            odd.add("used without polygons of fewer than three points", note, number)
         if note.get("iscrowd"):
-            odd.add("are crowds, each of which counts as one object", note, number)
+            odd.add("used as one object each, being crowds", note, number)
         found.setdefault(note["image_id"], []).append((names[note["category_id"]], area))
     if not any(found.values()) and not (empty and found):
         raise InputError(f"{file}: no object can be used; " + "; ".join(odd.texts(total) or ("it holds none",)))
@@ -140,8 +140,9 @@ def coco(
     notes = odd.texts(total)
     if unsure:
         notes += (
-            f"{len(unsure)} images are turned by their EXIF data, and their sizes do not tell whether the annotations"
-            f" are: the upright ones are taken ({', '.join(unsure[:_SHOWN])}); --orientation decides",
+            f"{file.name}: {len(unsure)} of {len(samples)} images turned by EXIF data, of a size that does not tell"
+            f" whether their annotations are, and taken as upright ({', '.join(unsure[:_SHOWN])}"
+            f"{', ...' if len(unsure) > _SHOWN else ''}); --orientation decides",
         )
     origin = {"coco": str(file), "pictures": str(pictures)}
     if orientation != "auto":
@@ -178,20 +179,20 @@ def _has(entry: Any, *names: str) -> bool:
 def _problem(note: Any, images: dict[Any, Any], names: dict[Any, str]) -> str:
     """Return why an annotation cannot be used, or ""."""
     if not isinstance(note, dict):
-        return "are no objects of JSON"
+        return "being no object of JSON"
     for key, known, what in (("image_id", images, "image"), ("category_id", names, "category")):
         identity = note.get(key)
         if not isinstance(identity, (str, int)) or identity not in known:
-            return f"are of no known {what}"
+            return f"of no known {what}"
     size = _size(images[note["image_id"]])
     if size is None:
-        return "are of an image without a width and height"
+        return "of an image without a width and height"
     area = note.get("segmentation")
     if not area:
-        return "have no mask"
+        return "without a mask"
     if isinstance(area, list):
-        return "" if _usable(area) else "have no polygon of three points or more"
-    return "" if _fits(area, size) else "have run lengths that do not fit their image"
+        return "" if _usable(area) else "without a polygon of three points or more"
+    return "" if _fits(area, size) else "with run lengths that do not fit the image"
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:

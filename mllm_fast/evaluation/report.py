@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,11 @@ class Report:
     figures: dict[str, Any]
     failed: dict[str, str] = field(default_factory=dict)  # sample -> why it gave no row
     files: dict[str, str] = field(default_factory=dict)  # name -> text, saved beside it
+
+
+def noted(report: Report, notes: Sequence[str]) -> Report:
+    """Return a report that also says what was odd about the files that its samples come from."""
+    return replace(report, says=[*report.says, *notes])
 
 
 def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:

@@ -79,7 +79,7 @@ class Conversations(JointEvaluation):
         vlm = joint.vlm
         picture = load_image(sample.image)
         seen = joint.see(picture) if through else None
-        settings = vlm.settings(self.settings["max_new_tokens"], greedy=True)
+        settings = vlm.settings(self.settings["max_new_tokens"])
         turns: list[Turn] = []
         for i, question in enumerate(questions):
             turns.append(("user", [None, question] if i == 0 else [question]))
