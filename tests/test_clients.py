@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import served
@@ -16,6 +18,15 @@ from served import KEY, asked
 from mllm_fast.core.assets import SAMPLE
 
 QUESTION, NEXT = "What color is the star?", "Is there a ring?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _connections_are_closed():
+    """Some of these libraries keep their connections for as long as the process lives, and warn when it ends."""
+    yield
+    for one in gc.get_objects():
+        if issubclass(type(one), httpx.Client):
+            one.close()
 
 
 @pytest.fixture(scope="module")
