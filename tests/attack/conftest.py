@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import served
-from kit import beside_quiet
+from kit import Beside
 from PIL import Image
 from served import KEY, OTHER
 
@@ -31,6 +31,16 @@ def url():
     return served.data_url(Image.open(SAMPLE).convert("RGB"))
 
 
+@pytest.fixture(scope="package")
+def twin(tmp_path_factory):
+    """A server that nobody attacks."""
+    folder = tmp_path_factory.mktemp("in peace")
+    (folder / "keys").write_text(f"{KEY}\n")
+    made = served.Server("--api-keys", folder / "keys", cwd=folder)
+    yield made
+    made.stop()
+
+
 @pytest.fixture(scope="module")
-def beside(server, url):
-    return beside_quiet(server, url)
+def beside(server, twin, url):
+    return Beside(server, twin, url)

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import served
-from kit import beside_quiet, connection, head
+from kit import Beside, connection, head
 from PIL import Image
 from served import KEY, OTHER, asked
 from waiting import HANG
@@ -143,7 +143,7 @@ def crowded(tmp_path_factory):
     return folder
 
 
-def test_a_store_of_sixty_thousand_files(crowded, url):
+def test_a_store_of_sixty_thousand_files(crowded, twin, url):
     server = served.Server("--api-keys", crowded / "keys", "--store", crowded / "store", "--grace", 15, cwd=crowded)
     shades = iter(range(256))
 
@@ -159,7 +159,7 @@ def test_a_store_of_sixty_thousand_files(crowded, url):
                 picture = served.data_url(Image.new("RGB", (96, 96), (next(shades), 0, 0)))
                 assert http.post("/v1/contexts", json={"images": [{"url": picture}]}).status_code == 201
 
-    beside_quiet(server, url).survives(attack)
+    Beside(server, twin, url).survives(attack)
     assert server.stop() == 0
 
 
