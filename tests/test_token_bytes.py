@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_fast.models.internvl_tokenizer import read_tokenizer
+from mllm_fast.runtime.token_bytes import TokenBytes
 from mllm_fast.serving.detokenizer import AnswerDetokenizer
+from mllm_fast.serving.log_probs import LogProbs
 from mllm_fast.serving.requests import TokenEvent
-from mllm_fast.serving.token_bytes import LogProbs, TokenBytes
 
 TEXTS = ["what color is the star?", " a  red\nstar é ☃ 😀", "blue", "no, no.\n"]
 

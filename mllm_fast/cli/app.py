@@ -400,7 +400,7 @@ def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None
         table.add_column("check: log p falls without these patches")
     for i in range(len(ex.tokens)) if chosen is None else [chosen]:
         heads = "  ".join(f"{layer}.{head} {score:+.2f}" for layer, head, score in ex.top_heads(i, 4))
-        row = [escape(ex.tokens[i].strip()), heads, _best_patch(ex, i, method)]
+        row = [escape(ex.labels[i]), heads, _best_patch(ex, i, method)]
         check = ex.verified(i, method)
         if check is not None:
             random = sum(check.random) / len(check.random)

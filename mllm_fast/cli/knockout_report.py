@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
+from ..drawing.chart_fonts import set_fonts
 from ..runtime.answer import Answer
 
 Rows = Sequence[tuple[str, Answer]]
@@ -122,6 +123,7 @@ def save(rows: Rows, prompt: str, path: Path) -> None:
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(prompt, fontsize=11)
+    set_fonts(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=130)
     plt.close(figure)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..core.files import check_target, whole_file
 from ..drawing.heatmap import upsample
-from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, font
+from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text
 from .context import Context
 
 ENDINGS = (".png",)
@@ -52,13 +52,12 @@ def draw_kept(ctx: Context) -> Image.Image:
     )
     above = sum(line.height for line in head) + 2 * MARGIN
     sheet = Image.new("RGB", (width, above + rows * tall + sum(line.height for line in foot) + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    text.put(draw, head, MARGIN)
+    text.put(sheet, head, MARGIN)
     for n, (label, cell) in enumerate(entries):
         x, y = MARGIN + n % across * (_SIDE + MARGIN), above + n // across * tall
         sheet.paste(cell, (x, y))
-        draw.text((x, y + cell.height + 4), label, font=font(16), fill=INK)
-    text.put(draw, foot, above + rows * tall)
+        put_text(sheet, (x, y + cell.height + 4), label, 16, INK)
+    text.put(sheet, foot, above + rows * tall)
     return sheet
 
 

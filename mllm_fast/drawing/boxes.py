@@ -8,9 +8,10 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from ..core.layout import Box
-from .text import PAPER, font
+from .text import PAPER, put_text, text_width
 
 _GOOD, _BAD = (0, 114, 178), (213, 94, 0)  # colours of the Okabe-Ito palette
+_SIZE = 15  # of the labels, in pixels
 
 
 class Labelled(NamedTuple):
@@ -49,14 +50,13 @@ def put_boxes(drawn: Image.Image, boxes: Sequence[Labelled], scale: float) -> No
         scale: The factor from the units of the boxes to pixels of `drawn`.
     """
     draw = ImageDraw.Draw(drawn)
-    letters = font(15)
     for box, _, good in boxes:
         left, top, right, bottom = (edge * scale for edge in box)
         _outline(draw, (left, top, right, bottom), _GOOD if good else _BAD, good)
     taken: list[Box] = []
     for box, label, good in reversed(boxes):
         left, top, _, bottom = (edge * scale for edge in box)
-        width = draw.textlength(label, font=letters) + 8
+        width = text_width(label, _SIZE) + 8
         x = min(max(0.0, left), max(0.0, drawn.width - width))
         y = top - 20 if top >= 20 else min(bottom, drawn.height - 20)
         place = (x, y, x + width, y + 19)
@@ -64,7 +64,7 @@ def put_boxes(drawn: Image.Image, boxes: Sequence[Labelled], scale: float) -> No
             continue
         taken.append(place)
         draw.rectangle(place, fill=_GOOD if good else _BAD)
-        draw.text((x + 4, y + 1), label, font=letters, fill=PAPER)
+        put_text(drawn, (x + 4, y + 1), label, _SIZE, PAPER)
 
 
 def _outline(draw: ImageDraw.ImageDraw, box: Box, color: tuple[int, int, int], whole: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.files import write_whole
+from ..drawing.chart_fonts import set_fonts
 
 # from the palette of Okabe and Ito, which people with colour blindness can tell apart
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -79,6 +80,7 @@ class Chart:
         figure = Figure(figsize=self.size, dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         self.draw(figure)
+        set_fonts(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         return buffer.getvalue()

@@ -9,6 +9,7 @@ from typing import Any
 from ..core.errors import InputError
 from ..runtime.answer import Answer
 from ..runtime.model_runner import ModelRunner
+from ..runtime.token_bytes import TokenBytes
 from ..runtime.trace import Trace
 from . import export, logit_lens
 from .patch_words import PatchWords, patch_words
@@ -46,7 +47,7 @@ class Explanation(Scores):
             operators=runner.operators,
             trace=trace,
             answer=answer,
-            decode=runner.processor.tokenizer.decode,
+            word_of=TokenBytes(runner.processor.tokenizer).text,
             encode=runner.prompts.answer_ids,
             prompt=prompt,
             images=images,

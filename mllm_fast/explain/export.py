@@ -232,7 +232,7 @@ def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
     scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
     layouts = ex.layout.images
     return {
-        "text": ex.tokens[token].strip(),
+        "text": ex.labels[token],
         "checks": {
             "all": _check(ex, token, heads=_HEADS),
             "attention": _check(ex, token, "attention"),

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from ..core.layout import Box
 from ..drawing.boxes import Labelled, put_boxes
 from ..drawing.heatmap import color_bar, overlay
-from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, font, shorten
+from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text, shorten
 from .registry import ALIGNMENT, HEATMAP_METHODS, Heads
 from .scores import Scores
 
@@ -36,9 +36,7 @@ def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob")
     lines = [
         *text.wrap(f"Question: {ex.prompt}", 18, INK),
         *text.wrap(f"Answer: {ex.text}", 18, INK),
-        *text.wrap(
-            f"Explained token: \u201c{ex.tokens[token].strip()}\u201d ({token + 1} of {len(ex.tokens)})", 22, INK
-        ),
+        *text.wrap(f"Explained token: \u201c{ex.labels[token]}\u201d ({token + 1} of {len(ex.tokens)})", 22, INK),
     ]
     note = _note(ex, method, heads)
     lowest = min(float(grid.min()) for grid, _, _ in maps)
@@ -57,7 +55,7 @@ def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob")
     body = sum(pair[0].height + MARGIN for pair in pairs)
     sheet = Image.new("RGB", (width, head_height + body + foot_height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    y = text.put(draw, lines, MARGIN)
+    y = text.put(sheet, lines, MARGIN)
     y = head_height
     for original, heated in pairs:
         sheet.paste(original, (MARGIN, y))
@@ -65,7 +63,7 @@ def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob")
         y += original.height + MARGIN
     right = 3 * MARGIN + 2 * pairs[0][0].width
     color_bar(sheet, draw, (right, head_height, right + 20, head_height + pairs[0][0].height), top)
-    text.put(draw, foot, head_height + body)
+    text.put(sheet, foot, head_height + body)
     return sheet
 
 
@@ -81,12 +79,12 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
     ]
     top = max(float(grid.max()) for grids in maps for grid, _ in grids)
     entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the image", "") for p in ex.images]
-    for index, (token, grids) in enumerate(zip(ex.tokens, maps, strict=True)):
+    for index, (token, grids) in enumerate(zip(ex.labels, maps, strict=True)):
         check = ex.verified(index, method, heads)
         found = "" if check is None else f", check: {check.verdict}"
         for picture, (grid, box) in zip(ex.images, grids, strict=True):
             drawn = overlay(picture, grid, box, top, side)
-            entries.append((drawn, f"\u201c{token.strip()}\u201d", f"up to {float(grid.max()):.2f}{found}"))
+            entries.append((drawn, f"\u201c{token}\u201d", f"up to {float(grid.max()):.2f}{found}"))
     across = min(len(entries), max(3, math.ceil(math.sqrt(len(entries) * 1.6))))
     bar = 80
     width = across * (side + MARGIN) + MARGIN + bar
@@ -106,16 +104,16 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
     height = head_height + rows * tall + sum(line.height for line in foot) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    text.put(draw, lines, MARGIN)
+    text.put(sheet, lines, MARGIN)
     for n, (cell, label, most) in enumerate(entries):
         x = MARGIN + (n % across) * (side + MARGIN)
         y = head_height + (n // across) * tall
         sheet.paste(cell, (x, y))
-        draw.text((x, y + cell.height + 4), shorten(label, font(18), side), font=font(18), fill=INK)
-        draw.text((x, y + cell.height + 27), most, font=font(14), fill=FAINT)
+        put_text(sheet, (x, y + cell.height + 4), shorten(label, 18, side), 18, INK)
+        put_text(sheet, (x, y + cell.height + 27), most, 14, FAINT)
     right = MARGIN + across * (side + MARGIN)
     color_bar(sheet, draw, (right, head_height, right + 20, head_height + entries[0][0].height), top)
-    text.put(draw, foot, head_height + rows * tall)
+    text.put(sheet, foot, head_height + rows * tall)
     return sheet
 
 

@@ -47,7 +47,7 @@ def project(scores: Scores, place: Place, space: str, norm: str | None, k: int) 
         raise InputError(f"k is at least 1, got {k}")
     values = values_at(scores, place, space, norm).float().cpu()
     best = values.topk(min(k, len(values)))
-    return [(scores.decode([i]), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [(scores.word_of(i), value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 @torch.no_grad()

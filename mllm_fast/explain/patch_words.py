@@ -60,7 +60,7 @@ def patch_words(scores: Scores, tokens: Tensor, k: int = 3) -> PatchWords:
             best.append(values.topk(min(k, values.shape[-1])).indices.cpu())
         parts.append(torch.stack(best))
     ids, places = torch.cat(parts, 1).unique(return_inverse=True)
-    return PatchWords(layers, tuple(scores.decode([i]).strip() for i in ids.tolist()), places)
+    return PatchWords(layers, tuple(scores.word_of(i).strip() for i in ids.tolist()), places)
 
 
 @without_autocast

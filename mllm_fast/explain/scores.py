@@ -35,6 +35,20 @@ def check_norm(final_norm: str) -> None:
         raise InputError(f"final_norm is 'frozen' or 'own', got {final_norm!r}")
 
 
+def labels_of(tokens: Sequence[str], token_ids: Sequence[int], word_of: Callable[[int], str]) -> list[str]:
+    """Return tokens as they are shown: without spaces around, and a part of a character as its bytes.
+
+    A token of spaces alone is an open box, and one with the end of a line an arrow.
+
+    Args:
+        tokens: The text that each token adds to the answer; that of a part of a character is empty.
+        token_ids: Their ids.
+        word_of: Returns the text of a token by itself.
+    """
+    shown = [text.strip() or word_of(i) for text, i in zip(tokens, token_ids, strict=True)]
+    return [text.strip() or ("\u21b5" if "\n" in text else "\u2423") for text in shown]
+
+
 class Scores:
     """Scores and heatmaps of one answer.
 
@@ -44,6 +58,7 @@ class Scores:
     Attributes:
         tokens: the answer's tokens, as texts.
         token_ids: the answer's tokens, as ids.
+        labels: the answer's tokens as they are shown, see `labels_of`.
         text: the whole answer.
         layout: the layout of the whole sequence, answer included.
         input_ids: the token ids of the whole sequence, answer included, int64 [N].
@@ -53,7 +68,7 @@ class Scores:
         trace: the recorded rows and the key/value cache, a `Trace`.
         text_model: the model's decoder layers, output projections, final norm and unembedding, a `TextModel`.
         unembedding: the final norm and the unembedding in the form that the kernels take, an `Unembedding`.
-        decode: a function from token ids to text.
+        word_of: a function from a token id to the text of that token by itself.
         encode: a function from a text to its token ids.
         verification: the results of the last `verify`; empty before.
         unreached_layers: as in `Answer`.
@@ -67,7 +82,7 @@ class Scores:
         operators: OperatorCache,
         trace: Trace,
         answer: Answer,
-        decode: Callable[[list[int]], str],
+        word_of: Callable[[int], str],
         encode: Callable[[str], Any],
         prompt: str,
         images: list,
@@ -77,6 +92,7 @@ class Scores:
     ):
         self.tokens: list[str] = answer.tokens
         self.token_ids: list[int] = answer.token_ids
+        self.labels = labels_of(answer.tokens, answer.token_ids, word_of)
         self.text: str = answer.text
         self.layout: TokenLayout = answer.layout
         self.input_ids: Tensor = answer.input_ids
@@ -88,7 +104,7 @@ class Scores:
         text_model.check_writes()
         self.text_model = text_model
         self.trace = trace
-        self.decode = decode
+        self.word_of = word_of
         self.encode = encode
         self.unembedding = text_model.unembedding()
         self.verification: list[Verification] = []
@@ -278,10 +294,12 @@ class Scores:
             InputError: there is no such token, or the text is not unique.
         """
         if isinstance(token, str):
-            found = [i for i, text in enumerate(self.tokens) if text.strip() == token.strip()]
+            given = token.strip()
+            both = zip(self.tokens, self.labels, strict=True)
+            found = [i for i, (text, label) in enumerate(both) if given in (text.strip(), label)]
             if len(found) == 1:
                 return found[0]
-            listed = ", ".join(f"{i}: {text.strip()!r}" for i, text in enumerate(self.tokens))
+            listed = ", ".join(f"{i}: {text!r}" for i, text in enumerate(self.labels))
             problem = "is not in the answer" if not found else f"stands {len(found)} times; give its index"
             raise InputError(f"the token {token!r} {problem}; the answer's tokens are {listed}")
         count = len(self.tokens)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 
 class Detokenizer:
     """Turns the tokens of one answer into text, one token at a time.
 
-    The texts that `push` and `finish` return, joined in order, are the whole text. A token is decoded together with a
-    few tokens before it, because its spaces depend on them.
+    The texts that `push` and `finish` return, joined in order, are the whole text, as the tokenizer decodes it. A token
+    is not decoded by itself, because its spaces and characters depend on those before it: the tokenizers library's own
+    `DecodeStream` does it, and where a tokenizer is not one of that library, or changes spaces afterwards, the token is
+    decoded together with a few tokens before it.
 
     Args:
         tokenizer: The tokenizer of the model.
@@ -21,6 +25,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._options = {"skip_special_tokens": True} if skip_special_tokens else {}
         self._from = self._read = 0  # indices into ids: where decoding begins, and where unread tokens begin
+        self._backend = None if _changes_spaces(tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that it adds.
@@ -28,6 +34,15 @@ class Detokenizer:
         The text is empty while a character of several tokens is incomplete.
         """
         self.ids.append(token)
+        if self._backend is not None:
+            try:
+                text = self._stream.step(self._backend, token)
+            except Exception:  # the library raises nothing narrower where bytes make no character
+                self._backend = None
+            else:
+                if text:
+                    self._from, self._read = self._read, len(self.ids)
+                return text or ""
         before = self._decoded(self.ids[self._from : self._read])
         now = self._decoded(self.ids[self._from :])
         if len(now) <= len(before) or now.endswith("\ufffd"):
@@ -45,6 +60,15 @@ class Detokenizer:
 
     def _decoded(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, **self._options) if ids else ""
+
+
+def _changes_spaces(tokenizer: Any) -> bool:
+    """Whether transformers takes spaces before punctuation out of a decoded text; it never does so for BPE."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (
+        bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        and type(getattr(backend, "model", None)).__name__ != "BPE"
+    )
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
+from ..runtime.token_bytes import TokenBytes
 from .detokenizer import AnswerDetokenizer
 from .errors import service_error
+from .log_probs import LogProbs
 from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, TokenEvent
 from .responses import ResponseChunk, info_of
 from .schema import Details, Usage
-from .token_bytes import LogProbs, TokenBytes
 
 
 class Closing(AsyncIterator[ResponseChunk]):

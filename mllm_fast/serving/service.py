@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..context.store import ContextStore
 from ..runtime.sampling import Sampling
+from ..runtime.token_bytes import TokenBytes
 from .budgets import Lane, Place
 from .chunks import Closing, response_chunks
 from .detokenizer import AnswerDetokenizer
@@ -24,7 +25,6 @@ from .responses import ResponseChunk, info_of, key_of, no_context
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest
 from .settings import Settings
 from .structured import Constraints
-from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from ..context.context import Context

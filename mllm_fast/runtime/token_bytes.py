@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from .requests import TokenEvent
-
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACES = b" \t\n\r\f\v"
+_PIECES = {"ByteFallback", "Metaspace", "Replace"}  # decoders of vocabularies that write a space as U+2581
+_SHOWN = "mllm_fast.bytes"  # an error handler of codecs: bytes that are no character are written as such
 
 
 class TokenBytes:
     """The bytes that each token adds to a text.
 
     Args:
-        tokenizer: The model's tokenizer, one that the `tokenizers` library runs.
+        tokenizer: The model's tokenizer. Bytes are found for those that the `tokenizers` library runs.
     """
 
     def __init__(self, tokenizer: Any):
@@ -29,6 +29,8 @@ class TokenBytes:
         self._kinds = set(_kinds(state))
         self._prefix = next((one["prefix"] for one in _parts(state) if one.get("type") == "WordPiece"), None)
         self._letters = _byte_letters() if "ByteLevel" in self._kinds else {}
+        self._joined = not self._letters and not self._kinds & _PIECES
+        self._known = decoder is not None or hasattr(tokenizer, "backend_tokenizer")
 
     def __call__(self, token: int) -> bytes:
         """Return the bytes of a token; a special one has none, since answers are without them."""
@@ -41,59 +43,21 @@ class TokenBytes:
             return b""
         if self._letters:
             return bytes(self._letters[one] for one in piece if one in self._letters)
-        if self._kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        if self._kinds & _PIECES:
             found = _BYTE.fullmatch(piece)
             return bytes([int(found[1], 16)]) if found else piece.replace("\u2581", " ").encode()
         if self._prefix is not None and piece.startswith(self._prefix):
             return piece.removeprefix(self._prefix).encode()
         return b" " + piece.encode()  # words that are joined with spaces
 
+    def text(self, token: int) -> str:
+        """Return a token's text by itself: spaces as they are, and bytes of an incomplete character as "<0xE4>".
 
-class LogProbs:
-    """The log-probabilities of an answer in OpenAI's format; the bytes of all entries, joined, are the answer's.
-
-    Args:
-        token_bytes: The bytes of a token.
-    """
-
-    def __init__(self, token_bytes: TokenBytes):
-        self._bytes = token_bytes
-        self._waiting: list[tuple[TokenEvent, bytes, bool]] = []
-        self._begun = False
-        self._left = 0  # bytes that were sent and belong to no entry yet
-
-    def add(self, said: TokenEvent) -> None:
-        """Add a token of the answer."""
-        first = not self._begun
-        content = self._stripped(self._bytes(said.token), first)
-        self._begun = self._begun or bool(content)
-        self._waiting.append((said, content, first))
-
-    def sent(self, text: str, last: bool = False) -> tuple[dict[str, Any], ...]:
-        """Return the entries that a piece of the answer completes.
-
-        Args:
-            text: The piece.
-            last: Whether the answer ends with it: tokens behind its end have no entry.
+        A special token is its name.
         """
-        self._left += len(text.encode("utf-8", "replace"))
-        found = []
-        while self._waiting and (last or len(self._waiting[0][1]) <= self._left):
-            said, content, first = self._waiting.pop(0)
-            if content and not self._left:
-                continue
-            content = content[: self._left]
-            self._left -= len(content)
-            top = [_entry(self._stripped(self._bytes(token), first), value) for token, value in said.top]
-            found.append(_entry(content, said.log_prob) | {"top_logprobs": top})
-        return tuple(found)
-
-    def _stripped(self, content: bytes, first: bool) -> bytes:
-        return content.lstrip(_SPACES) if first else content
-
-
-def _entry(content: bytes, value: float) -> dict[str, Any]:
-    return {"token": content.decode("utf-8", "replace"), "logprob": max(value, -9999.0), "bytes": list(content)}
+        if token in self._special or not self._known:
+            return str(self._tokenizer.decode([token]))
+        return self(token).decode("utf-8", _SHOWN).removeprefix(" " if self._joined else "")
 
 
 def _parts(state: Any) -> Iterator[dict[str, Any]]:
@@ -115,3 +79,12 @@ def _byte_letters() -> dict[str, int]:
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [one for one in range(256) if one not in plain]
     return {chr(one): one for one in plain} | {chr(256 + i): one for i, one in enumerate(others)}
+
+
+def _as_hex(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(f"<0x{one:02X}>" for one in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_SHOWN, _as_hex)
