@@ -100,7 +100,8 @@ class VLM(ModelRunner):
                 of the same length, with one of these for each prompt.
             prompt: The question, without the image placeholder, or a list of questions, which are answered in one
                 batch.
-            knockout: One `Knockout` or several, which say which tokens may not attend to which.
+            knockout: One `Knockout` or several, which say which tokens may not attend to which; a text such as
+                "image->query@from 4" is parsed as `Knockout.parse` does.
             attention_share: Sum up where the generated tokens attend, see `Answer`: in five segments if True, in the
                 three of arXiv 2411.17491 ("image_block", "text", "generated") if "paper". It needs one answer a prompt.
             prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer
@@ -314,7 +315,7 @@ class VLM(ModelRunner):
     def compress(
         self,
         image: Images,
-        keep: float | int = 0.05,
+        keep: float | int | str = 0.05,
         prompt: str = "Describe the image.",
         score: str = "generated",
         *,
@@ -327,7 +328,8 @@ class VLM(ModelRunner):
 
         Args:
             image: An image, or several.
-            keep: The share of the image tokens (0.05), or how many of them (29), that each layer keeps.
+            keep: The share of the image tokens (0.05 or "5%"), or how many of them (29), that each
+                layer keeps.
             prompt: The first question to the model. Its tokens, which have seen the image, are kept.
             score: How image tokens are chosen. "generated": by the attention of the model's answer to the prompt.
                 "query": by the attention of the prompt itself, which needs no answer. "key_norm": by small keys (arXiv

@@ -262,6 +262,7 @@ def knockout(
     Without --block, the three knockouts of arXiv 2411.17491 are compared with the unchanged model.
     """
     from ..knockout.rule import configurations
+    from ..models.provenance import made_with, now
     from . import knockout_report
 
     if out is not None:
@@ -274,10 +275,11 @@ def knockout(
         with progress(f"generating, {label}"):
             said = vlm.generate(pictures, prompt, knockout=rules, attention_share=True, max_new_tokens=max_new_tokens)
         rows.append((label, said))
+    made = {**made_with(vlm.model), "date": now(), "question": prompt}
     if out is not None:
-        knockout_report.save(rows, prompt, out)
+        knockout_report.save(rows, prompt, out, made)
     if as_json:
-        typer.echo(json.dumps(knockout_report.summary(rows, prompt, out), ensure_ascii=False))
+        typer.echo(json.dumps(knockout_report.summary(rows, prompt, out, made), ensure_ascii=False))
         return
     OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
     OUT.print(knockout_report.table(rows), highlight=False)

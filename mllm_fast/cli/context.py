@@ -16,6 +16,7 @@ from rich.table import Table
 from ..context.registry import PRUNING_SCORES
 from ..core.errors import InputError, check_choice
 from ..core.images import MAX_PIXELS
+from ..core.keep import parse_keep
 from .options import (
     ERR,
     OUT,
@@ -29,7 +30,6 @@ from .options import (
     NewTokens,
     inputs,
     load,
-    parse_keep,
     progress,
     tell_cut,
 )

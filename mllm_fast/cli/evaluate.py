@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import InputError
+from ..core.keep import parse_keep
 from ..evaluation.registry import EVALUATIONS
 from .joint import Orientation
-from .options import OUT, Backend, Device, Dtype, Json, Model, parse_keep, progress
+from .options import OUT, Backend, Device, Dtype, Json, Model, progress
 from .report import bar, publish, samples_of, tell_notes
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def evaluate(  # long: the options of a command are its parameters
         from ..evaluation.rows import SETTINGS, write_parquet
         from ..evaluation.run import run
         from ..evaluation.worker import ModelChoice
+        from ..models.provenance import made_with
     chosen = {one: EVALUATIONS.get(one) for one in (EVALUATIONS if name == "all" else (name,)) if one != "judges"}
     _check(name, chosen, images, masks, data, segmenter)
     check_charts()
@@ -228,7 +230,7 @@ def evaluate(  # long: the options of a command are its parameters
             write_parquet(rows, folder / "rows.parquet")
         report = noted(evaluations[one].report(rows), samples[one].notes)
         reports.append((report, json.loads((folder / SETTINGS).read_text())))
-    publish(reports, out, as_json)
+    publish(reports, out, as_json, made_with(vlm.model))
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _bars(values: list[float]) -> str:
     return "".join(_BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] if value > 0.005 else "·" for value in values)
 
 
-def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
+def summary(rows: Rows, prompt: str, saved: Path | None, provenance: dict[str, Any]) -> dict[str, Any]:
     """Return all results, ready for JSON. The shares of attention are lists [layers][heads]."""
     answers: list[dict[str, Any]] = [
         {
@@ -86,14 +87,19 @@ def summary(rows: Rows, prompt: str, saved: Path | None) -> dict[str, Any]:
         }
         for label, said in rows
     ]
-    return {"question": prompt, "answers": answers, "saved": None if saved is None else str(saved)}
+    return {
+        "question": prompt,
+        "answers": answers,
+        "saved": None if saved is None else str(saved),
+        "provenance": provenance,
+    }
 
 
 def _lists(share: dict[str, Tensor] | None) -> dict[str, list] | None:
     return None if share is None else {name: values.tolist() for name, values in share.items()}
 
 
-def save(rows: Rows, prompt: str, path: Path) -> None:
+def save(rows: Rows, prompt: str, path: Path, provenance: dict[str, Any]) -> None:
     """Save a chart with one panel for each configuration.
 
     A panel shows the share of attention of each type of token over the layers. The line is the mean over heads, and
@@ -125,7 +131,13 @@ def save(rows: Rows, prompt: str, path: Path) -> None:
     figure.suptitle(prompt, fontsize=11)
     set_fonts(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=130)
+    kind = path.suffix[1:].lower()
+    made = f"mllm-fast {provenance['versions'].get('mllm-fast', '')}".strip()
+    about = json.dumps(provenance, ensure_ascii=False)
+    notes: dict[str, Any] = {"Software": made, "mllm_fast.provenance": about}
+    if kind == "svg":  # which knows Dublin Core's names alone
+        notes = {"Creator": made, "Description": about}
+    figure.savefig(buffer, format=kind, dpi=130, metadata=notes)
     plt.close(figure)
     write_whole(path, buffer.getvalue())
 

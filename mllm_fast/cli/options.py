@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..core.assets import SAMPLE
-from ..core.errors import InputError
 
 if TYPE_CHECKING:
     from ..joint.model import JointModel
@@ -112,20 +111,3 @@ def progress(what: str) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def parse_keep(text: str) -> float | int:
-    """Parse the value of --keep.
-
-    Returns:
-        A share as a float, for "5%" or "0.05", or a count as an int, for "29".
-
-    Raises:
-        InputError: The text is neither.
-    """
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if text.strip().isdigit() else float(text)
-    except ValueError:
-        raise InputError(f"--keep is a share (0.05, 5%) or a count (29), got {text!r}") from None

@@ -22,16 +22,27 @@ if TYPE_CHECKING:
     from ..evaluation.samples import Samples
 
 
-def publish(reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool) -> None:
-    """Save the reports and print them. Several reports also get a common page, report.html."""
+def publish(
+    reports: list[tuple[Report, dict[str, Any]]], out: Path, as_json: bool, made: dict[str, Any] | None = None
+) -> None:
+    """Save the reports and print them. Several reports also get a common page, report.html.
+
+    Args:
+        reports: The reports and their settings.
+        out: The folder.
+        as_json: Print the figures as JSON.
+        made: What the model was, see `models.provenance.made_with`; None if no model was asked now.
+    """
     from ..core.files import write_whole
     from ..evaluation.report import plain, save, to_html
+    from ..models.provenance import now, versions
 
+    made = {**(made or {"versions": versions()}), "date": now()}
     for report, settings in reports:
         (out / report.name).mkdir(parents=True, exist_ok=True)
-        save(report, out / report.name, settings)
+        save(report, out / report.name, settings, made)
     if len(reports) > 1:
-        write_whole(out / "report.html", to_html(reports, "Where a model looks, and what it needs").encode())
+        write_whole(out / "report.html", to_html(reports, "Where a model looks, and what it needs", made).encode())
     if as_json:
         typer.echo(
             json.dumps({report.name: {**plain(report.figures), "failed": report.failed} for report, _ in reports})

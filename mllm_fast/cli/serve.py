@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..core.errors import InputError
-from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint, parse_keep
+from ..core.keep import parse_keep
+from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
 

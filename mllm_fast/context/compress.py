@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.errors import InputError, check_choice
+from ..core.keep import parse_keep
 from ..core.layout import TokenLayout
 from ..kernels import topk_compaction
 from ..runtime.hooks import model_lock, recording
@@ -64,10 +65,10 @@ class ScoredPrefill:
     state: State | None = None
 
     def context(
-        self, keep: float | int = 0.05, score: str = "generated", parts: str = "query+image", seed: int = 0
+        self, keep: float | int | str = 0.05, score: str = "generated", parts: str = "query+image", seed: int = 0
     ) -> Context:
         """Make a context; see `VLM.compress`."""
-        score = score_name(score)
+        score, keep = score_name(score), parse_keep(keep)
         check_choice("parts", parts, PARTS)
         image = self.layout.positions("image")
         count = 0 if parts == "query" else kept_count(keep, len(image))
@@ -133,7 +134,7 @@ def _of_size(tensors: Sequence[Tensor], size: int) -> list[Tensor]:
 def compress(
     runner: ModelRunner,
     image: Any,
-    keep: float | int = 0.05,
+    keep: float | int | str = 0.05,
     prompt: str = "Describe the image.",
     score: str = "generated",
     parts: str = "query+image",
@@ -144,7 +145,7 @@ def compress(
     """See `VLM.compress`."""
     score = score_name(score)
     check_choice("parts", parts, PARTS)
-    kept_count(keep, sys.maxsize)
+    kept_count(parse_keep(keep), sys.maxsize)
     prefill = prefill_and_score(runner, image, prompt, [score], max_new_tokens, **options)
     return prefill.context(keep, score, parts, seed)
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from ..core.deprecation import renamed, renamed_parameters
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
+from ..core.notebook import Displayed, NotPickled, frame, picture, plot_image, table
 from ..explain.explanation import Explanation, nothing_generated
 from ..explain.scores import check_norm
 from ..explain.stream import Stream
+from ..knockout.rule import spans
 from ..runtime.answer import Answer, answer_of
 from ..runtime.hooks import Recording
 from ..runtime.kv_cache import of_own_shape
@@ -27,13 +29,15 @@ from ..runtime.recurrent import State, tensors_of
 from ..runtime.shared_prefix import SharedPrefixDecoder
 from ..runtime.trace import Trace
 from . import file_format
+from .figure import draw_kept
 from .questions import Questions
 
 _BATCH = 32
+_COLUMNS = ("position", "image", "left", "top", "right", "bottom")
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Displayed):
     """The image tokens that one layer of a context keeps.
 
     Attributes:
@@ -46,9 +50,24 @@ class Kept:
     images: Tensor
     boxes: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Kept({len(self.positions)} image tokens: positions {spans(self.positions.tolist())})"
+
+    def _repr_html_(self) -> str:
+        return table(self.rows(), _COLUMNS)
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Return the tokens as (position, image, left, top, right, bottom)."""
+        each = zip(self.positions.tolist(), self.images.tolist(), self.boxes.tolist(), strict=True)
+        return [(position, image, *box) for position, image, box in each]
+
+    def to_frame(self) -> Any:
+        """Return the tokens as a pandas DataFrame: "position", "image", "left", "top", "right", "bottom"."""
+        return frame(self.rows(), _COLUMNS)
+
 
 @dataclass(frozen=True, eq=False)
-class Context:  # long: what can be asked of it is a method each
+class Context(Displayed, NotPickled):  # long: what can be asked of it is a method each
     """Keys and values of an image's prefix: in each layer, those of the text tokens and of the kept image tokens.
 
     A context never changes. Questions keep their own keys and values beside it, and several threads may ask at once
@@ -96,6 +115,30 @@ class Context:  # long: what can be asked of it is a method each
             f"Context({self.num_tokens} of {self.prefix_length} tokens, {self.nbytes / 2**20:.2f} of"
             f" {self.full_nbytes / 2**20:.2f} MiB, {self.settings})"
         )
+
+    _INSTEAD = "save it to a .safetensors file, and load it in the other process with Context.load"
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("prompt", self.prompt),
+            ("tokens a layer", f"{self.num_tokens} of {self.prefix_length}"),
+            ("memory", f"{self.nbytes / 2**20:.2f} of {self.full_nbytes / 2**20:.2f} MiB"),
+            ("settings", ", ".join(f"{name}: {value}" for name, value in self.settings.items())),
+        ]
+        return table(facts) + picture(self.image(), "The image tokens that each layer keeps")
+
+    def image(self) -> Image.Image:
+        """Return a picture of the image tokens that each layer keeps."""
+        return draw_kept(self)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the picture of `image` into matplotlib axes, and return them."""
+        return plot_image(self.image(), ax)
+
+    def to_frame(self) -> Any:
+        """Return what each layer keeps as a pandas DataFrame: "layer", and the columns of `Kept.to_frame`."""
+        layers = range(len(self.positions))
+        return frame([(n, *row) for n in layers for row in self.kept(n).rows()], ("layer", *_COLUMNS))
 
     @property
     def num_tokens(self) -> int:

@@ -5,30 +5,52 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..core.files import check_target, whole_file
+from ..core.layout import TokenLayout
+from ..core.png_notes import png_notes
 from ..drawing.heatmap import upsample
 from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text
-from .context import Context
+from ..models.provenance import made_with, now
 
 ENDINGS = (".png",)
 _SIDE = 200
 
 
-def save_kept(ctx: Context, path: str | os.PathLike[str]) -> None:
+class Drawable(Protocol):
+    """What a figure reads of a `Context`."""
+
+    @property
+    def vlm(self) -> Any: ...
+    @property
+    def positions(self) -> torch.Tensor: ...
+    @property
+    def layout(self) -> TokenLayout: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def canvases(self) -> list[Any]: ...
+
+
+def save_kept(ctx: Drawable, path: str | os.PathLike[str]) -> None:
     """Write the image of `draw_kept` to a .png file, which appears whole or not at all."""
     target = Path(path)
     check_target(target, ENDINGS)
     drawn = draw_kept(ctx)
+    about = {"prompt": ctx.prompt, "settings": ctx.settings}
+    made = {**made_with(ctx.vlm.model), "date": now(), **about}
     with whole_file(target) as name:
-        drawn.save(name, "PNG")
+        drawn.save(name, "PNG", pnginfo=png_notes(made))
 
 
-def draw_kept(ctx: Context) -> Image.Image:
+def draw_kept(ctx: Drawable) -> Image.Image:
     """Draw the image tokens that a context keeps.
 
     Each layer has one cell, with the kept patches of the images lit. The last cell shows how often each patch is kept.
@@ -61,7 +83,7 @@ def draw_kept(ctx: Context) -> Image.Image:
     return sheet
 
 
-def _lit(ctx: Context, layers) -> Image.Image:
+def _lit(ctx: Drawable, layers) -> Image.Image:
     """Draw the images below each other, each patch as bright as the share of these layers that keep it."""
     cells = []
     for i, (picture, where) in enumerate(zip(ctx.canvases, ctx.layout.images, strict=True)):
@@ -84,7 +106,7 @@ def _lit(ctx: Context, layers) -> Image.Image:
     return whole
 
 
-def _cells(ctx: Context, layer: int, image: int) -> np.ndarray:
+def _cells(ctx: Drawable, layer: int, image: int) -> np.ndarray:
     """Return 1 for the cells of an image's grid that a layer keeps, and 0 for the others.
 
     A kept token of a thumbnail sets all cells that it covers.

@@ -31,6 +31,7 @@ from ..core.files import check_target, whole_file
 from ..core.layout import ImageLayout, Tile, TokenLayout
 from ..models.fingerprint import fingerprint
 from ..models.offload import device_of
+from ..models.provenance import model_name, now, versions
 from ..runtime.model_runner import ModelRunner
 from ..runtime.recurrent import plain_of, state_from, tensors_of
 from .file_checks import check_description, check_finite
@@ -214,10 +215,12 @@ def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[st
         "version": VERSION,
         "model": {
             "type": config.model_type,
-            "id": getattr(config, "_name_or_path", "") or "",
+            "id": model_name(fields["vlm"].model),
             "revision": getattr(config, "_commit_hash", None),
             "fingerprint": fingerprint(fields["vlm"].model),
         },
+        "versions": versions(),
+        "date": now(),
         "dtype": str(fields["keys"].dtype).removeprefix("torch."),
         "storage": storage,
         "storage_error": errors,
@@ -232,7 +235,7 @@ def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[st
 def _check_model(path: Any, description: dict[str, Any], vlm: ModelRunner) -> None:
     made, config = description.get("model"), vlm.model.config
     if not isinstance(made, dict) or made.get("fingerprint") != fingerprint(vlm.model):
-        here = getattr(config, "_name_or_path", "") or config.model_type
+        here = model_name(vlm.model) or config.model_type
         made = made if isinstance(made, dict) else {}
         dtype = str(vlm.model.dtype).removeprefix("torch.")
         raise InputError(

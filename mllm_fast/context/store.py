@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, check_choice
+from ..core.keep import parse_keep
 from ..models.fingerprint import fingerprint
 from .compress import compress
 from .context import Context
@@ -80,7 +81,7 @@ class ContextStore:
         self,
         vlm: ModelRunner,
         image: Images,
-        keep: float | int = 0.05,
+        keep: float | int | str = 0.05,
         prompt: str = "Describe the image.",
         score: str = "generated",
         *,
@@ -91,7 +92,7 @@ class ContextStore:
 
         It is found in the store, or else computed now and kept.
         """
-        score = score_name(score)
+        score, keep = score_name(score), parse_keep(keep)
         check_choice("parts", parts, PARTS)
         kept_count(keep, 1 << 62)
         pictures = vlm.prompts.load(image)

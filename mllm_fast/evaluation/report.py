@@ -16,6 +16,7 @@ from typing import Any
 from ..core.errors import InputError
 from ..core.files import write_whole
 from ..drawing.chart_fonts import set_fonts
+from ..models.provenance import as_text, now, versions
 
 # from the palette of Okabe and Ito, which people with colour blindness can tell apart
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -116,20 +117,28 @@ def noted(report: Report, notes: Sequence[str]) -> Report:
     return replace(report, says=[*report.says, *notes])
 
 
-def save(report: Report, folder: Path, settings: dict[str, Any]) -> list[Path]:
+def save(report: Report, folder: Path, settings: dict[str, Any], made: dict[str, Any] | None = None) -> list[Path]:
     """Write report.html, report.md, figures.json, the charts and the report's own files.
 
     Each file appears only once it is complete. One of the report's own files (labels.csv) that is there with other
     content is kept, and the new one is written beside it (labels.new.csv).
 
+    Args:
+        report: The report.
+        folder: The folder.
+        settings: The settings of the evaluation.
+        made: What it was made with: the model, dtype, device, versions and date; by default the last two.
+
     Returns:
         The paths of the files.
     """
+    made = made or {"versions": versions(), "date": now()}
     charts = {f"{chart.name}.png": chart.png() for chart in report.charts}
-    page = to_html([(report, settings)], report.title)
+    page = to_html([(report, settings)], report.title, made)
+    figures = {"settings": settings, "provenance": made, **plain(report.figures)}
     content = {
-        "figures.json": (json.dumps({"settings": settings, **plain(report.figures)}, indent=1) + "\n").encode(),
-        "report.md": to_markdown(report).encode(),
+        "figures.json": (json.dumps(figures, indent=1) + "\n").encode(),
+        "report.md": (to_markdown(report) + f"\nMade with: {as_text(made)}.\n").encode(),
         **charts,
         **{name: text.encode() for name, text in report.files.items()},
         "report.html": page.encode(),
@@ -190,8 +199,14 @@ def _failures(report: Report) -> str:
     return f"{len(report.failed)} samples could not be used: {first}{'; ...' if len(report.failed) > 5 else ''}."
 
 
-def to_html(reports: Sequence[tuple[Report, dict[str, Any]]], title: str) -> str:
-    """Return one HTML page of one or more reports and their settings. The page loads nothing from elsewhere."""
+def to_html(reports: Sequence[tuple[Report, dict[str, Any]]], title: str, made: dict[str, Any] | None = None) -> str:
+    """Return one HTML page of one or more reports and their settings. The page loads nothing from elsewhere.
+
+    Args:
+        reports: The reports and their settings.
+        title: The title of the page.
+        made: As in `save`.
+    """
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
@@ -210,6 +225,8 @@ def to_html(reports: Sequence[tuple[Report, dict[str, Any]]], title: str) -> str
             parts.append(f'<p class="note">{html.escape(_failures(report))}</p>')
         said = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
         parts.append(f'<p class="note">Settings: {html.escape(said)}</p>')
+    made = made or {"versions": versions(), "date": now()}
+    parts.append(f'<p class="note">Made with: {html.escape(as_text(made))}</p>')
     return "\n".join([*parts, "</body></html>", ""])
 
 

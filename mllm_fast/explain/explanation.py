@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
+from PIL import Image
+
 from ..core.errors import InputError
+from ..core.notebook import Displayed, NotPickled, frame, picture, plot_image, show_html, table
+from ..drawing.boxes import put_boxes
+from ..drawing.chart_fonts import set_fonts
+from ..drawing.heatmap import overlay
+from ..knockout.rule import Knockout
+from ..models.provenance import made_with
 from ..runtime.answer import Answer
 from ..runtime.model_runner import ModelRunner
 from ..runtime.token_bytes import TokenBytes
 from ..runtime.trace import Trace
 from . import export, logit_lens
+from .figure import draw_sheet, draw_token, token_map
 from .patch_words import PatchWords, patch_words
 from .registry import DEFAULT, HEATMAP_METHODS, Heads
 from .replay import Replay
 from .scores import Scores
 from .verification import Verification
 from .verify import verify
+
+_DRAWN = 16  # most tokens whose maps a notebook shows by itself
+_LISTED = 64  # most tokens in the table that it shows otherwise
 
 
 def nothing_generated(options: dict[str, Any]) -> None:
@@ -26,8 +41,10 @@ def nothing_generated(options: dict[str, Any]) -> None:
         raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
 
 
-class Explanation(Scores):
+class Explanation(Scores, Displayed, NotPickled):
     """Explains why each token of one answer was generated: scores, heatmaps, causal check, logit lens and files."""
+
+    _INSTEAD = "save it, as .safetensors or .json, and read the numbers there"
 
     @classmethod
     def of(
@@ -40,6 +57,7 @@ class Explanation(Scores):
         images: list[Any],
         final_norm: str,
         replay: Replay | None = None,
+        knockouts: Sequence[Knockout] = (),
     ) -> Explanation:
         """Build the explanation of an answer that a runner's model gave while it was recorded."""
         return cls(
@@ -54,11 +72,95 @@ class Explanation(Scores):
             final_norm=final_norm,
             backend=runner.backend,
             replay=replay,
+            made_with=partial(made_with, runner.model),
+            knockouts=knockouts if replay is None else replay.rules,
         )
 
     def __repr__(self) -> str:
         images = "no image" if not self.images else f"{len(self.images)} image{'s' * (len(self.images) > 1)}"
         return f"Explanation({self.text!r}, {len(self.tokens)} tokens, {images}, prompt={self.prompt!r})"
+
+    def provenance(self, method: str = DEFAULT) -> dict[str, Any]:
+        """Return what the explanation was made with, and how, as every file of `save` says it.
+
+        Args:
+            method: the method of the maps.
+
+        Returns:
+            The model (its name, revision, type and fingerprint), dtype, device, versions, date, question, answer,
+            final norm, knockouts, and the method and heads of the maps, ready for JSON.
+        """
+        return export.provenance(self, method)
+
+    def _repr_html_(self) -> str:
+        about = table([("question", self.prompt), ("answer", self.text)])
+        if self.images and len(self.tokens) <= _DRAWN:
+            return about + picture(self.image(), f"The maps of the words of \u201c{self.text}\u201d")
+        rows = [
+            (i, label, ", ".join(f"{layer}.{head} {score:+.2f}" for layer, head, score in self.top_heads(i, 4)))
+            for i, label in enumerate(self.labels[:_LISTED])
+        ]
+        rest = len(self.labels) - len(rows)
+        note = f"<p>and {rest} more tokens</p>" if rest else ""
+        return about + table(rows, ("", "token", "best heads: layer.head, increase of log p")) + note
+
+    def show(self) -> None:
+        """Show the page of `save` below the cell of a notebook, to click through; in a terminal, print one line."""
+        if not self.images:
+            super().show()
+            return
+        page = html.escape(export.encoded(self, "html").decode())
+        show_html(f'<iframe srcdoc="{page}" style="width: 100%; height: 760px; border: 0"></iframe>', repr(self))
+
+    def image(self, token: int | str | None = None, method: str = DEFAULT, heads: int = 10) -> Image.Image:
+        """Return the picture that `save` writes as .png: one token's map, or a sheet of all tokens.
+
+        Args:
+            token: the token; all of them by default.
+            method, heads: as in `heatmap`.
+        """
+        HEATMAP_METHODS.get(method)
+        if not self.images:
+            raise InputError("an explanation of text alone has no image to draw on")
+        if token is None and len(self.tokens) > 1:
+            return draw_sheet(self, heads, method)
+        return draw_token(self, self.token_index(token or 0), heads, method)
+
+    def plot(
+        self, token: int | str = 0, method: str = DEFAULT, heads: Heads = 10, image: int = 0, ax: Any = None
+    ) -> Any:
+        """Draw one token's map over an image into matplotlib axes, and return them.
+
+        Args:
+            token, method, heads, image: as in `heatmap`.
+            ax: the axes; new ones by default.
+
+        Raises:
+            InputError: as in `heatmap`, or matplotlib is not installed.
+        """
+        HEATMAP_METHODS.get(method)
+        self.image_layout(image)
+        index, side = self.token_index(token), max(self.images[image].size)
+        grid, box, boxes = token_map(self, index, method, heads, image)
+        drawn = overlay(self.images[image], grid, box, max(0.0, float(grid.max())), side)
+        put_boxes(drawn, boxes, 1.0)
+        ax = plot_image(drawn, ax)
+        ax.set_title(self.labels[index])
+        set_fonts(ax)
+        return ax
+
+    def to_frame(self) -> Any:
+        """Return the scores of all heads as a pandas DataFrame, one row for each token, layer and head.
+
+        The columns are "token" (its index), "text", "layer", "head" and "score", the increase of log p.
+        """
+        scores = self.head_scores
+        places = torch.cartesian_prod(*map(torch.arange, scores.shape)).tolist()
+        rows = [
+            (token, self.labels[token], layer, head, score)
+            for (token, layer, head), score in zip(places, scores.flatten().tolist(), strict=True)
+        ]
+        return frame(rows, ("token", "text", "layer", "head", "score"))
 
     def verify(
         self,

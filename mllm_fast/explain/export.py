@@ -19,13 +19,15 @@ from safetensors.torch import save as save_tensors
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
 from ..core.layout import ImageLayout
+from ..core.png_notes import png_notes
+from ..models.provenance import as_text
 from .box_weights import BoxWeights
 from .figure import draw_sheet, draw_token
 from .patch_words import patch_words as words_of_patches
 from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
 from .scores import Scores
 
-_HEADS = 10
+HEADS = 10  # the best heads of each token, whose maps are saved
 _ALWAYS = ("logprob", "attention")  # pages and number files always contain these maps
 _PAGE_SIDE = 1024  # longest side of an image in a page, in pixels
 
@@ -97,7 +99,7 @@ def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
 
 
 def _token_summary(ex: Scores, token: int, numbers: bool) -> dict[str, Any]:
-    heads = ex.top_heads(token, _HEADS)
+    heads = ex.top_heads(token, HEADS)
     result: dict[str, Any] = {
         "text": ex.tokens[token],
         "id": ex.token_ids[token],
@@ -123,20 +125,35 @@ def _token_summary(ex: Scores, token: int, numbers: bool) -> dict[str, Any]:
     return result
 
 
+def provenance(ex: Scores, method: str = DEFAULT) -> dict[str, Any]:
+    """See `Explanation.provenance`."""
+    return {
+        **ex.made_with(),
+        "date": ex.made,
+        "question": ex.prompt,
+        "answer": ex.text,
+        "final_norm": ex.final_norm,
+        "knockouts": ex.knockouts,
+        "method": method,
+        "heads": HEADS if method == DEFAULT else None,
+    }
+
+
 def _png(ex: Scores, token: int | None, method: str) -> bytes:
     if token is None and len(ex.tokens) > 1:
-        return _encode(draw_sheet(ex, method=method))
-    return _encode(draw_token(ex, token or 0, method=method))
+        return _encode(draw_sheet(ex, method=method), provenance(ex, method))
+    return _encode(draw_token(ex, token or 0, method=method), provenance(ex, method))
 
 
-def _encode(image: Image.Image) -> bytes:
+def _encode(image: Image.Image, made: dict[str, Any] | None = None) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", pnginfo=None if made is None else png_notes(made))
     return buffer.getvalue()
 
 
 def _json(ex: Scores, token: int | None, method: str) -> bytes:
     result = summary(ex)
+    result["provenance"] = provenance(ex, method)
     if method not in _ALWAYS:
         result["method"] = method
         for i, entry in enumerate(result["tokens"]):
@@ -146,7 +163,7 @@ def _json(ex: Scores, token: int | None, method: str) -> bytes:
     return json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
 
 
-def _boxes(found: BoxWeights, k: int = _HEADS) -> dict[str, Any]:
+def _boxes(found: BoxWeights, k: int = HEADS) -> dict[str, Any]:
     """Return the k boxes of largest weight, ready for JSON."""
     best = [{"weight": weight, "score": score, "box": list(box)} for weight, score, box in found.best(k)]
     return {"query": found.query, "boxes": best, "note": found.note}
@@ -154,7 +171,7 @@ def _boxes(found: BoxWeights, k: int = _HEADS) -> dict[str, Any]:
 
 def _safetensors(ex: Scores, token: int | None, method: str) -> bytes:
     count = len(ex.tokens)
-    heads = [[(layer, head) for layer, head, _ in ex.top_heads(i, _HEADS)] for i in range(count)]
+    heads = [[(layer, head) for layer, head, _ in ex.top_heads(i, HEADS)] for i in range(count)]
     tensors = {
         "input_ids": ex.input_ids,
         "token_ids": torch.tensor(ex.token_ids),
@@ -175,6 +192,7 @@ def _safetensors(ex: Scores, token: int | None, method: str) -> bytes:
             tensors[f"image_{i}.box_weights"] = torch.stack([one.weights for one in found])
             tensors[f"image_{i}.box_scores"] = torch.stack([one.scores for one in found])
     about = {"question": ex.prompt, "answer": ex.text, "norm": ex.final_norm, "tokens": json.dumps(ex.tokens)}
+    about["mllm_fast.provenance"] = json.dumps(provenance(ex, method), ensure_ascii=False)
     return save_tensors({name: t.contiguous() for name, t in tensors.items()}, about)
 
 
@@ -184,6 +202,7 @@ def _html(ex: Scores, token: int | None, method: str, with_words: bool = False) 
         "question": ex.prompt,
         "cut": ex.finish_reason == "length",
         "norm": ex.final_norm,
+        "provenance": as_text(provenance(ex, method)),
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
@@ -228,13 +247,13 @@ def _page_words(ex: Scores, layout: ImageLayout) -> dict[str, Any]:
 
 
 def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
-    heads = ex.top_heads(token, _HEADS)
+    heads = ex.top_heads(token, HEADS)
     scores = ex.position_scores(token, [(layer, head) for layer, head, _ in heads])
     layouts = ex.layout.images
     return {
         "text": ex.labels[token],
         "checks": {
-            "all": _check(ex, token, heads=_HEADS),
+            "all": _check(ex, token, heads=HEADS),
             "attention": _check(ex, token, "attention"),
             "extra": None if method in _ALWAYS else _check(ex, token, method),
         },
@@ -254,7 +273,7 @@ def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
     }
 
 
-def _check(ex: Scores, token: int, method: str = DEFAULT, heads: Heads = _HEADS) -> dict[str, str] | None:
+def _check(ex: Scores, token: int, method: str = DEFAULT, heads: Heads = HEADS) -> dict[str, str] | None:
     """Return the verdict on one map, or None if the map was not checked."""
     check = ex.verified(token, method, heads)
     return None if check is None else {"verdict": check.verdict, "text": str(check)}

@@ -17,6 +17,8 @@ from ..core.deprecation import renamed
 from ..core.errors import InputError
 from ..core.layout import ImageLayout, TokenLayout
 from ..kernels import OperatorCache
+from ..knockout.rule import Knockout, as_rules
+from ..models.provenance import now
 from ..models.text_model import TextModel, without_gradients
 from ..runtime.answer import Answer
 from ..runtime.trace import Trace
@@ -73,6 +75,9 @@ class Scores:
         verification: the results of the last `verify`; empty before.
         unreached_layers: as in `Answer`.
         finish_reason: as in `Answer`.
+        made: the date and time, in UTC.
+        made_with: returns what the model is, see `models.provenance.made_with`.
+        knockouts: the knockouts of the answer, as texts.
     """
 
     def __init__(  # noqa: PLR0913
@@ -89,6 +94,8 @@ class Scores:
         final_norm: str,
         backend: str = "auto",
         replay: Replay | None = None,
+        made_with: Callable[[], dict[str, Any]] = dict,
+        knockouts: Sequence[Knockout] = (),
     ):
         self.tokens: list[str] = answer.tokens
         self.token_ids: list[int] = answer.token_ids
@@ -111,6 +118,8 @@ class Scores:
         # set only for explanations by a joint model
         self.boxes_of: Callable[[int, str | None, int], BoxWeights] | None = None
         self._replay = replay
+        self.made, self.made_with = now(), made_with
+        self.knockouts = [str(rule) for rule in as_rules(knockouts)]
         self._writes = WriteScores(
             text_model, self.unembedding, trace, answer.token_ids, final_norm, operators, backend
         )

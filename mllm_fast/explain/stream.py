@@ -5,16 +5,18 @@ Each token can be explained as soon as it appears, and the knockouts may change 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
+from ..core.notebook import Displayed, table
 from ..knockout.attention_share import AttentionShares
 from ..knockout.plan import Plan
 from ..knockout.rule import Knockout, as_rules
@@ -23,7 +25,7 @@ from ..runtime.decoding import Pass, own_state
 from ..runtime.detokenizer import Detokenizer
 from ..runtime.generation_settings import GenerationSettings
 from ..runtime.hooks import Recording, recording
-from ..runtime.model_runner import ModelRunner
+from ..runtime.model_runner import Knockouts, ModelRunner
 from ..runtime.trace import Trace, make_trace
 from .explanation import Explanation
 from .registry import Heads
@@ -42,7 +44,7 @@ class Source(Protocol):
         """Release the source; no forward pass follows."""
 
 
-class Step:
+class Step(Displayed):
     """One generated token.
 
     Attributes:
@@ -74,6 +76,11 @@ class Step:
 
     def __repr__(self) -> str:
         return f"Step({self.index}, {self.token!r}, log_prob={self.log_prob:.3f})"
+
+    def _repr_html_(self) -> str:
+        if self._explanation is not None or self._recorded is not None:
+            return self.explanation._repr_html_()
+        return table([("token", self.token), ("log p", self.log_prob), ("answer so far", self.text)])
 
     @property
     def explanation(self) -> Explanation:
@@ -107,6 +114,18 @@ class Step:
         """See `Explanation.heatmap`."""
         return self.explanation.heatmap(0, method, heads, image)
 
+    def image(self, method: str = "logprob", heads: int = 10) -> Image.Image:
+        """See `Explanation.image`."""
+        return self.explanation.image(0, method, heads)
+
+    def plot(self, method: str = "logprob", heads: Heads = 10, image: int = 0, ax: Any = None) -> Any:
+        """See `Explanation.plot`."""
+        return self.explanation.plot(0, method, heads, image, ax)
+
+    def to_frame(self) -> Any:
+        """See `Explanation.to_frame`."""
+        return self.explanation.to_frame()
+
 
 class Stream(Iterator[Step]):
     """An iterator over the steps of one answer; see `VLM.stream`.
@@ -125,7 +144,7 @@ class Stream(Iterator[Step]):
         explain: bool,
         final_norm: str,
         settings: GenerationSettings,
-        knockout: Knockout | Sequence[Knockout] | None = None,
+        knockout: Knockouts = None,
         shares: AttentionShares | None = None,
         source: Source | None = None,
     ):
@@ -159,7 +178,7 @@ class Stream(Iterator[Step]):
         return self._rules
 
     @knockout.setter
-    def knockout(self, rules: Knockout | Sequence[Knockout] | None) -> None:
+    def knockout(self, rules: Knockouts) -> None:
         if as_rules(rules) and self._source is not None:
             raise InputError("a context's answers take no knockouts; use VLM.stream")
         plan = self._vlm.plan(rules, [self.layout])
@@ -245,4 +264,6 @@ class Stream(Iterator[Step]):
             trace = make_trace(vlm.text, record, cache, 1, length)
         else:
             trace = self._source.trace(record, cache, length)
-        return Explanation.of(vlm, trace, said, prompt=self.prompt, images=self.images, final_norm=self._final_norm)
+        return Explanation.of(
+            vlm, trace, said, prompt=self.prompt, images=self.images, final_norm=self._final_norm, knockouts=self._rules
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.notebook import Displayed, table
 from .registry import DEFAULT, Heads, map_name
 
 _MOVED = 0.01  # smallest change that counts, in nats
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Displayed):
     """The changes of log p(token) when sets of patches are knocked out.
 
     Attributes:
@@ -34,6 +35,12 @@ class Verification:
     random: tuple[float, ...]
     method: str = DEFAULT
     heads: Heads = 10
+
+    def _repr_html_(self) -> str:
+        mean = sum(self.random) / len(self.random)
+        rows = [("highest", self.top), ("random, mean", mean), ("random, least", min(self.random))]
+        named = f"{self.count} of {self.of} patches knocked out", "change of log p"
+        return table([*rows, ("lowest", self.lowest), ("verdict", self.verdict)], named)
 
     @property
     def moved(self) -> bool:

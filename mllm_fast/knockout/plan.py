@@ -158,7 +158,7 @@ class Plan:
 
 
 def plan_of(
-    knockouts: Knockout | Sequence[Knockout] | None,
+    knockouts: Knockout | str | Sequence[Knockout | str] | None,
     layouts: Sequence[TokenLayout],
     num_layers: int,
     padding: Sequence[int] | None = None,

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import Any
 
 from ..core.errors import InputError
+from ..core.notebook import Displayed, table
 
 Tokens = str | Iterable[int]
 Layers = str | Iterable[int]
@@ -15,7 +17,7 @@ _MOST = 1 << 20  # numbers in a text; ranges are written out, and no model has a
 
 
 @dataclass(frozen=True)
-class Knockout:
+class Knockout(Displayed):
     """A rule: rows of `target` may not attend to keys of `source`, in `layers`.
 
     Args:
@@ -66,6 +68,11 @@ class Knockout:
         return cls(
             _names_or_numbers(source, most), _names_or_numbers(target, most), own_layers.strip() if at else layers
         )
+
+    def _repr_html_(self) -> str:
+        layers = str(self).rpartition("@")[2]
+        rows = [("rows of", _spelled(self.target)), ("do not attend to", _spelled(self.source)), ("in layers", layers)]
+        return table([*rows, ("layers without attention", "given zeros" if self.zero_inputs else "unchanged")])
 
     def __str__(self) -> str:
         layers = self.layers if isinstance(self.layers, str) else spans(self.layers)  # type: ignore[arg-type]
@@ -151,12 +158,16 @@ def _check_layers(named: Iterable[int], num_layers: int, given: Layers) -> None:
         raise InputError(f"layers {given!r}: the model has layers 0 to {num_layers - 1}, not {wrong[0]}")
 
 
-def as_rules(knockouts: Knockout | Sequence[Knockout] | None) -> tuple[Knockout, ...]:
-    """Return one, several or no knockouts as a tuple."""
-    rules = () if knockouts is None else (knockouts,) if isinstance(knockouts, Knockout) else tuple(knockouts)
+def as_rules(knockouts: Knockout | str | Sequence[Knockout | str] | None) -> tuple[Knockout, ...]:
+    """Return one, several or no knockouts as a tuple; a text is parsed, as on the command line."""
+    several = isinstance(knockouts, Iterable) and not isinstance(knockouts, str)
+    given: tuple[Any, ...] = () if knockouts is None else tuple(knockouts) if several else (knockouts,)  # type: ignore[arg-type,assignment]
+    rules = tuple(Knockout.parse(one) if isinstance(one, str) else one for one in given)
     for rule in rules:
         if not isinstance(rule, Knockout):
-            raise InputError(f"a knockout is Knockout(source, target, layers), got {rule!r}")
+            raise InputError(
+                f"a knockout is Knockout(source, target, layers), or a text such as 'image->query@from 4', got {rule!r}"
+            )
     return rules
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.errors import InputError
 from ..core.layout import TokenLayout
+from ..core.notebook import Displayed, axes, frame, table
 from .detokenizer import token_texts
 from .generation_settings import GenerationSettings
 from .stop_strings import ended_by
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Displayed):
     """The answer of a model to one prompt.
 
     Attributes:
@@ -43,6 +45,31 @@ class Answer:
 
     def __repr__(self) -> str:
         return f"Answer({self.text!r}, {len(self.token_ids)} tokens, finish_reason={self.finish_reason!r})"
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, Any]] = [("answer", self.text), ("tokens", len(self.token_ids))]
+        rows += [("finish_reason", self.finish_reason)] if self.finish_reason else []
+        shares = self.attention_share or {}
+        return table(rows + [(f"attention to {name}", f"{float(one.mean()):.0%}") for name, one in shares.items()])
+
+    def to_frame(self) -> Any:
+        """Return the tokens as a pandas DataFrame, with their ids, and the texts that they add to the answer."""
+        return frame(zip(self.token_ids, self.tokens, strict=True), ["id", "text"])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw where the generated tokens attend, layer by layer, and return the matplotlib axes.
+
+        Raises:
+            InputError: The answer was made without `attention_share`, or matplotlib is not installed.
+        """
+        if self.attention_share is None:
+            raise InputError("the answer holds no shares of attention: give attention_share=True to generate")
+        ax = axes(ax)
+        for name, share in self.attention_share.items():
+            ax.plot(share.mean(1).tolist(), label=name)
+        ax.set(xlabel="layer", ylabel="share of the generated tokens' attention", ylim=(0, 1))
+        ax.legend(frameon=False)
+        return ax
 
 
 def answer_of(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.layout import TokenLayout
+from ..core.notebook import Displayed, NotPickled, table
 from ..kernels import OperatorCache
 from ..kernels.dispatch import choose
 from ..knockout.attention_share import AttentionShares
@@ -25,6 +26,7 @@ from ..models.architectures import find_adapter
 from ..models.offload import check_one_device, device_of
 from ..models.part_checks import check_parts
 from ..models.processing import Images, Prompts, ordinary_ids
+from ..models.provenance import model_name
 from ..models.text_model import text_model
 from .generation_settings import GenerationSettings
 from .hooks import Recording, model_lock, recording
@@ -32,12 +34,12 @@ from .kv_cache import CACHE, cache_of, full_cache
 
 _OPERATOR_BYTES = 1 << 30  # default budget of the operator cache
 
-Knockouts = Knockout | Sequence[Knockout] | None
+Knockouts = Knockout | str | Sequence[Knockout | str] | None
 
 Runner = TypeVar("Runner", bound="ModelRunner")
 
 
-class ModelRunner:
+class ModelRunner(Displayed, NotPickled):
     """A model loaded with transformers and its processor, ready to be run and recorded.
 
     Args:
@@ -52,6 +54,8 @@ class ModelRunner:
     Raises:
         InputError: A part of the model cannot be found, or the backend is unknown or does not work on its device.
     """
+
+    _INSTEAD = "load it in the other process, by VLM.from_pretrained"
 
     def __init__(
         self,
@@ -76,6 +80,27 @@ class ModelRunner:
         check_parts(self.text)
         self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
         self.operators = OperatorCache(operator_bytes)
+
+    def __repr__(self) -> str:
+        facts = dict(self._facts())
+        name = facts["model"]
+        return (
+            f"{type(self).__name__}({name!r}, {facts['type']}, {facts['layers']} layers of {facts['heads']} heads,"
+            f" {facts['dtype']}, {facts['device']})"
+        )
+
+    def _repr_html_(self) -> str:
+        return table(self._facts())
+
+    def _facts(self) -> list[tuple[str, Any]]:
+        return [
+            ("model", model_name(self.model) or "given"),
+            ("type", type(self.model).__name__),
+            ("layers", len(self.text.layers)),
+            ("heads", self.text.num_heads),
+            ("dtype", str(self.model.dtype).removeprefix("torch.")),
+            ("device", str(device_of(self.model))),
+        ]
 
     def with_processor(self: Runner, processor: Any) -> Runner:
         """Return this model with another processor. Both objects share the model, and this one is unchanged."""
