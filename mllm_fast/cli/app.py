@@ -1,5 +1,5 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | coco | convert | detect |
-joint | serve | info`.
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | serve | eval | coco | joint |
+detect | convert | info`.
 
 Only the result is written to stdout; progress and errors go to stderr. Invalid input ends the command with a one-line
 message and exit code 2.
@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
+from .. import __version__
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from . import coco, context, convert, detect, evaluate, joint, serve
+from .config import defaults
 from .options import (
     OUT,
     Backend,
@@ -45,22 +48,38 @@ from .options import (
     progress,
     tell_cut,
 )
+from .verbosity import show_log
 
 if TYPE_CHECKING:
     from ..explain.explanation import Explanation
     from ..knockout.rule import Knockout
 
 
+class _InOrder(TyperGroup):
+    """Lists the commands in the order of use, where Typer puts groups of commands last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=list(_COMMANDS).index)
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=_InOrder,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Which image patches and attention heads made a vision-language model speak.",
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mllm-fast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def plugins(
+def common(
+    ctx: typer.Context,
     plugin: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,23 +88,22 @@ def plugins(
             " several.",
         ),
     ] = None,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose", "-v", count=True, show_default=False, help="Tell on stderr what happens; -vv tells more."
+        ),
+    ] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Load the plugins that the options name."""
+    """Load the plugins that the options name, and the config file."""
+    show_log(verbose)
     load_plugins(plugin or ())  # `main` has loaded them for the help; this is for callers of `app`
+    ctx.default_map = defaults(ctx.command)
 
 
-app.command()(context.compress)
-app.command()(context.ask)
-app.command()(context.kept)
-app.command("eval")(evaluate.evaluate)
-app.command()(coco.coco)
-app.command()(convert.convert)
-app.command()(detect.detect)
-app.command()(serve.serve)
-app.add_typer(joint.joint, name="joint")
-
-
-@app.command()
 def explain(  # long: the options of a command are its parameters
     images: Images = None,
     question: Question = None,
@@ -202,7 +220,6 @@ def _joint_of(joint: str | None, model: str, aligned: bool) -> str | None:
     return joint
 
 
-@app.command()
 def generate(
     images: Images = None,
     question: Question = None,
@@ -241,7 +258,6 @@ def generate(
         tell_cut([said])
 
 
-@app.command()
 def knockout(
     images: Images = None,
     question: Question = None,
@@ -285,7 +301,6 @@ def knockout(
         OUT.print(f"saved {escape(str(out))}", highlight=False)
 
 
-@app.command()
 def info(
     model: Annotated[
         str | None,
@@ -305,7 +320,6 @@ def info(
 
     import torch
 
-    from .. import __version__
     from ..kernels import backend_report
     from ..models.architectures import ARCHITECTURES
 
@@ -431,6 +445,28 @@ def _best_patch(ex: Explanation, token: int, method: str) -> str:
     return words
 
 
+_COMMANDS: dict[str, Any] = {
+    "explain": explain,
+    "generate": generate,
+    "knockout": knockout,
+    "compress": context.compress,
+    "ask": context.ask,
+    "kept": context.kept,
+    "serve": serve.serve,
+    "eval": evaluate.evaluate,
+    "coco": coco.coco,
+    "joint": joint.joint,
+    "detect": detect.detect,
+    "convert": convert.convert,
+    "info": info,
+}
+for _name, _command in _COMMANDS.items():
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
+
+
 def main() -> None:
     """Run the commands. Invalid input ends with a one-line message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -438,7 +474,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show must not end the command
     try:
-        app()
+        app(prog_name="mllm-fast")
     except (InputError, OSError) as error:
         line = " ".join(str(error).split())
         typer.echo(f"mllm-fast: {line}", err=True)

@@ -155,7 +155,9 @@ def import_released(
     file: Annotated[Path, typer.Argument(help="A W of the paper's authors: .pth, .pt or .safetensors.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the joint model.")],
     detector: DetectorName = "google/owlvit-base-patch32",
-    model: Model = "llava-hf/llava-1.5-7b-hf",
+    model: Annotated[
+        str, typer.Option(help="The language model that W belongs to, a folder or a hub id.")
+    ] = "llava-hf/llava-1.5-7b-hf",
     as_json: Json = False,
 ) -> None:
     """Make a joint model of a W that the authors of arXiv 2405.14612 released.

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from ..core.assets import SAMPLE
 from ..core.errors import InputError
+from .config import MODEL_VARIABLE
 
 if TYPE_CHECKING:
     from ..joint.model import JointModel
@@ -29,7 +30,10 @@ Images = Annotated[
     ),
 ]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
-Model = Annotated[str, typer.Option(help="The model: 'shapes' (the embedded one), a folder, or a hub id.")]
+Model = Annotated[
+    str,
+    typer.Option(envvar=MODEL_VARIABLE, help="The model: 'shapes' (the embedded one), a folder, or a hub id."),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="The device: cpu, cuda, cuda:N, or auto, which keeps what does not fit the GPU on the CPU."),
