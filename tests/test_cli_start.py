@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from typer.main import get_command
 import mllm_fast
 from mllm_fast.cli import config
 from mllm_fast.cli.app import app
+from mllm_fast.core import extras
 
 ROOT = Path(__file__).parent.parent
 IN_ORDER = [
@@ -235,3 +237,61 @@ def test_config_that_is_not_there(run, tmp_path, monkeypatch):
         assert why in err
     assert run("--help")[0] == 0
     assert run("--version")[0] == 0
+
+
+class Installed:
+    """A distribution as importlib.metadata gives it, with the direct_url.json that an installer wrote."""
+
+    def __init__(self, direct_url: str | None):
+        self._direct_url = direct_url
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return self._direct_url
+
+
+def test_an_extra_is_installed_as_the_package_was(tmp_path, monkeypatch):
+    folder = tmp_path / "my checkout"
+    folder.mkdir()
+    local = {"url": folder.as_uri(), "dir_info": {}}
+    index, archive = 'pip install "mllm-fast[serve]"', {"url": "https://example.org/a.whl", "archive_info": {}}
+    for written, expected in (
+        (None, index),
+        ("", index),
+        ("no JSON", index),
+        ("[]", index),
+        (json.dumps(archive), index),
+        (json.dumps({"url": (folder / "a.whl").as_uri(), "archive_info": {}}), index),
+        (json.dumps(local), f'pip install "{folder}[serve]"'),
+        (json.dumps(local | {"dir_info": {"editable": True}}), f'pip install -e "{folder}[serve]"'),
+        (json.dumps(local | {"url": (tmp_path / "gone").as_uri()}), index),
+    ):
+        monkeypatch.setattr(extras, "distribution", lambda _, written=written: Installed(written))
+        assert extras.install_command("serve") == expected, written
+
+    def not_installed(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras, "distribution", not_installed)
+    assert extras.install_command("serve") == index
+
+
+def test_errors_tell_the_command_of_an_extra(run, monkeypatch):
+    monkeypatch.setattr(extras, "distribution", lambda _: Installed(None))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("serve")[2] == 'mllm-fast: serve needs fastapi: pip install "mllm-fast[serve]"\n'
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("knockout", "--out", "chart.png")
+    assert (code, err) == (2, 'mllm-fast: a chart needs matplotlib: pip install "mllm-fast[viz]"\n')
+
+
+def test_no_message_has_a_command_of_its_own():
+    """`install_command` makes them all. What an HTTP client is told names the extra alone: it cannot install it."""
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "mllm_fast").rglob("*.py")
+        if path.name not in ("extras.py", "structured.py")
+        for line in path.read_text().splitlines()
+        if "mllm-fast[" in line
+    ]
+    assert not found

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..core.files import check_target, write_whole
 from ..runtime.answer import Answer
 
@@ -39,7 +40,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+        raise InputError(f"a chart needs matplotlib: {install_command('viz')}") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

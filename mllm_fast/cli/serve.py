@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint, parse_keep
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
@@ -70,7 +71,7 @@ def serve(  # long: the options of a command are its parameters
     needed = _NEEDED | ({"gradio": "ui"} if ui else {})
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
-            raise InputError(f'serve needs {name}: pip install "mllm-fast[{extra}]"')
+            raise InputError(f"serve needs {name}: {install_command(extra)}")
     if joint is not None and not ui:
         raise InputError("--joint is for the tool in the browser: give --ui too")
     if not 0 <= port < 65536:

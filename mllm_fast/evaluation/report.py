@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..core.files import write_whole
 
 # from the palette of Okabe and Ito, which people with colour blindness can tell apart
@@ -37,7 +38,7 @@ def check_charts() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+        raise InputError(f"a chart needs matplotlib: {install_command('viz')}") from None
 
 
 @dataclass(frozen=True)

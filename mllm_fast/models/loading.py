@@ -20,6 +20,7 @@ import torch
 
 from ..core.assets import SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
+from ..core.extras import install_command
 from .architectures import check_vision
 
 EMBEDDED = "shapes"
@@ -120,7 +121,7 @@ def load_pretrained(
         with _named(name):
             check_vision(settings["model_type"], "vision_config" in settings or "text_config" in settings)
     if "device_map" in options and find_spec("accelerate") is None:
-        raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
+        raise InputError(f"a model spread over devices needs accelerate: {install_command('offload')}")
     with failures(name), quiet(bars):
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
