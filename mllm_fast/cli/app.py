@@ -20,6 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..core.assets import EMBEDDED
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
@@ -43,10 +44,12 @@ from .options import (
     Raw,
     ZeroInputs,
     inputs,
+    joint_of,
     load,
     load_joint,
     progress,
     tell_cut,
+    tell_embedded,
 )
 from .verbosity import show_log
 
@@ -105,6 +108,7 @@ def common(
 
 
 def explain(  # long: the options of a command are its parameters
+    ctx: typer.Context,
     images: Images = None,
     question: Question = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,
@@ -165,7 +169,11 @@ def explain(  # long: the options of a command are its parameters
 
     lenses = Lenses(lens or [], words or "")
     check_choice("--method", method, HEATMAP_METHODS.names())
-    joint = _joint_of(joint, model, method == ALIGNMENT or query is not None)
+    joint = joint_of(ctx, joint, model)
+    if joint is None and (method == ALIGNMENT or query is not None):
+        if model != EMBEDDED:
+            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
+        joint = model
     if out is not None:
         check_target(out, ENDINGS)
     if patch_words and (out is None or out.suffix.lower() != ".html"):
@@ -195,29 +203,13 @@ def explain(  # long: the options of a command are its parameters
             result["tokens"] = [result["tokens"][chosen]]
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
-        return
-    _print_explanation(ex, chosen, method)
-    tell_cut([ex])
-    lenses.show(OUT)
-    if out is not None:
-        OUT.print(f"saved {escape(str(out))}", highlight=False)
-
-
-def _joint_of(joint: str | None, model: str, aligned: bool) -> str | None:
-    """Return the joint model that answers, or None.
-
-    Args:
-        joint: The option --joint.
-        model: The option --model.
-        aligned: Whether gradient alignment is asked for, which needs a joint model.
-    """
-    if joint is None and aligned:
-        if model != "shapes":
-            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
-        return model
-    if joint is not None and model != "shapes":
-        raise InputError("a joint model has a language model of its own: give --joint or --model, not both")
-    return joint
+    else:
+        _print_explanation(ex, chosen, method)
+        tell_cut([ex])
+        lenses.show(OUT)
+        if out is not None:
+            OUT.print(f"saved {escape(str(out))}", highlight=False)
+    tell_embedded(joint or model, "--model" if joint is None else "--joint")
 
 
 def generate(
@@ -256,6 +248,7 @@ def generate(
     else:
         typer.echo(said.text)
         tell_cut([said])
+    tell_embedded(model)
 
 
 def knockout(
@@ -294,11 +287,12 @@ def knockout(
         knockout_report.save(rows, prompt, out)
     if as_json:
         typer.echo(json.dumps(knockout_report.summary(rows, prompt, out), ensure_ascii=False))
-        return
-    OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
-    OUT.print(knockout_report.table(rows), highlight=False)
-    if out is not None:
-        OUT.print(f"saved {escape(str(out))}", highlight=False)
+    else:
+        OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
+        OUT.print(knockout_report.table(rows), highlight=False)
+        if out is not None:
+            OUT.print(f"saved {escape(str(out))}", highlight=False)
+    tell_embedded(model)
 
 
 def info(

@@ -11,7 +11,7 @@ import typer
 from ..core.errors import InputError
 from ..evaluation.registry import EVALUATIONS
 from .joint import Orientation
-from .options import OUT, Backend, Device, Dtype, Json, Model, parse_keep, progress
+from .options import OUT, Backend, Device, Dtype, Json, Model, loading, parse_keep, progress, tell_embedded
 from .report import bar, publish, samples_of, tell_notes
 
 if TYPE_CHECKING:
@@ -217,8 +217,8 @@ def evaluate(  # long: the options of a command are its parameters
     )
     evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
     choice = ModelChoice(model, device, dtype, backend)
-    with progress(f"loading {model}"):
-        vlm = choice.load()
+    with loading(model):
+        vlm = choice.load(progress=None)
     reports: list[tuple[Report, dict[str, Any]]] = []
     for one in chosen:
         folder = out / one
@@ -229,6 +229,8 @@ def evaluate(  # long: the options of a command are its parameters
         report = noted(evaluations[one].report(rows), samples[one].notes)
         reports.append((report, json.loads((folder / SETTINGS).read_text())))
     publish(reports, out, as_json)
+    if images is not None or data is not None:  # its own scenes are what it knows
+        tell_embedded(model)
 
 
 def _check(

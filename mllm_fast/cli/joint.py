@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..core.errors import InputError
-from .options import OUT, Device, Dtype, Json, Model, progress
+from .options import OUT, Device, Dtype, Json, Model, loading, progress
 
 if TYPE_CHECKING:
     from ..joint.training_data import Pictures
@@ -115,9 +115,9 @@ def train(  # long: the options of a command are its parameters
         direction=direction,
     )
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
-    with progress("loading the models"):
+    with loading(detector, model):
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
-        vlm = VLM.from_pretrained(model, device=device, dtype=dtype, progress=False)
+        vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
     width = vlm.text.width
     if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
@@ -222,8 +222,8 @@ def finetune(
     pictures = _pictures(images, _TUNED if images is None and count is None else count, seed)
     parts = read_settings(joint_folder(name))
     names = parts["detector"], parts["model"]
-    with progress("loading the models"):
-        model = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
+    with loading(name):
+        model = JointModel.from_pretrained(name, device=device, dtype=dtype)
     with tqdm(desc="fine-tuning", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
 
         def tell(done: int, total: int, what: str) -> None:

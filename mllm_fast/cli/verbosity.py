@@ -18,5 +18,5 @@ def show_log(verbose: int) -> None:
         return
     from rich.logging import RichHandler
 
-    logger.addHandler(RichHandler(console=ERR, show_path=verbose > 1, omit_repeated_times=False, markup=False))
+    logger.addHandler(RichHandler(console=ERR, show_path=verbose > 1, omit_repeated_times=False, log_time_format="%X"))
     logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
