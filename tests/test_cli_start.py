@@ -1,24 +1,35 @@
-"""The command line before a model runs: version, help, completion, where the defaults of options come from, logs, and
-what an error tells to install."""
+"""How the command line starts: version, help, completion, where options and models come from, what it tells on stderr
+while it loads and serves, and what an error tells to install."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
 from typer.main import get_command
 
 import mllm_fast
-from mllm_fast.cli import config
+from mllm_fast.cli import config, options, serve
 from mllm_fast.cli.app import app
+from mllm_fast.context import file_format
 from mllm_fast.core import extras
+from mllm_fast.core.assets import SHAPES_JOINT, SHAPES_WEIGHTS
+from mllm_fast.models.loading import shows_bars
 
 ROOT = Path(__file__).parent.parent
 IN_ORDER = [
@@ -36,6 +47,8 @@ IN_ORDER = [
     "convert",
     "info",
 ]
+
+NOTE = "the embedded model knows coloured shapes alone; give your own with "
 
 
 def process(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -237,6 +250,192 @@ def test_config_that_is_not_there(run, tmp_path, monkeypatch):
         assert why in err
     assert run("--help")[0] == 0
     assert run("--version")[0] == 0
+
+
+def test_joint_and_model_contradict_each_other_only_where_both_are_given(run, configured, monkeypatch):
+    both = "give --joint or --model, not both"
+    assert both in run("explain", "--joint", "/j", "--model", "/m")[2]
+    monkeypatch.setenv("MLLM_FAST_MODEL", "/of-the-environment")
+    assert "/j" in run("explain", "--joint", "/j")[2]
+    assert "/j" in run("serve", "--ui", "--joint", "/j")[2]
+    monkeypatch.delenv("MLLM_FAST_MODEL")
+    configured('joint = "/j"')
+    assert "/m: no such model folder" in run("explain", "--model", "/m")[2]
+    assert "/m: no such model folder" in run("serve", "--model", "/m", "--port", 0)[2]
+    assert "/j" in run("explain")[2]
+    configured('joint = "/j"\nmodel = "/m"')
+    assert both in run("explain")[2]
+    configured('model = "/m"')
+    assert "needs a detector" in run("explain", "--method", "gradient-alignment")[2]
+
+
+def test_serve_takes_the_model_as_a_word(run, monkeypatch):
+    assert "/word: no such model folder" in run("serve", "/word", "--port", 0)[2]
+    assert "/word: no such model folder" in run("serve", "/word", "--model", "/word", "--port", 0)[2]
+    code, _, err = run("serve", "/word", "--model", "shapes", "--port", 0)
+    assert (code, err) == (2, "mllm-fast: two models are given, /word and --model shapes: give one\n")
+    assert "give /word or --joint, not both" in run("serve", "/word", "--ui", "--joint", "shapes")[2]
+    monkeypatch.setenv("MLLM_FAST_MODEL", "/of-the-environment")
+    assert "/word: no such model folder" in run("serve", "/word", "--port", 0)[2]
+    assert "/of-the-environment: no such model folder" in run("serve", "--port", 0)[2]
+
+
+def test_busy_port_is_told_before_the_model_loads(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = run("serve", "/none", "--port", port)
+    assert (code, err) == (2, f"mllm-fast: port {port} of 127.0.0.1 is in use: give another with --port\n")
+    assert "/none: no such model folder" in run("serve", "/none", "--port", port)[2]
+    assert "--host is an address of this machine, got 'no host'" in run("serve", "/none", "--host", "no host")[2]
+
+
+def test_server_tells_when_it_is_ready(tmp_path):
+    """Each line is JSON where no terminal is, what -v shows as well; the last one says where the server is."""
+    events: list[dict] = []
+    command = [sys.executable, "-m", "mllm_fast", "-v", "serve", "shapes", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        assert server.stderr is not None
+        for line in server.stderr:
+            events.append(json.loads(line))
+            if events[-1]["event"] == "ready":
+                break
+        url = events[-1]["url"]
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
+        assert events[-1]["api"] == f"{url}/v1"
+        assert events[-1]["ui"] is None
+        assert "--ui" in events[-1]["hint"]
+        server.terminate()
+        events += [json.loads(line) for line in server.stderr]
+    told = [one["event"] for one in events if one["event"] != "request"]
+    assert told == ["library", "embedded_model", "listening", "ready", "stopped"]
+    assert events[0]["message"].startswith("loaded the model shapes: llava, on cpu in torch.float32, in ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_ready_line_for_a_person_and_for_a_program(monkeypatch, capsys):
+    class Bound:
+        def getsockname(self) -> tuple[str, int]:
+            return "::1", 8000
+
+    monkeypatch.setattr(serve, "ERR", Console(file=Terminal(), width=40))
+    serve._ready_line("::1", Bound(), ui=True)()
+    assert "ready: http://[::1]:8000 (OpenAI API at /v1; the tool at /ui)\n" in serve.ERR.file.getvalue()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    serve._ready_line("127.0.0.1", Bound(), ui=False)()
+    assert "127.0.0.1:8000 (OpenAI API at /v1; --ui adds the tool in the browser, after pip install" in (
+        serve.ERR.file.getvalue()
+    )
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(serve, "ERR", Console(file=io.StringIO()))
+    serve._ready_line("127.0.0.1", Bound(), ui=True)()
+    told = json.loads(capsys.readouterr().err)
+    assert (told["event"], told["ui"]) == ("ready", "http://127.0.0.1:8000/ui")
+
+
+def test_verbose_tells_what_happens(run):
+    assert any(isinstance(one, logging.NullHandler) for one in logging.getLogger("mllm_fast").handlers)
+    _, out, err = run("explain", "--json")
+    assert "loaded" not in err
+    said = " ".join(run("-v", "explain", "--json")[2].split())
+    assert "INFO loaded the model shapes: llava, on cpu in torch.float32, in" in said
+    assert "the explained answer is the model's own: 1 tokens after" in said
+    assert "DEBUG answered 1 prompts: of" in " ".join(run("-vv", "generate")[2].split())
+    assert run("generate")[2] == f"{NOTE}--model\n"  # as without -v before
+    assert json.loads(out)["answer"] == "blue"
+
+
+def test_the_embedded_model_says_what_it_knows(run, tmp_path):
+    context = tmp_path / "a.safetensors"
+    for words in (["generate"], ["generate", "--json"], ["explain", "--json"], ["compress", "--out", context],
+                  ["ask", context, "What color is the star?"], ["ask", context, "--json", "what?"]):  # fmt: skip
+        code, out, err = run(*words)
+        assert code == 0, err
+        assert err == f"{NOTE}--model\n"
+        assert NOTE not in out
+    assert run("kept", context)[2] == ""
+    assert run("info", "--model", "shapes")[2] == ""
+    assert run("detect", "--class", "star", "--json")[2] == f"{NOTE}--joint\n"
+    other = shutil.copytree(SHAPES_WEIGHTS, tmp_path / "other")
+    assert run("generate", "--model", other)[1:] == ("blue\n", "")
+
+
+def test_ask_takes_the_model_that_the_context_names(run, tmp_path, monkeypatch):
+    context, other = tmp_path / "a.safetensors", shutil.copytree(SHAPES_WEIGHTS, tmp_path / "other")
+    question = "What color is the star?"
+    monkeypatch.chdir(tmp_path)
+    assert run("compress", "--model", "other", "--dtype", "bfloat16", "--out", context)[0] == 0
+    assert file_format.read_origin(context) == (str(other), "bfloat16")
+    monkeypatch.chdir(tmp_path.parent)
+    assert run("ask", context, question)[1:] == ("blue\n", "")
+    assert run("kept", context)[0] == 0
+    monkeypatch.setenv("MLLM_FAST_MODEL", "/of-the-environment")
+    assert "/of-the-environment: no such model folder" in run("ask", context, question)[2]
+    monkeypatch.delenv("MLLM_FAST_MODEL")
+    assert "/of-the-line: no such model folder" in run("ask", context, question, "--model", "/of-the-line")[2]
+    shutil.rmtree(other)
+    for words in (["ask", context, question], ["kept", context]):
+        code, _, err = run(*words)
+        assert code == 2
+        assert err == (
+            f"mllm-fast: {context}: was made with the model {other}, which is not there; give its folder with --model\n"
+        )
+
+
+def test_what_a_context_says_of_its_model(tmp_path):
+    path = tmp_path / "a.safetensors"
+
+    def origin(text: str):
+        save_file({"keys": torch.zeros(1)}, path, {"mllm_fast.context": text})
+        return file_format.read_origin(path)
+
+    assert origin('{"model": {"id": "org/name"}, "dtype": "float16"}') == ("org/name", "float16")
+    installed = '{"model": {"id": "/gone/site-packages/mllm_fast/shapes/weights"}, "dtype": "float32"}'
+    assert origin(installed) == ("shapes", "float32")
+    for text, message in {
+        '{"model": {"id": ""}}': "does not name the model that it was made with; give it with --model",
+        '{"model": {}}': "does not name the model",
+        '{"model": 3}': "description cannot be read",
+        "{": "description cannot be read",
+    }.items():
+        with pytest.raises(mllm_fast.InputError, match=message):
+            origin(text)
+
+
+def test_progress_of_loading_is_shown_where_a_person_sees_it(monkeypatch):
+    """A line that stays, below which the libraries draw their bars; the package's own models have no bars."""
+    monkeypatch.setattr(options, "ERR", Console(file=Terminal(), width=40, no_color=True, force_terminal=True))
+    with options.loading("org/name"):
+        assert "loading org/name" in options.ERR.file.getvalue()
+    moving: list[str] = []
+    monkeypatch.setattr(options, "progress", lambda what: moving.append(what) or nullcontext())
+    with options.loading("shapes"):
+        assert moving == ["loading shapes"]
+    monkeypatch.setattr(options, "ERR", Console(file=io.StringIO()))
+    with options.loading("org/name"):
+        assert options.ERR.file.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert shows_bars("org/name", None)
+    assert not shows_bars("org/name", False)
+    for name in ("shapes", str(SHAPES_WEIGHTS), str(SHAPES_JOINT / "detector")):
+        assert not shows_bars(name, None)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not shows_bars("org/name", None)
+    assert shows_bars("org/name", True)
+
+
+def test_bars_of_the_weights_are_on_the_terminal(run, tmp_path, monkeypatch):
+    """The library's own bar of the weights comes through, from a command as from Python."""
+    other = shutil.copytree(SHAPES_WEIGHTS, tmp_path / "other")
+    monkeypatch.setattr("mllm_fast.models.loading.shows_bars", lambda name, progress: progress is None)
+    code, out, err = run("generate", "--model", other)
+    assert (code, out) == (0, "blue\n")
+    assert "Loading weights: 100%" in err
 
 
 class Installed:

@@ -130,22 +130,22 @@ def serve(  # long: the options of a command are its parameters
     keys = ApiKeys.find(api_keys)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         ERR.print("[yellow]no API keys are set: whoever reaches this address may ask[/]", highlight=False)
-    bound = bind(host, port)  # before the model loads, which can take minutes
-    log = Log(None if quiet else sys.stderr)
-    if ctx.find_root().params.get("verbose") and not (quiet or ERR.is_terminal):
-        log.take_over()  # what -v shows are lines of the log then
-    both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
-    vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
-    app, service = application(vlm, settings, keys, served_name or joint or model, log, allow_origin or ())
-    if ui:
-        from ..serving.ui import mount
-        from ..serving.ui_backend import UIBackend
+    with bind(host, port) as bound:  # before the model loads, which can take minutes
+        log = Log(None if quiet else sys.stderr)
+        if ctx.find_root().params.get("verbose") and not (quiet or ERR.is_terminal):
+            log.take_over()  # what -v shows are lines of the log then
+        both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
+        vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
+        app, service = application(vlm, settings, keys, served_name or joint or model, log, allow_origin or ())
+        if ui:
+            from ..serving.ui import mount
+            from ..serving.ui_backend import UIBackend
 
-        app = mount(app, UIBackend(service, both), keys, log)
-    limits = Connections(max_connections, client_connections)
-    if (joint or model) == EMBEDDED:
-        _tell_embedded(log, quiet, "--model" if joint is None else "--joint")
-    code = listen(app, service, log, bound, limits, own_process=True, ready=_ready_line(host, bound, ui))
+            app = mount(app, UIBackend(service, both), keys, log)
+        limits = Connections(max_connections, client_connections)
+        if (joint or model) == EMBEDDED:
+            _tell_embedded(log, quiet, "--model" if joint is None else "--joint")
+        code = listen(app, service, log, bound, limits, own_process=True, ready=_ready_line(host, bound, ui))
     if code:
         raise typer.Exit(code)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 
+from rich.logging import RichHandler
+
 from .options import ERR
 
 
 def show_log(verbose: int) -> None:
-    """Show the library's own log on stderr.
+    """Show the library's own log on stderr, or no longer.
 
     Args:
-        verbose: How often -v was given: 0 leaves logging as it is, 1 shows what happens, 2 shows details as well.
+        verbose: How often -v was given: 0 shows nothing, 1 what happens, 2 details as well.
     """
     logger = logging.getLogger("mllm_fast")
-    if not verbose:
-        return
-    from rich.logging import RichHandler
-
-    logger.addHandler(RichHandler(console=ERR, show_path=verbose > 1, omit_repeated_times=False, log_time_format="%X"))
-    logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    for shown in [one for one in logger.handlers if isinstance(one, RichHandler)]:  # of an earlier call of `main`
+        logger.removeHandler(shown)
+        logger.setLevel(logging.NOTSET)
+    if verbose:
+        logger.addHandler(RichHandler(console=ERR, show_path=False, omit_repeated_times=False, log_time_format="%X"))
+        logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
