@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from .runtime.kv_cache import cache_of
 from .runtime.model_runner import Knockouts, ModelRunner
 from .runtime.patched import patched
 from .runtime.trace import make_trace
+
+_log = logging.getLogger(__name__)
 
 
 class VLM(ModelRunner):
@@ -136,6 +139,8 @@ class VLM(ModelRunner):
         whole = {} if shares is None else self.whole_cache()
         output = self.run(inputs, settings, plan, shares, **whole)
         sequences = output if isinstance(output, Tensor) else output.sequences
+        read, written = inputs["input_ids"].shape[1], sequences.shape[1] - inputs["input_ids"].shape[1]
+        _log.debug("answered %d prompts: of %d tokens, with at most %d", len(prompts), read, written)
         limit, several = settings.limit(inputs["input_ids"].shape[1]), len(sequences) // len(prompts)
         answers = []
         for row, sequence in enumerate(sequences):
@@ -202,6 +207,8 @@ class VLM(ModelRunner):
         said = answer_of(sequence, layout, self.processor.tokenizer, settings, settings.limit(layout.length))
         if answer is not None:
             said = replace(said, finish_reason=None)
+        origin = "the model's own" if answer is None else "given"
+        _log.info("the explained answer is %s: %d tokens after %d", origin, len(said.token_ids), layout.length)
         if not said.token_ids:
             raise InputError("the answer is empty: there is no token to explain; ask another question")
         if plan is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -18,6 +19,11 @@ from mllm_fast import cli
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.register_profile("random", deadline=None)
 settings.load_profile("fixed")
+
+
+# a config file and a model of whoever runs the tests are not theirs; the processes that tests start inherit this
+os.environ["MLLM_FAST_CONFIG"] = os.devnull
+os.environ.pop("MLLM_FAST_MODEL", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

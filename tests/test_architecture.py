@@ -75,8 +75,8 @@ def test_packages_are_the_folders():
 
 
 def test_the_package_shows_its_rooms():
-    """The rooms, the facade and the public names: at most 14 things."""
-    seen = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
+    """The rooms, the facade and the public names: at most 14 things, beside the door of `python -m mllm_fast`."""
+    seen = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "__main__.py"}
     assert len(seen) <= 14, sorted(seen)
 
 

@@ -25,10 +25,10 @@ def main() -> None:
 def _named(arguments: list[str]) -> list[str]:
     """Return the plugins named by `--plugin` before the command, or else by the variable MLLM_FAST_PLUGINS."""
     found = []
-    while arguments and arguments[0].startswith("--plugin"):
+    while arguments and arguments[0].startswith("-"):
         word = arguments.pop(0)
-        if "=" in word:
+        if word.startswith("--plugin="):
             found.append(word.partition("=")[2])
-        elif arguments:
+        elif word == "--plugin" and arguments:
             found.append(arguments.pop(0))
     return found or os.environ.get("MLLM_FAST_PLUGINS", "").split()

@@ -1,5 +1,5 @@
-"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | eval | coco | convert | detect |
-joint | serve | info`.
+"""The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | serve | eval | coco | joint |
+detect | convert | info`.
 
 Only the result is written to stdout; progress and errors go to stderr. Invalid input ends the command with a one-line
 message and exit code 2.
@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
+from .. import __version__
+from ..core.assets import EMBEDDED
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from . import coco, context, convert, detect, evaluate, joint, serve
+from .config import defaults
 from .options import (
     OUT,
     Backend,
@@ -40,27 +44,45 @@ from .options import (
     Raw,
     ZeroInputs,
     inputs,
+    joint_of,
     load,
     load_joint,
     progress,
     tell_cut,
+    tell_embedded,
 )
+from .verbosity import show_log
 
 if TYPE_CHECKING:
     from ..explain.explanation import Explanation
     from ..knockout.rule import Knockout
 
 
+class _InOrder(TyperGroup):
+    """Lists the commands in the order of use, where Typer puts groups of commands last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=list(_COMMANDS).index)
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=_InOrder,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Which image patches and attention heads made a vision-language model speak.",
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mllm-fast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def plugins(
+def common(
+    ctx: typer.Context,
     plugin: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,24 +91,24 @@ def plugins(
             " several.",
         ),
     ] = None,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose", "-v", count=True, show_default=False, help="Tell on stderr what happens; -vv tells more."
+        ),
+    ] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Load the plugins that the options name."""
+    """Load the plugins that the options name, and the config file."""
+    show_log(verbose)
     load_plugins(plugin or ())  # `main` has loaded them for the help; this is for callers of `app`
+    ctx.default_map = defaults(ctx.command)
 
 
-app.command()(context.compress)
-app.command()(context.ask)
-app.command()(context.kept)
-app.command("eval")(evaluate.evaluate)
-app.command()(coco.coco)
-app.command()(convert.convert)
-app.command()(detect.detect)
-app.command()(serve.serve)
-app.add_typer(joint.joint, name="joint")
-
-
-@app.command()
 def explain(  # long: the options of a command are its parameters
+    ctx: typer.Context,
     images: Images = None,
     question: Question = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,
@@ -147,7 +169,11 @@ def explain(  # long: the options of a command are its parameters
 
     lenses = Lenses(lens or [], words or "")
     check_choice("--method", method, HEATMAP_METHODS.names())
-    joint = _joint_of(joint, model, method == ALIGNMENT or query is not None)
+    joint = joint_of(ctx, joint, model)
+    if joint is None and (method == ALIGNMENT or query is not None):
+        if model != EMBEDDED:
+            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
+        joint = model
     if out is not None:
         check_target(out, ENDINGS)
     if patch_words and (out is None or out.suffix.lower() != ".html"):
@@ -177,32 +203,15 @@ def explain(  # long: the options of a command are its parameters
             result["tokens"] = [result["tokens"][chosen]]
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
-        return
-    _print_explanation(ex, chosen, method)
-    tell_cut([ex])
-    lenses.show(OUT)
-    if out is not None:
-        OUT.print(f"saved {escape(str(out))}", highlight=False)
+    else:
+        _print_explanation(ex, chosen, method)
+        tell_cut([ex])
+        lenses.show(OUT)
+        if out is not None:
+            OUT.print(f"saved {escape(str(out))}", highlight=False)
+    tell_embedded(joint or model, "--model" if joint is None else "--joint")
 
 
-def _joint_of(joint: str | None, model: str, aligned: bool) -> str | None:
-    """Return the joint model that answers, or None.
-
-    Args:
-        joint: The option --joint.
-        model: The option --model.
-        aligned: Whether gradient alignment is asked for, which needs a joint model.
-    """
-    if joint is None and aligned:
-        if model != "shapes":
-            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
-        return model
-    if joint is not None and model != "shapes":
-        raise InputError("a joint model has a language model of its own: give --joint or --model, not both")
-    return joint
-
-
-@app.command()
 def generate(
     images: Images = None,
     question: Question = None,
@@ -239,9 +248,9 @@ def generate(
     else:
         typer.echo(said.text)
         tell_cut([said])
+    tell_embedded(model)
 
 
-@app.command()
 def knockout(
     images: Images = None,
     question: Question = None,
@@ -280,14 +289,14 @@ def knockout(
         knockout_report.save(rows, prompt, out, made)
     if as_json:
         typer.echo(json.dumps(knockout_report.summary(rows, prompt, out, made), ensure_ascii=False))
-        return
-    OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
-    OUT.print(knockout_report.table(rows), highlight=False)
-    if out is not None:
-        OUT.print(f"saved {escape(str(out))}", highlight=False)
+    else:
+        OUT.print(f"[bold]question[/] {escape(prompt)}", highlight=False)
+        OUT.print(knockout_report.table(rows), highlight=False)
+        if out is not None:
+            OUT.print(f"saved {escape(str(out))}", highlight=False)
+    tell_embedded(model)
 
 
-@app.command()
 def info(
     model: Annotated[
         str | None,
@@ -307,7 +316,6 @@ def info(
 
     import torch
 
-    from .. import __version__
     from ..kernels import backend_report
     from ..models.architectures import ARCHITECTURES
 
@@ -433,6 +441,28 @@ def _best_patch(ex: Explanation, token: int, method: str) -> str:
     return words
 
 
+_COMMANDS: dict[str, Any] = {
+    "explain": explain,
+    "generate": generate,
+    "knockout": knockout,
+    "compress": context.compress,
+    "ask": context.ask,
+    "kept": context.kept,
+    "serve": serve.serve,
+    "eval": evaluate.evaluate,
+    "coco": coco.coco,
+    "joint": joint.joint,
+    "detect": detect.detect,
+    "convert": convert.convert,
+    "info": info,
+}
+for _name, _command in _COMMANDS.items():
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
+
+
 def main() -> None:
     """Run the commands. Invalid input ends with a one-line message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -440,7 +470,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show must not end the command
     try:
-        app()
+        app(prog_name="mllm-fast")
     except (InputError, OSError) as error:
         line = " ".join(str(error).split())
         typer.echo(f"mllm-fast: {line}", err=True)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -21,6 +21,7 @@ from .options import (
     ERR,
     OUT,
     Backend,
+    ContextModel,
     Device,
     Dtype,
     Images,
@@ -32,6 +33,7 @@ from .options import (
     load,
     progress,
     tell_cut,
+    tell_embedded,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +97,12 @@ def compress(  # long: the options of a command are its parameters
     }
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
-        return
+    else:
+        _show_compressed(facts, ctx)
+    tell_embedded(model)
+
+
+def _show_compressed(facts: dict[str, Any], ctx: Context) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -106,9 +113,9 @@ def compress(  # long: the options of a command are its parameters
     table.add_row(
         "keys and values", f"{_size(ctx.nbytes)} of {_size(ctx.full_nbytes)}; at the peak {_size(ctx.peak_nbytes)}"
     )
-    if errors:
+    if errors := facts["storage_error"]:
         table.add_row("int8 error", f"keys {errors['keys']:.2%}, values {errors['values']:.2%}")
-    table.add_row("saved", f"{escape(str(out))}, {_size(facts['file_bytes'])}")  # type: ignore[arg-type]
+    table.add_row("saved", f"{escape(facts['saved'])}, {_size(facts['file_bytes'])}")
     OUT.print(table, highlight=False)
 
 
@@ -120,7 +127,7 @@ def ask(
     file: Annotated[Path | None, typer.Option("--questions", "-f", help="A file with a question a line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 32,
     max_new_tokens: NewTokens = None,
-    model: Model = "shapes",
+    model: ContextModel = None,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -135,7 +142,7 @@ def ask(
     asked = [*(questions or []), *(_lines(file) if file else [])]
     if file is not None and not asked:
         raise InputError(f"{file}: there is no question in it; write one a line")
-    ctx = _context(context, model, device, dtype, max_pixels, backend)
+    ctx, answering = _context(context, model, device, dtype, max_pixels, backend)
     if not asked and not sys.stdin.isatty():
         try:
             asked = _questions(sys.stdin)
@@ -144,6 +151,7 @@ def ask(
         if not asked:
             raise InputError("there is no question: give one behind the context, in a file, or on stdin")
     if not asked:
+        tell_embedded(answering)
         _converse(ctx, max_new_tokens)
         return
     with progress(f"answering {len(asked)} questions"):
@@ -154,17 +162,18 @@ def ask(
             for q, a in zip(asked, answers, strict=True)
         ]
         typer.echo(json.dumps(rows[0] if len(rows) == 1 else rows, ensure_ascii=False))
-        return
-    for question, answer in zip(asked, answers, strict=True):
-        typer.echo(answer.text if len(asked) == 1 else f"{question}\t{answer.text}")
-    tell_cut(answers)
+    else:
+        for question, answer in zip(asked, answers, strict=True):
+            typer.echo(answer.text if len(asked) == 1 else f"{question}\t{answer.text}")
+        tell_cut(answers)
+    tell_embedded(answering)
 
 
 def kept(
     context: File,
     images: Annotated[list[Path] | None, typer.Option("--image", "-i", help="The image, to draw upon.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a .png of what each layer keeps.")] = None,
-    model: Model = "shapes",
+    model: ContextModel = None,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -178,7 +187,7 @@ def kept(
 
     if out is not None:
         check_target(out, ENDINGS)
-    ctx = _context(context, model, device, dtype, max_pixels, backend, images)
+    ctx, _ = _context(context, model, device, dtype, max_pixels, backend, images)
     if out is not None:
         save_kept(ctx, out)
     layers = [ctx.kept(layer) for layer in range(len(ctx.positions))]
@@ -210,19 +219,24 @@ def kept(
 
 def _context(
     path: Path,
-    model: str,
+    model: str | None,
     device: str | None,
     dtype: str | None,
     max_pixels: int,
     backend: str,
     images: list[Path] | None = None,
-) -> Context:
+) -> tuple[Context, str]:
+    """Return a context and the name of its model: the one that is given, or else the one that the file names."""
     if not path.exists():
         raise InputError(f"{path}: there is no such file; mllm-fast compress makes one")
+    with progress("loading the libraries"):
+        from ..context.context import Context
+        from ..context.file_format import read_origin
+    if model is None:
+        model, made = read_origin(path)
+        dtype = dtype or made  # a context belongs to its model's number type as well
     vlm = load(model, device, dtype, max_pixels, backend)
-    from ..context.context import Context
-
-    return Context.load(path, vlm, images or [])
+    return Context.load(path, vlm, images or []), model
 
 
 def _converse(ctx: Context, max_new_tokens: int | None) -> None:

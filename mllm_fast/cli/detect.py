@@ -13,7 +13,7 @@ from rich.table import Table
 from ..core.errors import InputError
 from .joint import SCENES, Count, Folder, JointName, Masks, Orientation, Processes, Seed, Vocabulary
 from .joint_measures import run_evaluation
-from .options import OUT, Device, Dtype, Json, progress
+from .options import OUT, Device, Dtype, Json, loading, progress, tell_embedded
 from .report import samples_of
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def detect(  # long: the options of a command are its parameters
     wanted = classes or (list(words.nouns) if words is not None else [])
     if not wanted:
         raise InputError("name what to look for: --class dog --class cat, or give a --vocabulary")
-    with progress("loading the models"):
-        joint = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
+    with loading(name):
+        joint = JointModel.from_pretrained(name, device=device, dtype=dtype)
     with progress("looking"):
         seen = joint.see(SAMPLE if image is None else image)
         checked = check_classes(joint, seen, wanted, threshold, eyes)
@@ -100,12 +100,13 @@ def detect(  # long: the options of a command are its parameters
         _draw(seen.vision.picture, checked, supported, out)
     if as_json:
         typer.echo(json.dumps(_plain(checked, prompt, text, supported, seen.note, out), ensure_ascii=False))
-        return
-    _print(checked, prompt, text, supported, words is not None)
-    if seen.note:
-        OUT.print(escape(seen.note), highlight=False)
-    if out is not None:
-        OUT.print(f"saved {escape(str(out))}", highlight=False)
+    else:
+        _print(checked, prompt, text, supported, words is not None)
+        if seen.note:
+            OUT.print(escape(seen.note), highlight=False)
+        if out is not None:
+            OUT.print(f"saved {escape(str(out))}", highlight=False)
+    tell_embedded(name, "--joint")
 
 
 def _report(
@@ -135,6 +136,8 @@ def _report(
         classes = list(SHAPES) if images is None else sorted(named)
     evaluation = Hallucination(name, classes, strength or (0.0,))
     run_evaluation(evaluation, samples, out or Path("mllm-fast-detect"), processes, device, dtype, as_json)
+    if images is not None:
+        tell_embedded(name, "--joint")
 
 
 def _draw(picture: Any, checked: list[Checked], supported: list[Supported], out: Path) -> None:

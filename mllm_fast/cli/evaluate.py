@@ -12,7 +12,7 @@ from ..core.errors import InputError
 from ..core.keep import parse_keep
 from ..evaluation.registry import EVALUATIONS
 from .joint import Orientation
-from .options import OUT, Backend, Device, Dtype, Json, Model, progress
+from .options import OUT, Backend, Device, Dtype, Json, Model, loading, progress, tell_embedded
 from .report import bar, publish, samples_of, tell_notes
 
 if TYPE_CHECKING:
@@ -219,8 +219,8 @@ def evaluate(  # long: the options of a command are its parameters
     )
     evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
     choice = ModelChoice(model, device, dtype, backend)
-    with progress(f"loading {model}"):
-        vlm = choice.load()
+    with loading(model):
+        vlm = choice.load(progress=None)
     reports: list[tuple[Report, dict[str, Any]]] = []
     for one in chosen:
         folder = out / one
@@ -231,6 +231,8 @@ def evaluate(  # long: the options of a command are its parameters
         report = noted(evaluations[one].report(rows), samples[one].notes)
         reports.append((report, json.loads((folder / SETTINGS).read_text())))
     publish(reports, out, as_json, made_with(vlm.model))
+    if images is not None or data is not None:  # its own scenes are what it knows
+        tell_embedded(model)
 
 
 def _check(

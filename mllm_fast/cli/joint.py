@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..core.errors import InputError
-from .options import OUT, Device, Dtype, Json, Model, progress
+from .options import OUT, Device, Dtype, Json, Model, loading, progress
 
 if TYPE_CHECKING:
     from ..joint.training_data import Pictures
@@ -115,9 +115,9 @@ def train(  # long: the options of a command are its parameters
         direction=direction,
     )
     pictures = _pictures(images, _TAUGHT if images is None and count is None else count, seed)
-    with progress("loading the models"):
+    with loading(detector, model):
         owl = Detector.from_pretrained(detector_name(detector), device=None if device == "auto" else device)
-        vlm = VLM.from_pretrained(model, device=device, dtype=dtype, progress=False)
+        vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
     width = vlm.text.width
     if hidden is None:  # the paper's width for its models; LLaVA's projector is as wide as its language model
         hidden = width if kind == "projector" else 2 * width
@@ -155,7 +155,9 @@ def import_released(
     file: Annotated[Path, typer.Argument(help="A W of the paper's authors: .pth, .pt or .safetensors.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the joint model.")],
     detector: DetectorName = "google/owlvit-base-patch32",
-    model: Model = "llava-hf/llava-1.5-7b-hf",
+    model: Annotated[
+        str, typer.Option(help="The language model that W belongs to, a folder or a hub id.")
+    ] = "llava-hf/llava-1.5-7b-hf",
     as_json: Json = False,
 ) -> None:
     """Make a joint model of a W that the authors of arXiv 2405.14612 released.
@@ -220,8 +222,8 @@ def finetune(
     pictures = _pictures(images, _TUNED if images is None and count is None else count, seed)
     parts = read_settings(joint_folder(name))
     names = parts["detector"], parts["model"]
-    with progress("loading the models"):
-        model = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
+    with loading(name):
+        model = JointModel.from_pretrained(name, device=device, dtype=dtype)
     with tqdm(desc="fine-tuning", unit="step", file=sys.stderr, disable=not sys.stderr.isatty()) as shown:
 
         def tell(done: int, total: int, what: str) -> None:

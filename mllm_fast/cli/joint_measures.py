@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ..core.errors import InputError
 from .joint import SCENES, Count, Folder, JointName, Masks, Orientation, OutFolder, Processes, Seed, Vocabulary, joint
-from .options import OUT, Device, Dtype, Json, progress
+from .options import OUT, Device, Dtype, Json, loading, progress
 from .report import bar, publish, samples_of, tell_notes
 
 if TYPE_CHECKING:
@@ -195,8 +195,8 @@ def study(  # long: the options of a command are its parameters
         raise InputError("a study needs your images' objects: give --masks, COCO's .json or a folder of .png")
     samples = samples_of(images, masks, 3 * count if images is None else None, seed, orientation=orientation)
     own = images is None  # the embedded model knows few words
-    with progress("loading the models"):
-        model = JointModel.from_pretrained(name, device=device, dtype=dtype, progress=False)
+    with loading(name):
+        model = JointModel.from_pretrained(name, device=device, dtype=dtype)
     with progress("explaining"):
         questions = made.study_questions(
             model,
@@ -424,8 +424,8 @@ def run_evaluation(
 
     check_charts()
     choice = ModelChoice(part_names(joint_folder(evaluation.name_of_joint))[1], device, dtype)
-    with progress("loading the models"):
-        vlm = choice.load()
+    with loading(evaluation.name_of_joint):
+        vlm = choice.load(progress=None)
     folder = out / evaluation.name
     with bar(evaluation.name) as tell:
         rows = run(evaluation, samples, choice, folder, processes, tell, vlm)

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..core.files import check_target, write_whole
 from ..drawing.chart_fonts import set_fonts
 from ..runtime.answer import Answer
@@ -41,7 +42,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+        raise InputError(f"a chart needs matplotlib: {install_command('viz')}") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

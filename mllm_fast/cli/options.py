@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..core.assets import SAMPLE
+from ..core.assets import EMBEDDED, SAMPLE
+from ..core.errors import InputError
+from .config import MODEL_VARIABLE
 
 if TYPE_CHECKING:
     from ..joint.model import JointModel
@@ -28,7 +30,17 @@ Images = Annotated[
     ),
 ]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
-Model = Annotated[str, typer.Option(help="The model: 'shapes' (the embedded one), a folder, or a hub id.")]
+Model = Annotated[
+    str,
+    typer.Option(envvar=MODEL_VARIABLE, help="The model: 'shapes' (the embedded one), a folder, or a hub id."),
+]
+ContextModel = Annotated[
+    str | None,
+    typer.Option(
+        envvar=MODEL_VARIABLE,
+        help="The model, by default the one that the context names: as in compress.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="The device: cpu, cuda, cuda:N, or auto, which keeps what does not fit the GPU on the CPU."),
@@ -83,24 +95,79 @@ def tell_cut(answers: Sequence[Any]) -> None:
         ERR.print(f"{which} cut at {max(cut)} tokens; --max-new-tokens gives more", highlight=False)
 
 
+def source(ctx: typer.Context, name: str) -> int:
+    """Return where the value of an option comes from: 0 its default, 1 the config file, 2 the environment, 3 the line.
+
+    Args:
+        ctx: The command's context.
+        name: The name of the option's parameter.
+    """
+    found = ctx.get_parameter_source(name)
+    return ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE").index(found.name) if found is not None else 0
+
+
+def joint_of(ctx: typer.Context, joint: str | None, model: str) -> str | None:
+    """Return the joint model that answers, or None if it is the option --model that counts.
+
+    Of a default in the config file or the environment and an option that is given, the option counts.
+
+    Raises:
+        InputError: Both are given in the same place.
+    """
+    if joint is None:
+        return None
+    places = source(ctx, "joint"), source(ctx, "model")
+    if places[0] == places[1] and joint != model:
+        raise InputError("a joint model has a language model of its own: give --joint or --model, not both")
+    return joint if places[0] >= places[1] else None
+
+
+def tell_embedded(name: str, option: str = "--model") -> None:
+    """Tell on stderr what the embedded model knows, if it is the one that answered.
+
+    Args:
+        name: The name of the model that answered.
+        option: The option that gives another one.
+    """
+    if name == EMBEDDED:
+        ERR.print(embedded_note(option), style="dim", highlight=False, soft_wrap=True)
+
+
+def embedded_note(option: str = "--model") -> str:
+    """Return what is told of the embedded model."""
+    return f"the embedded model knows coloured shapes alone; give your own with {option}"
+
+
 def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
     """Load a model and show the progress on stderr."""
     with progress("loading the libraries"):
         from ..vlm import VLM
-    with progress(f"loading {model}"):
-        return VLM.from_pretrained(
-            model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend, progress=False
-        )
+    with loading(model):
+        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
 
 
 def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> JointModel:
     """Load a joint model and show the progress on stderr."""
     with progress("loading the libraries"):
         from ..joint.model import JointModel
-    with progress(f"loading {name}"):
-        return JointModel.from_pretrained(
-            name, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend, progress=False
-        )
+    with loading(name):
+        return JointModel.from_pretrained(name, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
+
+
+@contextmanager
+def loading(*names: str) -> Iterator[None]:
+    """Show on stderr which models are loaded, if stderr is a terminal.
+
+    The download and the weights of a model have progress bars of transformers and the hub. They stand below a line that
+    stays, since a status that moves would overwrite them.
+    """
+    what = f"loading {' and '.join(dict.fromkeys(names))}"
+    if ERR.is_terminal and set(names) != {EMBEDDED}:
+        ERR.print(escape(what), style="dim", highlight=False, soft_wrap=True)
+        yield
+    else:
+        with progress(what):
+            yield
 
 
 @contextmanager

@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.assets import EMBEDDED
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..core.keep import parse_keep
-from .options import ERR, Backend, Device, Dtype, MaxPixels, Model, load, load_joint
+from .options import (
+    ERR,
+    Backend,
+    Device,
+    Dtype,
+    MaxPixels,
+    Model,
+    embedded_note,
+    joint_of,
+    load,
+    load_joint,
+    progress,
+    source,
+)
+
+if TYPE_CHECKING:
+    from ..serving.logs import Log
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
 
 
 def serve(  # long: the options of a command are its parameters
+    ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="The model, in place of --model.", show_default=False)
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which the log tells.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which stderr tells.")] = 8000,
     keep: Annotated[
         str, typer.Option(help="Image tokens that contexts keep unless a request says so: 5%, 29, or off.")
     ] = "5%",
@@ -30,7 +55,7 @@ def serve(  # long: the options of a command are its parameters
     api_keys: Annotated[
         Path | None, typer.Option(help="File of bearer keys, one a line; MLLM_FAST_API_KEYS may hold some too.")
     ] = None,
-    served_name: Annotated[str | None, typer.Option(help="What requests call the model; --model if not given.")] = None,
+    served_name: Annotated[str | None, typer.Option(help="What requests call the model; else its name.")] = None,
     max_batch: Annotated[int, typer.Option(help="Answers decoded together.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Longest answer that may be asked for, in tokens.")] = 1024,
@@ -60,7 +85,7 @@ def serve(  # long: the options of a command are its parameters
     dtype: Dtype = None,
     backend: Backend = "auto",
     max_pixels: MaxPixels = 25_000_000,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No log of requests.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No log; one line tells that the server is ready.")] = False,
 ) -> None:
     """Serve a model over HTTP with OpenAI's chat completions, contexts, explanations and metrics.
 
@@ -69,19 +94,19 @@ def serve(  # long: the options of a command are its parameters
     SIGINT (Ctrl-C) and SIGTERM stop it: requests in progress have a third of the time of grace to finish.
     """
     needed = _NEEDED | ({"gradio": "ui"} if ui else {})
-    for name, extra in needed.items():
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f'serve needs {name}: pip install "mllm-fast[{extra}]"')
-    if joint is not None and not ui:
-        raise InputError("--joint is for the tool in the browser: give --ui too")
+    for package, extra in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"serve needs {package}: {install_command(extra)}")
+    model, joint = _models(ctx, name, model, joint, ui)
     if not 0 <= port < 65536:
         raise InputError(f"--port is 0 to 65535, got {port}")
-    from ..serving.auth import ApiKeys
-    from ..serving.connections import Connections
-    from ..serving.logs import Log
-    from ..serving.server import application
-    from ..serving.server import serve as listen
-    from ..serving.settings import MIB, Settings
+    with progress("loading the libraries"):
+        from ..serving.auth import ApiKeys
+        from ..serving.connections import Connections
+        from ..serving.logs import Log
+        from ..serving.server import application, bind
+        from ..serving.server import serve as listen
+        from ..serving.settings import MIB, Settings
 
     settings = Settings(
         keep=None if keep == "off" else parse_keep(keep),
@@ -105,15 +130,66 @@ def serve(  # long: the options of a command are its parameters
     keys = ApiKeys.find(api_keys)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         ERR.print("[yellow]no API keys are set: whoever reaches this address may ask[/]", highlight=False)
-    both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
-    vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
-    log = Log(None) if quiet else Log()
-    app, service = application(vlm, settings, keys, served_name or model, log, allow_origin or ())
-    if ui:
-        from ..serving.ui import mount
-        from ..serving.ui_backend import UIBackend
+    with bind(host, port) as bound:  # before the model loads, which can take minutes
+        log = Log(None if quiet else sys.stderr)
+        if ctx.find_root().params.get("verbose") and not (quiet or ERR.is_terminal):
+            log.take_over()  # what -v shows are lines of the log then
+        both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
+        vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
+        app, service = application(vlm, settings, keys, served_name or joint or model, log, allow_origin or ())
+        if ui:
+            from ..serving.ui import mount
+            from ..serving.ui_backend import UIBackend
 
-        app = mount(app, UIBackend(service, both), keys, log)
-    code = listen(app, service, log, host, port, Connections(max_connections, client_connections), own_process=True)
+            app = mount(app, UIBackend(service, both), keys, log)
+        limits = Connections(max_connections, client_connections)
+        if (joint or model) == EMBEDDED:
+            _tell_embedded(log, quiet, "--model" if joint is None else "--joint")
+        code = listen(app, service, log, bound, limits, own_process=True, ready=_ready_line(host, bound, ui))
     if code:
         raise typer.Exit(code)
+
+
+def _models(ctx: typer.Context, name: str | None, model: str, joint: str | None, ui: bool) -> tuple[str, str | None]:
+    """Return the model and the joint model, None if there is none, of what the options, a file and variables say."""
+    if name is not None and name != model and source(ctx, "model") == 3:
+        raise InputError(f"two models are given, {name} and --model {model}: give one")
+    if joint is not None and not ui:
+        if source(ctx, "joint") == 3:
+            raise InputError("--joint is for the tool in the browser: give --ui too")
+        joint = None
+    if name is None:
+        return model, joint_of(ctx, joint, model)
+    if joint is not None and joint != name and source(ctx, "joint") == 3:
+        raise InputError(f"a joint model has a language model of its own: give {name} or --joint, not both")
+    return name, joint if joint == name else None
+
+
+def _tell_embedded(log: Log, quiet: bool, option: str) -> None:
+    """Tell what the embedded model knows: a person in a terminal, or the log."""
+    if ERR.is_terminal and not quiet:
+        ERR.print(embedded_note(option), style="dim", highlight=False, soft_wrap=True)
+    else:
+        log("embedded_model", message=embedded_note(option))
+
+
+def _ready_line(host: str, bound: socket.socket, ui: bool) -> Callable[[], None]:
+    """Return a function that tells on stderr that the server is ready, and where: a person, or as a line of JSON."""
+    from ..serving.logs import Log
+
+    url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    if ui:
+        tool = "the tool at /ui"
+    elif importlib.util.find_spec("gradio") is not None:
+        tool = "--ui adds the tool in the browser"
+    else:
+        tool = f"--ui adds the tool in the browser, after {install_command('ui')}"
+
+    def tell() -> None:
+        if ERR.is_terminal:
+            ERR.print(f"ready: {url} (OpenAI API at /v1; {tool})", highlight=False, soft_wrap=True, markup=False)
+        else:
+            facts = {"ui": f"{url}/ui"} if ui else {"ui": None, "hint": tool}
+            Log(sys.stderr)("ready", url=url, api=f"{url}/v1", **facts)
+
+    return tell

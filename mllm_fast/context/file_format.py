@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.assets import EMBEDDED, SHAPES_WEIGHTS
 from ..core.errors import InputError, check_choice, first_line
 from ..core.files import check_target, whole_file
 from ..core.layout import ImageLayout, Tile, TokenLayout
@@ -41,6 +43,7 @@ Fields = dict[str, Any]  # the attributes of a `Context`, by name
 VERSION = 1
 STORAGES = ("full", "int8")
 ENDINGS = (".safetensors",)
+_log = logging.getLogger(__name__)
 _ROW = 8 * 512  # bytes of one row: 512 words of 64 bits
 _PART = 256 * _ROW  # bytes summed at a time, few enough to stay in the CPU's cache
 
@@ -112,6 +115,37 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         raise InputError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: no context file, or one that was cut off ({first_line(error)})") from None
+
+
+def read_origin(path: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """Return what a file says of the model that it was made with, without reading its tensors.
+
+    Returns:
+        Its name, which can be loaded: "shapes", a folder that exists, or a hub id. And its dtype.
+
+    Raises:
+        InputError: The file is no context, it does not name its model, or it names a folder that is not there.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("mllm_fast.context")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: no context file, or one that was cut off ({first_line(error)})") from None
+    if text is None:
+        raise InputError(f"{path}: a safetensors file, but no context; mllm-fast compress makes one")
+    try:
+        description = json.loads(text)
+        name, dtype = description["model"].get("id"), description.get("dtype")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{path}: its description cannot be read; make it again") from None
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: does not name the model that it was made with; give it with --model")
+    if Path(name).parts[-3:] == SHAPES_WEIGHTS.parts[-3:]:  # of an earlier release, in whichever place it was installed
+        name = EMBEDDED
+    if (name.startswith((".", "~")) or Path(name).is_absolute()) and not Path(name).is_dir():
+        raise InputError(f"{path}: was made with the model {name}, which is not there; give its folder with --model")
+    _log.info("%s was made with the model %s in %s", path, name, dtype)
+    return name, dtype if isinstance(dtype, str) else None
 
 
 def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .errors import InputError
+from .extras import install_command
 
 _STYLE = "border-collapse: collapse; font-size: 90%"
 
@@ -102,7 +103,7 @@ def axes(ax: Any = None) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise InputError('a plot needs matplotlib: pip install "mllm-fast[viz]"') from None
+        raise InputError(f"a plot needs matplotlib: {install_command('viz')}") from None
     return plt.subplots()[1]
 
 
@@ -123,5 +124,5 @@ def frame(rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> Any:
     try:
         import pandas
     except ImportError:
-        raise InputError('a table needs pandas: pip install "mllm-fast[notebook]"') from None
+        raise InputError(f"a table needs pandas: {install_command('notebook')}") from None
     return pandas.DataFrame(list(rows), columns=list(columns))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import InputError, check_choice
+from ..core.extras import install_command
 from ..core.images import stored_orientation, turned
 from .samples import Sample, Samples, Thing
 
@@ -65,7 +66,7 @@ def _pycocotools() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise InputError('masks in COCO\'s format need pycocotools: pip install "mllm-fast[coco]"') from None
+        raise InputError(f"masks in COCO's format need pycocotools: {install_command('coco')}") from None
     return mask
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import EndsRunError
+from ..core.extras import install_command
 from ..core.plugins import loaded_plugins
 from .base import Evaluation
 from .rows import Row
@@ -34,7 +35,7 @@ def ray_rows(
     try:
         import ray
     except ImportError:
-        raise EndsRunError("--ray needs Ray: pip install 'mllm-fast[ray]'") from None
+        raise EndsRunError(f"--ray needs Ray: {install_command('ray')}") from None
     gpu = model.place().type == "cuda"
     name = str(Path(model.name).resolve()) if Path(model.name).is_dir() else model.name
     choice = replace(model, name=name, threads=model.threads or 1, device="cuda" if gpu else model.device)

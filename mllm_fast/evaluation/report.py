@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..core.files import write_whole
 from ..drawing.chart_fonts import set_fonts
 from ..models.provenance import as_text, now, versions
@@ -39,7 +40,7 @@ def check_charts() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError("a chart needs matplotlib: pip install 'mllm-fast[viz]'") from None
+        raise InputError(f"a chart needs matplotlib: {install_command('viz')}") from None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..core.files import whole_file, write_whole
 
 try:
@@ -116,7 +117,7 @@ def write_parquet(rows: dict[str, list[Row]], path: Path) -> None:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise InputError("Parquet needs pyarrow: pip install 'mllm-fast[parquet]'") from None
+        raise InputError(f"Parquet needs pyarrow: {install_command('parquet')}") from None
     flat = [{"sample": sample, **row} for sample, several in rows.items() for row in several]
     columns = dict.fromkeys(name for row in flat for name in row)  # including those of rows that failed
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in flat])

@@ -36,13 +36,13 @@ class ModelChoice:
         """Return the device that the model will be on."""
         return parse_device(None if self.device == "auto" else self.device)
 
-    def load(self) -> VLM:
-        """Load the plugins and the model."""
+    def load(self, progress: bool | None = False) -> VLM:
+        """Load the plugins and the model; `progress` is that of `VLM.from_pretrained`."""
         load_plugins(self.plugins)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return VLM.from_pretrained(
-            self.name, device=self.device, dtype=self.dtype, backend=self.backend, progress=False
+            self.name, device=self.device, dtype=self.dtype, backend=self.backend, progress=progress
         )
 
 

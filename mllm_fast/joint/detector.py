@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS, ImageSource, load_image
 from ..core.layout import Box, Tile
-from ..models.loading import failures, parse_device, parse_dtype, quiet
+from ..models.loading import failures, parse_device, parse_dtype, quiet, shows_bars
 
 ARCHITECTURES = ("owlvit", "owlv2")
 OVERLAP = 0.5  # if two boxes of one query overlap by more than this, only the better one is kept
@@ -99,6 +99,7 @@ class Detector:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        progress: bool | None = None,
         **options: Any,
     ) -> Detector:
         """Load a detector.
@@ -107,6 +108,7 @@ class Detector:
             name: A folder or a hub id.
             device: The device of the model.
             dtype: The dtype of the weights; float32 by default.
+            progress: As in `VLM.from_pretrained`.
             **options: Other options of transformers' `from_pretrained`.
 
         Raises:
@@ -115,7 +117,7 @@ class Detector:
         from transformers import AutoConfig, AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
         where = parse_device(device)
-        with failures(str(name)), quiet():
+        with failures(str(name)), quiet(shows_bars(str(name), progress)):
             kind = AutoConfig.from_pretrained(name, **options).model_type
             if kind not in ARCHITECTURES:
                 raise InputError(f"{name}: a detector is one of {', '.join(ARCHITECTURES)}, got {kind}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from ..models.loading import failures
 from ..vlm import VLM
 from .weights_id import weights_name
@@ -71,5 +72,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("fine-tuning needs peft: pip install 'mllm-fast[joint]'") from None
+        raise InputError(f"fine-tuning needs peft: {install_command('joint')}") from None
     return peft

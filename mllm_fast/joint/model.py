@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from .lora import merged
 from .saliency import align
 from .weights_id import weights_name
 from .whole_image import VIEWS, WHOLE, sees_whole
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,14 @@ class JointModel:
             )
         detector, model = part_names(folder)
         alignment = Alignment.load(folder / WEIGHTS)
-        owl = Detector.from_pretrained(detector, device=None if device == "auto" else device)
+        where = None if device == "auto" else device
+        owl = Detector.from_pretrained(detector, device=where, progress=options.get("progress"))
         tuned = "lora" in settings  # adapters are merged into the weights, so such a model needs its own copy
         if vlm is None or tuned:
             vlm = VLM.from_pretrained(model, device=device, dtype=dtype, **options)
         if tuned:
             vlm = merged(vlm, folder / settings["lora"], alignment.about.get("finetuned", {}).get("base"))
+        _log.info("joined the detector %s and the model %s by %s", detector, model, folder)
         return cls(owl, alignment, vlm, settings["view"])
 
     def see(self, image: Sight) -> Seen:

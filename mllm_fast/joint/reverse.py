@@ -71,7 +71,7 @@ class ReverseJoint:
         if settings["direction"] != REVERSE:
             raise InputError(f"{folder}: holds a joint model of the usual direction; load it with JointModel")
         detector, model = part_names(folder)
-        owl = Detector.from_pretrained(detector, device=options.get("device"))
+        owl = Detector.from_pretrained(detector, device=options.get("device"), progress=options.get("progress"))
         vlm = VLM.from_pretrained(model, **options) if vlm is None else vlm
         return cls(owl, Alignment.load(folder / WEIGHTS), vlm, settings["view"])
 

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..core.errors import EndsRunError, InputError, check_choice
+from ..core.extras import install_command
 from ..core.files import write_whole
 from .alignment import Alignment, AlignmentConfig
 from .checkpoint import DIRECTIONS, FORWARD, WEIGHTS, write_settings
@@ -129,7 +130,7 @@ def train(  # noqa: PLR0915  # long: one loop with what it is resumed from
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError:
-        raise InputError("training needs accelerate: pip install 'mllm-fast[joint]'") from None
+        raise InputError(f"training needs accelerate: {install_command('joint')}") from None
     vlm = sees_whole(vlm) if config.view == WHOLE else vlm
     order = np.random.default_rng(config.seed).permutation(len(pictures))
     held = order[: min(256, max(1, round(config.held_out * len(order))))]

@@ -12,6 +12,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from ..core.errors import InputError
+from ..core.extras import install_command
 from .loading import failures, quiet
 
 # what transformers' processor asks the tokenizer for
@@ -56,7 +57,7 @@ def _named(source: Path, tokenizer: Any) -> Any:
 def _from_sentencepiece(source: Path) -> Any:
     """Return InternLM2's tokenizer: SentencePiece's pieces, and the marks under the ids that its settings give them."""
     if find_spec("sentencepiece") is None or find_spec("google.protobuf") is None:
-        raise InputError(f"{source}: tokenizer.model is read by SentencePiece: pip install 'mllm-fast[convert]'")
+        raise InputError(f"{source}: tokenizer.model is read by SentencePiece: {install_command('convert')}")
     with failures(f"{source}: the tokenizer"), quiet():
         prefix = SentencePieceExtractor(str(source / "tokenizer.model")).proto.normalizer_spec.add_dummy_prefix
         told = json.loads((source / "tokenizer_config.json").read_bytes())

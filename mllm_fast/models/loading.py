@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 
-from ..core.assets import SHAPES_WEIGHTS
+from ..core.assets import EMBEDDED, SHAPES_JOINT, SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
+from ..core.extras import install_command
 from .architectures import check_vision
 
-EMBEDDED = "shapes"
+_log = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # what the checkpoints of some authors' own code are called once they are converted to transformers' classes
 _CONVERTED = {
@@ -105,7 +107,7 @@ def load_pretrained(
     if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
         return _load_adapters(name, Path(source), device, dtype, adapted, progress, options)
     _check_folder(name, Path(source))
-    bars = name != EMBEDDED and (_is_watched() if progress is None else progress)
+    started, bars = time.monotonic(), shows_bars(name, progress)
     with failures(name), quiet():
         settings, _ = PreTrainedConfig.get_config_dict(source, **_hub_options(options))
         options = {"trust_remote_code": False, **options}
@@ -120,7 +122,7 @@ def load_pretrained(
         with _named(name):
             check_vision(settings["model_type"], "vision_config" in settings or "text_config" in settings)
     if "device_map" in options and find_spec("accelerate") is None:
-        raise InputError("a model spread over devices needs accelerate: pip install 'mllm-fast[offload]'")
+        raise InputError(f"a model spread over devices needs accelerate: {install_command('offload')}")
     with failures(name), quiet(bars):
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
@@ -132,6 +134,9 @@ def load_pretrained(
     if "device_map" not in options:
         with failures(name):
             model = model.to(device)
+    place = "several devices" if "device_map" in options else device
+    kind, spent = settings["model_type"], time.monotonic() - started
+    _log.info("loaded the model %s: %s, on %s in %s, in %.1f s", name, kind, place, model.dtype, spent)
     return model.eval(), processor
 
 
@@ -159,11 +164,21 @@ def _load_adapters(
         model.load_adapter(str(folder))
         if any((folder / f).is_file() for f in _PROCESSOR_FILES):
             processor = processor_class(model.config).from_pretrained(str(folder))
+    _log.info("added the adapters of %s", name)
     return model.eval(), processor
 
 
-def _is_watched() -> bool:
-    """Return whether a person sees stderr: a terminal, an interactive Python or a notebook."""
+def shows_bars(name: str, progress: bool | None) -> bool:
+    """Return whether the progress bars of the libraries are shown while a model or a detector is loaded.
+
+    Args:
+        name: Its name or folder. What is part of the package is loaded in a moment, without bars.
+        progress: Whether the caller wants them; None shows them if a person sees stderr: in a terminal, an interactive
+            Python or a notebook.
+    """
+    embedded = name == EMBEDDED or {SHAPES_WEIGHTS, SHAPES_JOINT} & {Path(name), Path(name).parent}
+    if embedded or progress is not None:
+        return bool(progress and not embedded)
     return sys.stderr.isatty() or hasattr(sys, "ps1")
 
 

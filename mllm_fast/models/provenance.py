@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.assets import SHAPES_WEIGHTS
+from ..core.assets import EMBEDDED, SHAPES_WEIGHTS
 from .fingerprint import fingerprint
 from .offload import device_of
 
@@ -19,9 +19,14 @@ _PACKAGES = ("mllm-fast", "torch", "transformers", "triton")
 
 
 def model_name(model: Any) -> str:
-    """Return a model's hub id or folder; "shapes" for the embedded one, and "" for one that was not loaded by name."""
-    name = getattr(model.config, "_name_or_path", "") or ""
-    return "shapes" if name and Path(name) == SHAPES_WEIGHTS else name
+    """Return the name by which a model can be loaded from anywhere.
+
+    It is "shapes" for the embedded one, a whole path for a folder, and "" for one that was not loaded by name.
+    """
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    if name and Path(name) == SHAPES_WEIGHTS:
+        return EMBEDDED
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def now() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...core.errors import EndsRunError, first_line
+from ...core.extras import install_command
 from ...core.files import write_whole
 from .replies import without_reasoning
 
@@ -147,7 +148,7 @@ class Endpoint:
             try:
                 import openai
             except ImportError:
-                raise EndsRunError("an endpoint needs openai: pip install 'mllm-fast[judge]'") from None
+                raise EndsRunError(f"an endpoint needs openai: {install_command('judge')}") from None
             try:
                 self._client = openai.OpenAI(
                     base_url=self.base_url, api_key=self._key, timeout=self._timeout, max_retries=0

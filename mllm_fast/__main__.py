@@ -1,0 +1,5 @@
+"""`python -m mllm_fast` is the command line."""
+
+from .cli import main
+
+main()
