@@ -15,7 +15,7 @@ from knocked import Rule
 
 import mllm_fast as mf
 from mllm_fast.explain.methods.tam import less, rank_gaussian
-from mllm_fast.explain.registry import methods_without_detector
+from mllm_fast.explain.registry import HEATMAP_METHODS, methods_without_detector
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"
 RULES = {
@@ -239,3 +239,11 @@ def test_what_kept_too_little_says_so(explained, picture):
         assert step.heatmap(method).shape == ex.layout.images[0].grid
     with pytest.raises(mf.InputError, match=r"method is one of logprob, attention, .* got 'gradcam'"):
         ex.heatmap(0, "gradcam")
+
+
+def test_methods_say_whether_they_take_heads(shapes, picture):
+    """One that takes them has another map for other heads, and one that does not has the same."""
+    ex = shapes.explain(picture, "What color is the circle?", "red circle")
+    for name in methods_without_detector():
+        one, other = (ex.heatmap(0, method=name, heads=heads) for heads in ([(3, 0)], [(0, 0)]))
+        assert HEATMAP_METHODS.get(name).takes_heads != torch.equal(one, other), name

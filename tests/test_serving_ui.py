@@ -15,6 +15,7 @@ from waiting import HANG
 
 import mllm_fast as mf
 from mllm_fast.core.assets import SAMPLE
+from mllm_fast.joint import JointModel
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -55,19 +56,26 @@ def page(browser, server):
         "request",
         lambda one: strangers.append(one.url) if not one.url.startswith((server.url, "data:", "blob:")) else None,
     )
+    refused: list[str] = []
+    made.on("response", lambda one: refused.append(one.url) if one.status >= 400 else None)
     made.goto(server.url)  # leads to the tool
     made.locator("#image input[type=file]").set_input_files(SAMPLE)
     made.locator("#image img").wait_for()
     yield made
     context.close()
     assert strangers == []
+    assert refused == []
 
 
 def ask(page, question: str = QUESTION) -> str:
     page.locator("#question textarea").fill(question)
     page.locator("#ask").click()
     page.locator("#heads label").first.wait_for()
-    return page.locator("#answer textarea").input_value()
+    return said(page)
+
+
+def said(page, where: str = "answer") -> str:
+    return page.locator(f"#{where} .said").inner_text()
 
 
 def shown_map(page) -> str:
@@ -136,12 +144,11 @@ def test_knock_out_the_image_and_keep_a_few_patches(page, shapes):
     playwright.expect(page.locator("#keep input[type=range]")).to_have_value("10")
     assert ask(page) == shapes.generate(picture, QUESTION).text == "blue"
     blind = shapes.generate(picture, QUESTION, knockout=mf.Knockout("image", "query+generated")).text
-    other = page.locator("#other textarea")
-    other.wait_for()
-    page.locator("#small textarea").wait_for()
+    page.locator("#other .said").wait_for()
+    page.locator("#small .said").wait_for()
     page.locator("#kept img").wait_for()
-    assert other.input_value() == blind != "blue"
-    assert page.locator("#small textarea").input_value() == shapes.compress(picture, 0.1).ask(QUESTION).text
+    assert said(page, "other") == blind != "blue"
+    assert said(page, "small") == shapes.compress(picture, 0.1).ask(QUESTION).text
     playwright.expect(page.locator("#small")).to_contain_text("15 of 144 image tokens a layer")
     page.screenshot(path=ARTEFACTS / "ui-knockout.png", full_page=True)
 
@@ -155,6 +162,17 @@ def test_boxes_of_the_joint_model(page):
     wait_for_another(page, before)
     playwright.expect(page.locator("#meaning")).to_contain_text("the detector looks for “a photo of a blue”")
     page.screenshot(path=ARTEFACTS / "ui-boxes.png", full_page=True)
+
+
+def test_the_kept_patches_are_those_of_the_model_that_answers(page, server):
+    at(page, f"{server.url}/ui/?question=Describe+the+image.&keep=5&joint=1&image=sample")
+    page.locator("#image img").wait_for()
+    page.locator("#ask").click()
+    page.locator("#small .said").wait_for()
+    picture = Image.open(SAMPLE).convert("RGB")
+    both = JointModel.from_pretrained("shapes", device="cpu")
+    own = both.vlm.compress(picture, 0.05).ask("Describe the image.").text
+    assert said(page, "small") == both.compress(picture, 0.05).ask("Describe the image.").text != own
 
 
 def test_check_and_downloads(page):
@@ -181,26 +199,54 @@ def test_a_verdict_goes_with_its_map(page):
     page.locator("#check").click()
     playwright.expect(verdict).to_contain_text("map 'rollout'")
     page.screenshot(path=ARTEFACTS / "ui-verdict.png", full_page=True)
+    for place in ("#heads", "#layer"):  # this method has nothing to choose there, and says so
+        playwright.expect(page.locator(place)).to_contain_text("rollout has one map for all heads and layers")
+        playwright.expect(page.locator(f"{place} input").first).to_be_disabled()
     page.locator("#tokens label").nth(1).click()
     wait_for_another(page, before)
     playwright.expect(verdict).to_have_text("")
 
 
 def test_the_keyboard_reaches_everything(page):
-    """Ask with Enter, and take another word with the space bar; Tab leads to everything that can be chosen."""
+    """Ask with Enter; words are one stop of Tab, and so are heads, and arrows go between them. All have names."""
     page.locator("#question textarea").fill("Describe the image.")
     page.locator("#question textarea").press("Enter")
     page.locator("#heads label").first.wait_for()
-    before = shown_map(page)
-    page.locator("#tokens input[type=radio]").nth(1).focus()
-    page.keyboard.press("Space")
+    words, before = page.locator("#tokens input"), shown_map(page)
+    last = words.count() - 1
+    words.nth(last).focus()
+    for key, word in (("ArrowLeft", last - 1), ("ArrowLeft", last - 2), ("ArrowRight", last - 1)):
+        page.keyboard.press(key)
+        before = wait_for_another(page, before)
+        playwright.expect(words.nth(word)).to_be_checked()
+        playwright.expect(words.nth(word)).to_be_focused()
+    page.locator("#heads input").first.focus()
+    page.keyboard.press("ArrowRight")
     wait_for_another(page, before)
-    reached = set()
+    playwright.expect(page.locator("#meaning")).to_contain_text("through head")
+    stops = []
     page.locator("#question textarea").focus()
-    for _ in range(80):  # each word and each head is a stop
+    for _ in range(20):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.closest('[id]:not([id^=component])')?.id"))
-    assert {"ask", "sample", "tokens", "layer", "heads", "check", "report", "numbers"} <= reached
+        stops.append(page.evaluate("document.activeElement.closest('[id]:not([id^=component]):not([id^=range])')?.id"))
+    assert {"ask", "share", "tokens", "layer", "heads", "check", "report", "numbers"} <= set(stops)
+    assert stops.count("tokens") == stops.count("heads") == 1
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    roles = {
+        "button",
+        "textbox",
+        "slider",
+        "spinbutton",
+        "checkbox",
+        "radio",
+        "combobox",
+        "radiogroup",
+        "group",
+        "link",
+    }
+    controls = [one for one in tree if not one["ignored"] and one["role"]["value"] in roles]
+    assert len(controls) > 40
+    assert [one["role"] for one in controls if not one["name"]["value"].strip()] == []
 
 
 def test_a_telephones_width(browser, server):
@@ -212,19 +258,116 @@ def test_a_telephones_width(browser, server):
     page.locator("#image img").wait_for()
     page.locator("#ask").tap()
     page.locator("#heads label").first.wait_for()
-    assert page.locator("#answer textarea").input_value() == "blue"
+    assert said(page) == "blue"
+    page.wait_for_function("Math.abs(document.querySelector('#answer').getBoundingClientRect().top) < 100")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.screenshot(path=ARTEFACTS / "ui-telephone.png", full_page=True)
     context.close()
 
 
-def test_wrong_input_is_told(page, tmp_path):
-    page.locator("#question textarea").fill(" ")
+def test_wrong_input_is_told_beside_the_button_and_nothing_is_lost(page):
+    problem = page.locator("#problem")
+    ask(page)
+    before = shown_map(page)
+    for question, words in (
+        (" ", "Ask something about the image."),
+        ("what is red ? " * 1000, "the model's window is"),
+    ):
+        page.locator("#question textarea").fill(question)
+        page.locator("#ask").click()
+        playwright.expect(problem).to_contain_text(words)
+        assert problem.get_attribute("role") == "alert"
+        assert (said(page), shown_map(page)) == ("blue", before)
+        playwright.expect(page.locator("#heads label")).to_have_count(11)
+    page.screenshot(path=ARTEFACTS / "ui-problem.png", full_page=True)
+    ask(page, "Describe the image.")
+    playwright.expect(problem).to_have_text("")
+
+
+def at(page, link: str) -> None:
+    """Open a link to the tool, and wait until it has been looked at."""
+    page.goto(link)
+    page.wait_for_function("document.querySelector('#notice p, #problem p')")
+
+
+def test_a_link_fills_the_controls(page, server):
+    """Also with a word and a method, which the next answer shows; what does not fit is refused in words."""
+    ask(page, "Describe the image.")
+    before = shown_map(page)
+    page.locator("#tokens label").nth(1).click()
+    before = wait_for_another(page, before)
+    page.locator("#method input").click()
+    page.get_by_role("option", name="attention rollout").click()
+    wait_for_another(page, before)
+    page.locator("#share").click()
+    link = page.locator("#link textarea").input_value()
+    assert link.partition("?")[2] == "question=Describe+the+image.&method=rollout&word=1&image=sample"
+    at(page, f"{link}&knockout=image+to+answer&first=2&temperature=0.5&top_p=0.9&tokens=9&joint=1")
+    assert page.locator("#question textarea").input_value() == "Describe the image."
+    page.locator("#image img").wait_for()
     page.locator("#ask").click()
-    playwright.expect(page.get_by_text("Ask something about the image.")).to_be_visible()
-    page.locator("#question textarea").fill("what is red ? " * 1000)
-    page.locator("#ask").click()
-    playwright.expect(page.get_by_text("the model's window is")).to_be_visible()
+    page.locator("#other .said").wait_for()
+    playwright.expect(page.locator("#tokens label")).to_have_count(9)
+    playwright.expect(page.locator("#tokens input").nth(1)).to_be_checked()
+    playwright.expect(page.locator("#meaning")).to_contain_text("attention rollout")
+    assert "cut off after 9 tokens" in page.locator("#answer .note").inner_text()
+    for control, value in (("#heat", "0.5"), ("#top-p", "0.9")):
+        page.locator("#answering button").first.click() if control == "#heat" else None
+        playwright.expect(page.locator(f"{control} input[type=number]")).to_have_value(value)
+    at(page, f"{server.url}/ui/?question=What%3F&last=77")
+    playwright.expect(page.locator("#problem")).to_contain_text("a whole number from 0 to 5, got '77'")
+    assert page.locator("#question textarea").input_value() == "Describe the image."  # what the page begins with
+
+
+def test_a_reload_brings_the_question_back(page):
+    ask(page, "Is there a ring?")
+    page.reload()
+    playwright.expect(page.locator("#notice")).to_contain_text("Your last question is back: press Ask again.")
+    page.locator("#image img").wait_for()
+    page.get_by_role("button", name="Ask again").click()
+    page.locator("#heads label").first.wait_for()
+    assert said(page) == "yes"
+    page.reload()
+    page.get_by_role("button", name="Forget it").click()
+    page.wait_for_function(
+        "!Object.keys(localStorage).concat(Object.keys(sessionStorage)).some(one => /^mllm/.test(one))"
+    )
+
+
+def test_stop_and_a_server_that_goes_and_comes_back(browser, tmp_path):
+    """What was said until the stop is explained; a lost server is told in words, and the page finds it again."""
+    endless = served.endless(tmp_path / "endless")
+    options = ("--ui", "--model", endless, "--served-name", "endless", "--grace", 3)
+    server = served.Server(*options, cwd=tmp_path)
+    page = browser.new_page()
+    page.set_default_timeout(1000 * HANG)
+    try:
+        page.goto(server.url)
+        playwright.expect(page.locator("#model")).to_have_text(
+            "endless answers, a model of 6 layers with 4 heads each."
+        )
+        page.locator("#sample").click()
+        page.locator("#image img").wait_for()
+        page.locator("#ask").click()
+        page.locator("#answer .said[data-asked]").wait_for()
+        page.locator("#stop").click()
+        playwright.expect(page.locator("#answer .note")).to_have_text("stopped")
+        playwright.expect(page.locator("#stop")).to_be_hidden()
+        words = page.locator("#tokens label").count()
+        assert 1 <= words < 256
+        page.locator("#heads label").first.wait_for()
+        server.stop()
+        page.locator("#ask").click()
+        playwright.expect(page.locator("#problem")).to_contain_text("The server does not answer")
+        assert page.locator("#tokens label").count() == words
+        assert said(page).startswith("blue")
+        server = served.Server(*options, "--port", server.port, cwd=tmp_path)
+        playwright.expect(page.locator("#notice")).to_contain_text("Your last question is back: press Ask again.")
+        page.locator("#image img").wait_for()
+        assert page.locator("#question textarea").input_value() == "What color is the star?"
+    finally:
+        page.close()
+        server.stop()
 
 
 def test_keys_are_asked_for(browser, tmp_path):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from served import KEY, OTHER
 from waiting import HANG
 
 from mllm_fast.core.assets import SAMPLE
+from mllm_fast.core.errors import InputError
+from mllm_fast.serving.ui_inputs import Inputs, Limits, of_query, of_store, query_of
 
 if find_spec("gradio") is None:  # importing it here would import its warnings too
     pytest.skip("there is no gradio here: pip install gradio", allow_module_level=True)
@@ -67,10 +70,13 @@ class Browser:
         reply = self.http.get(f"{PREFIX}/queue/data", params={"session_hash": session or self.session})
         return reply.text if reply.status_code == 200 else ""
 
-    def ask(self, picture: str) -> str:
+    def asking(self) -> int:
+        """The function that answers a question."""
+        return next(one["id"] for one in self.functions() if one["kinds"][:2] == ["image", "state"])
+
+    def ask(self, picture: str, question: str = "What color is the star?") -> str:
         """The events of a question about an uploaded image."""
-        function = next(one for one in self.functions() if one["kinds"][:2] == ["image", "textbox"])
-        told = self.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+        told = self.join(self.asking(), asked(file(picture), question))
         assert told.status_code == 200, told.text
         return self.events()
 
@@ -82,6 +88,11 @@ def file(path: str) -> dict:
     return {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
 
 
+def asked(picture: dict | None, question: str = "What color is the star?") -> list:
+    """What the page sends with a question: an image, a state of the server's, and the values of the controls."""
+    return [picture, None, question, [], 0, 5, 0, False, 64, 0, 1, "logprob"]
+
+
 def paths_in(events: str) -> list[str]:
     found = []
 
@@ -89,6 +100,8 @@ def paths_in(events: str) -> list[str]:
         if isinstance(content, dict):
             found.extend(value for key, value in content.items() if key == "path" and isinstance(value, str))
             content = list(content.values())
+        elif isinstance(content, list) and content[:1] == ["replace"] and content[1][-1:] == ["path"]:
+            found.append(content[2])  # Gradio sends what changed since the last event
         for one in content if isinstance(content, list) else ():
             walk(one)
 
@@ -120,8 +133,8 @@ def browser(opened, server):
 def test_a_browser_reads_what_it_uploaded_and_what_was_made_for_it(browser):
     picture = browser.upload()
     assert browser.read(picture).content == SAMPLE.read_bytes()
-    made = [one for one in paths_in(browser.ask(picture)) if one != picture]
-    assert made, "there are maps"
+    made = {one for one in paths_in(browser.ask(picture, "Describe the image.")) if one != picture}
+    assert len(made) > 10, "there is a map a word"
     assert all(browser.read(one).status_code == 200 for one in made)
 
 
@@ -176,7 +189,7 @@ inner = next(route for route in app.routes if isinstance(route, Mount)).app._app
 
 async def tried():
     image = {"path": secret, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [image, "What?", [], 0, 5, 0, False], "session_hash": "a"}
+    body = {"data": [image, None, "What?", [], 0, 5, 0, False, 64, 0, 1, "logprob"], "session_hash": "a"}
     transport = httpx.ASGITransport(app=inner)
     async with (
         app.router.lifespan_context(app),
@@ -184,7 +197,8 @@ async def tried():
     ):
         config = (await http.get("/config")).json()
         kinds = {one["id"]: one["type"] for one in config["components"]}
-        asking = next(d["id"] for d in config["dependencies"] if [kinds[i] for i in d["inputs"]][:1] == ["image"])
+        given = {one["id"]: [kinds[i] for i in one["inputs"]] for one in config["dependencies"]}
+        asking = next(one for one, inputs in given.items() if inputs[:2] == ["image", "state"])
         joined = await http.post("/gradio_api/queue/join", json=body | {"fn_index": asking})
         events = await http.get("/gradio_api/queue/data", params={"session_hash": "a"})
         given = await http.get(f"/gradio_api/file={secret}")
@@ -211,13 +225,13 @@ def test_another_browser_reads_nothing_of_it(opened, server, browser):
     seen = [picture, *paths_in(browser.ask(picture))]
     stranger = opened(server)
     assert {stranger.read(path).status_code for path in seen} == {404}
-    function = next(one for one in stranger.functions() if one["kinds"][:1] == ["image"])
-    assert stranger.join(function["id"], [file(picture), "What?", [], 0, 5, 0, False]).status_code == 404
+    function = stranger.asking()
+    assert stranger.join(function, asked(file(picture))).status_code == 404
     # nor its events, nor as its session
-    browser.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+    browser.join(function, asked(file(picture)))
     assert stranger.events(browser.session) == ""
     stranger.session = browser.session
-    assert stranger.join(function["id"], [None, "What?", [], 0, 5, 0, False]).status_code == 404
+    assert stranger.join(function, asked(None)).status_code == 404
     assert stranger.http.get(f"{PREFIX}/heartbeat/{browser.session}").status_code == 404
     assert "blue" in browser.events()
     # who uploads the same image may read it
@@ -283,8 +297,8 @@ def test_formats_are_those_of_the_server(opened, server, tmp_path, kind):
     Image.new("RGB", (64, 64), "red").save(path, kind)
     browser = opened(server)
     picture = browser.upload(path)
-    function = next(one for one in browser.functions() if one["kinds"][:2] == ["image", "textbox"])
-    told = browser.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+    function = browser.asking()
+    told = browser.join(function, asked(file(picture)))
     assert told.status_code == 400
     assert "not an image in PNG" in told.text
 
@@ -293,8 +307,8 @@ def test_large_images_are_refused_before_they_are_decoded(opened, server, tmp_pa
     Image.new("1", (13_000, 13_000)).save(tmp_path / "a.png")
     browser = opened(server)
     picture = browser.upload(tmp_path / "a.png")
-    function = next(one for one in browser.functions() if one["kinds"][:2] == ["image", "textbox"])
-    told = browser.join(function["id"], [file(picture), "What color is the star?", [], 0, 5, 0, False])
+    function = browser.asking()
+    told = browser.join(function, asked(file(picture)))
     assert told.status_code == 400
     assert "the limit is 25,000,000" in told.text
 
@@ -334,3 +348,51 @@ def test_what_is_remembered_is_bounded(monkeypatch):
         assert get(cookie, f"c{cookie}") == 200
     assert len(guard._sessions) <= 4
     assert set(guard._owners) == {name for session in guard._sessions.values() for name in session.streams}
+
+
+LIMITS = Limits(layers=6, tokens=256, usual_tokens=64, methods=("logprob", "rollout"), joint=False)
+
+
+def test_a_link_says_what_the_controls_say():
+    usual = Inputs.usual(LIMITS)
+    assert query_of(usual, LIMITS, sample=False) == "?question=Describe+the+image."
+    other = replace(
+        usual, question="Where is 50 % & more?", knockout=("image to answer",), first=2, last=3, keep=7.0,
+        tokens=9, temperature=0.35, top_p=0.9, method="rollout", word=4,
+    )  # fmt: skip
+    found, sample = of_query(query_of(other, LIMITS, sample=True))
+    assert (Inputs.checked(found, LIMITS), sample) == (other, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("first", "6", "a whole number from 0 to 5, got '6'"),
+        ("last", 1.5, "a whole number from 0 to 5, got 1.5"),
+        ("first", "5e999", "a whole number from 0 to 5"),
+        ("keep", "nan", "a number from 0 to 100, got 'nan'"),
+        ("tokens", "257", "a whole number from 1 to 256, got '257'"),
+        ("tokens", [1], r"a whole number from 1 to 256, got \[1\]"),
+        ("temperature", "-1", "a number from 0 to 2, got '-1'"),
+        ("top_p", 0, "a number from 0.05 to 1, got 0"),
+        ("knockout", "image to moon", "any of image to question, "),
+        ("knockout", [["image to answer"]], "any of image to question, "),
+        ("joint", "1", "no joint model"),
+        ("joint", "yes", "joint is 1 or 0, got 'yes'"),
+        ("method", "tam", "one of logprob, rollout; got 'tam'"),
+        ("question", {"path": "/etc/passwd"}, "the question is a text"),
+    ],
+)
+def test_values_from_outside_are_checked(name, value, words):
+    with pytest.raises(InputError, match=words):
+        Inputs.checked({name: value}, LIMITS)
+
+
+def test_layers_of_a_knockout_have_an_order():
+    with pytest.raises(InputError, match="at most the last one, got 4 and 2"):
+        Inputs.checked({"first": "4", "last": "2"}, LIMITS)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", "[" * 100_000, '{"a": 1}'])
+def test_what_a_browser_kept_may_be_anything(text):
+    assert of_store(text) == {}

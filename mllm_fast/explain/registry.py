@@ -26,6 +26,7 @@ class HeatmapMethod:
         attribution: the function, (scores, token, image, heads) -> [n].
         needs_rerun: whether it runs the model again, which is not possible for explanations by a stream or a context.
         needs_detector: whether it works only for explanations by a joint model.
+        takes_heads: whether its map depends on `heads`; otherwise a token has one map for all heads and layers.
     """
 
     name: str
@@ -33,6 +34,7 @@ class HeatmapMethod:
     attribution: Callable[[Any, int, Any, Heads], Tensor]
     needs_rerun: bool = False
     needs_detector: bool = False
+    takes_heads: bool = True
 
 
 HEATMAP_METHODS: Registry[HeatmapMethod] = Registry(
@@ -56,7 +58,7 @@ HEATMAP_METHODS: Registry[HeatmapMethod] = Registry(
 
 
 def heatmap_method(
-    name: str, meaning: str, *, needs_rerun: bool = False, needs_detector: bool = False
+    name: str, meaning: str, *, needs_rerun: bool = False, needs_detector: bool = False, takes_heads: bool = True
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a heatmap method; use it as a decorator.
 
@@ -72,13 +74,14 @@ def heatmap_method(
         meaning: what the numbers mean, in a few words, for captions.
         needs_rerun: whether it runs the model again, through `scores.replay`.
         needs_detector: whether it works only for explanations by a joint model.
+        takes_heads: whether its map depends on `heads`.
 
     Raises:
         InputError: the name is taken or malformed.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        method = HeatmapMethod(name, meaning, function, needs_rerun, needs_detector)
+        method = HeatmapMethod(name, meaning, function, needs_rerun, needs_detector, takes_heads)
         HEATMAP_METHODS.register(name, method, function.__module__)
         return function
 

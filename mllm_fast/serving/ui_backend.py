@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..context.figure import draw_kept
+from ..core.assets import SAMPLE, SHAPES_WEIGHTS
 from ..core.errors import InputError
 from ..core.images import load_image
 from ..drawing.boxes import put_boxes
@@ -24,17 +26,14 @@ from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from ..knockout.rule import Knockout
 from .interruptible import Interruptible
 from .service import Service
+from .ui_inputs import ROUTES, Inputs, Limits
 
 if TYPE_CHECKING:
     from ..context.context import Context
+    from ..explain.stream import Stream
     from ..joint.model import JointModel
 
 SIDE = 560  # the longer side of a drawn map, in pixels
-ROUTES = {  # attention that can be knocked out: the source and target of the rule
-    "image to question": ("image", "query"),
-    "image to answer": ("image", "generated"),
-    "question to answer": ("query", "generated"),
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Answered:
         question: The question.
         explanation: The explanation of the answer.
         joint: Whether the joint model answered.
+        note: Says that the answer was stopped or cut off; empty if it is whole.
         guard: A lock, so that only one thread at a time computes scores.
         shown: The map that the user looks at.
     """
@@ -77,6 +77,7 @@ class Answered:
     question: str
     explanation: Explanation
     joint: bool
+    note: str = ""
     guard: asyncio.Lock = field(default_factory=asyncio.Lock)
     shown: Shown | None = None
 
@@ -126,92 +127,107 @@ class UIBackend:
         self.vlm = service.vlm
 
     @property
-    def num_layers(self) -> int:
-        return len(self.vlm.text.layers)
+    def embedded(self) -> bool:
+        """Whether the model is the embedded one."""
+        return Path(self.vlm.model.name_or_path) == SHAPES_WEIGHTS
+
+    def limits(self, methods: Iterable[str]) -> Limits:
+        """Return what the controls accept, given the heatmap methods that are offered."""
+        settings = self.service.settings
+        most = min(settings.max_tokens, settings.explain_tokens)  # every answer here is explained
+        return Limits(len(self.vlm.text.layers), most, settings.default_tokens, tuple(methods), self.joint is not None)
 
     async def picture(self, path: Path) -> Image.Image:
         """Read an uploaded image, under the limits of the service."""
         most = self.service.settings.max_pixels
         return await asyncio.to_thread(lambda: load_image(path.read_bytes(), most))
 
-    async def answer(self, picture: Image.Image, question: str, joint: bool) -> AsyncIterator[Heard]:
-        """Yield the answer token by token, each with its map, and at the end the whole explanation."""
-        source: Any = self.joint if joint else self.vlm
-        count = self.service.settings.default_tokens
+    async def is_sample(self, path: Path) -> bool:
+        """Return whether an uploaded image has the pixels of the sample."""
+        picture, sample = await self.picture(path), await self.picture(SAMPLE)
+        return picture.size == sample.size and picture.tobytes() == sample.tobytes()
+
+    async def answer(self, picture: Image.Image, asked: Inputs, stop: threading.Event) -> AsyncIterator[Heard]:
+        """Yield the answer token by token, each with its map, and at the end the whole explanation.
+
+        Args:
+            picture: The image.
+            asked: The question, and how it is answered.
+            stop: Set to end the answer; what was said until then is explained.
+        """
+        source = self._source(asked)
 
         def pieces() -> Iterator[Heard]:
-            with source.stream(picture, question, explain=True, max_new_tokens=count) as stream:
+            with source.stream(picture, asked.question, explain=True, **asked.options) as stream:
                 tokens = []
                 for step in stream:
                     tokens.append(step.token)
                     grid = step.heatmap().double().numpy()
                     yield Heard(step.text, list(tokens), _over(picture, grid, step.explanation.layout.images[0].box))
-                ids = stream.answer.token_ids
-            ex = source.explain(picture, question, ids)
-            yield Heard(ex.text, ex.tokens, None, Answered(picture, question, ex, joint))
+                    if stop.is_set():
+                        break
+                said = stream.answer
+            note = "stopped" if stop.is_set() else ""
+            if said.finish_reason == "length":
+                note = f"cut off after {len(said.token_ids)} tokens; a longer answer can be allowed under Answer"
+            ex = source.explain(picture, asked.question, said.token_ids)
+            yield Heard(ex.text, ex.tokens, None, Answered(picture, asked.question, ex, asked.joint, note))
 
         async for heard in self.service.client.run(pieces):
             yield heard
 
-    async def impaired(
-        self, picture: Image.Image, question: str, routes: list[str], first: int, last: int, joint: bool
-    ) -> AsyncIterator[str]:
-        """Yield the growing answer of the model with attention knocked out.
-
-        Args:
-            picture: The image.
-            question: The question.
-            routes: The keys of `ROUTES` to knock out.
-            first: The first layer of the knockout.
-            last: The last layer of the knockout.
-            joint: Whether the joint model answers.
-
-        Raises:
-            InputError: `first` is larger than `last`.
-        """
-        source: Any = self.joint if joint else self.vlm
-        if first > last:
-            raise InputError(f"the first layer is at most the last one, got {first} and {last}")
-        rules = [Knockout(*ROUTES[route], layers=range(first, last + 1)) for route in routes]
-        count = self.service.settings.default_tokens
+    async def impaired(self, picture: Image.Image, asked: Inputs, stop: threading.Event) -> AsyncIterator[str]:
+        """Yield the growing answer of the model with attention knocked out; `stop` ends it."""
+        rules = [Knockout(*ROUTES[route], layers=range(asked.first, asked.last + 1)) for route in asked.knockout]
+        source = self._source(asked)
 
         def pieces() -> Iterator[str]:
-            text = ""
-            with source.stream(picture, question, knockout=rules, max_new_tokens=count) as stream:
-                for step in stream:
-                    text = step.text
-                    yield text
-            if not text:
-                yield "(nothing)"
+            with source.stream(picture, asked.question, knockout=rules, **asked.options) as stream:
+                yield from _growing(stream, stop)
 
         async for text in self.service.client.run(pieces):
             yield text
 
-    async def compressed(self, picture: Image.Image, question: str, percent: float) -> tuple[str, str, Image.Image]:
-        """Answer from a context that keeps a share of the image tokens.
+    async def compressed(
+        self, picture: Image.Image, asked: Inputs, stop: threading.Event
+    ) -> tuple[str, str, Image.Image]:
+        """Answer from a context that keeps a share of the image tokens, of the model that answers.
 
         Args:
             picture: The image.
-            question: The question.
-            percent: The share of image tokens that each layer keeps, in percent.
+            asked: The question, the share, and how it is answered.
+            stop: Set to end the answer.
 
         Returns:
             The answer, a sentence about the size of the context, and a drawing of the kept patches.
         """
-        ctx: Context = await self.service.kept([picture], percent / 100, tenant="browser")
-        count = self.service.settings.default_tokens
+        settings, keep = self.service.settings, asked.keep / 100
+        ctx: Context
+        if asked.joint:
+            source = self._source(asked)
+
+            def read() -> Iterator[Context]:
+                options = {"prompt": settings.prompt, "score": settings.score}
+                yield source.compress(picture, keep, max_new_tokens=settings.describe_tokens, **options)
+
+            ctx = await self.service.client.last(read)
+        else:
+            found = await self.service.kept([picture], keep, tenant="browser")
+            ctx = replace(found, images=(picture,))
 
         def pieces() -> Iterator[str]:
-            with ctx.stream(question, max_new_tokens=count) as stream:
-                for step in stream:
-                    yield step.text
+            with ctx.stream(asked.question, **asked.options) as stream:
+                yield from _growing(stream, stop)
 
         text = await self.service.client.last(pieces)
         facts = (
             f"{ctx.settings['kept']} of {len(ctx.layout.positions('image'))} image tokens a layer,"
             f" {ctx.nbytes / 1024:.0f} of {ctx.full_nbytes / 1024:.0f} KiB"
         )
-        return text or "(nothing)", facts, draw_kept(replace(ctx, images=(picture,)))
+        return text, facts, draw_kept(ctx)
+
+    def _source(self, asked: Inputs) -> Any:
+        return self.joint if asked.joint else self.vlm
 
     async def map(self, answered: Answered, shown: Shown) -> Drawn:
         """Draw the selected map."""
@@ -294,6 +310,18 @@ class UIBackend:
 
             return await self.service.client.last(piece)
         return await self.service.explainer.scored(lambda check: do(cast("Explanation", Interruptible(ex, check))))
+
+
+def _growing(stream: Stream, stop: threading.Event) -> Iterator[str]:
+    """Yield the text of an answer as it grows, until `stop` is set; "(nothing)" if the model says nothing."""
+    text = ""
+    for step in stream:
+        text = step.text
+        yield text
+        if stop.is_set():
+            break
+    if not text:
+        yield "(nothing)"
 
 
 def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:

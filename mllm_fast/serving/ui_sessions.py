@@ -172,7 +172,7 @@ class UISessionMiddleware:
                 if path == _EVENTS:
                     *lines, rest = rest.split(b"\n")
                     found = [
-                        one for line in lines if line.startswith(b"data:") for one in _named_files(_parsed(line[5:]))
+                        one for line in lines if line.startswith(b"data:") for one in _made_files(_parsed(line[5:]))
                     ]
                 else:
                     whole = None if message.get("more_body") else _parsed(rest)
@@ -231,6 +231,21 @@ def _named_files(content: Any) -> Iterator[str]:
     elif isinstance(content, list):
         for value in content:
             yield from _named_files(value)
+
+
+def _made_files(content: Any) -> Iterator[str]:
+    """Yield the files that an event of the application names, also as a change of the path in an earlier event."""
+    yield from _named_files(content)
+    yield from _changed_files(content)
+
+
+def _changed_files(content: Any) -> Iterator[str]:
+    if isinstance(content, list) and len(content) == 3 and content[0] in ("replace", "add"):
+        _, where, value = content
+        if isinstance(where, list) and where[-1:] == ["path"] and isinstance(value, str):
+            yield value
+    for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _changed_files(one)
 
 
 async def _json(receive: Receive) -> Any:

@@ -18,6 +18,7 @@ _SIDE = 1024  # most pixels of the longer side of the canvas that boxes are pain
     "gradient-alignment",
     "largest weight among the detector's boxes over a pixel (gradient alignment)",
     needs_detector=True,
+    takes_heads=False,
 )
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the mean saliency of each image token's pixels, 0 to 1, float32 [n].

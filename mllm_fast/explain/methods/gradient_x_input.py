@@ -15,7 +15,7 @@ from ..replay import gradient
 from ..scores import Scores
 
 
-@heatmap_method("gradient-input", "gradient times input", needs_rerun=True)
+@heatmap_method("gradient-input", "gradient times input", needs_rerun=True, takes_heads=False)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the gradient times input of each image token in nats, float32 [n]."""
     row = scores.trace.rows[token]

@@ -14,7 +14,7 @@ from ..scores import Scores
 from ..verify import log_probs
 
 
-@heatmap_method("exhaustive", "fall of log p(token) without each patch", needs_rerun=True)
+@heatmap_method("exhaustive", "fall of log p(token) without each patch", needs_rerun=True, takes_heads=False)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return how much log p(token) falls, in nats, when each patch is knocked out, float32 [n].
 

@@ -10,7 +10,7 @@ from ..registry import Heads, heatmap_method
 from ..scores import Scores
 
 
-@heatmap_method("random", "chance")
+@heatmap_method("random", "chance", takes_heads=False)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return uniform random numbers from 0 to 1, float32 [n].
 

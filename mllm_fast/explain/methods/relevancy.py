@@ -16,7 +16,7 @@ from ..replay import gradient
 from ..scores import Scores, check_attention_everywhere
 
 
-@heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True)
+@heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True, takes_heads=False)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the relevance of each image token, without a unit, float32 [n]."""
     check_attention_everywhere(scores, "relevancy")

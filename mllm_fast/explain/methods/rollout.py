@@ -14,7 +14,7 @@ from ..registry import Heads, heatmap_method
 from ..scores import Scores, check_attention_everywhere, in_inference
 
 
-@heatmap_method("rollout", "attention rollout", needs_rerun=True)
+@heatmap_method("rollout", "attention rollout", needs_rerun=True, takes_heads=False)
 @in_inference
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the share of 1 that reaches each image token, float32 [n]."""

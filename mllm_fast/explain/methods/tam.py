@@ -18,7 +18,7 @@ from ..scores import Scores, in_inference
 _SIDE = 3  # side of the filter's window, in cells
 
 
-@heatmap_method("tam", "token activation map", needs_rerun=True)
+@heatmap_method("tam", "token activation map", needs_rerun=True, takes_heads=False)
 @in_inference
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the activation of each image token, without a unit, float32 [n]."""
