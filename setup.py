@@ -1,4 +1,6 @@
-"""The compiled extension, and the mark of a typed package. Everything else is in pyproject.toml.
+"""The compiled extension, the mark of a typed package, and what a source distribution holds beside the package.
+
+Everything else is in pyproject.toml.
 
 The extension is optional: where no compiler is found, the package installs without it and plain torch
 serves (`mllm-fast info` says so).
@@ -11,6 +13,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 
 class TypedBuild(build_py):
@@ -20,6 +23,21 @@ class TypedBuild(build_py):
         super().run()
         if not self.editable_mode:
             (Path(self.build_lib) / "mllm_fast" / "py.typed").touch()
+
+
+class WholeSource(sdist):
+    """Takes tests, benchmarks, documents and headers along, so that what the source is unpacked to can be worked on."""
+
+    def make_distribution(self) -> None:
+        for folder in ("kernels", "tests", "benchmarks", "docs", "deploy", ".ci", ".github"):
+            self.filelist.graft(folder)
+        for pattern in ("*.md", "*.cff", "*.yml", "*.yaml", ".*.yaml", "Dockerfile", ".dockerignore", ".gitignore"):
+            self.filelist.include(pattern)
+        for folder in ("tests/artefacts", "tests/.hypothesis"):
+            self.filelist.prune(folder)
+        for pattern in ("*.py[cod]", "*.so", "*/.pytest_cache/*", "*/.ipynb_checkpoints/*"):
+            self.filelist.global_exclude(pattern)
+        super().make_distribution()
 
 
 # the text picks its instruction set at run time, so no -march; -ffp-contract lets a * b + c become one fma
@@ -38,4 +56,4 @@ extension = Pybind11Extension(
 )
 extension.optional = True
 
-setup(ext_modules=[extension], cmdclass={"build_py": TypedBuild})
+setup(ext_modules=[extension], cmdclass={"build_py": TypedBuild, "sdist": WholeSource})

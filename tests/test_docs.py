@@ -12,16 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
+from served import KEY, Server
 
-from mllm_fast import cli
+import mllm_fast
+from mllm_fast import cli, joint
 from mllm_fast.core.assets import SAMPLE
+from mllm_fast.explain.registry import HEATMAP_METHODS
 from mllm_fast.shapes.scenes import generate_scene
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# the examples of these run in test_serving and test_extending
-RUN = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "serving.md", "extending.md", "benchmarks.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# the examples of these run in test_serving and test_extending, and below with a server
+ELSEWHERE = ("CONTRIBUTING.md", "serving.md", "extending.md", "benchmarks.md", "serve-and-chat.md")
+RUN = [page for page in PAGES if page.name not in ELSEWHERE and page.parent.name != "reference"]
 
 
 def printed(*arguments: str) -> str:
@@ -87,6 +92,10 @@ def test_the_glossary_is_short():
 def folder(tmp_path, monkeypatch):
     """What the examples name: images, and a small model where the examples name a large one of its architecture."""
     monkeypatch.chdir(tmp_path)
+    for name in HEATMAP_METHODS:  # a method that an example adds is gone after it
+        HEATMAP_METHODS.get(name)
+    monkeypatch.setattr(HEATMAP_METHODS, "_modules", dict(HEATMAP_METHODS._modules))
+    monkeypatch.setattr(HEATMAP_METHODS, "_found", dict(HEATMAP_METHODS._found))
     (tmp_path / "photo.png").write_bytes(SAMPLE.read_bytes())
     (tmp_path / "photos").mkdir()
     for i, name in enumerate(("a.png", "b.png", "photos/c.png", "photos/d.png")):
@@ -113,3 +122,34 @@ def test_examples_run_as_printed(page, folder, monkeypatch):
             with pytest.raises(SystemExit) as ended:
                 cli.main()
             assert not ended.value.code, line
+
+
+def test_the_servers_how_to_runs_as_printed(folder, monkeypatch, capsys):
+    monkeypatch.setenv("MLLM_FAST_API_KEYS", KEY)
+    server = Server(cwd=folder)
+    try:
+        page = (ROOT / "docs" / "howto" / "serve-and-chat.md").read_text().replace("http://127.0.0.1:8000", server.url)
+        names: dict = {}
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(block, "serve-and-chat.md", "exec"), names)
+    finally:
+        server.stop()
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "blue 0"
+    assert second.startswith("yes ")
+    assert int(second.split()[1]) > 0
+    assert (folder / "why.html").read_text().startswith("<!")
+
+
+def test_the_site_has_every_page_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = re.findall(r"[\w/-]+\.(?:md|ipynb)", str(nav))
+    docs = ROOT / "docs"
+    pages = [*docs.rglob("*.md"), *docs.rglob("*.ipynb")]
+    assert sorted(listed) == sorted(page.relative_to(docs).as_posix() for page in pages)
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    assert {*mllm_fast.__all__, *joint.__all__} <= shown

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
@@ -19,6 +23,13 @@ PATCH = 8
 GRID = CANVAS // PATCH
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _PUNCTUATION = (":", ",", ".", "?")
+# from the names that a release of transformers may save to the names of the LLaVA checkpoints on the hub
+_HUB_NAMES = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.", ""),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
 _MARK = "\u2581"  # SentencePiece's sign for "a word begins here"; it makes decoding exact
 
 CHAT_TEMPLATE = (
@@ -125,3 +136,36 @@ def build_model(
         tie_word_embeddings=True,
     )
     return LlavaForConditionalGeneration(config)
+
+
+def hub_name(name: str) -> str:
+    """Return the name that the LLaVA checkpoints on the hub give a weight.
+
+    Args:
+        name: The name by which any release of transformers saves or holds it.
+
+    Returns:
+        The name in a file that every release of transformers and vLLM read, such as
+        "vision_tower.vision_model.pre_layrnorm.weight".
+    """
+    for pattern, replacement in _HUB_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> None:
+    """Save a model and its processor, with the names of the hub's LLaVA checkpoints for the weights.
+
+    The names that `save_pretrained` writes depend on the release of transformers, and vLLM and other releases do not
+    read all of them.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        folder: The folder, made if it is not there.
+    """
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    path = Path(folder) / "model.safetensors"
+    named = {hub_name(name): tensor.clone() for name, tensor in load_file(path).items()}  # the file is still mapped
+    save_file(named, path, {"format": "pt"})

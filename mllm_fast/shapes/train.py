@@ -42,7 +42,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from .batches import IGNORE, NUM_IMAGE_TOKENS, Batch, BatchMaker, Mix, PatchTargets, vision_batch
-from .build import build_model, build_processor
+from .build import build_model, build_processor, save
 from .scenes import COLORS, SHAPES
 from .training import PatchHeads, adamw, classify, cosine, set_rate
 
@@ -315,8 +315,7 @@ class Trainer:  # long: one training run, its stages in order
     def save(self) -> None:
         self.model.set_attn_implementation("sdpa")
         model: Any = self.model
-        model.to(torch.bfloat16).save_pretrained(self.args.out)
-        self.processor.save_pretrained(self.args.out)
+        save(model.to(torch.bfloat16), self.processor, self.args.out)
         size = sum(entry.stat().st_size for entry in os.scandir(self.args.out))
         self.log(f"saved to {self.args.out}: {size / 2**20:.1f} MiB")
 
