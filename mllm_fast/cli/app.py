@@ -54,6 +54,8 @@ from .options import (
 from .verbosity import show_log
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..explain.explanation import Explanation
     from ..knockout.rule import Knockout
 
@@ -141,6 +143,14 @@ def explain(  # long: the options of a command are its parameters
     patch_words: Annotated[
         bool, typer.Option("--patch-words", help="A .html shows the words of each patch, layer by layer, as well.")
     ] = False,
+    sinks: Annotated[
+        bool,
+        typer.Option(
+            "--sinks",
+            help="Name the attention sinks: positions whose vectors are over 5 times as long as usual. A .png shows the"
+            " map without them as well.",
+        ),
+    ] = False,
     query: Annotated[
         str | None,
         typer.Option(help="For gradient-alignment: what the detector looks for, by default the explained word."),
@@ -171,9 +181,7 @@ def explain(  # long: the options of a command are its parameters
     check_choice("--method", method, HEATMAP_METHODS.names())
     joint = joint_of(ctx, joint, model)
     if joint is None and (method == ALIGNMENT or query is not None):
-        if model != EMBEDDED:
-            raise InputError("gradient alignment needs a detector: give a joint model with --joint")
-        joint = model
+        joint = _aligned(model)
     if out is not None:
         check_target(out, ENDINGS)
     if patch_words and (out is None or out.suffix.lower() != ".html"):
@@ -193,23 +201,44 @@ def explain(  # long: the options of a command are its parameters
         chosen = None if token is None else ex.token_index(_index_or_word(token))
         if verify:
             ex.verify(tokens=None if chosen is None else [chosen], method=method)
+        found = ex.sinks() if sinks else None
         if out is not None:
-            ex.save(out, chosen, method, patch_words)
+            _save(ex, out, (chosen, method, patch_words), found)
         lenses.read(ex, chosen or 0)
     if as_json:
-        result = summary(ex, numbers=False)
-        result |= lenses.summary()
+        result = summary(ex, numbers=False) | lenses.summary()
         if chosen is not None:
             result["tokens"] = [result["tokens"][chosen]]
+        result |= {} if found is None else {"sinks": found.tolist()}
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         _print_explanation(ex, chosen, method)
         tell_cut([ex])
+        _print_sinks(found)
         lenses.show(OUT)
         if out is not None:
             OUT.print(f"saved {escape(str(out))}", highlight=False)
     tell_embedded(joint or model, "--model" if joint is None else "--joint")
+
+
+def _aligned(model: str) -> str:
+    """Return the joint model that gradient alignment takes if none is named."""
+    if model != EMBEDDED:
+        raise InputError("gradient alignment needs a detector: give a joint model with --joint")
+    return model
+
+
+def _save(ex: Explanation, out: Path, what: tuple[int | None, str, bool], without: Tensor | None) -> None:
+    """Save an explanation; a .png alone can leave positions out."""
+    ex.save(out, *what, without=without if out.suffix.lower() == ".png" else None)
+
+
+def _print_sinks(found: Tensor | None) -> None:
+    from ..knockout.rule import spans
+
+    if found is not None:
+        OUT.print(f"attention sinks: positions {spans(found.tolist())}" if len(found) else "no attention sinks")
 
 
 def generate(

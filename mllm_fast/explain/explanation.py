@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.notebook import Displayed, NotPickled, frame, picture, plot_image, show_html, table
@@ -28,6 +29,7 @@ from .patch_words import PatchWords, patch_words
 from .registry import DEFAULT, HEATMAP_METHODS, Heads
 from .replay import Replay
 from .scores import Scores
+from .text_map import TextMap, sinks, text_map
 from .verification import Verification
 from .verify import verify
 
@@ -112,19 +114,20 @@ class Explanation(Scores, Displayed, NotPickled):
         page = html.escape(export.encoded(self, "html").decode())
         show_html(f'<iframe srcdoc="{page}" style="width: 100%; height: 760px; border: 0"></iframe>', repr(self))
 
-    def image(self, token: int | str | None = None, method: str = DEFAULT, heads: int = 10) -> Image.Image:
+    def image(
+        self, token: int | str | None = None, method: str = DEFAULT, heads: int = 10, without: Tensor | None = None
+    ) -> Image.Image:
         """Return the picture that `save` writes as .png: one token's map, or a sheet of all tokens.
 
         Args:
             token: the token; all of them by default.
             method, heads: as in `heatmap`.
+            without: positions whose patches are marked and left out of a second map, such as `sinks`; for one token.
         """
         HEATMAP_METHODS.get(method)
-        if not self.images:
-            raise InputError("an explanation of text alone has no image to draw on")
-        if token is None and len(self.tokens) > 1:
+        if token is None and len(self.tokens) > 1 and self.images and without is None:
             return draw_sheet(self, heads, method)
-        return draw_token(self, self.token_index(token or 0), heads, method)
+        return draw_token(self, self.token_index(token or 0), heads, method, without)
 
     def plot(
         self, token: int | str = 0, method: str = DEFAULT, heads: Heads = 10, image: int = 0, ax: Any = None
@@ -273,6 +276,35 @@ class Explanation(Scores, Displayed, NotPickled):
     def _place(self, token: int | str, layer: int, head: int | str | None, position: int | None) -> logit_lens.Place:
         return logit_lens.Place(self.token_index(token), layer, "residual" if head is None else head, position)
 
+    def text_map(self, token: int | str, heads: Heads = 10) -> TextMap:
+        """Return how much each token of the prompt and of the earlier answer raised a token's probability.
+
+        A notebook shows it as coloured text. It works for prompts of text alone as well.
+
+        Args:
+            token: the answer token.
+            heads: as in `position_scores`.
+        """
+        return text_map(self, self.token_index(token), heads)
+
+    def sinks(self, factor: float = 5.0) -> Tensor:
+        """Return the attention sinks: positions that draw attention whatever they stand for.
+
+        They are found by their norm: a position is one if its residual vector after some layer is more than `factor`
+        times as long as the median over the prompt's positions (massive activations, arXiv 2402.17762; registers of
+        vision transformers, arXiv 2309.16588). The model runs once more.
+
+        Args:
+            factor: how much longer than the median.
+
+        Returns:
+            The positions in the prompt, int64, ascending.
+
+        Raises:
+            InputError: `factor` is at most 1, or the explanation cannot run the model again.
+        """
+        return sinks(self, factor)
+
     def patch_words(self, image: int = 0, k: int = 3) -> PatchWords:
         """Return the words that each token of an image stands for, layer by layer (arXiv 2411.10950, section 3.3).
 
@@ -288,6 +320,7 @@ class Explanation(Scores, Displayed, NotPickled):
         token: int | str | None = None,
         method: str = "logprob",
         patch_words: bool = False,
+        without: Tensor | None = None,
     ) -> None:
         """Write the explanation to a file, which appears whole or not at all.
 
@@ -299,9 +332,10 @@ class Explanation(Scores, Displayed, NotPickled):
                 and "attention".
             patch_words: whether a .html shows the words of each patch, layer by layer, under the pointer. It takes one
                 more run of the model.
+            without: as in `image`; for a .png.
 
         Raises:
             InputError: the file cannot be written, or there is no such token or method.
         """
         HEATMAP_METHODS.get(method)
-        export.save(self, path, None if token is None else self.token_index(token), method, patch_words)
+        export.save(self, path, None if token is None else self.token_index(token), method, patch_words, without)

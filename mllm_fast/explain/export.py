@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
@@ -26,6 +27,7 @@ from .figure import draw_sheet, draw_token
 from .patch_words import patch_words as words_of_patches
 from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
 from .scores import Scores
+from .text_map import text_positions, words_at
 
 HEADS = 10  # the best heads of each token, whose maps are saved
 _ALWAYS = ("logprob", "attention")  # pages and number files always contain these maps
@@ -38,6 +40,7 @@ def save(
     token: int | None = None,
     method: str = "logprob",
     patch_words: bool = False,
+    without: Tensor | None = None,
 ) -> None:
     """Write an explanation in the format that the file's ending names.
 
@@ -47,12 +50,19 @@ def save(
         token: the token that a .png shows alone, or that a .html shows first.
         method: the heatmap method of the maps.
         patch_words: whether a .html shows the words of each patch, layer by layer.
+        without: positions that a second map of a .png leaves out.
     """
     target = Path(path)
     check_target(target, ENDINGS)
     kind = target.suffix.lower().removeprefix(".")
     if patch_words and kind != "html":
         raise InputError(f"the words of patches are in a page: save the explanation as .html, got {target.name}")
+    if without is not None:
+        if kind != "png":
+            raise InputError(f"positions are left out of a picture: save the explanation as .png, got {target.name}")
+        drawn = draw_token(ex, token or 0, method=method, without=without)
+        write_whole(target, _encode(drawn, provenance(ex, method)))
+        return
     write_whole(target, encoded(ex, kind, token, method, patch_words))
 
 
@@ -65,8 +75,6 @@ def encoded(
         ex, token, method, patch_words: as in `save`.
         kind: "png", "html", "json" or "safetensors".
     """
-    if not ex.images and kind in ("png", "html"):
-        raise InputError("an explanation of text alone has no image: save it as .json or .safetensors")
     if kind == "html":
         return _html(ex, token, method, patch_words)
     return _FORMATS[f".{kind}"](ex, token, method)
@@ -140,7 +148,7 @@ def provenance(ex: Scores, method: str = DEFAULT) -> dict[str, Any]:
 
 
 def _png(ex: Scores, token: int | None, method: str) -> bytes:
-    if token is None and len(ex.tokens) > 1:
+    if token is None and len(ex.tokens) > 1 and ex.images:
         return _encode(draw_sheet(ex, method=method), provenance(ex, method))
     return _encode(draw_token(ex, token or 0, method=method), provenance(ex, method))
 
@@ -206,6 +214,7 @@ def _html(ex: Scores, token: int | None, method: str, with_words: bool = False) 
         "start": token or 0,
         "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
+        "words": words_at(ex, text_positions(ex, len(ex.tokens) - 1)),
         "patches": [_page_words(ex, layout) for layout in ex.layout.images] if with_words else None,
         "method": None if method in _ALWAYS else {"name": method.replace("-", " "), "meaning": meaning},
     }
@@ -257,6 +266,7 @@ def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
             "attention": _check(ex, token, "attention"),
             "extra": None if method in _ALWAYS else _check(ex, token, method),
         },
+        "read": _page_text(ex, token, scores),
         "maps": [_rounded(i.to_grid(scores.sum(0)[i.positions])) for i in layouts],
         "attention": [_rounded(ex.heatmap(token, "attention", image=i)) for i in range(len(layouts))],
         "extra": _page_extra(ex, token, method),
@@ -270,6 +280,17 @@ def _page_token(ex: Scores, token: int, method: str) -> dict[str, Any]:
             }
             for (layer, head, score), row in zip(heads, scores, strict=True)
         ],
+    }
+
+
+def _page_text(ex: Scores, token: int, scores: Tensor) -> dict[str, Any]:
+    """Return the scores [heads, positions] and the mean attention of the text that a token could see."""
+    places = text_positions(ex, token)
+    attention = ex.attention(token).mean((0, 1))
+    return {
+        "heads": [[float(f"{x:.4g}") for x in row] for row in scores[:, places].tolist()],
+        "attention": [float(f"{x:.4g}") for x in attention[places].tolist()],
+        "image": round(float(scores[:, ex.layout.positions("image")].sum()), 4),
     }
 
 

@@ -5,33 +5,47 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from ..core.layout import Box
+from ..core.layout import Box, ImageLayout
 from ..drawing.boxes import Labelled, put_boxes
 from ..drawing.heatmap import color_bar, overlay
-from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text, shorten
-from .registry import ALIGNMENT, HEATMAP_METHODS, Heads
+from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text, shorten, text_width
+from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
 from .scores import Scores
+from .text_map import DARK, FAINTEST, TextMap, text_map
 
 
-def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob") -> Image.Image:
+def draw_token(  # long: one sheet, from top to bottom
+    ex: Scores, token: int, heads: int = 10, method: str = "logprob", without: Tensor | None = None
+) -> Image.Image:
     """Draw one token's maps.
 
-    Each image and its map are shown side by side, with the colour bar, the question and the answer. For gradient
-    alignment the five boxes of largest weight are drawn as well.
+    Each image and its map are shown side by side, with the colour bar, the question and the answer. Below them stands
+    the text that the model read, coloured by its part in the word. For gradient alignment the five boxes of largest
+    weight are drawn as well.
+
+    Args:
+        ex: The explanation.
+        token: The token's index.
+        heads: As in `Explanation.heatmap`.
+        method: The method of the map.
+        without: Positions that a third picture leaves out, and marks; none by default.
     """
     maps = [token_map(ex, token, method, heads, i) for i in range(len(ex.images))]
-    top = max(float(grid.max()) for grid, _, _ in maps)
+    top = max((float(grid.max()) for grid, _, _ in maps), default=0.0)
     side = 420
     pairs = []
     for picture, (grid, box, boxes), layout in zip(ex.images, maps, ex.layout.images, strict=True):
         heated = overlay(picture, grid, box, top, side)
         put_boxes(heated, boxes, side / max(picture.size))
-        pairs.append((overlay(picture, np.zeros((1, 1)), layout.box, 0, side, faded=False), heated))
+        row = [overlay(picture, np.zeros((1, 1)), layout.box, 0, side, faded=False), heated]
+        pairs.append(row if without is None else [*row, _without(ex, picture, (grid, box), layout, without)])
     bar = 90
-    width = max(2 * pair[0].width for pair in pairs) + 3 * MARGIN + bar
-    width = max(width, 640)
+    widest = max((sum(one.width + MARGIN for one in row) for row in pairs), default=0)
+    width = max(widest + MARGIN + bar, 640)
     text = Text(width - 2 * MARGIN)
     lines = [
         *text.wrap(f"Question: {ex.prompt}", 18, INK),
@@ -39,7 +53,10 @@ def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob")
         *text.wrap(f"Explained token: \u201c{ex.labels[token]}\u201d ({token + 1} of {len(ex.tokens)})", 22, INK),
     ]
     note = _note(ex, method, heads)
-    lowest = min(float(grid.min()) for grid, _, _ in maps)
+    if without is not None:
+        count = sum(int(torch.isin(layout.positions, without).sum()) for layout in ex.layout.images)
+        note += f" On the right, {count} patches are left out (crossed), and the scale is that of the others."
+    lowest = min((float(grid.min()) for grid, _, _ in maps), default=0.0)
     if lowest < 0:
         note += f" Negative parts (down to {lowest:.3g}) are not drawn."
     if method == ALIGNMENT:
@@ -53,17 +70,71 @@ def draw_token(ex: Scores, token: int, heads: int = 10, method: str = "logprob")
     head_height = sum(line.height for line in lines) + 2 * MARGIN
     foot_height = sum(line.height for line in foot) + MARGIN
     body = sum(pair[0].height + MARGIN for pair in pairs)
+    words = colored_text(text_map(ex, token, heads), width - 2 * MARGIN) if method == DEFAULT else None
+    if words is not None:
+        body += words.height + MARGIN
     sheet = Image.new("RGB", (width, head_height + body + foot_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     y = text.put(sheet, lines, MARGIN)
     y = head_height
-    for original, heated in pairs:
-        sheet.paste(original, (MARGIN, y))
-        sheet.paste(heated, (2 * MARGIN + original.width, y))
-        y += original.height + MARGIN
-    right = 3 * MARGIN + 2 * pairs[0][0].width
-    color_bar(sheet, draw, (right, head_height, right + 20, head_height + pairs[0][0].height), top)
+    for row in pairs:
+        x = MARGIN
+        for one in row:
+            sheet.paste(one, (x, y))
+            x += one.width + MARGIN
+        y += row[0].height + MARGIN
+    if pairs:
+        right = MARGIN + sum(one.width + MARGIN for one in pairs[0])
+        color_bar(sheet, draw, (right, head_height, right + 20, head_height + pairs[0][0].height), top)
+    if words is not None:
+        sheet.paste(words, (MARGIN, y))
     text.put(sheet, foot, head_height + body)
+    return sheet
+
+
+def _without(
+    ex: Scores, picture: Image.Image, drawn: tuple[np.ndarray, Box], layout: ImageLayout, without: Tensor
+) -> Image.Image:
+    """Draw a map without some positions, whose patches are crossed."""
+    grid, box = drawn
+    left_out = layout.to_grid(torch.isin(layout.positions, without).double()).numpy() > 0
+    kept = np.where(left_out, 0.0, grid) if left_out.shape == grid.shape else grid
+    side = 420
+    made = overlay(picture, kept, box, max(0.0, float(kept.max())), side)
+    pen, scale = ImageDraw.Draw(made), side / max(picture.size)
+    rows, cols = left_out.shape
+    across, down = (box[2] - box[0]) / cols * scale, (box[3] - box[1]) / rows * scale
+    for row, col in zip(*np.nonzero(left_out), strict=True):
+        x, y = box[0] * scale + col * across, box[1] * scale + row * down
+        for ends in ((x, y, x + across, y + down), (x, y + down, x + across, y)):
+            pen.line(ends, fill=PAPER, width=2)
+    return made
+
+
+def colored_text(found: TextMap, width: int) -> Image.Image:
+    """Draw the text that a token could see, each word on the colour of its value, with the sums below."""
+    text, size, gap = Text(width), 16, 26
+    places: list[tuple[float, int, str, float, tuple[int, int, int] | None, float]] = []
+    x, y = 0.0, 0
+    for word, value, shade in zip(found.words, found.values.tolist(), found.shades(), strict=True):
+        shown = word.strip() or ("\u21b5" if "\n" in word else "")
+        x += text_width(" ", size) if word[:1].isspace() and x else 0.0
+        wide = text_width(shown, size)
+        if x and x + wide > width:
+            x, y = 0.0, y + gap
+        places.append((x, y, shown, wide, shade if found.strength(value) > FAINTEST else None, found.strength(value)))
+        x += wide + 1
+    note = text.wrap(found.note, 14, FAINT)
+    sheet = Image.new("RGB", (width, y + gap + 8 + sum(line.height for line in note)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for left, upper, shown, wide, fill, strength in places:
+        if fill is not None and shown:
+            pen.rectangle((left, upper, left + wide, upper + gap - 4), fill=fill)
+        put_text(sheet, (left, upper + 2), shown, size, PAPER if fill is not None and strength <= DARK else INK)
+    below = y + gap + 8
+    for line in note:
+        put_text(sheet, (0, below), line.text, line.size, line.fill)
+        below += line.height
     return sheet
 
 
@@ -139,4 +210,4 @@ def _note(ex: Scores, method: str, heads: int) -> str:
         meaning += f" ({ex.final_norm} norm)"
     if method == ALIGNMENT:
         meaning += ", of each word 0 to 1"
-    return f"Colour: {meaning}."
+    return f"Colour: {meaning if ex.images else meaning.replace('patch', 'token')}."
