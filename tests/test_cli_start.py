@@ -83,6 +83,8 @@ def test_h_is_help(run, words):
     assert code == 0
     assert out == run(*words, "--help")[1]
     assert f"mllm-fast {' '.join(words)}" in out
+    assert "<bool>" not in out  # a flag takes no value
+    assert "[[" not in out
 
 
 def test_module_is_the_command():

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.assets import EMBEDDED
@@ -51,6 +50,7 @@ from .options import (
     tell_cut,
     tell_embedded,
 )
+from .shown import Command, Group
 from .verbosity import show_log
 
 if TYPE_CHECKING:
@@ -60,15 +60,29 @@ if TYPE_CHECKING:
     from ..knockout.rule import Knockout
 
 
-class _InOrder(TyperGroup):
-    """Lists the commands in the order of use, where Typer puts groups of commands last."""
+_ORDER = (
+    "explain",
+    "generate",
+    "knockout",
+    "compress",
+    "ask",
+    "kept",
+    "serve",
+    "eval",
+    "coco",
+    "joint",
+    "detect",
+    "convert",
+    "info",
+)
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands, key=list(_COMMANDS).index)
+
+class _Main(Group):
+    order = _ORDER  # of use; Typer puts groups of commands last
 
 
 app = typer.Typer(
-    cls=_InOrder,
+    cls=_Main,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -470,26 +484,26 @@ def _best_patch(ex: Explanation, token: int, method: str) -> str:
     return words
 
 
-_COMMANDS: dict[str, Any] = {
-    "explain": explain,
-    "generate": generate,
-    "knockout": knockout,
-    "compress": context.compress,
-    "ask": context.ask,
-    "kept": context.kept,
-    "serve": serve.serve,
-    "eval": evaluate.evaluate,
-    "coco": coco.coco,
-    "joint": joint.joint,
-    "detect": detect.detect,
-    "convert": convert.convert,
-    "info": info,
-}
-for _name, _command in _COMMANDS.items():
+_COMMANDS: tuple[Any, ...] = (
+    explain,
+    generate,
+    knockout,
+    context.compress,
+    context.ask,
+    context.kept,
+    serve.serve,
+    evaluate.evaluate,
+    coco.coco,
+    joint.joint,
+    detect.detect,
+    convert.convert,
+    info,
+)
+for _name, _command in zip(_ORDER, _COMMANDS, strict=True):
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:
-        app.command(_name)(_command)
+        app.command(_name, cls=Command)(_command)
 
 
 def main() -> None:

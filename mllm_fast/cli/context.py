@@ -121,9 +121,7 @@ def _show_compressed(facts: dict[str, Any], ctx: Context) -> None:
 
 def ask(
     context: File,
-    questions: Annotated[
-        list[str] | None, typer.Argument(metavar="[QUESTION]...", help="None: a prompt, or stdin.")
-    ] = None,
+    questions: Annotated[list[str] | None, typer.Argument(metavar="QUESTION", help="None: a prompt, or stdin.")] = None,
     file: Annotated[Path | None, typer.Option("--questions", "-f", help="A file with a question a line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 32,
     max_new_tokens: NewTokens = None,

@@ -13,12 +13,13 @@ from rich.markup import escape
 
 from ..core.errors import InputError
 from .options import OUT, Device, Dtype, Json, Model, loading, progress
+from .shown import Command, Group
 
 if TYPE_CHECKING:
     from ..joint.training_data import Pictures
 
 joint = typer.Typer(
-    no_args_is_help=True, help="One vision embedding for a detector and a language model (arXiv 2405.14612)."
+    cls=Group, no_args_is_help=True, help="One vision embedding for a detector and a language model (arXiv 2405.14612)."
 )
 SCENES, _TAUGHT, _TUNED = 100, 30_000, 2_000
 DetectorName = Annotated[
@@ -41,7 +42,7 @@ Vocabulary = Annotated[
 ]
 
 
-@joint.command()
+@joint.command(cls=Command)
 def train(  # long: the options of a command are its parameters
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of W; used again, training goes on.")],
     detector: DetectorName = "shapes",
@@ -150,7 +151,7 @@ def train(  # long: the options of a command are its parameters
     OUT.print(f"saved {escape(str(out))}" + ("" if drawn else "; no curve.png without matplotlib"), highlight=False)
 
 
-@joint.command("import")
+@joint.command("import", cls=Command)
 def import_released(
     file: Annotated[Path, typer.Argument(help="A W of the paper's authors: .pth, .pt or .safetensors.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the joint model.")],
@@ -187,7 +188,7 @@ def import_released(
     OUT.print(f"saved {escape(str(out))}", highlight=False)
 
 
-@joint.command()
+@joint.command(cls=Command)
 def finetune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new joint model.")],
     name: JointName = "shapes",

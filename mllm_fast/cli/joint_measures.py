@@ -13,6 +13,7 @@ from ..core.errors import InputError
 from .joint import SCENES, Count, Folder, JointName, Masks, Orientation, OutFolder, Processes, Seed, Vocabulary, joint
 from .options import OUT, Device, Dtype, Json, loading, progress
 from .report import bar, publish, samples_of, tell_notes
+from .shown import Command
 
 if TYPE_CHECKING:
     from ..evaluation.joint.base import JointEvaluation
@@ -25,7 +26,7 @@ _PROPERTY = (
 )
 
 
-@joint.command()
+@joint.command(cls=Command)
 def evaluate(  # long: the options of a command are its parameters
     joints: Annotated[
         list[str] | None, typer.Option("--joint", help="A folder that `joint train` wrote, or 'shapes'; several.")
@@ -95,7 +96,7 @@ def evaluate(  # long: the options of a command are its parameters
     run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
 
 
-@joint.command()
+@joint.command(cls=Command)
 def pointing(
     name: JointName = "shapes",
     count: Count = None,
@@ -123,7 +124,7 @@ def pointing(
     )
 
 
-@joint.command()
+@joint.command(cls=Command)
 def simulatability(
     name: JointName = "shapes",
     images: Folder = None,
@@ -156,7 +157,7 @@ def simulatability(
     run_evaluation(Simulatability(name, words), samples, out, processes, device, dtype, as_json)
 
 
-@joint.command()
+@joint.command(cls=Command)
 def study(  # long: the options of a command are its parameters
     name: JointName = "shapes",
     images: Folder = None,
@@ -215,7 +216,7 @@ def study(  # long: the options of a command are its parameters
     OUT.print(f"saved {escape(str(out / 'study.html'))} and its key", highlight=False, soft_wrap=True)
 
 
-@joint.command()
+@joint.command(cls=Command)
 def bias(
     lower: Annotated[list[str], typer.Option(help="Text queries that lose: 'a photo of a red object'.")],
     higher: Annotated[list[str], typer.Option("--raise", help="Text queries that gain.")],
@@ -272,7 +273,7 @@ def bias(
     )
 
 
-@joint.command("bias-table")
+@joint.command("bias-table", cls=Command)
 def bias_table(
     groups: Annotated[
         list[str], typer.Option("--group", "-g", help="The name of a group: woman, man. Two, in the folders' order.")
@@ -335,7 +336,7 @@ def bias_table(
     run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
 
 
-@joint.command("answers-and-boxes")
+@joint.command("answers-and-boxes", cls=Command)
 def answers_and_boxes(
     name: JointName = "shapes",
     classes: Annotated[
@@ -378,7 +379,7 @@ def answers_and_boxes(
     run_evaluation(evaluation, samples, out, processes, device, dtype, as_json)
 
 
-@joint.command()
+@joint.command(cls=Command)
 def conversations(
     name: JointName = "shapes",
     data: Annotated[

@@ -25,9 +25,7 @@ ERR = Console(stderr=True)
 
 Images = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[IMAGE]...", help="The images of one prompt, files or URLs; the sample image if there is none."
-    ),
+    typer.Argument(metavar="IMAGE", help="The images of one prompt, files or URLs; the sample image if there is none."),
 ]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
 Model = Annotated[

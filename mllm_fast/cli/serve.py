@@ -39,7 +39,7 @@ _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "promet
 def serve(  # long: the options of a command are its parameters
     ctx: typer.Context,
     name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="The model, in place of --model.", show_default=False)
+        str | None, typer.Argument(metavar="MODEL", help="The model, in place of --model.", show_default=False)
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one, which stderr tells.")] = 8000,
