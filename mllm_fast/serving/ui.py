@@ -139,7 +139,7 @@ def _wire_controls(parts: Parts, page: Page) -> None:
         page.ask,
         [controls.picture, parts.wanted, *controls.values, results.method],
         [parts.answered, parts.running, parts.wanted, *told, *shown],
-        **_GOING,
+        **_GOING | {"trigger_mode": "always_last"},  # a click while an answer ends is not lost
     )
     controls.stop.click(page.stop, parts.running, controls.status, js="(one) => mllm.stopped(one)", **_LIVE)
     for button, question in zip(controls.examples, EXAMPLES, strict=True):
