@@ -18,9 +18,14 @@
   const LOST = "The server does not answer; it may be starting anew. This page tries again every two seconds, and "
     + "brings your question back when it has found it.";
   const OUT = "You are not logged in any more: load this page again and log in. Your question comes back.";
+  const heard = new WeakSet(); // Gradio's notes stay in the page for a while
   function reported() {
-    const found = all("[data-testid=toast-text]").map((toast) => toast.textContent.trim()).filter(Boolean);
-    if (found.length) tell(/connection .* lost/i.test(found.at(-1)) ? LOST : found.at(-1));
+    for (const toast of all("[data-testid=toast-text]")) {
+      const words = toast.textContent.trim();
+      if (!words || heard.has(toast)) continue;
+      heard.add(toast);
+      tell(/connection .* lost/i.test(words) ? LOST : words);
+    }
   }
   const fetched = window.fetch;
   window.fetch = async (...given) => {

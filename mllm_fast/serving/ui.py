@@ -103,6 +103,11 @@ def _theme() -> gr.themes.Base:
         block_info_text_color_dark="*neutral_300",
         block_label_text_color="*primary_800",
         block_title_text_color="*primary_800",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_500",
+        input_border_width="1px",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
@@ -139,7 +144,7 @@ def _wire_controls(parts: Parts, page: Page) -> None:
         page.ask,
         [controls.picture, parts.wanted, *controls.values, results.method],
         [parts.answered, parts.running, parts.wanted, *told, *shown],
-        **_GOING,
+        **_GOING | {"trigger_mode": "always_last"},  # a click while an answer ends is not lost
     )
     controls.stop.click(page.stop, parts.running, controls.status, js="(one) => mllm.stopped(one)", **_LIVE)
     for button, question in zip(controls.examples, EXAMPLES, strict=True):
