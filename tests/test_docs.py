@@ -24,8 +24,8 @@ from mllm_fast.shapes.scenes import generate_scene
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# the examples of these run in test_serving and test_extending, and below with a server
-ELSEWHERE = ("CONTRIBUTING.md", "serving.md", "extending.md", "benchmarks.md", "serve-and-chat.md")
+# the examples of these run in test_serving, test_extending and test_ten_tasks, and below with a server
+ELSEWHERE = ("CONTRIBUTING.md", "serving.md", "extending.md", "benchmarks.md", "serve-and-chat.md", "ten-tasks.md")
 RUN = [page for page in PAGES if page.name not in ELSEWHERE and page.parent.name != "reference"]
 
 
