@@ -26,7 +26,8 @@ from .ui_map import Changes, MapPage, problem
 from .ui_parts import Parts, methods
 from .ui_text import answer_html, told_html
 
-_HIDDEN: dict[str, Any] = gr.update(visible=False)
+# what is not rendered at all, Gradio can fail to show when its updates follow each other quickly
+_HIDDEN: dict[str, Any] = gr.update(visible="hidden")
 _NUMBERS = itertools.count(1)
 
 

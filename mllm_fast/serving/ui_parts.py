@@ -127,7 +127,7 @@ def _controls(tool: UIBackend, limits: Limits) -> Controls:
     about = model_html(tool.service.name, limits.layers, tool.vlm.text.num_heads, tool.embedded)
     gr.HTML(about, elem_id="model", elem_classes="told")
     notice = gr.HTML("", elem_id="notice", elem_classes="told")
-    forget = gr.Button("Forget it", size="sm", visible=False, elem_id="forget")
+    forget = gr.Button("Forget it", size="sm", visible="hidden", elem_id="forget")
     picture = gr.Image(
         type="filepath",  # the file as it came: Gradio decodes nothing of it
         format="png",  # lossless, for the sample image too
@@ -146,7 +146,7 @@ def _controls(tool: UIBackend, limits: Limits) -> Controls:
     question = gr.Textbox(label="Question", value=usual.question, max_lines=4, elem_id="question")
     with gr.Row():
         ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+        stop = gr.Button("Stop", variant="stop", visible="hidden", elem_id="stop")
     status, problem = (
         gr.HTML("", elem_id="status", elem_classes="told"),
         gr.HTML("", elem_id="problem", elem_classes="told"),
@@ -173,7 +173,7 @@ def _controls(tool: UIBackend, limits: Limits) -> Controls:
     link = gr.Textbox(
         label="Link to this question, without its image unless that is the sample",
         interactive=False,
-        visible=False,
+        visible="hidden",
         elem_id="link",
     )
     return Controls(
@@ -186,9 +186,9 @@ def _results(last: int) -> Results:
     with gr.Row():
         shown: dict[str, Any] = {"elem_classes": "answer", "min_width": 200}
         answer = gr.HTML(answer_html("Answer", HINT), elem_id="answer", **shown)
-        other = gr.HTML(visible=False, elem_id="other", **shown)
-        small = gr.HTML(visible=False, elem_id="small", **shown)
-    words = gr.Radio([], label="Words", visible=False, elem_id="tokens")
+        other = gr.HTML(visible="hidden", elem_id="other", **shown)
+        small = gr.HTML(visible="hidden", elem_id="small", **shown)
+    words = gr.Radio([], label="Words", visible="hidden", elem_id="tokens")
     trouble = gr.HTML("", elem_id="map-problem", elem_classes="told")
     seen = gr.Image(
         label="Map",
@@ -197,22 +197,22 @@ def _results(last: int) -> Results:
         interactive=False,
         format="png",
         buttons=["download", "fullscreen"],
-        visible=False,
+        visible="hidden",
         elem_id="map",
     )
     meaning, lens = (
         gr.HTML("", elem_id="meaning", elem_classes="told"),
         gr.HTML("", elem_id="lens", elem_classes="told"),
     )
-    method = gr.Dropdown(methods(), value=DEFAULT, label="Map", visible=False, elem_id="method")
+    method = gr.Dropdown(methods(), value=DEFAULT, label="Map", visible="hidden", elem_id="method")
     layer = gr.Slider(
-        EVERY, last, EVERY, step=1, label="Layer (-1: the best heads of all)", visible=False, elem_id="layer"
+        EVERY, last, EVERY, step=1, label="Layer (-1: the best heads of all)", visible="hidden", elem_id="layer"
     )
-    heads = gr.Radio([], label="Heads that raised it most, and words they write", visible=False, elem_id="heads")
+    heads = gr.Radio([], label="Heads that raised it most, and words they write", visible="hidden", elem_id="heads")
     with gr.Row():
-        check = gr.Button("Check this map", visible=False, elem_id="check")
-        report = gr.Button("Report (.html)", visible=False, elem_id="report")
-        numbers = gr.Button("Numbers (.json)", visible=False, elem_id="numbers")
+        check = gr.Button("Check this map", visible="hidden", elem_id="check")
+        report = gr.Button("Report (.html)", visible="hidden", elem_id="report")
+        numbers = gr.Button("Numbers (.json)", visible="hidden", elem_id="numbers")
         file = gr.DownloadButton("File", elem_id="file", elem_classes="unseen")
     verdict = gr.Markdown(elem_id="verdict")
     kept = gr.Image(
@@ -222,7 +222,7 @@ def _results(last: int) -> Results:
         interactive=False,
         format="png",
         buttons=["download", "fullscreen"],
-        visible=False,
+        visible="hidden",
         elem_id="kept",
     )
     return Results(
