@@ -43,6 +43,12 @@ def nothing_generated(options: dict[str, Any]) -> None:
         raise InputError(f"{', '.join(options)} cannot be used with a given answer: nothing is generated")
 
 
+def _place(
+    scores: Scores, token: int | str, layer: int, head: int | str | None, position: int | None
+) -> logit_lens.Place:
+    return logit_lens.Place(scores.token_index(token), layer, "residual" if head is None else head, position)
+
+
 class Explanation(Scores, Displayed, NotPickled):
     """Explains why each token of one answer was generated: scores, heatmaps, causal check, logit lens and files."""
 
@@ -241,7 +247,7 @@ class Explanation(Scores, Displayed, NotPickled):
             InputError: there is no such token, layer, head, position, space or norm, k is below 1, or the vector needs
                 another run that the explanation cannot make.
         """
-        place = self._place(token, layer, head, position)
+        place = _place(self, token, layer, head, position)
         return logit_lens.project(self, place, space, final_norm, k)
 
     def ranks(
@@ -271,10 +277,7 @@ class Explanation(Scores, Displayed, NotPickled):
             InputError: as in `project`.
         """
         ids = [word if isinstance(word, int) else int(self.encode(word)[0]) for word in words]
-        return logit_lens.ranks(self, self._place(token, layer, head, position), ids, space, final_norm)
-
-    def _place(self, token: int | str, layer: int, head: int | str | None, position: int | None) -> logit_lens.Place:
-        return logit_lens.Place(self.token_index(token), layer, "residual" if head is None else head, position)
+        return logit_lens.ranks(self, _place(self, token, layer, head, position), ids, space, final_norm)
 
     def text_map(self, token: int | str, heads: Heads = 10) -> TextMap:
         """Return how much each token of the prompt and of the earlier answer raised a token's probability.
