@@ -100,7 +100,7 @@ def test_kept_is_shown_and_drawn(run, made, tmp_path):
         (["compress", "--keep", "150%"], "at most 1.0, got 1.5"),
         (["compress", "--keep", "nan"], "at most 1.0, got nan"),
         (["compress", "--keep", "145"], "1 to the image's 144 tokens, got 145"),
-        (["compress", "--keep", "few"], "--keep is a share (0.05, 5%) or a count (29), got 'few'"),
+        (["compress", "--keep", "few"], "keep is a share (0.05, 5%) or a count (29), got 'few'"),
         (["compress", "--score", "best"], "score is one of generated, query, key_norm, random, got 'best'"),
         (["compress", "--parts", "all"], "parts is one of query+image, query, image, got 'all'"),
         (["compress", "--storage", "zip"], "--storage is one of full, int8, got 'zip'"),

@@ -293,7 +293,7 @@ BAD = [
         tuple(mf.Knockout((i,), (i + 1,)) for i in range(40)),
         "cut the sequence into 4[0-9] kinds of position in one layer, at most 32",
     ),
-    (("image->query",), r"a knockout is Knockout\(source, target, layers\), got 'image->query'"),
+    (("image-query",), r'a knockout is "source->target" or "source->target@layers", in quotes, got .image-query.'),
     ((("image", "query"),), r"got \('image', 'query'\)"),
 ]
 
