@@ -102,8 +102,8 @@ def test_a_heatmap_method_in_the_tool_and_the_schema(example):
     plugin = example("last_layer.py")
     code = (
         "from mllm_fast.core.plugins import load_plugins; load_plugins([%r]);"
-        "from mllm_fast.serving.schema import ExplanationRequest; from mllm_fast.serving.ui import _methods;"
-        "print(ExplanationRequest.model_json_schema()['properties']['method']['enum'][-1], _methods()[-1])"
+        "from mllm_fast.serving.schema import ExplanationRequest; from mllm_fast.serving.ui_parts import methods;"
+        "print(ExplanationRequest.model_json_schema()['properties']['method']['enum'][-1], methods(False)[-1])"
     )
     done = subprocess.run([sys.executable, "-c", code % str(plugin)], capture_output=True, text=True)
     assert done.stdout.split(maxsplit=1) == [
