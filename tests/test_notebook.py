@@ -232,3 +232,41 @@ def test_every_file_says_what_it_was_made_with(shapes, ctx, tmp_path):
 def test_a_verdict_is_html():
     one = Verification(0, -0.1, 2, 40, -1.0, 0.1, (0.0, 0.2))
     assert "holds" in Closed(one._repr_html_()).said
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["knockout", "--out", "a.png"], "a.png"),
+        (["detect", "--out", "b.png"], "b.png"),
+        (["kept", "c.safetensors", "--out", "c.png"], "c.png"),
+    ],
+)
+def test_pictures_of_commands_say_it_too(command, name, shapes, ctx, tmp_path, monkeypatch):
+    from mllm_fast import cli
+
+    monkeypatch.chdir(tmp_path)
+    ctx.save("c.safetensors")
+    monkeypatch.setattr(sys, "argv", ["mllm-fast", *command])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    with Image.open(name) as image:
+        made = json.loads(image.text["mllm_fast.provenance"])
+    assert made["model"] == "shapes"
+    assert made.keys() >= {"fingerprint", "dtype", "device", "versions", "date"}
+
+
+def test_reports_say_it_too(tmp_path, monkeypatch):
+    from mllm_fast import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mllm-fast", "eval", "attention-share", "--count", "1", "--out", "made"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    folder = tmp_path / "made" / "attention-share"
+    made = json.loads((folder / "figures.json").read_text())["provenance"]
+    assert made["model"] == "shapes"
+    for page in ("report.md", "report.html"):
+        assert made["fingerprint"] in (folder / page).read_text()

@@ -81,6 +81,7 @@ def detect(  # long: the options of a command are its parameters
         from ..evaluation.judges.judge import read_vocabulary, shapes_judge
         from ..joint.model import JointModel
         from ..joint.presence import check_classes, check_text
+        from ..models.provenance import made_with, now
     words = read_vocabulary(vocabulary) if vocabulary is not None else shapes_judge() if name == "shapes" else None
     wanted = classes or (list(words.nouns) if words is not None else [])
     if not wanted:
@@ -96,10 +97,12 @@ def detect(  # long: the options of a command are its parameters
             else joint.vlm.generate(seen.vision.picture, prompt).text
         )
         supported = [] if words is None else check_text(joint, seen, text, words, threshold)
+    made = {**made_with(joint.vlm.model), "date": now(), "joint": name, "threshold": threshold, "prompt": prompt}
     if out is not None:
-        _draw(seen.vision.picture, checked, supported, out)
+        _draw(seen.vision.picture, checked, supported, out, made)
     if as_json:
-        typer.echo(json.dumps(_plain(checked, prompt, text, supported, seen.note, out), ensure_ascii=False))
+        facts = _plain(checked, prompt, text, supported, seen.note, out) | {"provenance": made}
+        typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
         _print(checked, prompt, text, supported, words is not None)
         if seen.note:
@@ -140,8 +143,9 @@ def _report(
         tell_embedded(name, "--joint")
 
 
-def _draw(picture: Any, checked: list[Checked], supported: list[Supported], out: Path) -> None:
+def _draw(picture: Any, checked: list[Checked], supported: list[Supported], out: Path, made: dict[str, Any]) -> None:
     from ..core.files import whole_file
+    from ..core.png_notes import png_notes
     from ..drawing.boxes import Labelled, draw_boxes
 
     boxes = [
@@ -153,7 +157,7 @@ def _draw(picture: Any, checked: list[Checked], supported: list[Supported], out:
         Labelled(one.box.box, f"{one.phrase} {one.box.score:.2f} ?", False) for one in supported if not one.supported
     ]
     with whole_file(out) as path:
-        draw_boxes(picture, boxes).save(path, "PNG")
+        draw_boxes(picture, boxes).save(path, "PNG", pnginfo=png_notes(made))
 
 
 def _plain(

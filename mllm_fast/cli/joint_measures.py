@@ -422,6 +422,7 @@ def run_evaluation(
     from ..evaluation.run import run
     from ..evaluation.worker import ModelChoice
     from ..joint.checkpoint import joint_folder, part_names
+    from ..models.provenance import made_with
 
     check_charts()
     choice = ModelChoice(part_names(joint_folder(evaluation.name_of_joint))[1], device, dtype)
@@ -431,4 +432,4 @@ def run_evaluation(
     with bar(evaluation.name) as tell:
         rows = run(evaluation, samples, choice, folder, processes, tell, vlm)
     report = noted(evaluation.report(rows), samples.notes)
-    publish([(report, json.loads((folder / SETTINGS).read_text()))], out, as_json)
+    publish([(report, json.loads((folder / SETTINGS).read_text()))], out, as_json, made_with(vlm.model))
