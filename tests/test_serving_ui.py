@@ -4,6 +4,7 @@ tests/artefacts/, to be looked at."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -300,6 +301,7 @@ def test_a_link_fills_the_controls(page, server):
     page.get_by_role("option", name="attention rollout").click()
     wait_for_another(page, before)
     page.locator("#share").click()
+    playwright.expect(page.locator("#link textarea")).to_have_value(re.compile(r"[?]question="))
     link = page.locator("#link textarea").input_value()
     assert link.partition("?")[2] == "question=Describe+the+image.&method=rollout&word=1&image=sample"
     at(page, f"{link}&knockout=image+to+answer&first=2&temperature=0.5&top_p=0.9&tokens=9&joint=1")
