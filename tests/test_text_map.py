@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm_fast import InputError
 from mllm_fast.core.assets import SAMPLE
+from mllm_fast.explain.figure import _without
 
 QUESTION = "Describe the image."
 
@@ -40,7 +41,7 @@ def test_words_are_those_of_the_prompt_and_the_answer_before(ex, shapes):
     said = "".join(word for word, name in zip(found.words, found.segments, strict=True) if name == "generated")
     assert said.strip() == "".join(ex.tokens[:5]).strip()
     assert "describe the image" in "".join(found.words)
-    assert f"{found.token}" == ex.labels[5]
+    assert found.token == ex.labels[5] == "white"
 
 
 def test_it_is_coloured_text_in_a_notebook(ex):
@@ -77,7 +78,7 @@ def test_text_alone_has_pictures_and_pages(shapes, tmp_path):
         pixels = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
     assert (pixels == (252, 232, 140)).all(1).any()  # the word of the largest value
     assert ex.text_map(0).sums.keys() == {"system"}
-    assert "coloured" not in ex._repr_html_()
+    assert "<img" not in ex._repr_html_()
 
 
 def norms(shapes, ex):
@@ -118,3 +119,5 @@ def test_a_map_without_some_positions_stands_beside_the_plain_one(ex, tmp_path):
     with pytest.raises(InputError, match=r"save the explanation as \.png"):
         ex.save(tmp_path / "a.json", without=image[:3])
     assert not (tmp_path / "a.json").exists()
+    with pytest.raises(InputError, match="no patches can be left out"):
+        _without(ex, ex.images[0], (np.zeros((96, 96)), (0.0, 0.0, 96.0, 96.0)), ex.layout.images[0], image[:3])

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..core.errors import InputError
 from ..core.layout import Box, ImageLayout
 from ..drawing.boxes import Labelled, put_boxes
 from ..drawing.heatmap import color_bar, overlay
@@ -98,7 +99,11 @@ def _without(
     """Draw a map without some positions, whose patches are crossed."""
     grid, box = drawn
     left_out = layout.to_grid(torch.isin(layout.positions, without).double()).numpy() > 0
-    kept = np.where(left_out, 0.0, grid) if left_out.shape == grid.shape else grid
+    if left_out.shape != grid.shape:
+        raise InputError(
+            "this map has a value a pixel, as that of gradient alignment: no patches can be left out of it"
+        )
+    kept = np.where(left_out, 0.0, grid)
     side = 420
     made = overlay(picture, kept, box, max(0.0, float(kept.max())), side)
     pen, scale = ImageDraw.Draw(made), side / max(picture.size)
