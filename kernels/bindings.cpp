@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "decoder_layers/cpu_kernel.h"
 #include "skinny_linear/cpu_kernel.h"
 #include "knockout_attention/cpu_kernel.h"
 #include "logprob_increase/cpu_kernel.h"
@@ -17,6 +18,86 @@ namespace py = pybind11;
 template <typename T>
 static T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+using Pair = std::array<uintptr_t, 2>;
+
+static mllm::DecoderKeys decoder_keys(const std::vector<Pair>& layers, const std::array<int64_t, 3>& strides) {
+  mllm::DecoderKeys keys;
+  for (const auto& [key, value] : layers) keys.layers.push_back({pointer<float>(key), pointer<float>(value)});
+  keys.strides = strides;
+  return keys;
+}
+
+struct Decoder {  // the weights of a decoder, for as long as they stay where they are
+  mllm::DecoderSizes sizes;
+  std::vector<mllm::DecoderLayer> layers;
+  mllm::DecoderNorm final;
+};
+
+static void bind_decoder(py::module_& m) {
+  using Norm = std::tuple<uintptr_t, float>;
+  using Part = std::tuple<std::vector<Pair>, std::array<int64_t, 3>, Pair, std::array<int64_t, 2>>;
+  py::class_<Decoder>(m, "Decoder", "See decoder_layers/cpu_kernel.h.")
+      .def(py::init([](std::array<int64_t, 5> sizes, bool gelu,
+                       const std::vector<std::tuple<std::array<Norm, 4>, std::array<Pair, 7>, float>>& layers,
+                       Norm final) {
+             Decoder d;
+             d.sizes = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                        gelu ? mllm::Activation::GELU_TANH : mllm::Activation::SILU};
+             const auto norm = [](const Norm& n) {
+               return mllm::DecoderNorm{pointer<const float>(std::get<0>(n)), std::get<1>(n)};
+             };
+             const auto linear = [](const Pair& l) {
+               return mllm::DecoderLinear{pointer<const float>(l[0]), pointer<const float>(l[1])};
+             };
+             for (const auto& [norms, linears, scale] : layers)
+               d.layers.push_back({norm(norms[0]), norm(norms[1]), norm(norms[2]), norm(norms[3]), linear(linears[0]),
+                                   linear(linears[1]), linear(linears[2]), linear(linears[3]), linear(linears[4]),
+                                   linear(linears[5]), linear(linears[6]), scale});
+             d.final = norm(final);
+             return d;
+           }),
+           py::arg("sizes"), py::arg("gelu"), py::arg("layers"), py::arg("final"),
+           "sizes: hidden, heads, key heads, width, inner; layers: norms input, query, key, middle, linear layers query,"
+           " key, value, output, gate, up, down, and the scale of the scores.")
+      .def(
+          "run",
+          [](const Decoder& d, std::array<int64_t, 2> sizes, std::array<uintptr_t, 4> arrays,
+             const std::vector<Pair>& store, std::array<int64_t, 3> store_strides, uintptr_t places,
+             const std::vector<Part>& parts, int64_t recorded, std::array<uintptr_t, 3> records, int threads,
+             const std::string& isa) {
+            mllm::DecoderPass p;
+            p.rows = sizes[0];
+            p.rotary = sizes[1];
+            p.x = pointer<float>(arrays[0]);
+            p.cos = pointer<const float>(arrays[1]);
+            p.sin = pointer<const float>(arrays[2]);
+            p.normed = pointer<float>(arrays[3]);
+            p.store = decoder_keys(store, store_strides);
+            p.places = pointer<const int64_t>(places);
+            for (const auto& [layers, strides, addresses, counts] : parts) {
+              mllm::DecoderPart part;
+              part.keys = decoder_keys(layers, strides);
+              const auto* entries = pointer<const mllm::DecoderEntry>(addresses[0]);
+              part.entries.assign(entries, entries + counts[0]);
+              part.segments = pointer<const uint8_t>(addresses[1]);
+              part.segment_stride = counts[1];
+              p.parts.push_back(std::move(part));
+            }
+            p.final = d.final;
+            p.recorded = recorded;
+            p.residual = pointer<float>(records[0]);
+            p.queries = pointer<float>(records[1]);
+            p.outputs = pointer<float>(records[2]);
+            p.threads = threads;
+            py::gil_scoped_release release;
+            mllm::decoder_layers(d.sizes, d.layers, p, isa);
+          },
+          py::arg("sizes"), py::arg("arrays"), py::arg("store"), py::arg("store_strides"), py::arg("places"),
+          py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
+          "sizes: rows, rotary; arrays: x, cos, sin, normed; parts: keys and values of every layer, their strides,"
+          " entries and segments, how many entries and the segments' stride; records: residual, queries, outputs.");
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -145,6 +226,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("threads"), py::arg("isa"),
       "arrays: x, weight, bias, out; bfloat16: x and out, weight and bias; sizes: rows, columns, depth. See"
       " skinny_linear/cpu_kernel.h.");
+  bind_decoder(m);
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");
 }

@@ -1,0 +1,253 @@
+"""The layers of a decoder over the few rows of a decoding step.
+
+    y = norm(h),    q, k, v = rotary(W_q y), rotary(W_k y), W_v y
+    h = h + W_o attention(q, K, V),    h = h + W_down (act(W_gate z) * W_up z),    z = norm(h)
+
+for one layer after the other: root mean square norms before attention and MLP, queries and keys that may have a norm of
+their own, rotary positions, grouped heads and a gated MLP (Touvron et al. 2023, arXiv 2302.13971). The weights are read
+where they lie. A pass is one call, in which the threads meet between two phases without a call to the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import kernel_of
+
+__all__ = ["ACTIVATIONS", "DecoderLayers", "DecoderOutput", "KeyStore", "LayerWeights", "LinearWeights", "NormWeights", "Part"]
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+LANES = 16  # every size is a multiple of it
+
+
+class NormWeights(NamedTuple):
+    """A root mean square norm.
+
+    Attributes:
+        gain: [d], or None for no norm at all.
+        eps: The number that is added to the mean square.
+    """
+
+    gain: Tensor | None
+    eps: float = 0.0
+
+
+class LinearWeights(NamedTuple):
+    """A linear layer: weight [out, in], and bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer.
+
+    Attributes:
+        input_norm, middle_norm: The norms before attention and MLP, [d].
+        query_norm, key_norm: Norms of each head's queries and keys before the rotation, [D].
+        query, key, value, output, gate, up, down: The linear layers.
+        scale: Factor of the scores.
+    """
+
+    input_norm: NormWeights
+    query_norm: NormWeights
+    key_norm: NormWeights
+    middle_norm: NormWeights
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights
+    output: LinearWeights
+    gate: LinearWeights
+    up: LinearWeights
+    down: LinearWeights
+    scale: float
+
+
+class KeyStore(NamedTuple):
+    """Where the rows' own keys and values are written.
+
+    Attributes:
+        keys, values: L tensors each, [S, Hkv, N, D], of the same strides, the last one 1.
+        places: Slot and position of each row, int64 [T, 2].
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    places: Tensor
+
+
+class Part(NamedTuple):
+    """Keys that some rows attend to. A row's attention is one softmax over what it sees in all parts.
+
+    Attributes:
+        keys, values: L tensors each, [S, Hkv, N, D], of the same strides, the last one 1.
+        entries: int64 [E, 5], an entry for each row that attends: the row, the slot, the first key and the one behind
+            the last, and a word whose bit s closes the keys of segment s. Entries of one slot follow each other.
+        segments: Segment of each key, 0 to 31, uint8 [S or 1, N], or None.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    entries: Tensor
+    segments: Tensor | None = None
+
+
+class DecoderOutput(NamedTuple):
+    """The result of a pass.
+
+    Attributes:
+        hidden: What the last layer gives, [T, d].
+        normed: The same behind the final norm, [T, d].
+        residual: Input of every layer at the recorded rows, [R, L, d], or None.
+        query: Their rotated queries, [R, L, H, D], or None.
+        output: Their attention outputs before the output projection, [R, L, H, D], or None.
+    """
+
+    hidden: Tensor
+    normed: Tensor
+    residual: Tensor | None
+    query: Tensor | None
+    output: Tensor | None
+
+
+class DecoderLayers:
+    """The layers of one decoder, ready to be run. Inference only.
+
+    Args:
+        layers: The weights of the layers, all of the same sizes, dtype and device. They are kept, not copied.
+        final: The final norm.
+        heads, kv_heads: How many heads of queries, and of keys and values.
+        activation: "silu" or "gelu_tanh".
+        backend: "cpu", "torch" or "auto"; see `mllm_fast.kernels.dispatch`.
+
+    Raises:
+        ValueError: An argument is not valid. The message names the argument, what it got and what it takes.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        final: NormWeights,
+        heads: int,
+        kv_heads: int,
+        activation: str = "silu",
+        *,
+        backend: str = "auto",
+    ):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if not layers or heads % kv_heads:
+            raise ValueError(f"there is a layer, and heads is a multiple of kv_heads, got {heads} and {kv_heads}")
+        self.layers, self.final = tuple(layers), final
+        self.heads, self.kv_heads, self.activation = heads, kv_heads, activation
+        first = layers[0]
+        self.hidden, self.inner = first.query.weight.shape[1], len(first.gate.weight)
+        self.width = len(first.query.weight) // heads
+        self._check_weights()
+        weight = first.query.weight
+        self.dtype, self.device = weight.dtype, weight.device
+        kernel = kernel_of("decoder_layers", weight.device, weight.dtype, backend)
+        if kernel.__name__.endswith(".cpu_kernel"):
+            odd = {size for size in (self.hidden, self.inner, self.width) if size % LANES}
+            if odd:
+                if backend == "cpu":
+                    raise ValueError(f"backend 'cpu' takes sizes that are multiples of {LANES}, got {sorted(odd)}")
+                kernel = kernel_of("decoder_layers", weight.device, weight.dtype, "torch")
+        self.backend = kernel.__name__.rpartition(".")[2].removesuffix("_kernel")
+        self._run = kernel.prepare(self)
+
+    @torch.no_grad()
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: int = 0
+    ) -> DecoderOutput:
+        """Run the layers on T rows.
+
+        Args:
+            hidden: Input rows, [T, d]. They are not changed.
+            cos, sin: Rotation of each row, [T, Dr]; the first Dr channels of a head turn, the first half of them
+                against the second.
+            store: Where the rows' keys and values are written, before any row attends.
+            parts: What the rows attend to, `store` included if they do.
+            recorded: How many of the last rows are recorded.
+
+        Raises:
+            ValueError: An argument is not valid.
+        """
+        self._check(hidden, cos, sin, store, parts, recorded)
+        return self._run(hidden, cos, sin, store, parts, recorded)
+
+    def _check_weights(self) -> None:
+        d, queries, keys = self.hidden, self.heads * self.width, self.kv_heads * self.width
+        wanted = {
+            "query": (queries, d), "key": (keys, d), "value": (keys, d), "output": (d, queries),
+            "gate": (self.inner, d), "up": (self.inner, d), "down": (d, self.inner),
+        }  # fmt: skip
+        like = self.layers[0].query.weight
+        norms = {"input_norm": d, "middle_norm": d, "query_norm": self.width, "key_norm": self.width}
+        for i, layer in enumerate(self.layers):
+            for name, shape in wanted.items():
+                weight, bias = getattr(layer, name)
+                self._check_one(f"{name} of layer {i}", weight, shape, like)
+                if bias is not None:
+                    self._check_one(f"the bias of {name} of layer {i}", bias, shape[:1], like)
+            for name, size in norms.items():
+                gain = getattr(layer, name).gain
+                if gain is not None:
+                    self._check_one(f"{name} of layer {i}", gain, (size,), like)
+                elif size == d:
+                    raise ValueError(f"{name} of layer {i} has a gain, got None")
+        if self.final.gain is None:
+            raise ValueError("final has a gain, got None")
+        self._check_one("final", self.final.gain, (d,), like)
+
+    def _check_one(self, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+        if tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+            raise ValueError(
+                f"{name} is {like.dtype} {list(shape)} on {like.device}, got {tensor.dtype} {list(tensor.shape)} on"
+                f" {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is contiguous, got strides {tensor.stride()}")
+
+    def _check(self, hidden, cos, sin, store, parts, recorded) -> None:
+        """Check the arguments with few calls to torch: this runs once a token."""
+        rows = len(hidden)
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden or hidden.dtype != self.dtype:
+            raise ValueError(f"hidden is {self.dtype} [T, {self.hidden}], got {hidden.dtype} {list(hidden.shape)}")
+        if cos.shape != sin.shape or len(cos) != rows or cos.shape[-1] % 2 or cos.shape[-1] > self.width:
+            raise ValueError(
+                f"cos and sin are [{rows}, Dr] with Dr even and at most {self.width}, got {list(cos.shape)} and"
+                f" {list(sin.shape)}"
+            )
+        if not 0 <= recorded <= rows:
+            raise ValueError(f"recorded is 0 to {rows}, got {recorded}")
+        if store.places.shape != (rows, 2) or store.places.dtype != torch.int64:
+            raise ValueError(f"places is int64 [{rows}, 2], got {store.places.dtype} {list(store.places.shape)}")
+        self._check_keys("store", store.keys, store.values)
+        for part in parts:
+            self._check_keys("a part", part.keys, part.values)
+            entries = part.entries
+            if entries.ndim != 2 or entries.shape[1] != 5 or entries.dtype != torch.int64:
+                raise ValueError(f"entries is int64 [E, 5], got {entries.dtype} {list(entries.shape)}")
+            if part.segments is not None and part.segments.dtype != torch.uint8:
+                raise ValueError(f"segments is uint8 [S or 1, N], got {part.segments.dtype}")
+
+    def _check_keys(self, name: str, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        shape, strides = keys[0].shape, keys[0].stride()
+        if len(keys) != len(self.layers) or len(values) != len(keys):
+            raise ValueError(f"{name} has keys and values of {len(self.layers)} layers, got {len(keys)}, {len(values)}")
+        if len(shape) != 4 or shape[1] != self.kv_heads or shape[3] != self.width or strides[3] != 1:
+            raise ValueError(
+                f"the keys of {name} are [S, {self.kv_heads}, N, {self.width}] with the last stride 1, got"
+                f" {list(shape)} and {strides}"
+            )
+        for one in (*keys, *values):
+            if one.shape != shape or one.stride() != strides or one.dtype != self.dtype:
+                raise ValueError(
+                    f"the keys and values of {name} are {self.dtype} {list(shape)} with strides {strides}, got"
+                    f" {one.dtype} {list(one.shape)} and {one.stride()}"
+                )

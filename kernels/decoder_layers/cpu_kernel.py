@@ -1,0 +1,86 @@
+"""The layers in the compiled extension, with the same contract as `torch_kernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import cpu_extension, instruction_set
+
+if TYPE_CHECKING:
+    from . import DecoderLayers, KeyStore, Part
+
+
+def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any]:
+    """Return the function that runs a pass in float32; see `DecoderLayers.__call__`.
+
+    `isa` selects an instruction set (for tests); None selects the best of the processor.
+    """
+    from . import DecoderOutput
+
+    extension, _ = cpu_extension()
+    layers = [
+        (
+            [(_address(one.gain), one.eps) for one in (la.input_norm, la.query_norm, la.key_norm, la.middle_norm)],
+            [
+                (one.weight.data_ptr(), _address(one.bias))
+                for one in (la.query, la.key, la.value, la.output, la.gate, la.up, la.down)
+            ],
+            la.scale,
+        )
+        for la in decoder.layers
+    ]
+    made = extension.Decoder(  # type: ignore[union-attr]
+        (decoder.hidden, decoder.heads, decoder.kv_heads, decoder.width, decoder.inner),
+        decoder.activation == "gelu_tanh",
+        layers,
+        (_address(decoder.final.gain), decoder.final.eps),
+    )
+    chosen = isa or instruction_set()
+    count, shape = len(layers), (decoder.heads, decoder.width)
+
+    def run(hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: int) -> Any:
+        # these names keep contiguous copies alive until the call is over
+        cos, sin, places = cos.contiguous(), sin.contiguous(), store.places.contiguous()
+        entries = [part.entries.contiguous() for part in parts]
+        segments = [None if part.segments is None else part.segments.contiguous() for part in parts]
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        normed = torch.empty_like(hidden)
+        records = [None, None, None]
+        if recorded:
+            records = [torch.empty(recorded, count, *one) for one in ((decoder.hidden,), shape, shape)]
+        if len(hidden):
+            made.run(
+                (len(hidden), cos.shape[1]),
+                (hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), normed.data_ptr()),
+                _addresses(store),
+                store.keys[0].stride()[:3],
+                places.data_ptr(),
+                [
+                    (
+                        _addresses(part),
+                        part.keys[0].stride()[:3],
+                        (one.data_ptr(), _address(ids)),
+                        (len(one), 0 if ids is None or len(ids) == 1 else ids.shape[1]),
+                    )
+                    for part, one, ids in zip(parts, entries, segments, strict=True)
+                ],
+                recorded,
+                [_address(one) for one in records],
+                torch.get_num_threads(),
+                chosen,
+            )
+        return DecoderOutput(hidden, normed, *records)
+
+    return run
+
+
+def _addresses(held: KeyStore | Part) -> list[tuple[int, int]]:
+    return [(k.data_ptr(), v.data_ptr()) for k, v in zip(held.keys, held.values, strict=True)]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,71 @@
+// The arrays between the phases of a pass, and who attends to what in it. Both are the same for every instruction set.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../cpu/aligned.h"
+#include "cpu_kernel.h"
+
+namespace mllm {
+
+// Rows as the products take them: blocks of up to `most` rows, each [depth / lanes][rows][lanes].
+struct RowBlocks {
+  int64_t rows, count;
+
+  RowBlocks(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+  int64_t first(int64_t block) const { return rows * block / count; }
+  int64_t size(int64_t block) const { return first(block + 1) - first(block); }
+};
+
+// Some rows of one slot, against one key head.
+struct AttentionItem {
+  int64_t part, first, count;  // entries [first, first + count) of the part
+  int64_t begin, end;          // the keys that any of them sees
+};
+
+struct DecoderRoom {
+  Floats normed, qkv, attended, inner;   // packed [rows, hidden]; [rows, ...]; packed [rows, queries]; packed [rows, inner]
+  Floats partial, lse;                   // [entries, queries], [entries, heads], parts one after another
+  std::vector<int64_t> entry_of, first;  // the entries of each row, [entries], from first[row]
+  std::vector<int64_t> before;           // entries before each part
+  std::vector<AttentionItem> items;
+  std::vector<Floats> scratch;           // a thread's own
+
+  // `together`: the most rows of an item.
+  void prepare(const DecoderSizes& sizes, const DecoderPass& p, int64_t together) {
+    normed.resize(p.rows * sizes.hidden);
+    qkv.resize(p.rows * (sizes.queries() + 2 * sizes.keys()));
+    attended.resize(p.rows * sizes.queries());
+    inner.resize(p.rows * sizes.inner);
+    scratch.resize(std::max<size_t>(scratch.size(), p.threads));
+    items.clear();
+    before.assign(1, 0);
+    for (size_t i = 0; i < p.parts.size(); ++i) {
+      const auto& entries = p.parts[i].entries;
+      const int64_t count = entries.size();
+      for (int64_t e = 0; e < count;) {
+        AttentionItem item{static_cast<int64_t>(i), e, 0, entries[e].begin, entries[e].end};
+        for (; e < count && item.count < together && entries[e].slot == entries[item.first].slot; ++e, ++item.count) {
+          item.begin = std::min(item.begin, entries[e].begin);
+          item.end = std::max(item.end, entries[e].end);
+        }
+        items.push_back(item);
+      }
+      before.push_back(before.back() + count);
+    }
+    partial.resize(before.back() * sizes.queries());
+    lse.resize(before.back() * sizes.heads);
+    first.assign(p.rows + 1, 0);
+    for (const auto& part : p.parts)
+      for (const auto& entry : part.entries) ++first[entry.row + 1];
+    for (int64_t r = 0; r < p.rows; ++r) first[r + 1] += first[r];
+    entry_of.resize(before.back());
+    std::vector<int64_t> at(first.begin(), first.end() - 1);
+    for (size_t i = 0; i < p.parts.size(); ++i)
+      for (size_t e = 0; e < p.parts[i].entries.size(); ++e)
+        entry_of[at[p.parts[i].entries[e].row]++] = before[i] + e;
+  }
+};
+
+}  // namespace mllm
