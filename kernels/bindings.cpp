@@ -37,7 +37,8 @@ struct Decoder {  // the weights of a decoder, for as long as they stay where th
 
 static void bind_decoder(py::module_& m) {
   using Norm = std::tuple<uintptr_t, float>;
-  using Part = std::tuple<std::vector<Pair>, std::array<int64_t, 3>, Pair, std::array<int64_t, 2>>;
+  using Mask = std::tuple<uintptr_t, int64_t, uintptr_t>;
+  using Part = std::tuple<std::vector<Pair>, std::array<int64_t, 3>, uintptr_t, int64_t, std::vector<Mask>>;
   py::class_<Decoder>(m, "Decoder", "See decoder_layers/cpu_kernel.h.")
       .def(py::init([](std::array<int64_t, 5> sizes, bool gelu,
                        const std::vector<std::tuple<std::array<Norm, 4>, std::array<Pair, 7>, float>>& layers,
@@ -76,13 +77,13 @@ static void bind_decoder(py::module_& m) {
             p.normed = pointer<float>(arrays[3]);
             p.store = decoder_keys(store, store_strides);
             p.places = pointer<const int64_t>(places);
-            for (const auto& [layers, strides, addresses, counts] : parts) {
+            for (const auto& [layers, strides, address, count, masks] : parts) {
               mllm::DecoderPart part;
               part.keys = decoder_keys(layers, strides);
-              const auto* entries = pointer<const mllm::DecoderEntry>(addresses[0]);
-              part.entries.assign(entries, entries + counts[0]);
-              part.segments = pointer<const uint8_t>(addresses[1]);
-              part.segment_stride = counts[1];
+              const auto* entries = pointer<const mllm::DecoderEntry>(address);
+              part.entries.assign(entries, entries + count);
+              for (const auto& [segments, stride, table] : masks)
+                part.masks.push_back({pointer<const uint8_t>(segments), stride, pointer<const uint32_t>(table)});
               p.parts.push_back(std::move(part));
             }
             p.final = d.final;
@@ -97,7 +98,7 @@ static void bind_decoder(py::module_& m) {
           py::arg("sizes"), py::arg("arrays"), py::arg("store"), py::arg("store_strides"), py::arg("places"),
           py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
           "sizes: rows, rotary; arrays: x, cos, sin, normed; parts: keys and values of every layer, their strides,"
-          " entries and segments, how many entries and the segments' stride; records: residual, queries, outputs.");
+          " entries and how many, segments, their stride and table of every layer; records: residual, queries, outputs.");
 }
 
 PYBIND11_MODULE(_cpu, m) {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mllm_fast.kernels import segment_table
 from mllm_fast.kernels.decoder_layers import (
     DecoderLayers,
     KeyStore,
@@ -69,14 +70,16 @@ def problem(name, seed=0):
     for row, slot in enumerate(slots):
         places.append((slot, seen[slot]))
         seen[slot] += 1
-        entries.append((row, slot, 2 if row % 3 == 0 else 0, seen[slot], 0b10 if row % 2 else 0))
+        entries.append((row, slot, 2 if row % 3 == 0 else 0, seen[slot], seen[slot] - 1))
     keys = [[rand(2, room, kv_heads, width).transpose(1, 2) for _ in range(3)] for _ in range(2)]
     segments = torch.randint(0, 3, (2, room), generator=draw, dtype=torch.uint8)
     prefix = [[rand(1, kv_heads, 21, width) for _ in range(3)] for _ in range(2)]
     shared = [(row, 0, 3, 21 if row % 4 else 3, 0) for row in range(rows) if row % 5]
     angle = rand(rows, rotary // 2)
     cos, sin = (torch.cat([turn, turn], 1) for turn in (angle.cos(), angle.sin()))
-    parts = [Part(*keys, torch.tensor(entries), segments)]
+    closed = segment_table([(1, 0), (1, 1), (2, 1), (1, 2)])
+    masks = [None, (segments, closed), (segments[:1], segment_table([(0, 1), (2, 2)]))]
+    parts = [Part(*keys, torch.tensor(entries), masks)]
     if shared:
         parts.append(Part(*prefix, torch.tensor(shared)))
     arguments = rand(rows, 64), cos, sin, KeyStore(*keys, torch.tensor(places)), parts
@@ -138,7 +141,8 @@ def test_a_row_that_sees_nothing_adds_nothing(isa):
     decoder = DecoderLayers(*to(made, torch.float32), backend="cpu")
     decoder._run = cpu_kernel.prepare(decoder, isa)
     hidden, cos, sin, store, parts = copied((hidden, cos, sin, store, parts), torch.float32)
-    shut = parts[0]._replace(entries=torch.tensor([(0, 0, 0, 10, 0xFFFFFFFF)]))
+    ids = torch.zeros(1, 10, dtype=torch.uint8)
+    shut = parts[0]._replace(masks=[(ids, segment_table([(0, 0)]))] * 3)
     found = decoder(hidden, cos, sin, store, [shut], recorded=1)
     assert torch.equal(found.output, torch.zeros_like(found.output))
     unseen = decoder(hidden, cos, sin, store, [], recorded=1)

@@ -86,14 +86,16 @@ class Part(NamedTuple):
     Attributes:
         keys, values: L tensors each, [S, Hkv, N, D], of the same strides, the last one 1.
         entries: int64 [E, 5], an entry for each row that attends: the row, the slot, the first key and the one behind
-            the last, and a word whose bit s closes the keys of segment s. Entries of one slot follow each other.
-        segments: Segment of each key, 0 to 31, uint8 [S or 1, N], or None.
+            the last, and the row's own position among the keys, which only a mask reads. Entries of one slot follow
+            each other.
+        masks: For each layer None, or the segment of each key, uint8 [S or 1, N], and the table of closed segments,
+            int32 [32], as `knockout_attention` takes them; empty for no mask at all.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     entries: Tensor
-    segments: Tensor | None = None
+    masks: Sequence[tuple[Tensor, Tensor] | None] = ()
 
 
 class DecoderOutput(NamedTuple):
@@ -233,8 +235,21 @@ class DecoderLayers:
             entries = part.entries
             if entries.ndim != 2 or entries.shape[1] != 5 or entries.dtype != torch.int64:
                 raise ValueError(f"entries is int64 [E, 5], got {entries.dtype} {list(entries.shape)}")
-            if part.segments is not None and part.segments.dtype != torch.uint8:
-                raise ValueError(f"segments is uint8 [S or 1, N], got {part.segments.dtype}")
+            if part.masks:
+                self._check_masks(part)
+
+    def _check_masks(self, part: Part) -> None:
+        if len(part.masks) != len(self.layers):
+            raise ValueError(f"masks has one entry a layer, {len(self.layers)}, got {len(part.masks)}")
+        slots, _, count, _ = part.keys[0].shape
+        for segments, table in (mask for mask in part.masks if mask is not None):
+            if segments.dtype != torch.uint8 or segments.ndim != 2 or len(segments) not in (1, slots):
+                raise ValueError(f"segments is uint8 [1 or {slots}, N], got {segments.dtype} {list(segments.shape)}")
+            if segments.shape[1] > count or table.dtype != torch.int32 or table.shape != (32,):
+                raise ValueError(
+                    f"segments has at most {count} keys and table is int32 [32], got {list(segments.shape)} and"
+                    f" {table.dtype} {list(table.shape)}"
+                )
 
     def _check_keys(self, name: str, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         shape, strides = keys[0].shape, keys[0].stride()

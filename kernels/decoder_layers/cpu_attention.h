@@ -123,12 +123,13 @@ static void attend_item(const mllm::DecoderSizes& sizes, const mllm::DecoderPass
     scores_of(rows, packed, keys, step, width, count, scores, stride);
     for (int64_t i = 0; i < rows; ++i) {
       const mllm::DecoderEntry& entry = entries[(first + i) / group];
-      const uint8_t* segments = part.segments ? part.segments + entry.slot * part.segment_stride + item.begin : nullptr;
+      const mllm::DecoderMask mask = part.masks.empty() ? mllm::DecoderMask{} : part.masks[layer];
+      const uint8_t* segments = mask.segments ? mask.segments + entry.slot * mask.stride : nullptr;
       const int64_t head = kv_head * group + (first + i) % group;
       const int64_t index = room.before[item.part] + item.first + (first + i) / group;
       room.lse[index * sizes.heads + head] =
-          weights_of(scores + i * stride, entry.begin - item.begin, entry.end - item.begin, count, segments,
-                     segments ? static_cast<uint32_t>(entry.closed) : 0);
+          weights_of(scores + i * stride, entry.begin - item.begin, entry.end - item.begin, count,
+                     segments ? segments + item.begin : nullptr, segments ? mask.table[segments[entry.place]] : 0);
     }
     values_of(rows, scores, stride, values, step, width, count, out);
   }

@@ -39,16 +39,21 @@ struct DecoderKeys {
   std::array<int64_t, 3> strides{};
 };
 
-// A row that attends to keys [begin, end) of a slot, but for those whose segments are in `closed`.
+// A row that attends to keys [begin, end) of a slot; `place` is its own position, whose segment says what is closed to it.
 struct DecoderEntry {
-  int64_t row, slot, begin, end, closed;
+  int64_t row, slot, begin, end, place;
+};
+
+struct DecoderMask {  // of one layer
+  const uint8_t* segments = nullptr;  // [slots or 1, keys] or null
+  int64_t stride = 0;                 // from one slot to the next
+  const uint32_t* table = nullptr;    // [32]
 };
 
 struct DecoderPart {
   DecoderKeys keys;
   std::vector<DecoderEntry> entries;  // those of a slot follow each other
-  const uint8_t* segments = nullptr;  // [slots or 1, keys] or null
-  int64_t segment_stride = 0;
+  std::vector<DecoderMask> masks;     // of every layer, or empty
 };
 
 struct DecoderPass {

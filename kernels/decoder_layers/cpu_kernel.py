@@ -46,7 +46,7 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any
         # these names keep contiguous copies alive until the call is over
         cos, sin, places = cos.contiguous(), sin.contiguous(), store.places.contiguous()
         entries = [part.entries.contiguous() for part in parts]
-        segments = [None if part.segments is None else part.segments.contiguous() for part in parts]
+        masks = [[_held(mask) for mask in part.masks] for part in parts]
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         normed = torch.empty_like(hidden)
         records = [None, None, None]
@@ -63,10 +63,11 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any
                     (
                         _addresses(part),
                         part.keys[0].stride()[:3],
-                        (one.data_ptr(), _address(ids)),
-                        (len(one), 0 if ids is None or len(ids) == 1 else ids.shape[1]),
+                        one.data_ptr(),
+                        len(one),
+                        [(_address(segments), stride, _address(table)) for segments, stride, table in mask],
                     )
-                    for part, one, ids in zip(parts, entries, segments, strict=True)
+                    for part, one, mask in zip(parts, entries, masks, strict=True)
                 ],
                 recorded,
                 [_address(one) for one in records],
@@ -76,6 +77,14 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any
         return DecoderOutput(hidden, normed, *records)
 
     return run
+
+
+def _held(mask: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, int, Tensor | None]:
+    if mask is None:
+        return None, 0, None
+    segments, table = mask
+    segments = segments if segments.stride(1) == 1 else segments.contiguous()
+    return segments, segments.stride(0) if len(segments) > 1 else 0, table.contiguous()
 
 
 def _addresses(held: KeyStore | Part) -> list[tuple[int, int]]:

@@ -68,12 +68,14 @@ def attended(decoder: DecoderLayers, index: int, layer: LayerWeights, query: Ten
     group = decoder.heads // decoder.kv_heads
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in query]
     for part in parts:
-        for row, slot, begin, end, closed in part.entries.tolist():
+        mask = part.masks[index] if part.masks else None
+        for row, slot, begin, end, place in part.entries.tolist():
             key, value = (x[index][slot, :, begin:end] for x in (part.keys, part.values))
             scores = torch.einsum("kgd,knd->kgn", query[row].unflatten(0, (-1, group)), key) * layer.scale
-            if part.segments is not None:
-                ids = part.segments[slot if len(part.segments) > 1 else 0, begin:end]
-                shut = (torch.tensor(closed, device=ids.device) >> ids.long() & 1).bool()
+            if mask is not None:
+                segments, table = mask
+                ids = segments[slot if len(segments) > 1 else 0].long()
+                shut = (table[ids[place]] >> ids[begin:end] & 1).bool()
                 scores = scores.masked_fill(shut, -torch.inf)
             found[row].append((scores, value))
     for row, pieces in enumerate(found):
