@@ -66,7 +66,7 @@ static void bind_decoder(py::module_& m) {
           "run",
           [](const Decoder& d, std::array<int64_t, 2> sizes, std::array<uintptr_t, 4> arrays,
              const std::vector<Pair>& store, std::array<int64_t, 3> store_strides, uintptr_t places,
-             const std::vector<Part>& parts, int64_t recorded, std::array<uintptr_t, 3> records, int threads,
+             const std::vector<Part>& parts, int64_t recorded, std::array<uintptr_t, 4> records, int threads,
              const std::string& isa) {
             mllm::DecoderPass p;
             p.rows = sizes[0];
@@ -88,9 +88,10 @@ static void bind_decoder(py::module_& m) {
             }
             p.final = d.final;
             p.recorded = recorded;
-            p.residual = pointer<float>(records[0]);
-            p.queries = pointer<float>(records[1]);
-            p.outputs = pointer<float>(records[2]);
+            p.recorded_rows = pointer<const int64_t>(records[0]);
+            p.residual = pointer<float>(records[1]);
+            p.queries = pointer<float>(records[2]);
+            p.outputs = pointer<float>(records[3]);
             p.threads = threads;
             py::gil_scoped_release release;
             mllm::decoder_layers(d.sizes, d.layers, p, isa);
@@ -98,7 +99,7 @@ static void bind_decoder(py::module_& m) {
           py::arg("sizes"), py::arg("arrays"), py::arg("store"), py::arg("store_strides"), py::arg("places"),
           py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
           "sizes: rows, rotary; arrays: x, cos, sin, normed; parts: keys and values of every layer, their strides,"
-          " entries and how many, segments, their stride and table of every layer; records: residual, queries, outputs.");
+          " entries and how many, segments, their stride and table of every layer; records: which rows, residual, queries, outputs.");
 }
 
 PYBIND11_MODULE(_cpu, m) {

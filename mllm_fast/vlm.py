@@ -267,7 +267,8 @@ class VLM(ModelRunner):
             settings=settings,
         )
         whole = self.whole_cache() if explain or attention_share else {}
-        stream.begin(lambda: self.run(inputs, settings, use_cache=True, custom_generate=one_sequence, **whole))
+        loop = one_sequence(self, stream.watch)
+        stream.begin(lambda: self.run(inputs, settings, use_cache=True, custom_generate=loop, **whole))
         return stream
 
     @contextmanager

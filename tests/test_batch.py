@@ -57,7 +57,7 @@ def test_rows_that_come_and_go(vlm, picture, seed):
             done += 1
         if not going:
             continue
-        with batch.recording(), torch.no_grad():
+        with batch.running(), torch.no_grad():
             logits = batch.read()
         assert len(logits) == len(batch.rows) == len(going)
         for row, _, expected in list(going):
@@ -89,7 +89,7 @@ def test_a_watched_row_sums_what_compression_keeps_by(vlm, picture):
     row = batch.join(full.keys, full.values, full.position, [token], watch=True)
     ids, stop = [token], vlm.settings().stop_ids
     while len(ids) < 6 and ids[-1] not in stop:
-        with batch.recording(), torch.no_grad():
+        with batch.running(), torch.no_grad():
             ids.append(int(batch.read()[batch.rows.index(row)].argmax()))
         other.unread, row.unread = [8], [ids[-1]]
     mean = row.mass / (len(ids) - 1)
@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_refused(vlm, picture):
     with pytest.raises(ValueError, match="not shared"):
         batch.join(full.keys, full.values, full.position, [5], "one", watch=True)
     row = batch.join(full.keys, full.values, full.position, [5])
-    with batch.recording(), torch.no_grad():
+    with batch.running(), torch.no_grad():
         batch.read()
         row.unread = [5, 6]
         with pytest.raises(ValueError, match="one token at a time"):

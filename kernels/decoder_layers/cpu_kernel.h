@@ -65,7 +65,8 @@ struct DecoderPass {
   std::vector<DecoderPart> parts;
   DecoderNorm final;
   float* normed = nullptr;                       // [rows, hidden], behind the final norm
-  int64_t recorded = 0;                          // the last rows, whose vectors are kept
+  int64_t recorded = 0;                          // rows whose vectors are kept
+  const int64_t* recorded_rows = nullptr;        // [recorded]
   float *residual = nullptr, *queries = nullptr, *outputs = nullptr;  // [recorded, layers, ...]
   int threads = 1;
 };

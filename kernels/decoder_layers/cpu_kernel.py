@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..dispatch import cpu_extension, instruction_set
+from .problem import DecoderOutput, KeyStore, Part
 
 if TYPE_CHECKING:
-    from . import DecoderLayers, KeyStore, Part
+    from . import DecoderLayers
 
 
-def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any]:
+def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., DecoderOutput]:
     """Return the function that runs a pass in float32; see `DecoderLayers.__call__`.
 
     `isa` selects an instruction set (for tests); None selects the best of the processor.
     """
-    from . import DecoderOutput
-
     extension, _ = cpu_extension()
     layers = [
         (
@@ -42,16 +41,19 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any
     chosen = isa or instruction_set()
     count, shape = len(layers), (decoder.heads, decoder.width)
 
-    def run(hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: int) -> Any:
+    def run(
+        hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
+    ) -> DecoderOutput:
         # these names keep contiguous copies alive until the call is over
         cos, sin, places = cos.contiguous(), sin.contiguous(), store.places.contiguous()
         entries = [part.entries.contiguous() for part in parts]
         masks = [[_held(mask) for mask in part.masks] for part in parts]
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         normed = torch.empty_like(hidden)
-        records = [None, None, None]
+        records: list[Tensor | None] = [None, None, None]
+        which = torch.tensor(recorded, dtype=torch.int64) if recorded else None
         if recorded:
-            records = [torch.empty(recorded, count, *one) for one in ((decoder.hidden,), shape, shape)]
+            records = [torch.empty(len(recorded), count, *one) for one in ((decoder.hidden,), shape, shape)]
         if len(hidden):
             made.run(
                 (len(hidden), cos.shape[1]),
@@ -69,8 +71,8 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Any
                     )
                     for part, one, mask in zip(parts, entries, masks, strict=True)
                 ],
-                recorded,
-                [_address(one) for one in records],
+                len(recorded),
+                [_address(one) for one in (which, *records)],
                 torch.get_num_threads(),
                 chosen,
             )

@@ -50,8 +50,8 @@ struct DecoderWork {
     });
   }
   void keep(float* to, int64_t row, int64_t layer, const float* from, int64_t count) const {
-    const int64_t index = row - (p.rows - p.recorded);
-    if (to && index >= 0) std::copy_n(from, count, to + (index * layers + layer) * count);
+    const int64_t index = room.record_of[row];
+    if (index >= 0) std::copy_n(from, count, to + (index * layers + layer) * count);
   }
 
   // put(row, column, four sums) of a tile of WEIGHTS rows of a weight, against all rows.

@@ -30,6 +30,7 @@ struct DecoderRoom {
   std::vector<int64_t> entry_of, first;  // the entries of each row, [entries], from first[row]
   std::vector<int64_t> before;           // entries before each part
   std::vector<AttentionItem> items;
+  std::vector<int64_t> record_of;        // of each row, or -1
   std::vector<Floats> scratch;           // a thread's own
 
   // `together`: the most rows of an item.
@@ -39,6 +40,8 @@ struct DecoderRoom {
     attended.resize(p.rows * sizes.queries());
     inner.resize(p.rows * sizes.inner);
     scratch.resize(std::max<size_t>(scratch.size(), p.threads));
+    record_of.assign(p.rows, -1);
+    for (int64_t i = 0; i < p.recorded; ++i) record_of[p.recorded_rows[i]] = i;
     items.clear();
     before.assign(1, 0);
     for (size_t i = 0; i < p.parts.size(); ++i) {

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .problem import DecoderOutput, KeyStore, LayerWeights, NormWeights, Part
+
 if TYPE_CHECKING:
-    from . import DecoderLayers, KeyStore, LayerWeights, NormWeights, Part
+    from . import DecoderLayers
 
 
-def prepare(decoder: DecoderLayers) -> Callable[..., Any]:
+def prepare(decoder: DecoderLayers) -> Callable[..., DecoderOutput]:
     """Return the function that runs a pass; see `DecoderLayers.__call__`."""
 
-    def run(hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: int) -> Any:
-        from . import DecoderOutput
-
-        rows, kept = len(hidden), ([], [], [])
+    def run(
+        hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
+    ) -> DecoderOutput:
+        kept: tuple[list[Tensor], ...] = [], [], []
         slot, position = store.places.unbind(1)
         for i, layer in enumerate(decoder.layers):
             y = normed(hidden, layer.input_norm)
@@ -27,13 +29,12 @@ def prepare(decoder: DecoderLayers) -> Callable[..., Any]:
                 F.linear(y, *one).unflatten(1, (-1, decoder.width)) for one in (layer.query, layer.key, layer.value)
             )
             query, key = (
-                rotated(normed(x, norm), cos, sin)
-                for x, norm in ((query, layer.query_norm), (key, layer.key_norm))
+                rotated(normed(x, norm), cos, sin) for x, norm in ((query, layer.query_norm), (key, layer.key_norm))
             )
             store.keys[i][slot, :, position], store.values[i][slot, :, position] = key, value
             output = attended(decoder, i, layer, query, parts)
             for kind, one in zip(kept, (hidden, query, output), strict=True):
-                kind.append(one[rows - recorded :])
+                kind.append(one[list(recorded)])
             hidden = hidden + F.linear(output.flatten(1), *layer.output)
             z = normed(hidden, layer.middle_norm)
             inner = _ACTIVATIONS[decoder.activation](F.linear(z, *layer.gate)) * F.linear(z, *layer.up)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,10 @@ from ..explain.scores import check_norm
 from ..explain.stream import Stream
 from ..knockout.rule import spans
 from ..runtime.answer import Answer, answer_of
-from ..runtime.hooks import Recording
+from ..runtime.decoding import Pass
 from ..runtime.kv_cache import of_own_shape
 from ..runtime.model_runner import ModelRunner
 from ..runtime.recurrent import State, tensors_of
-from ..runtime.shared_prefix import SharedPrefixDecoder
-from ..runtime.trace import Trace
 from . import file_format
 from .figure import draw_kept
 from .questions import Questions
@@ -308,17 +307,21 @@ class Context(Displayed, NotPickled):  # long: what can be asked of it is a meth
             explain=explain,
             final_norm=final_norm,
             settings=settings,
-            source=_Asked(self.questions, session),
+            over_context=True,
         )
 
-        def start() -> Iterator[Any]:
-            for said in self.questions.generate(session, [ids], [sequence], settings, limit):
+        def start() -> Iterator[Pass | None]:
+            passes = self.questions.generate(session, [ids], [sequence], settings, limit)
+            yield next(passes)  # type: ignore[misc]
+            for count in itertools.count(len(sequence)):
+                with session.recording(int(explain)) as record:
+                    said = next(passes, None)
                 if said is None:
-                    yield None
-                    continue
+                    return
                 token = int(said[0][0])
                 log_prob = said[1][0, token] - said[1][0].logsumexp(-1)
-                yield token, float(log_prob), session, said[2][0], not bool(said[3][0])
+                trace = partial(self.questions.trace, session, record, 1, count) if explain else None
+                yield Pass(token, float(log_prob), said[2][0], not bool(said[3][0]), trace)
 
         stream.begin(start)
         return stream
@@ -391,24 +394,6 @@ class Context(Displayed, NotPickled):  # long: what can be asked of it is a meth
                 another.
         """
         return cls(**file_format.load(path, vlm, images))
-
-
-class _Asked:
-    """The source of a stream over a context: it attaches the recording and makes the traces."""
-
-    def __init__(self, questions: Questions, session: SharedPrefixDecoder):
-        self._questions = questions
-        self._session: SharedPrefixDecoder | None = session
-
-    def recording(self, rows: int) -> AbstractContextManager[Recording]:
-        assert self._session is not None  # a closed stream computes nothing
-        return self._session.recording(rows)
-
-    def trace(self, record: Recording, cache: Any, length: int) -> Trace:
-        return self._questions.trace(cache, record, 1, length)
-
-    def close(self) -> None:
-        self._session = None  # steps that are not explained yet still hold it
 
 
 class Chat:

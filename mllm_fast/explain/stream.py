@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,30 +18,15 @@ from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..core.notebook import Displayed, table
 from ..knockout.attention_share import AttentionShares
-from ..knockout.plan import Plan
 from ..knockout.rule import Knockout, as_rules
 from ..runtime.answer import Answer, answer_of
-from ..runtime.decoding import Pass, own_state
+from ..runtime.decoding import Pass, Watch, own_state
 from ..runtime.detokenizer import Detokenizer
 from ..runtime.generation_settings import GenerationSettings
-from ..runtime.hooks import Recording, recording
 from ..runtime.model_runner import Knockouts, ModelRunner
-from ..runtime.trace import Trace, make_trace
+from ..runtime.trace import Trace
 from .explanation import Explanation
 from .registry import Heads
-
-
-class Source(Protocol):
-    """What a stream runs the model with, when it does not run the whole model over its own key/value cache."""
-
-    def recording(self, rows: int) -> AbstractContextManager[Recording]:
-        """Return a context manager that attaches the recording to the model for one forward pass."""
-
-    def trace(self, record: Recording, cache: Any, length: int) -> Trace:
-        """Return the trace that explains one token, after `length` tokens of the sequence were read."""
-
-    def close(self) -> None:
-        """Release the source; no forward pass follows."""
 
 
 class Step(Displayed):
@@ -63,7 +48,7 @@ class Step(Displayed):
         token: str,
         text: str,
         log_prob: float,
-        recorded: tuple[Recording, Any, Tensor] | None = None,
+        recorded: tuple[Callable[[], Trace], Tensor] | None = None,
     ):
         self.index = index
         self.token_id = token_id
@@ -88,8 +73,7 @@ class Step(Displayed):
         if self._explanation is None:
             if self._recorded is None:
                 raise InputError("this step was not recorded; call stream(..., explain=True)")
-            record, cache, sequence = self._recorded
-            self._explanation = self._stream.explanation_of(self, record, cache, sequence)
+            self._explanation = self._stream.explanation_of(self, *self._recorded)
             self._recorded = None
         return self._explanation
 
@@ -146,20 +130,18 @@ class Stream(Iterator[Step]):
         settings: GenerationSettings,
         knockout: Knockouts = None,
         shares: AttentionShares | None = None,
-        source: Source | None = None,
+        over_context: bool = False,
     ):
         self.layout = layout
         self.prompt = prompt
         self.images = images
         self._vlm = vlm
-        self._explain = explain
         self._final_norm = final_norm
-        self._shares = shares
-        self._source = source
+        self._over_context = over_context
+        self.watch = Watch(explain, None, shares)  # what is wanted of the next pass
         self._settings, self._stop_ids = settings, settings.stop_ids
-        self._passes: Iterator[Pass] | None = None
+        self._passes: Iterator[Pass | None] | None = None
         self._sequence: Tensor | None = None
-        self._record: Recording | None = None
         self._state: list[Any] = []
         # entered for the first forward pass, which reads the images
         self.first: AbstractContextManager[Any] = nullcontext()
@@ -169,7 +151,6 @@ class Stream(Iterator[Step]):
         self._text = ""
         self._count = 0
         self._rules: tuple[Knockout, ...] = ()
-        self._plan: Plan | None = None
         self.knockout = knockout  # type: ignore[assignment]
 
     @property
@@ -179,10 +160,10 @@ class Stream(Iterator[Step]):
 
     @knockout.setter
     def knockout(self, rules: Knockouts) -> None:
-        if as_rules(rules) and self._source is not None:
+        if as_rules(rules) and self._over_context:
             raise InputError("a context's answers take no knockouts; use VLM.stream")
         plan = self._vlm.plan(rules, [self.layout])
-        self._rules, self._plan = as_rules(rules), plan
+        self._rules, self.watch.plan = as_rules(rules), plan
 
     @property
     def answer(self) -> Answer:
@@ -192,14 +173,13 @@ class Stream(Iterator[Step]):
         said = answer_of(sequence, self.layout, self._vlm.processor.tokenizer, self._settings, limit)
         if not self._done:
             said = replace(said, finish_reason=None)
-        if self._plan is not None:
-            said = replace(said, unreached_layers=self._plan.unreached(self._vlm.text.findings.others))
-        if self._shares is None:
-            return said
-        return replace(said, attention_share=self._shares.of(0, len(said.token_ids)))
+        plan, shares = self.watch.plan, self.watch.shares
+        if plan is not None:
+            said = replace(said, unreached_layers=plan.unreached(self._vlm.text.findings.others))
+        return said if shares is None else replace(said, attention_share=shares.of(0, len(said.token_ids)))
 
-    def begin(self, start: Callable[[], Iterator[Pass]]) -> None:
-        """Start the stream on the passes of `start`, a call of `generate` with `one_sequence`."""
+    def begin(self, start: Callable[[], Iterator[Pass | None]]) -> None:
+        """Start the stream on the passes of `start`, such as a call of `generate` with `one_sequence`."""
         with own_state(self._vlm, self._state):
             self._passes = start()
             next(self._passes)  # run to the first yield; nothing is computed before a step is requested
@@ -208,7 +188,7 @@ class Stream(Iterator[Step]):
         if self._passes is None:
             raise StopIteration
         try:
-            token_id, log_prob, cache, sequence, done = self._compute()
+            token_id, log_prob, sequence, done, trace = self._compute()
         except BaseException:
             self.close()
             raise
@@ -218,34 +198,21 @@ class Stream(Iterator[Step]):
             raise StopIteration
         token = self._tokens.push(token_id)
         self._text += self._plain.push(token_id)
-        recorded = None if not self._explain or self._record is None else (self._record, cache, sequence)
+        recorded = None if trace is None else (trace, sequence)
         step = Step(self, self._count, token_id, token, self._text.strip(), log_prob, recorded)
         self._count += 1
         return step
 
     def _compute(self) -> Pass:
-        """Run one forward pass, with the recording attached to the model only during the pass."""
-        vlm = self._vlm
-        rows = 1 if self._explain else 0
-        if self._source is not None:
-            with self._source.recording(rows) as self._record:
-                return self._advance()
-        if not (rows or self._plan or self._shares):
-            return self._advance()
-        with recording(vlm.text, rows, self._plan, self._shares, vlm.backend) as self._record:
-            return self._advance()
-
-    def _advance(self) -> Pass:
+        """Run one forward pass."""
         first, self.first = self.first, nullcontext()
         with own_state(self._vlm, self._state), first:
-            return next(self._passes)  # type: ignore[arg-type]
+            return next(self._passes)  # type: ignore[arg-type, return-value]
 
     def close(self) -> None:
         """Free the key/value cache and end the stream."""
         if self._passes is not None:
             self._passes.close()  # type: ignore[attr-defined]
-            if self._source is not None:
-                self._source.close()
         self._passes = None
 
     def __enter__(self) -> Stream:
@@ -254,16 +221,17 @@ class Stream(Iterator[Step]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def explanation_of(self, step: Step, record: Recording, cache: Any, sequence: Tensor) -> Explanation:
+    def explanation_of(self, step: Step, trace: Callable[[], Trace], sequence: Tensor) -> Explanation:
         """Return the explanation of one step's token."""
         length = self.layout.prompt_length + step.index
         layout = replace(self.layout, length=length + 1)
         said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())
-        vlm = self._vlm
-        if self._source is None:
-            trace = make_trace(vlm.text, record, cache, 1, length)
-        else:
-            trace = self._source.trace(record, cache, length)
         return Explanation.of(
-            vlm, trace, said, prompt=self.prompt, images=self.images, final_norm=self._final_norm, knockouts=self._rules
+            self._vlm,
+            trace(),
+            said,
+            prompt=self.prompt,
+            images=self.images,
+            final_norm=self._final_norm,
+            knockouts=self._rules,
         )

@@ -8,18 +8,21 @@ it were alone, whatever else is in the batch (Yu et al. 2022, "Orca").
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import Tensor
 
 from ..kernels import Attention, wide_type
+from ..kernels.decoder_layers import KeyStore, Part
 from ..models.text_model import TextModel, without_gradients
 from .attention import Scoring, attend_split, join_rows
-from .hooks import Recording, recording
+from .direct_decoder import DirectDecoder, direct_decoder
+from .hooks import model_lock, recording
 from .prefix_pool import Prefix, PrefixPool, SlotGroup
 
 _ROOM = 32  # spare own positions that are allocated when a row runs out of them
@@ -94,6 +97,7 @@ class Batch:
         self._read: list[Row] = []  # the rows of the pass
         self._slots: Tensor | None = None  # their slots, unless they are all
         self._masses: list[tuple[Row, int, Tensor]] = []  # what the pass adds to their masses
+        self._direct: DirectDecoder | None = None  # what runs the layers of the pass, unless the model itself does
 
     @property
     def nbytes(self) -> int:
@@ -157,9 +161,19 @@ class Batch:
         first = stack.room - row.prefix.length
         return tuple(k[slot, :, first:] for k in stack.keys), tuple(v[slot, :, first:] for v in stack.values)
 
-    def recording(self) -> AbstractContextManager[Recording]:
-        """Return a context manager that attaches the model to this batch; `read` works only inside it."""
-        return recording(self.text, backend=self._backend, attention_fn=self._attend)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the model for this batch, and attach it where its layers are not run directly (`direct_decoder`).
+
+        `read` works only inside the block.
+        """
+        with model_lock(self.text):
+            self._direct = direct_decoder(self.text, self._backend)
+            if self._direct is not None:
+                yield
+                return
+            with recording(self.text, backend=self._backend, attention_fn=self._attend):
+                yield
 
     @_without_gradients
     def read(self, rows: Sequence[Row] | None = None) -> Tensor:
@@ -177,18 +191,24 @@ class Batch:
         self._read = self.rows if rows is None else list(rows)
         lengths = [len(row.unread) for row in self._read]
         device = self._device
-        self._plan(lengths)
+        ends = [end - 1 for end in itertools.accumulate(lengths)]
+        self._last = torch.tensor(ends, device=device)
+        self._make_room(lengths)
         self._masses = []
         tokens = [token for row in self._read for token in row.unread]
         positions = [row.position + i for row, count in zip(self._read, lengths, strict=True) for i in range(count)]
-        hidden = self.text.decoder(
-            input_ids=torch.tensor([tokens], device=device),
-            # a ready mask keeps transformers from making one; `_attend` knows what each token sees
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-        ).last_hidden_state
-        logits = self.text.logits(hidden[0, self._last])
+        if self._direct is not None:
+            hidden = self._read_directly(self._direct, tokens, positions, lengths, ends)
+        else:
+            self._plan(lengths, ends)
+            hidden = self.text.decoder(
+                input_ids=torch.tensor([tokens], device=device),
+                # a ready mask keeps transformers from making one; `_attend` knows what each token sees
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+            ).last_hidden_state[0]
+        logits = self.text.logits(hidden[self._last])
         for row, layer, mass in self._masses:
             row.mass[layer] += mass  # type: ignore[index]
         for row, count in zip(self._read, lengths, strict=True):
@@ -197,22 +217,77 @@ class Batch:
             row.unread = []
         return logits
 
+    def _read_directly(
+        self, direct: DirectDecoder, tokens: list[int], positions: list[int], lengths: list[int], ends: list[int]
+    ) -> Tensor:
+        """Run the layers of the decoder on the pass's tokens, and return what the final norm gives, [T, d]."""
+        self._make_slots(direct)
+        own: list[tuple[int, ...]] = []
+        by_stack: dict[int, tuple[SlotGroup, list[tuple[int, ...]]]] = {}
+        places, last = [], -1
+        for row, count in zip(self._read, lengths, strict=True):
+            stack = row.prefix.stack
+            entries = by_stack.setdefault(id(stack), (stack, []))[1]
+            for i in range(count):
+                last += 1
+                place = self._room - 1 - row.length - i  # own keys lie newest first
+                places.append((row.slot, place))
+                own.append((last, row.slot, place, self._room, place))
+                entries.append((last, row.prefix.slot, stack.room - row.prefix.length, stack.room, 0))
+        keys, values = [key for key, _ in self._own], [value for _, value in self._own]
+        parts = [Part(keys, values, torch.tensor(own))]
+        for stack, entries in by_stack.values():
+            entries.sort(key=itemgetter(1))
+            parts.append(Part(stack.keys, stack.values, torch.tensor(entries)))
+        watched = [i for i, row in enumerate(self._read) if row.mass is not None]
+        store = KeyStore(keys, values, torch.tensor(places))
+        found = direct(direct.embed(tokens), torch.tensor(positions), store, parts, [ends[i] for i in watched])
+        for i, query in zip(watched, found.query if watched else (), strict=True):  # type: ignore[arg-type]
+            self._add_mass(self._read[i], query, direct.scales)
+        return found.normed
+
+    def _make_slots(self, direct: DirectDecoder) -> None:
+        """Allocate own keys and values for all rows, in all layers or in none."""
+        count = len(self.rows)
+        held = len(self._own[0][0]) if self._own else 0
+        if held >= count:
+            return
+        slots = max(4, count, 2 * held)
+        made = []
+        for layer in range(direct.num_layers):
+            pair = [torch.zeros(slots, direct.kv_heads, self._room, direct.width) for _ in range(2)]
+            if self._own:
+                for new, old in zip(pair, self._own[layer], strict=True):
+                    new[:held] = old
+            made.append((pair[0], pair[1]))
+        self._own = made
+
+    def _add_mass(self, row: Row, query: Tensor, scales: Sequence[float]) -> None:
+        """Add to a row's mass the attention of its token to its prefix, from the rotated queries [L, H, D]."""
+        stack, slot, length = row.prefix.stack, row.prefix.slot, row.prefix.length
+        own = slice(self._room - 1 - row.length, None)
+        for layer, (one, scale) in enumerate(zip(query, scales, strict=True)):
+            keys = torch.cat([stack.keys[layer][slot, :, -length:], self._own[layer][0][row.slot, :, own]], 1)
+            scores = one.unflatten(0, (len(keys), -1)) @ keys.mT * scale
+            self._masses.append((row, layer, torch.softmax(scores, -1)[..., :length].mean((0, 1))))
+
     @property
     def _device(self) -> torch.device:
         return self.rows[0].prefix.stack.keys[0].device
 
-    def _plan(self, lengths: list[int]) -> None:
-        """Compute where the T tokens of the pass lie, once for all layers."""
-        device = self._device
-        ends, total = [], 0
-        for count in lengths:
-            total += count
-            ends.append(total - 1)
+    def _make_room(self, lengths: list[int]) -> None:
+        """Allocate the own positions that the pass needs, and check what it reads."""
         longest = max(row.length + count for row, count in zip(self._read, lengths, strict=True))
-        slots_read = [row.slot for row in self._read]
-        self._slots = None if slots_read == list(range(len(self.rows))) else torch.tensor(slots_read, device=device)
         if longest > self._room:
             self._grow(longest + max(_ROOM, self._room // 2))
+        if any(count > 1 and row.length for row, count in zip(self._read, lengths, strict=True)):
+            raise ValueError("a row reads one token at a time after its first ones")
+
+    def _plan(self, lengths: list[int], ends: list[int]) -> None:
+        """Compute where the T tokens of the pass lie, once for all layers."""
+        device = self._device
+        slots_read = [row.slot for row in self._read]
+        self._slots = None if slots_read == list(range(len(self.rows))) else torch.tensor(slots_read, device=device)
         # own keys lie newest first, so that every row's are the last ones of its slot
         slots = [row.slot for row, count in zip(self._read, lengths, strict=True) for _ in range(count)]
         places = [
@@ -226,14 +301,11 @@ class Batch:
             self._room - row.length - 1 if count == 1 else self._room
             for row, count in zip(self._read, lengths, strict=True)
         ]
-        self._last = torch.tensor(ends, device=device)
         self._slot, self._place = torch.tensor(slots, device=device), torch.tensor(places, device=device)
         self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
         self._first = None
         self._single = len(several) < len(lengths)
         if several:
-            if any(self._read[i].length for i in several):
-                raise ValueError("a row reads one token at a time after its first ones")
             width = max(lengths[i] for i in several)
             token = [ends[i] - lengths[i] + 1 + k for i in several for k in range(lengths[i])]
             place = [r * width + width - lengths[i] + k for r, i in enumerate(several) for k in range(lengths[i])]

@@ -2,52 +2,172 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.utils import ModelOutput
 
-from .hooks import model_lock
+from ..knockout.attention_share import AttentionShares
+from ..knockout.plan import Plan
+from .direct_decoder import direct_decoder
+from .direct_sequence import DirectSequence
+from .hooks import model_lock, recording
 from .kv_cache import CACHE
 from .model_runner import ModelRunner
 from .sampling import next_tokens
 from .shared_prefix import SharedPrefixDecoder
+from .trace import Trace, make_trace
 
-Pass = tuple[int, float, Any, Tensor, bool]  # token id, its log-probability, cache, sequence, whether it is the last
 
+class Pass(NamedTuple):
+    """What one forward pass adds to a sequence.
 
-def one_sequence(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    **model_kwargs: Any,
-) -> Iterator[Any]:
-    """Decode one sequence token by token, as a loop for transformers' `generate(custom_generate=...)`.
-
-    `generate` prepares the arguments as it does for its own loops.
-
-    Yields:
-        None once, before the first forward pass; then a `Pass` after each forward pass.
+    Attributes:
+        token: The id of the new token.
+        log_prob: Its log-probability, before any sampling settings.
+        sequence: The whole sequence, int64 [N].
+        done: Whether the answer ends with it.
+        trace: Makes the trace that explains the token, or None if the pass was not recorded.
     """
-    yield None
-    done, first = False, True
-    while not done:
+
+    token: int
+    log_prob: float
+    sequence: Tensor
+    done: bool
+    trace: Callable[[], Trace] | None
+
+
+@dataclass
+class Watch:
+    """What is wanted of the next forward pass; it may change between two passes.
+
+    Attributes:
+        explain: Record what explains the new token.
+        plan: The plan of the knockouts.
+        shares: An observer that receives the attention mass.
+    """
+
+    explain: bool = False
+    plan: Plan | None = None
+    shares: AttentionShares | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the model may run as it is."""
+        return not self.explain and self.plan is None and self.shares is None
+
+
+def one_sequence(runner: ModelRunner, watch: Watch) -> Callable[..., Iterator[Any]]:
+    """Return a loop that decodes one sequence token by token, for transformers' `generate(custom_generate=...)`.
+
+    `generate` prepares the arguments as it does for its own loops. The loop yields None once before the first forward
+    pass, then a `Pass` after each. The model itself reads the prompt and the first token; where its layers can be run
+    directly (`direct_decoder`), and give the same logits after that token, the others are read so.
+
+    Args:
+        runner: The model.
+        watch: What is wanted of each pass.
+    """
+
+    def loop(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Iterator[Pass | None]:
+        yield None
+        reader = _Reader(runner, watch, model, model_kwargs)
+        ended = end_of(stopping_criteria)
+        done, given = False, input_ids.device
+        while not done:
+            logits, trace = reader.read(input_ids)
+            # processors may write into what they are given
+            logits = logits[None].to(copy=True, dtype=torch.float32, device=given)
+            chosen = next_tokens(logits, input_ids, logits_processor, generation_config.do_sample)
+            token = int(chosen)
+            log_prob = float(logits[0, token] - logits[0].logsumexp(-1))
+            input_ids = torch.cat([input_ids, chosen[:, None]], -1)
+            done = ended(input_ids, token)
+            yield Pass(token, log_prob, input_ids[0], done, trace)
+
+    return loop
+
+
+class _Reader:
+    """Reads the unread tokens of one sequence, by the model's own forward or directly."""
+
+    def __init__(self, runner: ModelRunner, watch: Watch, model: Any, model_kwargs: dict[str, Any]):
+        self._runner, self._watch, self._model, self._kwargs = runner, watch, model, model_kwargs
+        self._passes = 0
+        self._direct: DirectSequence | None = None
+        self._missed = 0  # passes that the model's keyword arguments do not know of
+
+    def read(self, input_ids: Tensor) -> tuple[Tensor, Callable[[], Trace] | None]:
+        """Read a sequence to its end, and return the logits [V] and what makes the trace of the last row."""
+        direct, watch = self._direct, self._watch
+        if direct is not None:
+            if direct.usable and watch.shares is None and (direct.own_attention or not watch.nothing):
+                self._missed += 1
+                return direct.read(int(input_ids[0, -1]), watch.plan, int(watch.explain))
+            self._leave(direct)
+        return self._by_model(input_ids)
+
+    def _by_model(self, input_ids: Tensor) -> tuple[Tensor, Callable[[], Trace] | None]:
+        model, watch, runner, first = self._model, self._watch, self._runner, self._passes == 0
         inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **model_kwargs
+            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self._kwargs
         )
-        outputs = model(**inputs, return_dict=True)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        token = next_tokens(logits, input_ids, logits_processor, generation_config.do_sample)
-        log_prob = logits[0, token[0]] - logits[0].logsumexp(-1)
-        input_ids, first = torch.cat([input_ids, token[:, None]], -1), False
-        done = bool(stopping_criteria(input_ids, ()).all())
-        yield int(token), float(log_prob), model_kwargs[CACHE], input_ids[0], done
+        attached: AbstractContextManager[Any] = nullcontext()
+        if not watch.nothing:
+            attached = recording(runner.text, int(watch.explain), watch.plan, watch.shares, runner.backend)
+        with attached as record:
+            outputs = model(**inputs, return_dict=True)
+        self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
+        self._passes += 1
+        cache, logits = self._kwargs[CACHE], outputs.logits[0, -1]
+        if self._passes == 2 and watch.shares is None and not runner.text.findings.state:
+            decoder = direct_decoder(runner.text, runner.backend)
+            self._direct = DirectSequence.of(decoder, cache, int(input_ids[0, -1]), logits, watch.plan)
+        trace = None
+        if watch.explain:
+            trace = partial(make_trace, runner.text, record, cache, 1, input_ids.shape[1])
+        return logits, trace
+
+    def _leave(self, direct: DirectSequence) -> None:
+        """Go on with the model's own forward."""
+        direct.give_back()
+        for _ in range(self._missed):
+            output = ModelOutput({CACHE: self._kwargs[CACHE]})
+            self._kwargs = self._model._update_model_kwargs_for_generation(output, self._kwargs)
+        self._direct, self._missed = None, 0
+
+
+def end_of(criteria: Any) -> Callable[[Tensor, int], bool]:
+    """Return a function of a sequence [1, N] and its last token that says whether the answer ends there.
+
+    Transformers' usual criteria are numbers and ids, which need no tensors; any other is called.
+    """
+    longest, ends, others = sys.maxsize, set(), []
+    for one in criteria:
+        if type(one) is MaxLengthCriteria:
+            longest = min(longest, one.max_length)
+        elif type(one) is EosTokenCriteria:
+            ends |= set(one.eos_token_id.flatten().tolist())
+        else:
+            others.append(one)
+    return lambda ids, token: (
+        ids.shape[1] >= longest or token in ends or any([bool(one(ids, ()).all()) for one in others])
+    )
 
 
 @contextmanager

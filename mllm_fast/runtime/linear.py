@@ -36,7 +36,7 @@ def skinny_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
     if backend in ("auto", "cpu"):
         for layer in _large(text):
             if "forward" not in vars(layer):  # a layer that someone else patched stays as it is
-                vars(layer)["forward"] = partial(_forward, layer)
+                vars(layer)["forward"] = partial(skinny_forward, layer)
                 changed.append(layer)
     try:
         yield
@@ -45,7 +45,8 @@ def skinny_linears(text: TextModel, backend: str = "auto") -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
+def skinny_forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    """Compute a linear layer on `skinny_linear`, unless it has to be torch's own."""
     if (
         torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()  # a compiled model has its own linear layers

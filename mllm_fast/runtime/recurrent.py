@@ -6,8 +6,8 @@ object holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -132,8 +132,10 @@ class RecurrentPrefixDecoder(SharedPrefixDecoder):
         ]
         self._current = self._each[0]
 
-    def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
-        return recording(self.text, rows, backend=self.backend, attention_fn=self.attend)
+    @contextmanager
+    def recording(self, rows: int = 0) -> Iterator[Recording]:
+        with recording(self.text, rows, backend=self.backend, attention_fn=self.attend) as record:
+            yield record
 
     def read(self, ids: Sequence[Sequence[int]]) -> Tensor:
         logits = []

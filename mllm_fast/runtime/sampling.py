@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from .model_runner import ModelRunner
 
@@ -28,7 +29,12 @@ def next_tokens(
         sample: Draw from the probabilities; otherwise take the likeliest token.
         generator: The random number generator for the draw.
     """
-    scores = processors(input_ids, logits) if processors else logits
+    scores = logits
+    if type(processors) is LogitsProcessorList:  # whose own call looks at the signature of each, every time
+        for one in processors:
+            scores = one(input_ids, scores)
+    elif processors:
+        scores = processors(input_ids, logits)
     if sample:
         return torch.multinomial(torch.softmax(scores, -1), 1, generator=generator)[:, 0]
     return scores.argmax(-1)

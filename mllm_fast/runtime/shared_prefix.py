@@ -7,16 +7,18 @@ joined by their log-sum-exps. So a question is computed as if it were asked alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..kernels.decoder_layers import DecoderOutput, KeyStore, Part
 from ..models.text_model import TextModel
 from .attention import Scoring, attend_seen, attend_split, join_rows
-from .hooks import Recording, recording
+from .direct_decoder import DirectDecoder, direct_decoder
+from .hooks import Recording, model_lock, recording
 from .trace import Trace, trace_of
 
 _ROOM = 32  # the most positions that are allocated ahead
@@ -59,13 +61,29 @@ class SharedPrefixDecoder:
         self._longest = 0
         self._room = min(expected, _ROOM)
         self._places = places
+        self._direct: DirectDecoder | None = None  # what runs the layers, unless the model itself does
+        self._record: Recording | None = None
 
-    def recording(self, rows: int = 0) -> AbstractContextManager[Recording]:
-        """Return a context manager that attaches the model to this session and records the last `rows` rows.
+    @contextmanager
+    def recording(self, rows: int = 0) -> Iterator[Recording]:
+        """Hold the model for this session, and record the last `rows` rows of each pass.
 
-        `read` works only inside it.
+        The model is attached where its layers are not run directly (`direct_decoder`). `read` works only inside the
+        block.
         """
-        return recording(self.text, rows, backend=self.backend, attention_fn=self.attend)
+        with model_lock(self.text):
+            self._direct = self._direct_decoder()
+            if self._direct is None:
+                with recording(self.text, rows, backend=self.backend, attention_fn=self.attend) as self._record:
+                    yield self._record
+                return
+            self._record = Recording(rows, len(self.text.layers), len(self.text.sites), self._device)
+            yield self._record
+
+    def _direct_decoder(self) -> DirectDecoder | None:
+        plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (self.keys[0], self.values[0]))
+        found = direct_decoder(self.text, self.backend) if plain else None
+        return None if found is None or found.window is not None else found
 
     def read(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Add tokens to every question, and return the logits after the last token of each, [B, V].
@@ -86,8 +104,44 @@ class SharedPrefixDecoder:
         positions = (self._next[question] + within).to(self._device)
         self._next = self._next + lengths
         tokens = torch.tensor([[token for one in ids for token in one]], device=self._device)
-        hidden = self._decode(tokens, positions[None])
-        return self.text.logits(hidden[0, lengths.cumsum(0).to(self._device) - 1])
+        if self._direct is not None:
+            hidden = self._read_directly(self._direct, tokens[0], positions, question)
+        else:
+            hidden = self._decode(tokens, positions[None])[0]
+        return self.text.logits(hidden[lengths.cumsum(0).to(self._device) - 1])
+
+    def _read_directly(self, direct: DirectDecoder, tokens: Tensor, positions: Tensor, question: Tensor) -> Tensor:
+        """Run the layers on T tokens of these questions, and return what the final norm gives, [T, d]."""
+        assert self._record is not None
+        rows, count = torch.arange(len(tokens)), len(self._next)
+        if not self._own or self._own[0][0].shape[1] < self.length:
+            empty = torch.empty(0, direct.kv_heads, direct.width)
+            for layer in range(direct.num_layers):
+                self._make_room(layer, [empty, empty])
+        place = self.length - self._longest + self._rows % self._longest
+        start = torch.zeros(count, dtype=torch.long) if self._start is None else self._start.long()
+        own_keys, own_values = ([pair[i].transpose(1, 2) for pair in self._own] for i in (0, 1))
+        own = torch.stack([rows, question, start[question], place + 1, place], 1)
+        zeros, last = torch.zeros_like(rows), torch.full_like(rows, self.keys[0].shape[1])
+        behind = torch.stack([rows, zeros, zeros, last, zeros], 1)
+        keys, values = ([one[None] for one in many] for many in (self.keys, self.values))
+        parts = [Part(own_keys, own_values, own), Part(keys, values, behind)]
+        store = KeyStore(own_keys, own_values, torch.stack([question, place], 1))
+        recorded = range(len(tokens))[len(tokens) - self._record.rows :] if self._record.rows else ()
+        found = direct(direct.embed(tokens), positions, store, parts, recorded)
+        if recorded:
+            self._note(self._record, found, recorded, direct.scales)
+        return found.normed
+
+    def _note(self, record: Recording, found: DecoderOutput, recorded: Sequence[int], scales: Sequence[float]) -> None:
+        """Add the recorded rows of a pass to the recording."""
+        record.final.append(found.hidden[list(recorded)][None])
+        record.scoring = [Scoring(scale) for scale in scales]
+        for layer in range(len(scales)):
+            record.residual[layer].append(found.residual[None, :, layer])  # type: ignore[index]
+            record.query[layer].append(found.query[None, :, layer])  # type: ignore[index]
+            record.output[layer].append(found.output[None, :, layer])  # type: ignore[index]
+            record.seen[layer].append(None)
 
     def _decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Run the decoder on tokens [1, T] at positions [1, T], and return what the final norm gives, [1, T, d]."""
@@ -201,6 +255,18 @@ class SharedPrefixDecoder:
 
     def _add(self, site: int, rows: Sequence[Tensor]) -> list[Tensor]:
         """Store the pass's keys and values, [T, Hkv, D] each, and return all of the site, [B, Hkv, length, D] each."""
+        self._make_room(site, rows)
+        before = self.length - self._longest
+        for held, new in zip(self._own[site], rows, strict=True):
+            if self._longest == 1:
+                held[:, before] = new
+            else:
+                question, slot = self._rows // self._longest, self._rows % self._longest
+                held[question, before + slot] = new
+        return [held[:, : self.length].transpose(1, 2) for held in self._own[site]]
+
+    def _make_room(self, site: int, rows: Sequence[Tensor]) -> None:
+        """Allocate the positions of a site that the pass needs; `rows` are keys and values like its own."""
         count = len(self._next)
         if site == len(self._own):
             empty = [one.new_zeros(count, self.length + self._room, *one.shape[1:]) for one in rows]
@@ -211,11 +277,3 @@ class SharedPrefixDecoder:
                 for old in self._own[site]
             ]
             self._own[site] = grown[0], grown[1]
-        before = self.length - self._longest
-        for held, new in zip(self._own[site], rows, strict=True):
-            if self._longest == 1:
-                held[:, before] = new
-            else:
-                question, slot = self._rows // self._longest, self._rows % self._longest
-                held[question, before + slot] = new
-        return [held[:, : self.length].transpose(1, 2) for held in self._own[site]]

@@ -202,7 +202,7 @@ class Scheduler:
             return
         by_row = {id(one.row): one for one in self.members}
         members = [by_row[id(row)] for row in self.batch.rows]
-        with self.batch.recording():
+        with self.batch.running():
             members, logits, failed = _read(self.batch, members)
         for one, error in failed:
             self._failed(one, error)

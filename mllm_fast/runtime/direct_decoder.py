@@ -1,0 +1,184 @@
+"""A decoder whose layers are run by `kernels.DecoderLayers` in place of transformers' modules.
+
+It serves where every part was recognised, and the layers as a whole gave what the model's own forward gives. In a
+decoding step transformers spends more time between the operations than in them; here a step is one call. Whatever a
+user changes later (a hook, an adapter, other weights) is seen before the next pass, which then runs the model's own
+forward again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from ..kernels.decoder_layers import DecoderLayers, DecoderOutput, KeyStore, Part
+from ..kernels.dispatch import choose
+from ..models.norms import relative_error
+from ..models.plain_layers import NotPlainError, PlainLayers, plain_layers
+from ..models.text_model import TextModel
+from . import linear
+from .hooks import recording
+
+_TRIED = 6  # tokens that both ways read
+_FIRST = 3  # the position of the first of them
+_ALLOWED = 1e-4  # relative error of the last layer; the parts are checked to rounding, a wrong whole is off by far more
+_TABLE = 256  # positions by which a table of rotations grows
+_DEPENDENT = ("dynamic", "longrope")  # rotations that depend on the longest position of a pass
+Look = tuple[str, Any, str]  # the backend, the direct decoder or None, and why there is none
+_known: weakref.WeakKeyDictionary[Any, Look] = weakref.WeakKeyDictionary()
+
+
+class DirectDecoder:
+    """The decoder of a text model, run directly.
+
+    Args:
+        text: The text model.
+        plain: Its layers as weights.
+        kernel: What runs them.
+    """
+
+    def __init__(self, text: TextModel, plain: PlainLayers, kernel: DecoderLayers):
+        self._decoder, self._config, self._head = text.decoder, text.config, text.logits
+        self.plain, self._kernel = plain, kernel
+        self.num_layers, self.kv_heads, self.width = len(plain.layers), plain.kv_heads, kernel.width
+        self.scales = [layer.scale for layer in plain.layers]
+        self.window = min((site.window for site in text.sites if site.window is not None), default=None)
+        kind = getattr(text.decoder.rotary_emb, "rope_type", "default")
+        self._fixed = isinstance(kind, str) and not any(name in kind for name in _DEPENDENT)
+        self._cos = self._sin = torch.empty(0, 0)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the model is still as it was when it was checked."""
+        return (
+            not self._decoder.training
+            and not torch.is_autocast_enabled("cpu")
+            and self.plain.unchanged(linear.skinny_forward)
+        )
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether the model itself would run an attention whose result is known, not one that a user registered."""
+        return self._config._attn_implementation in (None, "sdpa", "eager")
+
+    def embed(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Return the input embeddings of tokens, [T, d]."""
+        return self._decoder.get_input_embeddings()(torch.as_tensor(tokens))
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the rotation at positions [T], [T, Dr] each."""
+        if not self._fixed:
+            return self.rotated(positions)
+        last = int(positions.max())
+        if last >= len(self._cos):
+            count = (last // _TABLE + 1) * _TABLE
+            self._cos, self._sin = self.rotated(torch.arange(count))
+        return self._cos[positions], self._sin[positions]
+
+    def rotated(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `rotation` returns, from the decoder's own module."""
+        like = torch.empty(0, dtype=torch.float32)
+        cos, sin = self._decoder.rotary_emb(like, position_ids=positions[None])
+        if cos.shape[:2] != (1, len(positions)):
+            raise NotPlainError("a position has several rotations")
+        return cos[0], sin[0]
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        store: KeyStore,
+        parts: Sequence[Part],
+        recorded: Sequence[int] = (),
+    ) -> DecoderOutput:
+        """Run the layers on rows [T, d] at positions [T]; see `DecoderLayers`."""
+        return self._kernel(hidden, *self.rotation(positions), store, parts, recorded)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Return the logits [T, V] of what the final norm gives."""
+        return self._head(normed)
+
+
+def direct_decoder(text: TextModel, backend: str = "auto") -> DirectDecoder | None:
+    """Return the direct decoder of a text model, or None where the model's own forward has to run.
+
+    The model is looked at once; a model that changed is looked at again.
+    """
+    return _look(text, backend)[1]
+
+
+def why_not_direct(text: TextModel, backend: str = "auto") -> str:
+    """Return why a model's layers are run by transformers, or "" if they are run directly."""
+    return _look(text, backend)[2]
+
+
+def _look(text: TextModel, backend: str) -> Look:
+    known = _known.get(text.decoder)
+    if known is not None and known[0] == backend:
+        if known[1] is None or known[1].usable:
+            return known
+        if known[1].plain.in_place:
+            return backend, None, "the model has hooks, or is in training"
+        # other modules or weights, such as an adapter's: look again
+    try:
+        found: Look = backend, _found(text, backend), ""
+    except (NotPlainError, InputError) as error:
+        found = backend, None, str(error)
+    _known[text.decoder] = found
+    return found
+
+
+def _found(text: TextModel, backend: str) -> DirectDecoder:
+    """Return the direct decoder of a text model.
+
+    Raises:
+        NotPlainError: The model's own forward has to run.
+    """
+    weight = text.layers[0].get_parameter("self_attn.q_proj.weight") if _has_query(text) else None
+    if weight is None:
+        raise NotPlainError(f"a {type(text.layers[0]).__name__} has no self_attn.q_proj")
+    if backend == "torch" or choose(weight.device, weight.dtype, "auto", op="decoder_layers") != "cpu":
+        raise NotPlainError("the C++ kernels do not serve this device and type")
+    if text.decoder.training:
+        raise NotPlainError("the model is in training")
+    tokens, positions = list(range(1, _TRIED + 1)), torch.arange(_FIRST, _FIRST + _TRIED)
+    with text.inference():
+        with recording(text, _TRIED, backend=backend) as record:
+            wanted = text.decoder(
+                input_ids=torch.tensor([tokens]), position_ids=positions[None], use_cache=False
+            ).last_hidden_state[0]
+        if any(not one.plain for one in record.scoring) or any(one is not None for seen in record.seen for one in seen):
+            raise NotPlainError("the attention is not the softmax of causal scores alone")
+        try:
+            plain = plain_layers(text, [one.scale for one in record.scoring])
+            kernel = plain.kernel("auto")
+            if kernel.backend != "cpu":
+                raise NotPlainError("the C++ kernels take heads and layers whose sizes are multiples of 16")
+            made = DirectDecoder(text, plain, kernel)
+            made.rotated(positions)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise NotPlainError(str(error)) from None
+        found = _tried(made, tokens, positions)
+    off = relative_error(found.normed, wanted)
+    if not off < _ALLOWED:
+        raise NotPlainError(f"the layers compute something beside their parts (by {off:.2g} of their output)")
+    return made
+
+
+def _has_query(text: TextModel) -> bool:
+    return hasattr(getattr(getattr(text.layers[0], "self_attn", None), "q_proj", None), "weight")
+
+
+def _tried(made: DirectDecoder, tokens: list[int], positions: Tensor) -> DecoderOutput:
+    count = len(tokens)
+    keys, values = (
+        [torch.empty(1, made.kv_heads, count, made.width) for _ in range(made.num_layers)] for _ in range(2)
+    )
+    store = KeyStore(keys, values, torch.tensor([(0, i) for i in range(count)]))
+    entries = torch.tensor([(i, 0, 0, i + 1, i) for i in range(count)])
+    return made(made.embed(tokens), positions, store, [Part(keys, values, entries)])

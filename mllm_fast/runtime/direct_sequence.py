@@ -1,0 +1,152 @@
+"""One sequence that a direct decoder goes on with, over the keys and values that the model left in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from ..kernels.decoder_layers import DecoderOutput, KeyStore, Part
+from ..kernels.knockout_attention.reference import open_pairs
+from ..knockout.plan import Plan
+from ..models.norms import relative_error
+from .attention import Scoring
+from .direct_decoder import DirectDecoder
+from .trace import Trace
+
+_ROOM = 64  # positions that are allocated ahead
+_ALLOWED = 1e-4  # relative error of the logits against the model's own
+
+
+class DirectSequence:
+    """A sequence in progress. The keys and values lie in arrays with room for the next ones.
+
+    Args:
+        decoder: The direct decoder.
+        cache: The model's KV cache.
+        length: How many of its positions count.
+    """
+
+    def __init__(self, decoder: DirectDecoder, cache: Any, length: int):
+        self._decoder, self._cache = decoder, cache
+        self.length = length
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._make_room([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
+
+    @classmethod
+    def of(
+        cls, decoder: DirectDecoder | None, cache: Any, token: int, logits: Tensor, plan: Plan | None
+    ) -> DirectSequence | None:
+        """Return the sequence of a cache, or None if it has to be read by the model itself.
+
+        Args:
+            decoder: The direct decoder, or None.
+            cache: The model's KV cache.
+            token: The last token that was read into it.
+            logits: The model's logits after it, [V]; they are computed once more here, and compared.
+            plan: The plan of the knockouts under which it was read.
+        """
+        if decoder is None or not _fits(decoder, cache):
+            return None
+        length = cache.layers[0].keys.shape[2]
+        made = cls(decoder, cache, length - 1)
+        found, _ = made.read(token, plan, 0)
+        if not relative_error(found, logits.double()) < _ALLOWED:
+            return None
+        made.give_back()  # which frees the model's own
+        return made
+
+    @property
+    def usable(self) -> bool:
+        """Whether the decoder is still as it was when it was checked, and no position is outside a window."""
+        window = self._decoder.window
+        return self._decoder.usable and (window is None or self.length < window)
+
+    @property
+    def own_attention(self) -> bool:
+        """See `DirectDecoder`."""
+        return self._decoder.own_attention
+
+    def read(self, token: int, plan: Plan | None, rows: int) -> tuple[Tensor, Callable[[], Trace] | None]:
+        """Read a token, and return the logits after it, [V], and what makes the trace of its row if `rows` is 1."""
+        at, count = self.length, self.length + 1
+        if at == self._keys[0].shape[2]:
+            self._make_room(self._keys, self._values)
+        decoder = self._decoder
+        store = KeyStore(self._keys, self._values, torch.tensor([[0, at]]))
+        part = Part(self._keys, self._values, torch.tensor([[0, 0, 0, count, at]]), _masks(plan, count))
+        found = decoder(decoder.embed([token]), torch.tensor([at]), store, [part], range(rows))
+        self.length = count
+        trace = _Row(found, decoder, tuple(self._keys), tuple(self._values), count, plan).trace if rows else None
+        return decoder.logits(found.normed)[0], trace
+
+    def give_back(self) -> None:
+        """Give the layers of the cache all keys and values, as views; the model may go on from there."""
+        for layer, keys, values in zip(self._cache.layers, self._keys, self._values, strict=True):
+            layer.keys, layer.values = keys[:, :, : self.length], values[:, :, : self.length]
+
+    def _make_room(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        room = self.length + max(_ROOM, self.length // 2)
+        self._keys, self._values = ([_grown(one, self.length, room) for one in many] for many in (keys, values))
+
+
+class _Row:
+    """What one pass left of the row that is explained."""
+
+    def __init__(self, found: DecoderOutput, decoder: DirectDecoder, keys: Any, values: Any, count: int, plan: Any):
+        self.found, self.decoder, self.keys, self.values, self.count, self.plan = (
+            found, decoder, keys, values, count, plan,
+        )  # fmt: skip
+
+    def trace(self) -> Trace:
+        found, count = self.found, self.count
+        return Trace(
+            residual=found.residual,  # type: ignore[arg-type]
+            query=found.query,  # type: ignore[arg-type]
+            output=found.output,  # type: ignore[arg-type]
+            final=found.hidden,
+            keys=tuple(one[0, :, :count] for one in self.keys),
+            values=tuple(one[0, :, :count] for one in self.values),
+            rows=range(count - 1, count),
+            seen=_seen(self.plan, len(self.keys), count),
+            scoring=tuple(Scoring(scale) for scale in self.decoder.scales),
+        )
+
+
+def _fits(decoder: DirectDecoder, cache: Any) -> bool:
+    """Return whether a cache holds all keys and values of one sequence, as they are."""
+    layers = getattr(cache, "layers", ())
+    if len(layers) != decoder.num_layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return False
+    keys = layers[0].keys
+    if keys is None or keys.ndim != 4:
+        return False
+    shape = (1, decoder.kv_heads, keys.size(2), decoder.width)
+    return all(
+        one is not None and one.shape == shape and one.dtype == torch.float32 and one.device.type == "cpu"
+        for layer in layers
+        for one in (layer.keys, layer.values)
+    )
+
+
+def _grown(held: Tensor, length: int, room: int) -> Tensor:
+    wide = held.new_empty(*held.shape[:2], room, held.shape[3])
+    wide[:, :, :length] = held[:, :, :length]
+    return wide
+
+
+def _masks(plan: Plan | None, count: int) -> list[tuple[Tensor, Tensor] | None]:
+    if plan is None:
+        return []
+    return [None if rules is None else (rules.segments(1, count), rules.table) for rules in plan.layers]
+
+
+def _seen(plan: Plan | None, layers: int, count: int) -> tuple[Tensor | None, ...]:
+    """Return which keys the last row sees in each layer, bool [1, count], or None for all."""
+    if plan is None:
+        return (None,) * layers
+    return tuple(None if mask is None else open_pairs(mask[0][:, -1:], *mask)[0] for mask in _masks(plan, count))
