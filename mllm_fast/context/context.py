@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,7 @@ class Context(Displayed, NotPickled):  # long: what can be asked of it is a meth
         """The images to draw on: `images`, or grey images of the same sizes."""
         return list(self.images) or [Image.new("RGB", image.size, (128, 128, 128)) for image in self.layout.images]
 
-    @property
+    @cached_property
     def questions(self) -> Questions:
         """The `Questions` object that asks the model over this context."""
         sites = self.vlm.text.sites

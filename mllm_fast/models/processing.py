@@ -19,6 +19,8 @@ from .processor_settings import fill_settings
 from .ready_inputs import ReadyInputs
 
 Images = ImageSource | Sequence[ImageSource]
+_REMEMBERED_TURNS = 1024  # turns whose token ids are remembered
+_REMEMBERED_LETTERS = 4096  # longer ones are not
 _LEADS = 64  # how many beginnings of conversations are remembered with their token ids
 _REPLY = "mllmfastreply"  # a placeholder answer that shows where the chat template puts an answer
 _SAMPLE: list[Turn] = [("user", [None, _REPLY]), ("assistant", [_REPLY]), ("user", [_REPLY])]
@@ -44,6 +46,8 @@ class Prompts:
         self.window: int | None = getattr(config, "max_position_embeddings", None)
         self.ready = ReadyInputs()
         self._leads: dict[str, list[int]] = {}
+        self._further: dict[Any, list[int]] = {}  # services ask the same questions about many pictures
+        self._further_template: Any = None
         self.typed = PlainText(processor, lambda: self._spelled(_SAMPLE))
 
     def load(self, image: Images | None) -> list[Any]:
@@ -176,6 +180,20 @@ class Prompts:
             num_images: How many images the first turn has.
             turns: The further turns, of text alone.
         """
+        template = getattr(self.processor, "chat_template", None)
+        if self._further_template is not template:
+            self._further, self._further_template = {}, template
+        key = prompt, num_images, tuple((role, tuple(parts)) for role, parts in turns)
+        known = self._further.get(key)
+        if known is None:
+            known = self._further_ids(prompt, num_images, turns)
+            if len(prompt) + sum(len(part or "") for _, parts in turns for part in parts) <= _REMEMBERED_LETTERS:
+                if len(self._further) >= _REMEMBERED_TURNS:
+                    self._further = {}
+                self._further[key] = known
+        return list(known)
+
+    def _further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
         for _, parts in turns:
             question = "".join(part or "" for part in parts)
             if not question.strip():

@@ -89,6 +89,7 @@ class Batch:
         self._prefixes = PrefixPool()
         self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [S, Hkv, room, D], newest first
         self._room = 0
+        self._free: list[int] = []  # slots below the number of rows that no row has
         self._parts: list[_Part] = []
         self._last = self._slot = self._place = torch.empty(0, dtype=torch.long)
         self._starts = torch.empty(0, dtype=torch.int32)
@@ -130,26 +131,20 @@ class Batch:
             raise ValueError("mass is summed of a prefix that is not shared, for a row that reads one token at a time")
         prefix = self._prefixes.acquire(list(keys), list(values), name, watch)
         mass = torch.zeros(len(keys), prefix.length, device=keys[0].device) if watch else None
-        row = Row(prefix, position, list(ids), mass, slot=len(self.rows))
+        slot = self._free.pop() if self._free else len(self.rows)
+        row = Row(prefix, position, list(ids), mass, slot=slot)
         self.rows.append(row)
         return row
 
     @_without_gradients
     def leave(self, row: Row) -> None:
-        """Remove a row; the last row takes its slot."""
-        last = self.rows.pop()
-        if last is not row:
-            count = last.length
-            for pair in self._own:
-                for held in pair:
-                    if count and last.slot < len(held):
-                        held[row.slot, :, self._room - count :] = held[last.slot, :, self._room - count :]
-            last.slot = row.slot
-            self.rows[row.slot] = last
+        """Remove a row, whose slot the next one takes."""
+        self.rows.remove(row)
+        self._free.append(row.slot)
         row.slot = -1
         self._prefixes.release(row.prefix)
         if not self.rows and sum(held.nbytes for pair in self._own for held in pair) > _IDLE_BYTES:
-            self._own, self._room = [], 0
+            self._own, self._room, self._free = [], 0, []
 
     def forget(self, name: Hashable) -> None:
         """Free the slot of a shared prefix that will not be asked for again."""
@@ -188,6 +183,8 @@ class Batch:
         Returns:
             The logits, [B, V], in the order of the rows.
         """
+        if self._direct is None:
+            self._close_gaps()
         self._read = self.rows if rows is None else list(rows)
         lengths = [len(row.unread) for row in self._read]
         device = self._device
@@ -241,14 +238,14 @@ class Batch:
             parts.append(Part(stack.keys, stack.values, torch.tensor(entries)))
         watched = [i for i, row in enumerate(self._read) if row.mass is not None]
         store = KeyStore(keys, values, torch.tensor(places))
-        found = direct(direct.embed(tokens), torch.tensor(positions), store, parts, [ends[i] for i in watched])
+        found = direct(direct.embed(tokens), positions, store, parts, [ends[i] for i in watched])
         for i, query in zip(watched, found.query if watched else (), strict=True):  # type: ignore[arg-type]
             self._add_mass(self._read[i], query, direct.scales)
         return found.normed
 
     def _make_slots(self, direct: DirectDecoder) -> None:
         """Allocate own keys and values for all rows, in all layers or in none."""
-        count = len(self.rows)
+        count = len(self.rows) + len(self._free)
         held = len(self._own[0][0]) if self._own else 0
         if held >= count:
             return
@@ -319,6 +316,20 @@ class Batch:
                 width,
             )
         self._parts = self._by_stack(lengths, ends)
+
+    def _close_gaps(self) -> None:
+        """Move the last rows' own keys and values into free slots, so that those of a pass are views of the first."""
+        count = len(self.rows)
+        free = [slot for slot in self._free if slot < count]
+        for row in self.rows:
+            if row.slot >= count:
+                slot = free.pop()
+                own = slice(self._room - row.length, None)
+                for held in (tensor for pair in self._own for tensor in pair if row.slot < len(tensor)):
+                    held[slot, :, own] = held[row.slot, :, own]
+                row.slot = slot
+        self._free = []
+        self.rows.sort(key=attrgetter("slot"))
 
     def _by_stack(self, lengths: list[int], ends: list[int]) -> list[_Part]:
         device = self._device

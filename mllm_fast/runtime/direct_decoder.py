@@ -70,15 +70,18 @@ class DirectDecoder:
         """Return the input embeddings of tokens, [T, d]."""
         return self._decoder.get_input_embeddings()(torch.as_tensor(tokens))
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of the rotation at positions [T], [T, Dr] each."""
+    def rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the rotation at T positions, [T, Dr] each."""
         if not self._fixed:
-            return self.rotated(positions)
-        last = int(positions.max())
+            return self.rotated(torch.tensor(positions))
+        last = max(positions)
         if last >= len(self._cos):
             count = (last // _TABLE + 1) * _TABLE
             self._cos, self._sin = self.rotated(torch.arange(count))
-        return self._cos[positions], self._sin[positions]
+        if len(positions) == 1:
+            return self._cos[last : last + 1], self._sin[last : last + 1]
+        chosen = torch.tensor(positions)
+        return self._cos.index_select(0, chosen), self._sin.index_select(0, chosen)
 
     def rotated(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `rotation` returns, from the decoder's own module."""
@@ -91,12 +94,12 @@ class DirectDecoder:
     def __call__(
         self,
         hidden: Tensor,
-        positions: Tensor,
+        positions: Sequence[int],
         store: KeyStore,
         parts: Sequence[Part],
         recorded: Sequence[int] = (),
     ) -> DecoderOutput:
-        """Run the layers on rows [T, d] at positions [T]; see `DecoderLayers`."""
+        """Run the layers on rows [T, d] at T positions; see `DecoderLayers`."""
         return self._kernel(hidden, *self.rotation(positions), store, parts, recorded)
 
     def logits(self, normed: Tensor) -> Tensor:
@@ -146,11 +149,11 @@ def _found(text: TextModel, backend: str) -> DirectDecoder:
         raise NotPlainError("the C++ kernels do not serve this device and type")
     if text.decoder.training:
         raise NotPlainError("the model is in training")
-    tokens, positions = list(range(1, _TRIED + 1)), torch.arange(_FIRST, _FIRST + _TRIED)
+    tokens, positions = list(range(1, _TRIED + 1)), list(range(_FIRST, _FIRST + _TRIED))
     with text.inference():
         with recording(text, _TRIED, backend=backend) as record:
             wanted = text.decoder(
-                input_ids=torch.tensor([tokens]), position_ids=positions[None], use_cache=False
+                input_ids=torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False
             ).last_hidden_state[0]
         if any(not one.plain for one in record.scoring) or any(one is not None for seen in record.seen for one in seen):
             raise NotPlainError("the attention is not the softmax of causal scores alone")
@@ -160,7 +163,7 @@ def _found(text: TextModel, backend: str) -> DirectDecoder:
             if kernel.backend != "cpu":
                 raise NotPlainError("the C++ kernels take heads and layers whose sizes are multiples of 16")
             made = DirectDecoder(text, plain, kernel)
-            made.rotated(positions)
+            made.rotated(torch.tensor(positions))
         except (ValueError, TypeError, AttributeError) as error:
             raise NotPlainError(str(error)) from None
         found = _tried(made, tokens, positions)
@@ -174,7 +177,7 @@ def _has_query(text: TextModel) -> bool:
     return hasattr(getattr(getattr(text.layers[0], "self_attn", None), "q_proj", None), "weight")
 
 
-def _tried(made: DirectDecoder, tokens: list[int], positions: Tensor) -> DecoderOutput:
+def _tried(made: DirectDecoder, tokens: list[int], positions: list[int]) -> DecoderOutput:
     count = len(tokens)
     keys, values = (
         [torch.empty(1, made.kv_heads, count, made.width) for _ in range(made.num_layers)] for _ in range(2)

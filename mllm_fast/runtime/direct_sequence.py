@@ -79,7 +79,7 @@ class DirectSequence:
         decoder = self._decoder
         store = KeyStore(self._keys, self._values, torch.tensor([[0, at]]))
         part = Part(self._keys, self._values, torch.tensor([[0, 0, 0, count, at]]), _masks(plan, count))
-        found = decoder(decoder.embed([token]), torch.tensor([at]), store, [part], range(rows))
+        found = decoder(decoder.embed([token]), [at], store, [part], range(rows))
         self.length = count
         trace = _Row(found, decoder, tuple(self._keys), tuple(self._values), count, plan).trace if rows else None
         return decoder.logits(found.normed)[0], trace
@@ -123,9 +123,10 @@ def _fits(decoder: DirectDecoder, cache: Any) -> bool:
     if len(layers) != decoder.num_layers or any(type(layer) is not DynamicLayer for layer in layers):
         return False
     keys = layers[0].keys
-    if keys is None or keys.ndim != 4:
+    if not isinstance(keys, Tensor) or keys.ndim != 4:
         return False
-    shape = (1, decoder.kv_heads, keys.size(2), decoder.width)
+    length = int(keys.size(2))
+    shape = (1, decoder.kv_heads, length, decoder.width)
     return all(
         one is not None and one.shape == shape and one.dtype == torch.float32 and one.device.type == "cpu"
         for layer in layers

@@ -128,7 +128,7 @@ class SharedPrefixDecoder:
         parts = [Part(own_keys, own_values, own), Part(keys, values, behind)]
         store = KeyStore(own_keys, own_values, torch.stack([question, place], 1))
         recorded = range(len(tokens))[len(tokens) - self._record.rows :] if self._record.rows else ()
-        found = direct(direct.embed(tokens), positions, store, parts, recorded)
+        found = direct(direct.embed(tokens), positions.tolist(), store, parts, recorded)
         if recorded:
             self._note(self._record, found, recorded, direct.scales)
         return found.normed
