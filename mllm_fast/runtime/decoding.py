@@ -135,9 +135,10 @@ class _Reader:
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         self._passes += 1
         cache, logits = self._kwargs[CACHE], outputs.logits[0, -1]
-        if self._passes == 2 and watch.shares is None and not runner.text.findings.state:
-            decoder = direct_decoder(runner.text, runner.backend)
-            self._direct = DirectSequence.of(decoder, cache, int(input_ids[0, -1]), logits, watch.plan)
+        if self._passes == 2 and watch.shares is None:
+            decoder, token = direct_decoder(runner.text, runner.backend), int(input_ids[0, -1])
+            positions = inputs.get("position_ids")
+            self._direct = DirectSequence.of(decoder, cache, token, positions, logits, watch.plan)
         trace = None
         if watch.explain:
             trace = partial(make_trace, runner.text, record, cache, 1, input_ids.shape[1])

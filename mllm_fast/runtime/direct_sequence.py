@@ -15,6 +15,7 @@ from ..knockout.plan import Plan
 from ..models.norms import relative_error
 from .attention import Scoring
 from .direct_decoder import DirectDecoder
+from .kv_cache import last_position
 from .trace import Trace
 
 _ROOM = 64  # positions that are allocated ahead
@@ -28,18 +29,25 @@ class DirectSequence:
         decoder: The direct decoder.
         cache: The model's KV cache.
         length: How many of its positions count.
+        shift: By how much the position of a token differs from the number of tokens before it.
     """
 
-    def __init__(self, decoder: DirectDecoder, cache: Any, length: int):
+    def __init__(self, decoder: DirectDecoder, cache: Any, length: int, shift: int):
         self._decoder, self._cache = decoder, cache
-        self.length = length
+        self.length, self._shift = length, shift
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._make_room([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
 
     @classmethod
     def of(
-        cls, decoder: DirectDecoder | None, cache: Any, token: int, logits: Tensor, plan: Plan | None
+        cls,
+        decoder: DirectDecoder | None,
+        cache: Any,
+        token: int,
+        position_ids: Tensor | None,
+        logits: Tensor,
+        plan: Plan | None,
     ) -> DirectSequence | None:
         """Return the sequence of a cache, or None if it has to be read by the model itself.
 
@@ -47,13 +55,15 @@ class DirectSequence:
             decoder: The direct decoder, or None.
             cache: The model's KV cache.
             token: The last token that was read into it.
+            position_ids: Its position ids, or None where they follow from the cache.
             logits: The model's logits after it, [V]; they are computed once more here, and compared.
             plan: The plan of the knockouts under which it was read.
         """
         if decoder is None or not _fits(decoder, cache):
             return None
         length = cache.layers[0].keys.shape[2]
-        made = cls(decoder, cache, length - 1)
+        at = length - 1 if position_ids is None else last_position(position_ids)
+        made = cls(decoder, cache, length - 1, at - (length - 1))
         found, _ = made.read(token, plan, 0)
         if not relative_error(found, logits.double()) < _ALLOWED:
             return None
@@ -79,7 +89,7 @@ class DirectSequence:
         decoder = self._decoder
         store = KeyStore(self._keys, self._values, torch.tensor([[0, at]]))
         part = Part(self._keys, self._values, torch.tensor([[0, 0, 0, count, at]]), _masks(plan, count))
-        found = decoder(decoder.embed([token]), [at], store, [part], range(rows))
+        found = decoder(decoder.embed([token]), [at + self._shift], store, [part], range(rows))
         self.length = count
         trace = _Row(found, decoder, tuple(self._keys), tuple(self._values), count, plan).trace if rows else None
         return decoder.logits(found.normed)[0], trace
@@ -119,7 +129,7 @@ class _Row:
 
 def _fits(decoder: DirectDecoder, cache: Any) -> bool:
     """Return whether a cache holds all keys and values of one sequence, as they are."""
-    layers = getattr(cache, "layers", ())
+    layers: Any = getattr(cache, "layers", ())
     if len(layers) != decoder.num_layers or any(type(layer) is not DynamicLayer for layer in layers):
         return False
     keys = layers[0].keys

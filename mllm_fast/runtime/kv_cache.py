@@ -31,6 +31,13 @@ def full_cache(text: TextModel) -> DynamicCache:
     return cache
 
 
+def last_position(position_ids: Tensor) -> int:
+    """Return the largest position of the last token, from the position ids [B, N] or [axes, B, N] of a pass."""
+    if position_ids.ndim == 3 and len(position_ids) == 4:  # the first row is only for masks, the others are the axes
+        position_ids = position_ids[1:]
+    return int(position_ids[..., -1].max())
+
+
 def of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the keys or values of all sites, [Hkv, N, D] each, in one shape.
 

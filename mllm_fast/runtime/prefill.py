@@ -13,7 +13,7 @@ from ..knockout.attention_share import AttentionObserver
 from ..models.text_model import TextModel
 from .decoding import own_state
 from .hooks import Recording, recording
-from .kv_cache import cache_of
+from .kv_cache import cache_of, last_position
 from .model_runner import ModelRunner
 from .trace import held
 
@@ -86,11 +86,7 @@ def next_position(record: Recording, length: int) -> int:
     It follows from the position ids that the decoder got in the first forward pass, or is `length` if it got none.
     """
     given = record.positions[0] if record.positions else None
-    if given is None:
-        return length
-    if given.ndim == 3 and len(given) == 4:  # the first row is only for masks, the other three are the axes
-        given = given[1:]
-    return int(given[..., -1].max()) + 1
+    return length if given is None else last_position(given) + 1
 
 
 def check_batches(text: TextModel) -> None:
