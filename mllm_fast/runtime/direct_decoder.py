@@ -9,8 +9,8 @@ forward again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,16 @@ _FIRST = 3  # the position of the first of them
 _ALLOWED = 1e-4  # relative error of the last layer; the parts are checked to rounding, a wrong whole is off by far more
 _TABLE = 256  # positions by which a table of rotations grows
 _DEPENDENT = ("dynamic", "longrope")  # rotations that depend on the longest position of a pass
-Look = tuple[str, Any, str]  # the backend, the direct decoder or None, and why there is none
-_known: weakref.WeakKeyDictionary[Any, Look] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
+
+
+class _Look(NamedTuple):
+    """What was found in a model: its direct decoder, or why it has none, and in which state of the model."""
+
+    backend: str
+    decoder: DirectDecoder | None
+    why: str
+    state: Hashable = None
 
 
 class DirectDecoder:
@@ -112,28 +120,37 @@ def direct_decoder(text: TextModel, backend: str = "auto") -> DirectDecoder | No
 
     The model is looked at once; a model that changed is looked at again.
     """
-    return _look(text, backend)[1]
+    return _look(text, backend).decoder
 
 
 def why_not_direct(text: TextModel, backend: str = "auto") -> str:
     """Return why a model's layers are run by transformers, or "" if they are run directly."""
-    return _look(text, backend)[2]
+    return _look(text, backend).why
 
 
-def _look(text: TextModel, backend: str) -> Look:
+def _look(text: TextModel, backend: str) -> _Look:
     known = _known.get(text.decoder)
-    if known is not None and known[0] == backend:
-        if known[1] is None or known[1].usable:
+    if known is not None and known.backend == backend:
+        if known.decoder is None:
+            if known.state == _state(text):
+                return known
+        elif known.decoder.usable:
             return known
-        if known[1].plain.in_place:
-            return backend, None, "the model has hooks, or is in training"
+        elif known.decoder.plain.in_place:
+            return _Look(backend, None, "the model has hooks, is in training or runs under autocast")
         # other modules or weights, such as an adapter's: look again
     try:
-        found: Look = backend, _found(text, backend), ""
+        found = _Look(backend, _found(text, backend), "")
     except (NotPlainError, InputError) as error:
-        found = backend, None, str(error)
+        found = _Look(backend, None, str(error), _state(text))
     _known[text.decoder] = found
     return found
+
+
+def _state(text: TextModel) -> Hashable:
+    """Return a value that changes with the modules of a decoder, and with the type and place of its weights."""
+    weight = next(text.layers[0].parameters())
+    return text.decoder.training, weight.dtype, weight.data_ptr(), *map(id, text.decoder.modules())
 
 
 def _found(text: TextModel, backend: str) -> DirectDecoder:
