@@ -21,7 +21,7 @@ from ..kernels import topk_compaction
 from ..runtime.hooks import model_lock, recording
 from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
 from ..runtime.model_runner import ModelRunner
-from ..runtime.prefill import keys_and_values, next_position
+from ..runtime.prefill import Prefill, keys_and_values, next_position
 from ..runtime.recurrent import State, check_state, state_of
 from .context import Context
 from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
@@ -124,6 +124,33 @@ class ScoredPrefill:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"the pruning score {name!r} gives a tensor [layers, tokens], {expected}; got {got}")
         return values.float()
+
+
+def whole_context(runner: ModelRunner, first: Prefill, layout: TokenLayout) -> Context:
+    """Return a context that keeps everything, for a prompt that goes on behind it word for word.
+
+    Args:
+        runner: the model.
+        first: the result of the forward pass over the prefix.
+        layout: the layout of the prefix.
+    """
+    count = len(layout.positions("image"))
+    return Context(
+        vlm=runner,  # type: ignore[arg-type]
+        keys=torch.stack(of_one_shape(first.keys)),
+        values=torch.stack(of_one_shape(first.values)),
+        positions=torch.arange(layout.length).expand(len(first.keys), -1).contiguous(),
+        layout=layout,
+        input_ids=first.input_ids,
+        position=first.position,
+        prompt="",
+        description="",
+        settings={"keep": "off", "kept": count, "score": "", "parts": "query+image"},
+        images=(),
+        state=None,
+        first_token=int(first.logits.argmax()),
+        peak_nbytes=0,
+    )
 
 
 def _of_size(tensors: Sequence[Tensor], size: int) -> list[Tensor]:

@@ -130,6 +130,14 @@ class ContextStore:
         self._remember(key, found)
         return found
 
+    def keep_prefix(self, key: str, made: Context) -> Context:
+        """Put the whole prefix of a prompt in memory, as exact as it is; it is not one of the contexts of `keys`."""
+        with self._guard:
+            self.misses += 1
+        made = replace(made, images=())
+        self._remember(key, made)
+        return made
+
     def write(self, key: str, made: Context) -> None:
         """Write a newly computed context to the folder, if there is one."""
         if self._folder is not None:
@@ -152,7 +160,7 @@ class ContextStore:
     def keys(self, tenant: str = "") -> list[str]:
         """Return the sorted keys of all contexts of a tenant, in memory and in the folder."""
         with self._guard:
-            found = set(self._held)
+            found = {key for key, one in self._held.items() if one.settings["keep"] != "off"}
         if self._folder is not None:
             with _no_answer_lost(self._folder, "read"):
                 found.update(self._folder.keys())
@@ -166,13 +174,17 @@ class ContextStore:
     def key(self, vlm: ModelRunner, images: list[Any], settings: dict[str, Any], tenant: str = "") -> str:
         """Return the key of some content: 64 hexadecimal digits.
 
+        The settings have the prompt, or in its place the token ids of a whole prefix as "ids".
+
         The first 24 digits hash the images, the next 24 hash everything, and the last 16 hash the tenant. A request
         from another tenant never finds the context and cannot tell that it is there.
         """
         # hash the settings that decide how image and prompt are processed, not the result: a hit skips processing
         processor = vlm.processor
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
-        ids = processor.tokenizer(vlm.prompts.text(len(images), settings["prompt"])).input_ids
+        ids = settings.get("ids")
+        if ids is None:
+            ids = processor.tokenizer(vlm.prompts.text(len(images), settings["prompt"])).input_ids
         reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
         if settings.get("score") in _KEPT_NAMES:
             settings = {**settings, "score": _KEPT_NAMES[settings["score"]]}

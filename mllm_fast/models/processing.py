@@ -216,6 +216,24 @@ class Prompts:
         ids = ids[len(lead) :] if ids[: len(lead)] == lead else tokenizer(turn, add_special_tokens=False).input_ids
         return self.typed.restored(ids, marks)
 
+    def divided(self, turns: Sequence[Turn]) -> tuple[str, str] | None:
+        """Return a conversation as the chat template formats it, up to and after the last image.
+
+        Returns:
+            The two texts, or None if the text alone does not tell where the last image ends.
+        """
+        marks: list[str] = []
+        turns = self.typed.hide_turns(turns, marks)
+        mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_tokens.image)
+        before, found, after = self._spelled(turns).rpartition(mark)
+        return (before + found, after) if found and not marks else None
+
+    def ids_after_image(self, text: str) -> list[int] | None:
+        """Return the token ids of a text that follows an image's last token, or None if the tokenizer joins the two."""
+        tokenizer, image = self.processor.tokenizer, self.image_tokens.image
+        ids = tokenizer(tokenizer.convert_ids_to_tokens(image) + text, add_special_tokens=False).input_ids
+        return ids[1:] if ids[:1] == [image] else None
+
     def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
         """Return the token ids of a given answer (its text, or ids), int64 [n], on the model's device."""
         if isinstance(answer, str):

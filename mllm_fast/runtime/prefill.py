@@ -28,6 +28,7 @@ class Prefill:
         input_ids: Token ids of the prompt, int64 [N], on the CPU.
         position: Position of the next token, for the rotary embedding.
         logits: Logits of the next token, [V].
+        causal: Whether every token saw all tokens before it and no other.
     """
 
     keys: tuple[Tensor, ...]
@@ -36,6 +37,7 @@ class Prefill:
     input_ids: Tensor
     position: int
     logits: Tensor
+    causal: bool
 
 
 def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None) -> Prefill:
@@ -59,6 +61,7 @@ def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Atte
         input_ids=inputs["input_ids"][0].cpu(),
         position=next_position(record, layout.length),
         logits=output.logits[0, -1],
+        causal=all(seen is None for passes in record.seen for seen in passes),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..context.compress import ScoredPrefill
+from ..context.compress import ScoredPrefill, whole_context
 from ..context.registry import PRUNING_SCORES
 from ..context.scores import AttendedTokens
 from ..core.errors import InputError
@@ -81,6 +81,10 @@ class ContextBuilder:
         self.running = True
         vlm, spec = self.vlm, self.spec
         check_batches(vlm.text)
+        if spec.whole:
+            self._first = prefill(vlm, spec.inputs, spec.layout)
+            self.done = True
+            return self._first
         observes = PRUNING_SCORES.get(spec.score).observes
         watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites)) if observes == "query" else None
         first = self._first = prefill(vlm, spec.inputs, spec.layout, watcher)
@@ -116,6 +120,8 @@ class ContextBuilder:
         """
         first, spec = self._first, self.spec
         assert first is not None
+        if spec.whole:
+            return whole_context(self.vlm, first, spec.layout)
         keys, values = (first.keys, first.values) if prefix is None else prefix
         masses = {}
         if self.row is not None and self.row.mass is not None:

@@ -6,8 +6,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from ..context.context import Context
 from ..context.scores import kept_count
@@ -114,13 +116,15 @@ class RequestPreparer:
                 raise ServiceError(400, "give images or a context, not both", param="context")
             key = key_of(request.context, tenant)
             found = await self.run(lambda: self.store.find(key, self.vlm))
-            if found is None:
+            if found is None or found.settings["keep"] == "off":
                 raise no_context(request.context)
             return await self.run(lambda: self._after_context(key, found, None, asked, count))
         if not asked.urls:
-            return await self.run(lambda: self._whole(asked, [], count))
+            return await self.run(lambda: self._whole(asked, [], count, tenant))
         keep = self._keep(request)
-        memo = None if keep is None else self._name(asked, tenant, keep)
+        if keep is None:
+            return await self.run(lambda: self._after_prefix(asked, tenant, count))
+        memo = self._name(asked, tenant, keep)
         key = self._memo.get(memo, "") if memo else ""
         found = self.store.held(key) if key else None
         if found is None:
@@ -138,18 +142,23 @@ class RequestPreparer:
         settings, keep = self.settings, self._keep(request)
         files = await picture_files(asked.urls, settings)
         if keep is None:
-            return await self.run(lambda: self._whole(asked, files, count))
+            return await self.run(lambda: self._whole(asked, files, count, tenant))
 
         def prepare() -> PreparedRequest:
             made = self.of_images(files, keep, settings.prompt, settings.score, tenant)
             return self._after_context(made.key, made.context, made.spec, asked, count)
 
         prepared = await self.run(prepare)
-        if not any(url[:5].lower() != "data:" for url in asked.urls):  # the image at another URL may change
-            self._memo[self._name(asked, tenant, keep)] = prepared.key
-            while len(self._memo) > _MEMO:
-                self._memo.popitem(last=False)
+        self._note(asked, self._name(asked, tenant, keep), prepared.key)
         return prepared
+
+    def _note(self, asked: Conversation, name: tuple[Any, ...], key: str) -> None:
+        """Remember the key of a context under a name."""
+        if any(url[:5].lower() != "data:" for url in asked.urls):  # the image at another URL may change
+            return
+        self._memo[name] = key
+        while len(self._memo) > _MEMO:
+            self._memo.popitem(last=False)
 
     def _keep(self, request: ChatRequest) -> float | int | None:
         if request.keep is None:
@@ -188,11 +197,43 @@ class RequestPreparer:
         self.vlm.prompts.check_window(length, what)
         check_sliding(self.vlm.text, length)
 
-    def _whole(self, asked: Conversation, files: list[bytes], count: int) -> PreparedRequest:
-        """Prepare a prompt that is read whole, without a context."""
-        inputs, layout = self.vlm.prompts.conversation(self.images(files), asked.turns)
+    def _whole(self, asked: Conversation, files: list[bytes], count: int, tenant: str) -> PreparedRequest:
+        """Prepare a prompt that is read word for word, its images' part from the store if it is there."""
+        pictures, prompts = self.images(files), self.vlm.prompts
+        inputs, layout = prompts.conversation(pictures, asked.turns)
         self._check_window(layout.length + count, "the conversation and the longest answer take")
-        return PreparedRequest(inputs=inputs, layout=layout)
+        ids = inputs["input_ids"][0].tolist()
+        if prompts.image_tokens.image not in ids[:-1]:
+            return PreparedRequest(inputs=inputs, layout=layout)
+        end = len(ids) - ids[::-1].index(prompts.image_tokens.image)  # behind the last image token
+        key = self.store.key(self.vlm, pictures, {"keep": "off", "ids": ids[:end]}, tenant)
+        divided = prompts.divided(asked.turns)
+        if divided is not None and prompts.ids_after_image(divided[1]) == ids[end:]:
+            self._note(asked, (tenant, "off", asked.digests, divided[0]), key)
+        found = self.store.held(key)
+        spec = None
+        if found is None:
+            first = {
+                name: value[:, :end] if isinstance(value, Tensor) and value.shape == (1, len(ids)) else value
+                for name, value in inputs.items()
+            }
+            marks = layout.separators[layout.separators < end]
+            short = replace(layout, length=end, prompt_length=end, separators=marks)
+            spec = ContextSpec(first, short, "", 1.0, "", 0, whole=True)
+        return PreparedRequest(key, found, spec, ids[end:], inputs, layout)
+
+    def _after_prefix(self, asked: Conversation, tenant: str, count: int) -> PreparedRequest | None:
+        """Prepare a prompt whose images' part is in memory, without reading the images; None if it is not there."""
+        prompts = self.vlm.prompts
+        divided = prompts.divided(asked.turns)
+        name = None if divided is None else (tenant, "off", asked.digests, divided[0])
+        key = "" if name is None else self._memo.get(name, "")
+        found = self.store.held(key) if key else None
+        ids = None if divided is None or found is None else prompts.ids_after_image(divided[1])
+        if found is None or not ids:
+            return None
+        self._check_window(found.layout.length + len(ids) + count, "the conversation and the longest answer take")
+        return PreparedRequest(key, found, None, ids)
 
 
 def check_pixels(files: Sequence[Any], settings: Settings) -> int:

@@ -37,6 +37,7 @@ class ContextSpec:
         inputs: The processor's output for the images and the prompt.
         layout: The layout of the prompt.
         prompt, keep, score, max_tokens: See `VLM.compress`; `max_tokens` is its `max_new_tokens`.
+        whole: Keep everything: `inputs` are a prompt's up to its last image token, and the prompt goes on behind it.
     """
 
     inputs: Any
@@ -45,6 +46,7 @@ class ContextSpec:
     keep: float | int
     score: str
     max_tokens: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Generation:
     """A request for one answer.
 
     A question about a context sets `key`, `ids`, and `context` or `spec`. A prompt that is read whole sets `inputs` and
-    `layout` instead.
+    `layout` instead. One with images sets both, and is read whole where the model lets tokens see later ones.
 
     Attributes:
         sink: Called with every event by the engine's thread. It must not block.

@@ -58,6 +58,7 @@ class Scheduler:
         self._samplers = SamplerCache(vlm)
         self._queue: deque[Generation] = deque()
         self._builders: dict[str, ContextBuilder] = {}
+        self._divides = True  # whether a prompt can be read in two parts: no token sees a later one
 
     @property
     def waiting(self) -> int:
@@ -94,6 +95,8 @@ class Scheduler:
                 if not self._queue:
                     break
                 wanted = self._queue.popleft()
+            if wanted.spec is not None and wanted.spec.whole and not self._divides:
+                wanted.spec = wanted.context = None
             if wanted.spec is not None and wanted.context is None:
                 wanted.context = self._held(wanted.key)  # it may have been built since the request was prepared
                 wanted.cached = wanted.context is not None
@@ -132,7 +135,9 @@ class Scheduler:
         if wanted.context is not None:
             context = wanted.context
             sequence = [*context.input_ids.tolist(), *wanted.ids]
-            wanted.sink(PrefillEvent(len(sequence), context.prefix_length if wanted.cached else 0, context))
+            wanted.inputs = None
+            shown = None if context.settings["keep"] == "off" else context
+            wanted.sink(PrefillEvent(len(sequence), context.prefix_length if wanted.cached else 0, shown))
             if not wanted.max_tokens:  # only the context was requested
                 wanted.sink(FinishEvent("length"))
                 return
@@ -157,6 +162,12 @@ class Scheduler:
             del self._builders[builder.key]
             return
         first = builder.begin()
+        if builder.spec.whole and not first.causal:
+            self._divides = False
+            del self._builders[builder.key]
+            with self._guard:
+                self._queue.extendleft(reversed(builder.waiting))
+            return
         if builder.done:
             self._built(builder)
             return

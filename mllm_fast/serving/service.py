@@ -207,7 +207,7 @@ class Service:
         """
         key = key_of(identity, tenant)
         found = await self._look(lambda: self.store.find(key, self.vlm), client or tenant)
-        if found is None:
+        if found is None or found.settings["keep"] == "off":
             raise no_context(identity)
         return info_of(key, found, kept)
 
@@ -257,6 +257,8 @@ class Service:
             )
 
     def _keep_context(self, key: str, made: Context) -> Context:
+        if made.settings["keep"] == "off":
+            return self.store.keep_prefix(key, made)
         kept = self.store.keep(key, made)
         if self.settings.store is not None:
             writing = self._writing.submit(self.store.write, key, made)
