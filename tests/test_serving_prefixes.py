@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import families
 import numpy as np
@@ -13,6 +14,8 @@ from served import data_url
 import mllm_fast as mf
 from mllm_fast.serving.errors import ServiceError
 from mllm_fast.serving.messages import conversation
+from mllm_fast.serving.requests import ContextSpec, FinishEvent, Generation, PrefillEvent
+from mllm_fast.serving.scheduler import Scheduler
 from mllm_fast.serving.schema import ChatRequest
 from mllm_fast.serving.service import Service
 from mllm_fast.serving.settings import Settings
@@ -146,3 +149,77 @@ def test_memory_is_the_stores(shapes, scene):
     usages, nbytes = run(shapes, play, memory_bytes=1000)
     assert [one.prompt_tokens_details.cached_tokens for one in usages] == [0, 0]
     assert nbytes == 0
+
+
+def test_the_first_answer_may_come_from_the_whole_picture(shapes, scene):
+    whole, context = shapes.compress(scene, 1.0), shapes.compress(scene)
+
+    async def play(service):
+        first = await answered(service, [turn(QUESTIONS[0], scene)], keep=None)
+        # at once, while the context may still be being made
+        again = await answered(service, [turn(QUESTIONS[1])], keep=None, context=first[2].id)
+        info = await service.context(first[2].id)
+        later = await answered(service, [turn(QUESTIONS[2], scene)], keep=None)
+        await service.delete(first[2].id)
+        return first, again, info, later, await service.contexts()
+
+    first, again, info, later, left = run(shapes, play, first_answer="whole")
+    assert first[0] == whole.ask(QUESTIONS[0]).text
+    assert again[0] == context.ask(QUESTIONS[1]).text
+    assert later[0] == context.ask(QUESTIONS[2]).text
+    assert first[1].prompt_tokens_details.cached_tokens == 0
+    assert later[1].prompt_tokens_details.cached_tokens == context.prefix_length
+    told = ("id", "tokens", "prefix_tokens", "bytes", "uncompressed_bytes")
+    assert [getattr(first[2], name) for name in told] == [getattr(info, name) for name in told]
+    assert left == []
+
+
+def test_whoever_asks_while_a_context_is_made_is_answered_before_it(shapes, scene):
+    """Step by step, without the engine's thread: the answers end while the description still goes on."""
+    inputs, (layout,), _ = shapes.prompts.prepare([[scene]], [QUESTIONS[2]])
+    spec = ContextSpec(inputs, layout, QUESTIONS[2], 0.05, "generated", 64)
+    made: dict = {}
+    keep = lambda key, context: made.setdefault(key, context)  # noqa: E731
+    scheduler = Scheduler(shapes, 8, threading.Condition(), keep, made.get, at_once=True)
+    events: dict[str, list] = {}
+
+    def ask(question, max_tokens=1):
+        events[question] = []
+        ids = shapes.prompts.turn_ids(QUESTIONS[2], 1, question)
+        scheduler.add(
+            Generation(events[question].append, shapes.settings().end_ids, max_tokens, key="k", spec=spec, ids=ids)
+        )
+
+    def step():
+        scheduler.admit()
+        scheduler.run_pass()
+
+    ask(QUESTIONS[0])
+    ask("only the context", 0)
+    step()  # which finds that there is no context
+    step()
+    assert isinstance(events[QUESTIONS[0]][-1], FinishEvent)
+    ask(QUESTIONS[1])
+    step()
+    assert isinstance(events[QUESTIONS[1]][-1], FinishEvent)
+    assert events[QUESTIONS[1]][0].cached == layout.length
+    assert scheduler.building("k")
+    assert not made
+    assert events["only the context"] == []
+    for _ in range(64):
+        step()
+    assert made["k"].description == shapes.compress(scene).description
+    assert made["k"].positions.equal(shapes.compress(scene).positions)
+    assert [type(one) for one in events["only the context"]] == [PrefillEvent, FinishEvent]
+    assert not scheduler.busy
+
+
+def test_a_context_that_keeps_everything_needs_no_description(shapes, scene):
+    async def play(service):
+        answer = await answered(service, [turn(QUESTIONS[0], scene)], keep=1.0)
+        return answer, service.engine.scheduler.tokens
+
+    (text, usage, info), tokens = run(shapes, play)
+    assert text == shapes.compress(scene, 1.0).ask(QUESTIONS[0]).text
+    assert info.tokens == info.prefix_tokens
+    assert tokens == usage.completion_tokens + 1  # and the end

@@ -46,6 +46,13 @@ def serve(  # long: the options of a command are its parameters
     keep: Annotated[
         str, typer.Option(help="Image tokens that contexts keep unless a request says so: 5%, 29, or off.")
     ] = "5%",
+    first_answer: Annotated[
+        str,
+        typer.Option(
+            help="What answers questions about an image while its context is being made: context (they wait for it), or"
+            " whole (at once, from the whole image)."
+        ),
+    ] = "context",
     store: Annotated[
         str | None, typer.Option(help="Folder or URL of contexts that outlive the server; none: in memory alone.")
     ] = None,
@@ -110,6 +117,7 @@ def serve(  # long: the options of a command are its parameters
 
     settings = Settings(
         keep=None if keep == "off" else parse_keep(keep),
+        first_answer=first_answer,
         max_batch=max_batch,
         max_queue=max_queue,
         max_tokens=max_tokens,

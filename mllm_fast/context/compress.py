@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,8 +79,11 @@ class ScoredPrefill:
             always[self.layout.positions("query")] = False
         device, keys, values = self.keys[0].device, of_one_shape(self.keys), of_one_shape(self.values)
         sizes = keys[0].shape[-1], values[0].shape[-1]
+        unread = count == len(image) and PRUNING_SCORES.get(score).observes not in ("", *self.masses)
+        # a score that was not read is not needed where everything is kept
+        scored = torch.zeros(len(keys), self.layout.length) if unread else self._score(score, seed)
         compact = topk_compaction(
-            self._score(score, seed).to(device),
+            scored.to(device),
             _of_size(keys, max(sizes)),
             _of_size(values, max(sizes)),
             keep=count,
@@ -124,6 +127,24 @@ class ScoredPrefill:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"the pruning score {name!r} gives a tensor [layers, tokens], {expected}; got {got}")
         return values.float()
+
+
+class ContextSizes(NamedTuple):
+    """How large a context is, which may not be made yet; see `Context`."""
+
+    num_tokens: int
+    prefix_length: int
+    nbytes: int
+    full_nbytes: int
+
+
+def context_sizes(first: Prefill, layout: TokenLayout, keep: float | int) -> ContextSizes:
+    """Return the sizes of the context that will be made of a prefill."""
+    keys, values = of_one_shape(first.keys), of_one_shape(first.values)
+    image, length = len(layout.positions("image")), layout.length
+    kept = length - image + kept_count(keep, image)
+    each = sum(one.nbytes for one in (*keys, *values)) // length
+    return ContextSizes(kept, length, kept * (each + len(keys) * torch.int64.itemsize), each * length)
 
 
 def whole_context(runner: ModelRunner, first: Prefill, layout: TokenLayout) -> Context:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..context.compress import ScoredPrefill, whole_context
+from ..context.compress import ContextSizes, ScoredPrefill, context_sizes, whole_context
 from ..context.registry import PRUNING_SCORES
-from ..context.scores import AttendedTokens
+from ..context.scores import AttendedTokens, kept_count
 from ..core.errors import InputError
 from ..runtime.batch import Row
 from ..runtime.prefill import Prefill, check_batches, prefill
@@ -36,18 +36,26 @@ class ContextBuilder:
 
     Attributes:
         waiting: The generations that wait for the context.
+        owed: The generations that are answered from the whole prefix as soon as the batch has room.
         said: The token ids of the description so far.
         row: The builder's row in the batch, or None.
         running: Whether the image was read.
         done: Whether the description is complete.
+        announced: The sizes of the context that will be made; None before the image was read. Questions are answered
+            from the whole prefix until then.
+        asked: How many questions were answered so.
+        position: Position of the first token after the prefix, for the rotary embedding.
     """
 
     def __init__(self, vlm: VLM, key: str, spec: ContextSpec, samplers: SamplerCache):
         self.vlm, self.key, self.spec = vlm, key, spec
         self.waiting: list[Generation] = []
+        self.owed: list[Generation] = []
         self.said: list[int] = []
         self.row: Row | None = None
         self.running = self.done = False
+        self.announced: ContextSizes | None = None
+        self.asked = self.position = 0
         self._first: Prefill | None = None
         self._mass: Tensor | None = None
         self._choosers = samplers
@@ -59,6 +67,11 @@ class ContextBuilder:
         """Whether the description takes the most likely token at each step (greedy decoding)."""
         return self._chooser is not None and self._chooser.plain
 
+    @property
+    def sequence(self) -> list[int]:
+        """The token ids of the prefix."""
+        return self._first.input_ids.tolist()  # type: ignore[union-attr]
+
     def choose(self, logits: Tensor) -> int:
         """Return the next token of the description."""
         return self._chooser.choose(logits)  # type: ignore[union-attr]
@@ -66,6 +79,7 @@ class ContextBuilder:
     def drop_cancelled(self, dropped: Callable[[Generation], bool]) -> None:
         """Remove the generations that no longer wait."""
         self.waiting = [one for one in self.waiting if not dropped(one)]
+        self.owed = [one for one in self.owed if not dropped(one)]
 
     def begin(self) -> Prefill:
         """Run the prefill and take the first token of the description.
@@ -85,7 +99,9 @@ class ContextBuilder:
             self._first = prefill(vlm, spec.inputs, spec.layout)
             self.done = True
             return self._first
-        observes = PRUNING_SCORES.get(spec.score).observes
+        observes, image = PRUNING_SCORES.get(spec.score).observes, len(spec.layout.positions("image"))
+        if kept_count(spec.keep, image) == image:
+            observes = ""  # everything is kept, whatever its score
         watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites)) if observes == "query" else None
         first = self._first = prefill(vlm, spec.inputs, spec.layout, watcher)
         if observes != "generated":
@@ -102,7 +118,9 @@ class ContextBuilder:
 
     def joined(self, row: Row) -> None:
         """Continue as a row of the batch, which now stores the keys and values."""
-        self.row = row
+        assert self._first is not None
+        self.row, self.position = row, self._first.position
+        self.announced = context_sizes(self._first, self.spec.layout, self.spec.keep)
         self._first = replace(self._first, keys=(), values=())  # type: ignore[type-var]
 
     def take(self, token: int) -> bool:

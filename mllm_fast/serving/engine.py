@@ -32,6 +32,7 @@ class Engine:
         keep_context: Called by the engine's thread with the key of each new context and the context. It must not
             block. It returns the context in the form in which the store will return it later.
         held: Returns the stored context of a key, or None.
+        at_once: Answer questions about a context that is being made from the whole prefix; otherwise they wait for it.
 
     Attributes:
         failure: The exception that ended the engine's thread, or None. Such an engine must be replaced.
@@ -49,6 +50,7 @@ class Engine:
         max_queue: int = 256,
         keep_context: Callable[[str, Context], Context] = lambda _, made: made,
         held: Callable[[str], Context | None] = lambda _: None,
+        at_once: bool = False,
     ):
         for name, given in (("max_batch", max_batch), ("max_queue", max_queue)):
             if given < 1:
@@ -56,7 +58,7 @@ class Engine:
         self.vlm = vlm
         self.max_queue = max_queue
         self._wake = threading.Condition()
-        self.scheduler = Scheduler(vlm, max_batch, self._wake, keep_context, held)
+        self.scheduler = Scheduler(vlm, max_batch, self._wake, keep_context, held, at_once)
         self._tasks: deque[SideTask] = deque()
         self._forgotten: deque[str] = deque()
         self._stopping = False

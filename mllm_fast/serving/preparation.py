@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from .schema import ChatRequest
 from .settings import Settings
 
 _MEMO = 4096  # how many images' context keys are remembered
+_LOOK = 0.01  # seconds between two looks at a context that is being made
 _SHORT = 4000  # characters that are tokenized in the event loop's own thread
 
 
@@ -57,16 +59,29 @@ class RequestPreparer:
         vlm: The model.
         settings: The limits and defaults of the service.
         store: The store of contexts.
+        building: Returns whether the context of a key is being made and was announced in an answer.
     """
 
-    def __init__(self, vlm: ModelRunner, settings: Settings, store: ContextStore):
-        self.vlm, self.settings, self.store = vlm, settings, store
+    def __init__(
+        self,
+        vlm: ModelRunner,
+        settings: Settings,
+        store: ContextStore,
+        building: Callable[[str], bool] = lambda _: False,
+    ):
+        self.vlm, self.settings, self.store, self._building = vlm, settings, store, building
         self.pool = ThreadPoolExecutor(1, "prepare")
         self._memo: OrderedDict[tuple[Any, ...], str] = OrderedDict()
 
     async def run(self, do: Callable[[], Any]) -> Any:
         """Call `do` in the preparer's thread and return its result."""
         return await in_pool(self.pool, do)
+
+    async def until_built(self, key: str) -> None:
+        """Wait while the context of a key is being made."""
+        until = time.monotonic() + self.settings.time_limit
+        while self._building(key) and time.monotonic() < until:
+            await asyncio.sleep(_LOOK)
 
     def images(self, files: Sequence[Any]) -> list[Any]:
         """Decode the image files of a request.
@@ -115,6 +130,7 @@ class RequestPreparer:
             if asked.urls:
                 raise ServiceError(400, "give images or a context, not both", param="context")
             key = key_of(request.context, tenant)
+            await self.until_built(key)
             found = await self.run(lambda: self.store.find(key, self.vlm))
             if found is None or found.settings["keep"] == "off":
                 raise no_context(request.context)

@@ -15,6 +15,7 @@ from ..runtime.batch import Row
 from ..runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
+    from ..context.compress import ContextSizes
     from ..context.context import Context
 
 
@@ -85,12 +86,12 @@ class PrefillEvent:
     Attributes:
         prompt_tokens: The number of tokens of the whole prompt.
         cached: How many of them came from a context that existed already.
-        context: The context, for a question about one.
+        context: The context, for a question about one, or its sizes while it is being made.
     """
 
     prompt_tokens: int
     cached: int = 0
-    context: Context | None = None
+    context: Context | ContextSizes | None = None
 
 
 Event = PrefillEvent | TokenEvent | FinishEvent | FailureEvent

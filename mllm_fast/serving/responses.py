@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..context.compress import ContextSizes
 from ..context.store import tenant_digest
 from .errors import ServiceError
 from .schema import ContextInfo, Usage
@@ -53,7 +54,7 @@ def no_context(identity: str) -> ServiceError:
     return ServiceError(404, f"there is no context {shown}", code="context_not_found")
 
 
-def info_of(key: str, context: Context, kept: bool = False, brief: bool = False) -> ContextInfo:
+def info_of(key: str, context: Context | ContextSizes, kept: bool = False, brief: bool = False) -> ContextInfo:
     info = ContextInfo(
         id=f"ctx-{key}",
         tokens=context.num_tokens,
@@ -61,7 +62,7 @@ def info_of(key: str, context: Context, kept: bool = False, brief: bool = False)
         bytes=context.nbytes,
         uncompressed_bytes=context.full_nbytes,
     )
-    if brief:
+    if brief or isinstance(context, ContextSizes):
         return info
     info.prompt, info.description = context.prompt, context.description
     info.keep, info.score = context.settings["keep"], context.settings["score"]

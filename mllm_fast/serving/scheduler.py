@@ -33,6 +33,7 @@ class Scheduler:
         guard: The lock of the queue.
         keep_context: See `Engine`.
         held: See `Engine`.
+        at_once: See `Engine`.
 
     Attributes:
         passes: The number of forward passes so far.
@@ -48,8 +49,9 @@ class Scheduler:
         guard: threading.Condition,
         keep_context: Callable[[str, Context], Context],
         held: Callable[[str], Context | None],
+        at_once: bool = False,
     ):
-        self.vlm, self.max_batch = vlm, max_batch
+        self.vlm, self.max_batch, self._at_once = vlm, max_batch, at_once
         self.passes = self.tokens = 0
         self.batch = Batch(vlm.text, vlm.backend)
         self.members: list[Generation | ContextBuilder] = []
@@ -69,6 +71,11 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether any generation waits or runs."""
         return bool(self._queue or self.members or self._builders)
+
+    def building(self, key: str) -> bool:
+        """Return whether a context is being made, and was announced in an answer."""
+        builder = self._builders.get(key)
+        return builder is not None and builder.asked > 0
 
     def add(self, wanted: Generation) -> None:
         """Append a generation to the queue. The caller must hold the lock."""
@@ -95,25 +102,42 @@ class Scheduler:
                 if not self._queue:
                     break
                 wanted = self._queue.popleft()
-            if wanted.spec is not None and wanted.spec.whole and not self._divides:
-                wanted.spec = wanted.context = None
-            if wanted.spec is not None and wanted.context is None:
-                wanted.context = self._held(wanted.key)  # it may have been built since the request was prepared
-                wanted.cached = wanted.context is not None
-            if wanted.spec is not None and wanted.context is None:
-                if wanted.key not in self._builders:
-                    self._builders[wanted.key] = ContextBuilder(self.vlm, wanted.key, wanted.spec, self._samplers)
-                self._builders[wanted.key].waiting.append(wanted)
+            if self._waits(wanted):
                 continue
-            if len(self.members) >= self.max_batch or (wanted.context is None and prefilled):
+            reads = wanted.context is None and wanted.key not in self._builders  # an image of its own
+            if len(self.members) >= self.max_batch or (reads and prefilled):
                 kept.append(wanted)
                 if len(self.members) >= self.max_batch:
                     break
+                continue
+            made = None if wanted.context is not None else self._builders.get(wanted.key)
+            if made is not None:
+                self._guarded(wanted, partial(self._start_at_once, builder=made))
                 continue
             prefilled = prefilled or wanted.context is None
             self._guarded(wanted, self._start)
         with self._guard:
             self._queue.extendleft(reversed(kept))
+
+    def _waits(self, wanted: Generation) -> bool:
+        """Find the context of a question, or let the question wait for it; return whether it waits."""
+        if wanted.spec is not None and wanted.spec.whole and not self._divides:
+            wanted.spec, wanted.key = None, ""
+        if wanted.spec is None or wanted.context is not None:
+            return False
+        wanted.context = self._held(wanted.key)  # it may have been built since the request was prepared
+        wanted.cached = wanted.context is not None
+        if wanted.context is not None:
+            return False
+        builder = self._builders.get(wanted.key)
+        if builder is None:
+            builder = self._builders[wanted.key] = ContextBuilder(self.vlm, wanted.key, wanted.spec, self._samplers)
+        if builder.announced is None or not wanted.max_tokens or not self._at_once:
+            builder.waiting.append(wanted)
+            return True
+        if wanted not in builder.owed:
+            builder.owed.append(wanted)
+        return False
 
     def _guarded(self, one: Generation | ContextBuilder, do: Callable[[Any], None]) -> None:
         """Run a step of one generation or builder. An exception fails it alone."""
@@ -156,6 +180,19 @@ class Scheduler:
             wanted.row = self.batch.join(first.keys, first.values, first.position, [token])
             self.members.append(wanted)
 
+    def _start_at_once(self, wanted: Generation, builder: ContextBuilder) -> None:
+        """Answer a question from the whole prefix of a context that is being made."""
+        assert builder.row is not None
+        sequence = [*builder.sequence, *wanted.ids]
+        length = len(builder.sequence)
+        wanted.inputs = None
+        wanted.sink(PrefillEvent(len(sequence), length if builder.asked else 0, builder.announced))
+        builder.asked += 1
+        wanted.sampler = self._samplers.make(sequence, wanted.sampling)
+        keys, values = self.batch.prefix(builder.row)
+        wanted.row = self.batch.join(keys, values, builder.position, wanted.ids, (builder.key, "whole"))
+        self.members.append(wanted)
+
     def _begin_building(self, builder: ContextBuilder) -> None:
         builder.drop_cancelled(dropped)
         if not builder.waiting:
@@ -174,6 +211,12 @@ class Scheduler:
         row = self.batch.join(first.keys, first.values, first.position, builder.said[-1:], watch=True)
         builder.joined(row)
         self.members.append(builder)
+        if not self._at_once:
+            return
+        with self._guard:  # they are admitted next, and answered from the whole prefix
+            builder.owed = [one for one in builder.waiting if one.max_tokens]
+            self._queue.extendleft(reversed(builder.owed))
+        builder.waiting = [one for one in builder.waiting if not one.max_tokens]
 
     def _built(self, builder: ContextBuilder) -> None:
         """Store a finished context, and put the generations that waited for it at the front of the queue."""
@@ -181,6 +224,7 @@ class Scheduler:
         context = self._keep_context(builder.key, made)
         if builder.row is not None:
             self._leave(builder)
+            self.batch.forget((builder.key, "whole"))
         del self._builders[builder.key]
         for i, wanted in enumerate(builder.waiting):
             wanted.context, wanted.cached = context, i > 0
@@ -204,7 +248,7 @@ class Scheduler:
         for one in list(self.members):
             if isinstance(one, ContextBuilder):
                 one.drop_cancelled(dropped)
-                if not one.waiting and one.row is not None:
+                if not (one.waiting or one.owed or one.asked) and one.row is not None:
                     del self._builders[one.key]
                     self._leave(one)
             elif dropped(one) and one.row is not None:

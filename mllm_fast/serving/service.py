@@ -61,9 +61,10 @@ class Service:
             max_queue=self.settings.max_queue,
             keep_context=self._keep_context,
             held=self.store.held,
+            at_once=self.settings.first_answer == "whole",
         )
         self.client = EngineClient(self.engine, self.settings.time_limit)
-        self._preparer = RequestPreparer(vlm, self.settings, self.store)
+        self._preparer = RequestPreparer(vlm, self.settings, self.store, self.engine.scheduler.building)
         self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
         self._writing = ThreadPoolExecutor(1, "write")
         self._looking = ThreadPoolExecutor(1, "look")  # a large store is listed beside the answers
@@ -187,7 +188,7 @@ class Service:
                 if isinstance(event, FailureEvent):
                     raise service_error(event.error)
                 if isinstance(event, PrefillEvent):
-                    found = event.context
+                    found = event.context  # type: ignore[assignment]  # who asks for a context waits for it
         finally:
             self.engine.cancel(wanted)
         assert found is not None
@@ -206,6 +207,7 @@ class Service:
             ServiceError: The tenant has no such context.
         """
         key = key_of(identity, tenant)
+        await self._preparer.until_built(key)
         found = await self._look(lambda: self.store.find(key, self.vlm), client or tenant)
         if found is None or found.settings["keep"] == "off":
             raise no_context(identity)
@@ -226,6 +228,7 @@ class Service:
             ServiceError: The tenant has no such context.
         """
         key = key_of(identity, tenant)
+        await self._preparer.until_built(key)
         self.engine.forget(key)
         async with self._lookups.place(client or tenant, self.settings.time_limit):
             # in the writing thread, since the context may still be being written

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..context.registry import score_name
 from ..context.scores import kept_count
-from ..core.errors import InputError
+from ..core.errors import InputError, check_choice
 
 MIB = 1 << 20
 
@@ -22,6 +22,8 @@ class Settings:
         prompt: What the model is asked first about every image, see `VLM.compress`.
         score: What an image token is kept for, see `VLM.compress`.
         describe_tokens: The longest reply to `prompt`, in tokens; `max_new_tokens` of `VLM.compress`.
+        first_answer: What answers questions about an image while its context is being made: "context" waits for it, so
+            that a question always has the same answer; "whole" answers at once, from the whole image.
         max_batch: The largest number of sequences that are decoded together.
         max_queue: The largest number of requests that may wait for a place in the batch.
         max_tokens: The longest answer that a request may ask for, in tokens.
@@ -58,6 +60,7 @@ class Settings:
     prompt: str = "Describe the image."
     score: str = "generated"
     describe_tokens: int = 64
+    first_answer: str = "context"
     max_batch: int = 64
     max_queue: int = 256
     max_tokens: int = 1024
@@ -91,6 +94,7 @@ class Settings:
                 f"max_body ({self.max_body:,}) is at most max_client_bodies ({self.max_client_bodies:,}), and that at"
                 f" most max_bodies ({self.max_bodies:,})"
             )
+        check_choice("first_answer", self.first_answer, ("context", "whole"))
         object.__setattr__(self, "score", score_name(self.score))
         if self.keep is not None:
             kept_count(self.keep, 1 << 62)

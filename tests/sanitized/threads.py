@@ -151,7 +151,61 @@ def weighted_cases():
         }
 
 
+def decoder(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
+    (hidden, heads, _, width, _), layers = given["sizes"], given["layers"]
+    made = module.Decoder(
+        given["sizes"], given["gelu"],
+        [
+            ([(at(norm), 1e-5) for norm in norms], [(at(one), 0) for one in linear], width**-0.5)
+            for norms, linear in layers
+        ],
+        (at(given["final"]), 1e-5),
+    )  # fmt: skip
+    x, rows, count = given["x"].copy(), len(given["x"]), len(layers)
+    store = [[one.copy() for one in pair] for pair in given["store"]]
+    normed, kept = np.zeros_like(x), [rows - 1, 0]
+    residual = np.zeros((2, count, hidden), np.float32)
+    queries, outputs = (np.zeros((2, count, heads, width), np.float32) for _ in range(2))
+    addresses = [(at(keys), at(values)) for keys, values in store]
+    shared = [(at(keys), at(values)) for keys, values in given["prefix"]]
+    mask, recorded = [(at(given["segments"]), 0, at(given["table"]))] * count, np.array(kept)
+    made.run(
+        [rows, width], [at(x), at(given["cos"]), at(given["sin"]), at(normed)], addresses, steps(store[0][0])[:3],
+        at(given["places"]),
+        [
+            (addresses, steps(store[0][0])[:3], at(given["own"]), rows, mask),
+            (shared, steps(given["prefix"][0][0])[:3], at(given["behind"]), rows, []),
+        ],
+        len(kept), [at(one) for one in (recorded, residual, queries, outputs)], threads, isa,
+    )  # fmt: skip
+    return [x, normed, residual, queries, outputs, *(one for pair in store for one in pair)]
+
+
+def decoder_cases():
+    for rows, heads, kv_heads, width, head_norms in ((33, 8, 2, 32, True), (7, 4, 4, 64, False)):
+        hidden, inner = 256, 512
+        sizes = (heads * width, hidden), (kv_heads * width, hidden), (kv_heads * width, hidden)
+        sizes = *sizes, (hidden, heads * width), (inner, hidden), (inner, hidden), (hidden, inner)
+        each = np.ones(width, np.float32) if head_norms else None
+        gain, angle = np.ones(hidden, np.float32), numbers(rows, width // 2)
+        index = np.arange(rows)
+        table = np.zeros(32, np.uint32)
+        table[1] = 0b10
+        yield {
+            "sizes": (hidden, heads, kv_heads, width, inner), "gelu": head_norms, "final": gain,
+            "layers": [([gain, each, each, gain], [numbers(*size) / 16 for size in sizes]) for _ in range(3)],
+            "x": numbers(rows, hidden), "cos": np.cos(np.tile(angle, 2)), "sin": np.sin(np.tile(angle, 2)),
+            "store": [[np.zeros((2, kv_heads, rows, width), np.float32) for _ in range(2)] for _ in range(3)],
+            "prefix": [[numbers(1, kv_heads, 300, width) for _ in range(2)] for _ in range(3)],
+            "places": np.stack([index * 2 // rows, index], 1),
+            "own": np.stack([index, index * 2 // rows, index * 0, index + 1, index], 1),
+            "behind": np.stack([index, index * 0, index * 0, index * 0 + 300, index * 0], 1),
+            "segments": DRAW.integers(0, 2, (1, rows)).astype(np.uint8), "table": table,
+        }  # fmt: skip
+
+
 KERNELS = {
+    "decoder_layers": (decoder, decoder_cases),
     "attention": (attention, attention_cases),
     "increase": (increase, increase_cases),
     "skinny_linear": (linear, linear_cases),
