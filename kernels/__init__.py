@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from .autocast import cast_operands, without_autocast
+from .decoder_layers import DecoderLayers, KeyStore, LayerWeights, LinearWeights, NormWeights, Part
 from .dispatch import backend_report, wide_type
 from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import Base, OperatorCache, Unembedding, logprob_increase, weight_state
@@ -19,7 +20,13 @@ __all__ = [
     "Attention",
     "Base",
     "Compaction",
+    "DecoderLayers",
+    "KeyStore",
+    "LayerWeights",
+    "LinearWeights",
+    "NormWeights",
     "OperatorCache",
+    "Part",
     "Unembedding",
     "backend_report",
     "cast_operands",

@@ -37,7 +37,10 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 
 
 # op -> note in the report on the calls that the C++ kernel leaves to torch
-_LEFT = {"skinny_linear": "; it serves few rows of a large weight, torch the others"}
+_LEFT = {
+    "skinny_linear": "; it serves few rows of a large weight, torch the others",
+    "decoder_layers": "; it serves sizes that are multiples of 16",
+}
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -146,7 +149,9 @@ def _report(op: str) -> str:
     if torch.cuda.is_available():
         chip = f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
         missing = triton_missing()
-        if "triton" not in _DTYPES[op]:
+        if op == "decoder_layers":
+            lines.append(f"GPU ({chip}): the model's own forward")
+        elif "triton" not in _DTYPES[op]:
             lines.append(f"GPU ({chip}): torch's own matrix products")
         else:
             lines.append(f"GPU: refused, {missing}" if missing else f"GPU ({chip}): Triton for {_names(op, 'triton')}")

@@ -153,7 +153,7 @@ def test_choices(monkeypatch):
 def test_report_says_what_each_op_uses(monkeypatch):
     report = backend_report()
     ops = {"knockout_attention", "logprob_increase", "topk_compaction", "weighted_values"}
-    assert set(report) == {*ops, "skinny_linear"}
+    assert set(report) == {*ops, "skinny_linear", "decoder_layers"}
     if EXTENSION and not torch.cuda.is_available():
         line = f"CPU: C++ for float32, bfloat16, {SETS[0]} (this processor has {', '.join(SETS)})"
         assert report["knockout_attention"].startswith(line)

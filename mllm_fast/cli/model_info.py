@@ -50,8 +50,17 @@ def model_facts(vlm: VLM) -> dict[str, Any]:
         "unembedding": {"path": found.head, "scale": found.logit_scale, "soft cap": found.softcap},
         "image token": vlm.prompts.image_tokens.image,
         "image separators": sorted(vlm.prompts.image_tokens.separators),
+        "decoding": _decoding(vlm),
         "features": _tried(vlm),
     }
+
+
+def _decoding(vlm: VLM) -> str:
+    """Return what runs the decoder's layers when an answer is read token by token."""
+    from ..runtime.direct_decoder import why_not_direct
+
+    reason = why_not_direct(vlm.text, vlm.backend)
+    return f"by transformers: {reason}" if reason else "layers are run directly, in one call"
 
 
 def _tried(vlm: VLM) -> dict[str, str]:
