@@ -11,6 +11,7 @@
 #include "skinny_linear/cpu_kernel.h"
 #include "knockout_attention/cpu_kernel.h"
 #include "logprob_increase/cpu_kernel.h"
+#include "token_scores/cpu_kernel.h"
 #include "weighted_values/cpu_kernel.h"
 
 namespace py = pybind11;
@@ -100,6 +101,39 @@ static void bind_decoder(py::module_& m) {
           py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
           "sizes: rows, rotary; arrays: x, cos, sin, normed; parts: keys and values of every layer, their strides,"
           " entries and how many, segments, their stride and table of every layer; records: which rows, residual, queries, outputs.");
+}
+
+static void bind_token_scorer(py::module_& m) {
+  py::class_<mllm::TokenScorer>(m, "TokenScorer", "See token_scores/cpu_kernel.h.")
+      .def(py::init([](const std::array<int64_t, 5>& sizes, float eps, Pair unembedding,
+                       const std::vector<uintptr_t>& outputs) {
+             std::vector<const float*> each;
+             for (const uintptr_t one : outputs) each.push_back(pointer<const float>(one));
+             return mllm::token_scorer({sizes.begin(), sizes.end()}, eps, pointer<const float>(unembedding[0]),
+                                       pointer<const float>(unembedding[1]), each);
+           }),
+           py::call_guard<py::gil_scoped_release>(), py::arg("sizes"), py::arg("eps"), py::arg("unembedding"),
+           py::arg("outputs"), "sizes: layers, heads, width, hidden, vocabulary; unembedding: weight, gain.")
+      .def("padded", &mllm::TokenScorer::padded)
+      .def(
+          "heads",
+          [](const mllm::TokenScorer& s, std::array<uintptr_t, 3> rows, int64_t token, Pair results,
+             const std::string& isa) {
+            mllm::score_heads(s, {pointer<const float>(rows[0]), pointer<const float>(rows[1]),
+                                  pointer<const float>(rows[2]), token, pointer<float>(results[0]),
+                                  pointer<float>(results[1])}, isa);
+          },
+          py::call_guard<py::gil_scoped_release>(), py::arg("rows"), py::arg("token"), py::arg("results"),
+          py::arg("isa"), "rows: residual, output, final; results: logs, scores.")
+      .def(
+          "positions",
+          [](const mllm::TokenScorer& s, Pair rows, int64_t token, const std::vector<int64_t>& heads, uintptr_t values,
+             int64_t positions, uintptr_t scores, const std::string& isa) {
+            mllm::score_positions(s, {pointer<const float>(rows[0]), pointer<const float>(rows[1]), token, heads,
+                                      pointer<const float>(values), positions, pointer<float>(scores)}, isa);
+          },
+          py::call_guard<py::gil_scoped_release>(), py::arg("rows"), py::arg("token"), py::arg("heads"),
+          py::arg("values"), py::arg("positions"), py::arg("scores"), py::arg("isa"), "rows: final, logs.");
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -229,6 +263,7 @@ PYBIND11_MODULE(_cpu, m) {
       "arrays: x, weight, bias, out; bfloat16: x and out, weight and bias; sizes: rows, columns, depth. See"
       " skinny_linear/cpu_kernel.h.");
   bind_decoder(m);
+  bind_token_scorer(m);
   m.def("fma_rate", &mllm::fma_rate, py::call_guard<py::gil_scoped_release>(), py::arg("threads"), py::arg("isa"),
         "flop/s of a register-only loop of fused multiply-adds.");
 }

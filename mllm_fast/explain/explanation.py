@@ -21,7 +21,7 @@ from ..knockout.rule import Knockout
 from ..models.provenance import made_with
 from ..runtime.answer import Answer
 from ..runtime.model_runner import ModelRunner
-from ..runtime.token_bytes import TokenBytes
+from ..runtime.token_bytes import token_bytes
 from ..runtime.trace import Trace
 from . import export, logit_lens
 from .figure import draw_sheet, draw_token, token_map
@@ -73,7 +73,7 @@ class Explanation(Scores, Displayed, NotPickled):
             operators=runner.operators,
             trace=trace,
             answer=answer,
-            word_of=TokenBytes(runner.processor.tokenizer).text,
+            word_of=token_bytes(runner.processor.tokenizer).text,
             encode=runner.prompts.answer_ids,
             prompt=prompt,
             images=images,

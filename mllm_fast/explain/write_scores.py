@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, wide_type, without_autocast
+from ..kernels.token_scores import TokenScorer
 from ..models.text_model import TextModel
 from ..runtime.trace import Trace
 
+_SMALL = 2e7  # flops of a call that takes longer to prepare than to compute
 _WRITE_ELEMENTS = 1 << 24  # limit of the writes handed to the kernel at a time: 64 MiB of float32
 
 
@@ -37,12 +39,16 @@ class WriteScores:
     operators: OperatorCache
     backend: str
     _logits: tuple[range, Base] | None = field(default=None, init=False, repr=False)
+    _logs: Tensor | None = field(default=None, init=False, repr=False)  # of the scorer
 
     def heads(self) -> Tensor:
         """Return the score of every head's write at every token, float32 [tokens, layers, heads], on the CPU.
 
         Layers without attention have no write, so their scores are 0.
         """
+        scorer = self._scorer(self.text_model.num_heads * len(self.text_model.sites))
+        if scorer is not None:
+            return self._score_heads(scorer)[None]
         text, width = self.text_model, self.trace.residual.shape[-1]
         step = max(1, _WRITE_ELEMENTS // (len(text.sites) * text.num_heads * width))
         count = len(self.token_ids)
@@ -69,6 +75,13 @@ class WriteScores:
         """
         heads = [(self.text_model.site(layer), head) for layer, head in heads]
         stop = self.trace.rows[index] + 1
+        scorer = self._scorer(len(heads) * stop)
+        if scorer is not None:
+            if self._logs is None:
+                self._score_heads(scorer)
+            values = self.trace.position_values(index, heads, self.backend)
+            found = scorer.score_positions(self._logs, self.trace.final[0], self.token_ids[0], heads, values)  # type: ignore
+            return self.trace.spread(found, [site for site, _ in heads], length)
         step = max(1, _WRITE_ELEMENTS // (stop * self.text_model.head_dim))
         base, first = self._base(range(index, index + 1))
         device = self.trace.residual.device
@@ -96,7 +109,26 @@ class WriteScores:
 
     def forget(self) -> None:
         """Drop the logits that are kept for the next call."""
-        self._logits = None
+        self._logits = self._logs = None
+
+    def _scorer(self, rows: int) -> TokenScorer | None:
+        """Return what scores `rows` writes of one token at once, or None where a kernel's own call is faster."""
+        text, trace = self.text_model, self.trace
+        work = 2.0 * rows * len(self.unembedding.weight) * text.head_dim
+        single = len(self.token_ids) == 1 and len(trace.residual) == 1 and trace.residual.dtype == torch.float32
+        if not single or work > _SMALL or self.norm != "frozen" or self.backend not in ("auto", "cpu"):
+            return None
+        if trace.residual.device.type != "cpu" or trace.write_scale is not None:
+            return None
+        if any(gate is not None for gate in trace.gate):
+            return None
+        return text.token_scorer()
+
+    @without_autocast
+    def _score_heads(self, scorer: TokenScorer) -> Tensor:
+        trace = self.trace
+        scores, self._logs = scorer.score_heads(trace.residual[0], trace.output[0], trace.final[0], self.token_ids[0])
+        return scores
 
     @without_autocast
     def _heads(self, tokens: range) -> Tensor:
