@@ -29,6 +29,7 @@ from mllm_fast.cli.app import app
 from mllm_fast.context import file_format
 from mllm_fast.core import extras
 from mllm_fast.core.assets import SHAPES_JOINT, SHAPES_WEIGHTS
+from mllm_fast.core.threads import spin_settings
 from mllm_fast.models.loading import shows_bars
 
 ROOT = Path(__file__).parent.parent
@@ -496,3 +497,22 @@ def test_no_message_has_a_command_of_its_own():
         if "mllm-fast[" in line
     ]
     assert not found
+
+
+def test_waiting_threads_of_the_command_line_soon_yield_and_an_import_changes_nothing():
+    told = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    run_it = "import mllm_fast.cli as c; sys.argv[1:] = ['--version']\ntry: c.main()\nexcept SystemExit: pass"
+    alone = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+
+    def seen(statement, **environment):
+        script = f"import os, sys\n{statement}\n{told}"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=alone | environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()[-1]
+
+    assert seen("import mllm_fast") == "None False"
+    assert seen(run_it) == "2000 False"
+    assert seen(run_it, GOMP_SPINCOUNT="7") == "7 False"
+    assert seen(run_it, OMP_WAIT_POLICY="active") == "None False"
+    assert spin_settings({"KMP_BLOCKTIME": "0"}) == {}

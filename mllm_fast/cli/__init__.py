@@ -10,7 +10,9 @@ def main() -> None:
     """Load the plugins and run the command line. This is the entry point `mllm-fast`."""
     from ..core.errors import InputError
     from ..core.plugins import load_plugins
+    from ..core.threads import spin_briefly
 
+    spin_briefly()
     try:
         # before the options are created, because their help lists the plugins' methods
         load_plugins(_named(sys.argv[1:]))

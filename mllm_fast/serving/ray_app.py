@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -31,6 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from ..context.store import pictures_digest
 from ..core.errors import InputError
 from ..core.images import load_image
+from ..core.threads import spin_settings
 from ..vlm import VLM
 from .app import create_app
 from .auth import ApiKeys
@@ -125,7 +127,11 @@ def app(options: Options | dict[str, Any]) -> serve.Application:
             "target_ongoing_requests": options.target,
         },
         max_ongoing_requests=settings.max_batch + settings.max_queue,
-        ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
+        ray_actor_options={
+            "num_gpus": options.gpus,
+            "num_cpus": options.cpus,
+            "runtime_env": {"env_vars": spin_settings(os.environ)},
+        },
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),  # type: ignore[arg-type]
     ).bind(options.model_dump())
     ingress = Ingress.options(num_replicas=options.ingresses, max_ongoing_requests=4096)  # type: ignore[attr-defined]
