@@ -145,17 +145,27 @@ def test_a_row_that_cannot_be_read_ends_alone(vlm, picture, monkeypatch, poisone
     questions = [QUESTION, "two", "red ?", "is the circle blue ?"] * 2
     asked = [about(vlm, picture, str(i), q, "query", max_tokens=5) for i, q in enumerate(questions)]
     told = about(vlm, picture, "told")  # its description is decoded in the same passes
-    keep, fails = engine.scheduler.batch._keep, []
+    batch, fails = engine.scheduler.batch, []
+    keep, directly = batch._own.keep, batch._read_directly
 
-    def failing(layer, *arguments):
-        rows = engine.scheduler.batch._read
-        row = asked[poisoned].wanted.row
-        if layer == 1 and any(one is row for one in rows) and (fails or len(rows) > 1):
+    def fail():
+        rows, row = batch._read, asked[poisoned].wanted.row
+        if any(one is row for one in rows) and (fails or len(rows) > 1):
             fails.append(len(rows))
             raise RuntimeError("this row cannot be read")
+
+    def keep_or_fail(layer, *arguments):
+        if layer == 1:
+            fail()
         return keep(layer, *arguments)
 
-    monkeypatch.setattr(engine.scheduler.batch, "_keep", failing)
+    def read_or_fail(*arguments):
+        found = directly(*arguments)
+        fail()
+        return found
+
+    monkeypatch.setattr(batch._own, "keep", keep_or_fail)
+    monkeypatch.setattr(batch, "_read_directly", read_or_fail)
     for one in [*asked, told]:
         engine.scheduler.add(one.wanted)
     engine.start()

@@ -54,7 +54,8 @@ def test_knockouts_and_streams(whole, spread, sample):
     one, other = (vlm.generate(sample.image, QUESTION, knockout=rule) for vlm in (whole, spread))
     assert one.token_ids == other.token_ids
     maps = [[step.heatmap() for step in vlm.stream(sample.image, QUESTION, explain=True)] for vlm in (whole, spread)]
-    assert all(map(torch.equal, *maps))
+    for one, other in zip(*maps, strict=True):  # the layers in one place are run directly, which rounds otherwise
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
 
 def test_contexts_go_from_one_to_the_other(whole, spread, sample, tmp_path):

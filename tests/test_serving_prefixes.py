@@ -203,7 +203,7 @@ def test_whoever_asks_while_a_context_is_made_is_answered_before_it(shapes, scen
     step()
     assert isinstance(events[QUESTIONS[1]][-1], FinishEvent)
     assert events[QUESTIONS[1]][0].cached == layout.length
-    assert scheduler.building("k")
+    assert scheduler.builders.announced("k")
     assert not made
     assert events["only the context"] == []
     for _ in range(64):

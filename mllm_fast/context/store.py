@@ -130,14 +130,6 @@ class ContextStore:
         self._remember(key, found)
         return found
 
-    def keep_prefix(self, key: str, made: Context) -> Context:
-        """Put the whole prefix of a prompt in memory, as exact as it is; it is not one of the contexts of `keys`."""
-        with self._guard:
-            self.misses += 1
-        made = replace(made, images=())
-        self._remember(key, made)
-        return made
-
     def write(self, key: str, made: Context) -> None:
         """Write a newly computed context to the folder, if there is one."""
         if self._folder is not None:
@@ -205,9 +197,12 @@ class ContextStore:
             self.nbytes = 0
 
     def _stored_form(self, context: Context) -> Context:
-        """Return a context as it will be found again: without images, and with int8's rounding if the store uses it."""
+        """Return a context as it will be found again: without images, and with int8's rounding if the store uses it.
+
+        The prefix of a prompt that is read word for word stays as exact as it is.
+        """
         bare = replace(context, images=())
-        if self.storage == "full":
+        if self.storage == "full" or context.settings["keep"] == "off":
             return bare
         tensors, metadata, _ = pack(vars(bare), self.storage)
         return Context(**unpack(*parse(self.storage, metadata, tensors), context.vlm), peak_nbytes=context.peak_nbytes)

@@ -48,7 +48,7 @@ class Prompts:
         self._leads: dict[str, list[int]] = {}
         self._further: dict[Any, list[int]] = {}  # services ask the same questions about many pictures
         self._further_template: Any = None
-        self.typed = PlainText(processor, lambda: self._spelled(_SAMPLE))
+        self.typed = PlainText(processor, lambda: self.spelled(_SAMPLE))
 
     def load(self, image: Images | None) -> list[Any]:
         """Load the images of one prompt; None means a prompt of text alone and gives an empty list."""
@@ -89,7 +89,7 @@ class Prompts:
 
     def text(self, num_images: int, prompt: str) -> str:
         """Return a first turn with images as the chat template formats it."""
-        return self._spelled([("user", [None] * num_images + [prompt])])
+        return self.spelled([("user", [None] * num_images + [prompt])])
 
     def inputs(self, pictures: list[list[Any]], prompts: list[str], chat_template: bool = True) -> Any:
         """Return the processor's inputs for a batch, on the model's device.
@@ -109,7 +109,7 @@ class Prompts:
         pairs = zip(pictures, prompts, strict=True)
         if chat_template:
             return self._inputs(pictures, [[("user", [None] * len(i) + [p])] for i, p in pairs])
-        return self._inputs(pictures, [image_text(self._spelled, self.processor, len(i)) + p for i, p in pairs])
+        return self._inputs(pictures, [image_text(self.spelled, self.processor, len(i)) + p for i, p in pairs])
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
         """Return the processor's inputs for one conversation and its layout.
@@ -138,7 +138,7 @@ class Prompts:
             for one, found in zip(conversations, marks, strict=True)
         ]
         try:
-            texts = [one if isinstance(one, str) else self._spelled(one) for one in conversations]
+            texts = [one if isinstance(one, str) else self.spelled(one) for one in conversations]
             given = (pictures, texts) if several else (pictures[0], texts[0])
             inputs = self.processor(
                 images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
@@ -154,7 +154,7 @@ class Prompts:
         self.check_window(inputs["input_ids"].shape[1] + 1, "the prompt and one more token take")
         return inputs
 
-    def _spelled(self, turns: Sequence[Turn]) -> str:
+    def spelled(self, turns: Sequence[Turn]) -> str:
         """Return a conversation as the chat template formats it, up to where the model's next reply begins."""
         messages = [
             {
@@ -204,7 +204,7 @@ class Prompts:
         spoken = self.typed.hide_turns([first], [])
         turns = self.typed.hide_turns(turns, marks)
         try:
-            text = self._spelled([*spoken, ("assistant", [_REPLY]), *turns])
+            text = self.spelled([*spoken, ("assistant", [_REPLY]), *turns])
         except Exception as error:  # a template can raise anything
             raise InputError(f"the chat template takes no further turn: {first_line(error)}") from error
         before, reply, turn = text.partition(_REPLY)
@@ -215,24 +215,6 @@ class Prompts:
         # otherwise the tokenizer splits the text differently at this place
         ids = ids[len(lead) :] if ids[: len(lead)] == lead else tokenizer(turn, add_special_tokens=False).input_ids
         return self.typed.restored(ids, marks)
-
-    def divided(self, turns: Sequence[Turn]) -> tuple[str, str] | None:
-        """Return a conversation as the chat template formats it, up to and after the last image.
-
-        Returns:
-            The two texts, or None if the text alone does not tell where the last image ends.
-        """
-        marks: list[str] = []
-        turns = self.typed.hide_turns(turns, marks)
-        mark = self.processor.tokenizer.convert_ids_to_tokens(self.image_tokens.image)
-        before, found, after = self._spelled(turns).rpartition(mark)
-        return (before + found, after) if found and not marks else None
-
-    def ids_after_image(self, text: str) -> list[int] | None:
-        """Return the token ids of a text that follows an image's last token, or None if the tokenizer joins the two."""
-        tokenizer, image = self.processor.tokenizer, self.image_tokens.image
-        ids = tokenizer(tokenizer.convert_ids_to_tokens(image) + text, add_special_tokens=False).input_ids
-        return ids[1:] if ids[:1] == [image] else None
 
     def answer_ids(self, answer: str | Sequence[int]) -> Tensor:
         """Return the token ids of a given answer (its text, or ids), int64 [n], on the model's device."""

@@ -23,10 +23,8 @@ from ..models.text_model import TextModel, without_gradients
 from .attention import Scoring, attend_split, join_rows
 from .direct_decoder import DirectDecoder, direct_decoder
 from .hooks import model_lock, recording
+from .own_keys import OwnKeys
 from .prefix_pool import Prefix, PrefixPool, SlotGroup
-
-_ROOM = 32  # spare own positions that are allocated when a row runs out of them
-_IDLE_BYTES = 1 << 28  # own keys and values up to this size are kept while there is no row
 
 _without_gradients = without_gradients(attrgetter("text"))
 
@@ -87,9 +85,7 @@ class Batch:
         self.text = text
         self._backend = backend
         self._prefixes = PrefixPool()
-        self._own: list[tuple[Tensor, Tensor]] = []  # a layer's own keys and values, [S, Hkv, room, D], newest first
-        self._room = 0
-        self._free: list[int] = []  # slots below the number of rows that no row has
+        self._own = OwnKeys()
         self._parts: list[_Part] = []
         self._last = self._slot = self._place = torch.empty(0, dtype=torch.long)
         self._starts = torch.empty(0, dtype=torch.int32)
@@ -103,7 +99,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values of the prefixes and of the rows' own tokens."""
-        return self._prefixes.nbytes + sum(tensor.nbytes for pair in self._own for tensor in pair)
+        return self._prefixes.nbytes + self._own.nbytes
 
     @_without_gradients
     def join(
@@ -131,8 +127,7 @@ class Batch:
             raise ValueError("mass is summed of a prefix that is not shared, for a row that reads one token at a time")
         prefix = self._prefixes.acquire(list(keys), list(values), name, watch)
         mass = torch.zeros(len(keys), prefix.length, device=keys[0].device) if watch else None
-        slot = self._free.pop() if self._free else len(self.rows)
-        row = Row(prefix, position, list(ids), mass, slot=slot)
+        row = Row(prefix, position, list(ids), mass, slot=self._own.take_slot(len(self.rows)))
         self.rows.append(row)
         return row
 
@@ -140,11 +135,9 @@ class Batch:
     def leave(self, row: Row) -> None:
         """Remove a row, whose slot the next one takes."""
         self.rows.remove(row)
-        self._free.append(row.slot)
+        self._own.leave_slot(row.slot, len(self.rows))
         row.slot = -1
         self._prefixes.release(row.prefix)
-        if not self.rows and sum(held.nbytes for pair in self._own for held in pair) > _IDLE_BYTES:
-            self._own, self._room, self._free = [], 0, []
 
     def forget(self, name: Hashable) -> None:
         """Free the slot of a shared prefix that will not be asked for again."""
@@ -184,13 +177,15 @@ class Batch:
             The logits, [B, V], in the order of the rows.
         """
         if self._direct is None:
-            self._close_gaps()
+            self._own.close_gaps(self.rows)
         self._read = self.rows if rows is None else list(rows)
         lengths = [len(row.unread) for row in self._read]
         device = self._device
         ends = [end - 1 for end in itertools.accumulate(lengths)]
         self._last = torch.tensor(ends, device=device)
-        self._make_room(lengths)
+        if any(count > 1 and row.length for row, count in zip(self._read, lengths, strict=True)):
+            raise ValueError("a row reads one token at a time after its first ones")
+        self._own.make_room(max(row.length + count for row, count in zip(self._read, lengths, strict=True)))
         self._masses = []
         tokens = [token for row in self._read for token in row.unread]
         positions = [row.position + i for row, count in zip(self._read, lengths, strict=True) for i in range(count)]
@@ -218,7 +213,7 @@ class Batch:
         self, direct: DirectDecoder, tokens: list[int], positions: list[int], lengths: list[int], ends: list[int]
     ) -> Tensor:
         """Run the layers of the decoder on the pass's tokens, and return what the final norm gives, [T, d]."""
-        self._make_slots(direct)
+        self._own.make_slots(len(self.rows), direct.num_layers, direct.kv_heads, direct.width)
         own: list[tuple[int, ...]] = []
         by_stack: dict[int, tuple[SlotGroup, list[tuple[int, ...]]]] = {}
         places, last = [], -1
@@ -227,11 +222,11 @@ class Batch:
             entries = by_stack.setdefault(id(stack), (stack, []))[1]
             for i in range(count):
                 last += 1
-                place = self._room - 1 - row.length - i  # own keys lie newest first
+                place = self._own.room - 1 - row.length - i  # own keys lie newest first
                 places.append((row.slot, place))
-                own.append((last, row.slot, place, self._room, place))
+                own.append((last, row.slot, place, self._own.room, place))
                 entries.append((last, row.prefix.slot, stack.room - row.prefix.length, stack.room, 0))
-        keys, values = [key for key, _ in self._own], [value for _, value in self._own]
+        keys, values = ([pair[i] for pair in self._own.layers] for i in (0, 1))
         parts = [Part(keys, values, torch.tensor(own))]
         for stack, entries in by_stack.values():
             entries.sort(key=itemgetter(1))
@@ -240,45 +235,13 @@ class Batch:
         store = KeyStore(keys, values, torch.tensor(places))
         found = direct(direct.embed(tokens), positions, store, parts, [ends[i] for i in watched])
         for i, query in zip(watched, found.query if watched else (), strict=True):  # type: ignore[arg-type]
-            self._add_mass(self._read[i], query, direct.scales)
+            masses = _mass_of(self._read[i], query, self._own, direct.scales)
+            self._masses += [(self._read[i], layer, mass) for layer, mass in enumerate(masses)]
         return found.normed
-
-    def _make_slots(self, direct: DirectDecoder) -> None:
-        """Allocate own keys and values for all rows, in all layers or in none."""
-        count = len(self.rows) + len(self._free)
-        held = len(self._own[0][0]) if self._own else 0
-        if held >= count:
-            return
-        slots = max(4, count, 2 * held)
-        made = []
-        for layer in range(direct.num_layers):
-            pair = [torch.zeros(slots, direct.kv_heads, self._room, direct.width) for _ in range(2)]
-            if self._own:
-                for new, old in zip(pair, self._own[layer], strict=True):
-                    new[:held] = old
-            made.append((pair[0], pair[1]))
-        self._own = made
-
-    def _add_mass(self, row: Row, query: Tensor, scales: Sequence[float]) -> None:
-        """Add to a row's mass the attention of its token to its prefix, from the rotated queries [L, H, D]."""
-        stack, slot, length = row.prefix.stack, row.prefix.slot, row.prefix.length
-        own = slice(self._room - 1 - row.length, None)
-        for layer, (one, scale) in enumerate(zip(query, scales, strict=True)):
-            keys = torch.cat([stack.keys[layer][slot, :, -length:], self._own[layer][0][row.slot, :, own]], 1)
-            scores = one.unflatten(0, (len(keys), -1)) @ keys.mT * scale
-            self._masses.append((row, layer, torch.softmax(scores, -1)[..., :length].mean((0, 1))))
 
     @property
     def _device(self) -> torch.device:
         return self.rows[0].prefix.stack.keys[0].device
-
-    def _make_room(self, lengths: list[int]) -> None:
-        """Allocate the own positions that the pass needs, and check what it reads."""
-        longest = max(row.length + count for row, count in zip(self._read, lengths, strict=True))
-        if longest > self._room:
-            self._grow(longest + max(_ROOM, self._room // 2))
-        if any(count > 1 and row.length for row, count in zip(self._read, lengths, strict=True)):
-            raise ValueError("a row reads one token at a time after its first ones")
 
     def _plan(self, lengths: list[int], ends: list[int]) -> None:
         """Compute where the T tokens of the pass lie, once for all layers."""
@@ -288,14 +251,14 @@ class Batch:
         # own keys lie newest first, so that every row's are the last ones of its slot
         slots = [row.slot for row, count in zip(self._read, lengths, strict=True) for _ in range(count)]
         places = [
-            self._room - 1 - row.length - i
+            self._own.room - 1 - row.length - i
             for row, count in zip(self._read, lengths, strict=True)
             for i in range(count)
         ]
         # `_first` computes the attention among own tokens of the rows that read several tokens
         several = [i for i, count in enumerate(lengths) if count > 1]
         starts = [
-            self._room - row.length - 1 if count == 1 else self._room
+            self._own.room - row.length - 1 if count == 1 else self._own.room
             for row, count in zip(self._read, lengths, strict=True)
         ]
         self._slot, self._place = torch.tensor(slots, device=device), torch.tensor(places, device=device)
@@ -316,20 +279,6 @@ class Batch:
                 width,
             )
         self._parts = self._by_stack(lengths, ends)
-
-    def _close_gaps(self) -> None:
-        """Move the last rows' own keys and values into free slots, so that those of a pass are views of the first."""
-        count = len(self.rows)
-        free = [slot for slot in self._free if slot < count]
-        for row in self.rows:
-            if row.slot >= count:
-                slot = free.pop()
-                own = slice(self._room - row.length, None)
-                for held in (tensor for pair in self._own for tensor in pair if row.slot < len(tensor)):
-                    held[slot, :, own] = held[row.slot, :, own]
-                row.slot = slot
-        self._free = []
-        self.rows.sort(key=attrgetter("slot"))
 
     def _by_stack(self, lengths: list[int], ends: list[int]) -> list[_Part]:
         device = self._device
@@ -361,18 +310,9 @@ class Batch:
             )
         return parts
 
-    def _grow(self, room: int) -> None:
-        def grown(held: Tensor) -> Tensor:
-            wide = held.new_zeros(held.shape[0], held.shape[1], room, held.shape[3])
-            wide[:, :, room - self._room :] = held
-            return wide
-
-        # all layers or none: memory may run out
-        self._own, self._room = [(grown(keys), grown(values)) for keys, values in self._own], room
-
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of the pass's T tokens, [1, H, T, D], where key and value are [1, Hkv, T, D]."""
-        own_key, own_value = self._keep(layer, key[0], value[0])
+        own_key, own_value = self._own.keep(layer, len(self.rows), self._slot, self._place, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
         count = len(self._read)
         output, total = (
@@ -430,20 +370,16 @@ class Batch:
         mass = found.mass[slot, :, -row.prefix.length :]  # type: ignore[index]
         self._masses.append((row, layer, (mass * share[:, None]).mean(0)))
 
-    def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values [Hkv, T, D] of the pass, and return all of the layer, [S, Hkv, room, D] each."""
-        count = len(self.rows)
-        if layer == len(self._own):
-            empty = [one.new_zeros(max(4, count), one.shape[0], self._room, one.shape[2]) for one in (key, value)]
-            self._own.append((empty[0], empty[1]))
-        elif len(self._own[layer][0]) < count:
-            more = max(count, 2 * len(self._own[layer][0]))
-            grown = [torch.cat([held, held.new_zeros(more - len(held), *held.shape[1:])]) for held in self._own[layer]]
-            self._own[layer] = grown[0], grown[1]
-        held = self._own[layer]
-        for tensor, rows in zip(held, (key, value), strict=True):
-            tensor[self._slot, :, self._place] = rows.transpose(0, 1)
-        return held
+
+def _mass_of(row: Row, query: Tensor, own: OwnKeys, scales: Sequence[float]) -> list[Tensor]:
+    """Return the attention of a row's token to its prefix in each layer, [M], from the rotated queries [L, H, D]."""
+    stack, slot, length = row.prefix.stack, row.prefix.slot, row.prefix.length
+    read, found = slice(own.room - 1 - row.length, None), []
+    for layer, (one, scale) in enumerate(zip(query, scales, strict=True)):
+        keys = torch.cat([stack.keys[layer][slot, :, -length:], own.layers[layer][0][row.slot, :, read]], 1)
+        scores = one.unflatten(0, (len(keys), -1)) @ keys.mT * scale
+        found.append(torch.softmax(scores, -1)[..., :length].mean((0, 1)))
+    return found
 
 
 def _padded(tokens: Tensor, which: Tensor, place: Tensor, count: int, width: int) -> Tensor:

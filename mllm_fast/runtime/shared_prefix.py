@@ -72,18 +72,16 @@ class SharedPrefixDecoder:
         block.
         """
         with model_lock(self.text):
-            self._direct = self._direct_decoder()
+            held = self.keys[0], self.values[0]
+            plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in held)
+            found = direct_decoder(self.text, self.backend) if plain else None
+            self._direct = None if found is None or found.window is not None else found
             if self._direct is None:
                 with recording(self.text, rows, backend=self.backend, attention_fn=self.attend) as self._record:
                     yield self._record
                 return
             self._record = Recording(rows, len(self.text.layers), len(self.text.sites), self._device)
             yield self._record
-
-    def _direct_decoder(self) -> DirectDecoder | None:
-        plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (self.keys[0], self.values[0]))
-        found = direct_decoder(self.text, self.backend) if plain else None
-        return None if found is None or found.window is not None else found
 
     def read(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Add tokens to every question, and return the logits after the last token of each, [B, V].
@@ -130,18 +128,8 @@ class SharedPrefixDecoder:
         recorded = range(len(tokens))[len(tokens) - self._record.rows :] if self._record.rows else ()
         found = direct(direct.embed(tokens), positions.tolist(), store, parts, recorded)
         if recorded:
-            self._note(self._record, found, recorded, direct.scales)
+            _note(self._record, found, recorded, direct.scales)
         return found.normed
-
-    def _note(self, record: Recording, found: DecoderOutput, recorded: Sequence[int], scales: Sequence[float]) -> None:
-        """Add the recorded rows of a pass to the recording."""
-        record.final.append(found.hidden[list(recorded)][None])
-        record.scoring = [Scoring(scale) for scale in scales]
-        for layer in range(len(scales)):
-            record.residual[layer].append(found.residual[None, :, layer])  # type: ignore[index]
-            record.query[layer].append(found.query[None, :, layer])  # type: ignore[index]
-            record.output[layer].append(found.output[None, :, layer])  # type: ignore[index]
-            record.seen[layer].append(None)
 
     def _decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Run the decoder on tokens [1, T] at positions [1, T], and return what the final norm gives, [1, T, d]."""
@@ -277,3 +265,14 @@ class SharedPrefixDecoder:
                 for old in self._own[site]
             ]
             self._own[site] = grown[0], grown[1]
+
+
+def _note(record: Recording, found: DecoderOutput, recorded: Sequence[int], scales: Sequence[float]) -> None:
+    """Add the recorded rows of a pass to the recording."""
+    record.final.append(found.hidden[list(recorded)][None])
+    record.scoring = [Scoring(scale) for scale in scales]
+    for layer in range(len(scales)):
+        record.residual[layer].append(found.residual[None, :, layer])  # type: ignore[index]
+        record.query[layer].append(found.query[None, :, layer])  # type: ignore[index]
+        record.output[layer].append(found.output[None, :, layer])  # type: ignore[index]
+        record.seen[layer].append(None)

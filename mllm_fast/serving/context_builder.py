@@ -162,3 +162,48 @@ class ContextBuilder:
             first_token=self.said[0] if self.said else int(first.logits.argmax()),
         )
         return prefill.context(spec.keep, spec.score)
+
+
+class ContextBuilders(dict[str, ContextBuilder]):
+    """The contexts that are being made, by their keys.
+
+    Args:
+        vlm: The model.
+        samplers: Makes the samplers of descriptions.
+        held, at_once: See `Engine`.
+    """
+
+    def __init__(self, vlm: VLM, samplers: SamplerCache, held: Callable[[str], Context | None], at_once: bool):
+        super().__init__()
+        self.at_once = at_once
+        self._vlm, self._samplers, self._held = vlm, samplers, held
+
+    def announced(self, key: str) -> bool:
+        """Return whether a context is being made, and was named in an answer."""
+        builder = self.get(key)
+        return builder is not None and builder.asked > 0
+
+    def waits(self, wanted: Generation, divides: bool) -> bool:
+        """Find the context of a question, or let the question wait for it; return whether it waits.
+
+        Args:
+            wanted: The question.
+            divides: Whether a prompt can be read in two parts.
+        """
+        if wanted.spec is not None and wanted.spec.whole and not divides:
+            wanted.spec, wanted.key = None, ""
+        if wanted.spec is None or wanted.context is not None:
+            return False
+        wanted.context = self._held(wanted.key)  # it may have been built since the request was prepared
+        wanted.cached = wanted.context is not None
+        if wanted.context is not None:
+            return False
+        builder = self.get(wanted.key)
+        if builder is None:
+            builder = self[wanted.key] = ContextBuilder(self._vlm, wanted.key, wanted.spec, self._samplers)
+        if builder.announced is None or not wanted.max_tokens or not self.at_once:
+            builder.waiting.append(wanted)
+            return True
+        if wanted not in builder.owed:
+            builder.owed.append(wanted)
+        return False

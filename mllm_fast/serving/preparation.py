@@ -16,6 +16,7 @@ from ..context.context import Context
 from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import image_size, load_image
+from ..models.divided_prompts import divided, ids_after_image
 from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import check_sliding
 from .errors import ServiceError, service_error
@@ -223,9 +224,9 @@ class RequestPreparer:
             return PreparedRequest(inputs=inputs, layout=layout)
         end = len(ids) - ids[::-1].index(prompts.image_tokens.image)  # behind the last image token
         key = self.store.key(self.vlm, pictures, {"keep": "off", "ids": ids[:end]}, tenant)
-        divided = prompts.divided(asked.turns)
-        if divided is not None and prompts.ids_after_image(divided[1]) == ids[end:]:
-            self._note(asked, (tenant, "off", asked.digests, divided[0]), key)
+        parts = divided(prompts, asked.turns)
+        if parts is not None and ids_after_image(prompts, parts[1]) == ids[end:]:
+            self._note(asked, (tenant, "off", asked.digests, parts[0]), key)
         found = self.store.held(key)
         spec = None
         if found is None:
@@ -241,11 +242,11 @@ class RequestPreparer:
     def _after_prefix(self, asked: Conversation, tenant: str, count: int) -> PreparedRequest | None:
         """Prepare a prompt whose images' part is in memory, without reading the images; None if it is not there."""
         prompts = self.vlm.prompts
-        divided = prompts.divided(asked.turns)
-        name = None if divided is None else (tenant, "off", asked.digests, divided[0])
+        parts = divided(prompts, asked.turns)
+        name = None if parts is None else (tenant, "off", asked.digests, parts[0])
         key = "" if name is None else self._memo.get(name, "")
         found = self.store.held(key) if key else None
-        ids = None if divided is None or found is None else prompts.ids_after_image(divided[1])
+        ids = None if parts is None or found is None else ids_after_image(prompts, parts[1])
         if found is None or not ids:
             return None
         self._check_window(found.layout.length + len(ids) + count, "the conversation and the longest answer take")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.batch import Batch
 from ..runtime.prefill import prefill
 from ..runtime.sampling import SamplerCache
-from .context_builder import ContextBuilder
+from .context_builder import ContextBuilder, ContextBuilders
 from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, dropped
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Scheduler:
         tokens: The number of tokens decoded in them.
         batch: The keys and values of the sequences that are decoded.
         members: The generations and context builders in the batch.
+        builders: The contexts that are being made.
     """
 
     def __init__(
@@ -51,31 +52,26 @@ class Scheduler:
         held: Callable[[str], Context | None],
         at_once: bool = False,
     ):
-        self.vlm, self.max_batch, self._at_once = vlm, max_batch, at_once
+        self.vlm, self.max_batch = vlm, max_batch
         self.passes = self.tokens = 0
         self.batch = Batch(vlm.text, vlm.backend)
         self.members: list[Generation | ContextBuilder] = []
         self._guard = guard
-        self._keep_context, self._held = keep_context, held
+        self._keep_context = keep_context
         self._samplers = SamplerCache(vlm)
         self._queue: deque[Generation] = deque()
-        self._builders: dict[str, ContextBuilder] = {}
+        self.builders = ContextBuilders(vlm, self._samplers, held, at_once)
         self._divides = True  # whether a prompt can be read in two parts: no token sees a later one
 
     @property
     def waiting(self) -> int:
         """The number of generations that wait for a place in the batch or for their context."""
-        return len(self._queue) + sum(len(one.waiting) for one in list(self._builders.values()))
+        return len(self._queue) + sum(len(one.waiting) for one in list(self.builders.values()))
 
     @property
     def busy(self) -> bool:
         """Whether any generation waits or runs."""
-        return bool(self._queue or self.members or self._builders)
-
-    def building(self, key: str) -> bool:
-        """Return whether a context is being made, and was announced in an answer."""
-        builder = self._builders.get(key)
-        return builder is not None and builder.asked > 0
+        return bool(self._queue or self.members or self.builders)
 
     def add(self, wanted: Generation) -> None:
         """Append a generation to the queue. The caller must hold the lock."""
@@ -83,7 +79,7 @@ class Scheduler:
 
     def everyone(self) -> list[Generation]:
         """Return all generations that wait or run."""
-        waiting = [one for builder in list(self._builders.values()) for one in builder.waiting]
+        waiting = [one for builder in list(self.builders.values()) for one in builder.waiting]
         running = [one for one in self.members if isinstance(one, Generation)]
         return [*self._queue, *running, *waiting]
 
@@ -92,7 +88,7 @@ class Scheduler:
         with self._guard:  # cancelled and late requests leave the queue even while the batch is full
             self._queue = deque(one for one in self._queue if not dropped(one))
         prefilled = False
-        for builder in list(self._builders.values()):
+        for builder in list(self.builders.values()):
             if not builder.running and not prefilled and len(self.members) < self.max_batch:
                 prefilled = True
                 self._guarded(builder, self._begin_building)
@@ -102,42 +98,18 @@ class Scheduler:
                 if not self._queue:
                     break
                 wanted = self._queue.popleft()
-            if self._waits(wanted):
+            if self.builders.waits(wanted, self._divides):
                 continue
-            reads = wanted.context is None and wanted.key not in self._builders  # an image of its own
+            reads = wanted.context is None and wanted.key not in self.builders  # an image of its own
             if len(self.members) >= self.max_batch or (reads and prefilled):
                 kept.append(wanted)
                 if len(self.members) >= self.max_batch:
                     break
                 continue
-            made = None if wanted.context is not None else self._builders.get(wanted.key)
-            if made is not None:
-                self._guarded(wanted, partial(self._start_at_once, builder=made))
-                continue
-            prefilled = prefilled or wanted.context is None
+            prefilled = prefilled or reads
             self._guarded(wanted, self._start)
         with self._guard:
             self._queue.extendleft(reversed(kept))
-
-    def _waits(self, wanted: Generation) -> bool:
-        """Find the context of a question, or let the question wait for it; return whether it waits."""
-        if wanted.spec is not None and wanted.spec.whole and not self._divides:
-            wanted.spec, wanted.key = None, ""
-        if wanted.spec is None or wanted.context is not None:
-            return False
-        wanted.context = self._held(wanted.key)  # it may have been built since the request was prepared
-        wanted.cached = wanted.context is not None
-        if wanted.context is not None:
-            return False
-        builder = self._builders.get(wanted.key)
-        if builder is None:
-            builder = self._builders[wanted.key] = ContextBuilder(self.vlm, wanted.key, wanted.spec, self._samplers)
-        if builder.announced is None or not wanted.max_tokens or not self._at_once:
-            builder.waiting.append(wanted)
-            return True
-        if wanted not in builder.owed:
-            builder.owed.append(wanted)
-        return False
 
     def _guarded(self, one: Generation | ContextBuilder, do: Callable[[Any], None]) -> None:
         """Run a step of one generation or builder. An exception fails it alone."""
@@ -151,7 +123,7 @@ class Scheduler:
         if one.row is not None:
             self._leave(one)
         if isinstance(one, ContextBuilder):
-            self._builders.pop(one.key, None)
+            self.builders.pop(one.key, None)
         for waiting in one.waiting if isinstance(one, ContextBuilder) else [one]:
             waiting.sink(FailureEvent(error))
 
@@ -170,6 +142,17 @@ class Scheduler:
             wanted.row = self.batch.join(asked.keys, asked.values, context.position, wanted.ids, wanted.key)
             self.members.append(wanted)
             return
+        builder = self.builders.get(wanted.key)
+        if builder is not None and builder.row is not None:  # from the whole prefix of a context that is being made
+            length, sequence = len(builder.sequence), [*builder.sequence, *wanted.ids]
+            wanted.inputs = None
+            wanted.sink(PrefillEvent(len(sequence), length if builder.asked else 0, builder.announced))
+            builder.asked += 1
+            wanted.sampler = self._samplers.make(sequence, wanted.sampling)
+            keys, values = self.batch.prefix(builder.row)
+            wanted.row = self.batch.join(keys, values, builder.position, wanted.ids, (builder.key, "whole"))
+            self.members.append(wanted)
+            return
         assert wanted.layout is not None
         first = prefill(self.vlm, wanted.inputs, wanted.layout)
         wanted.inputs = None
@@ -180,28 +163,15 @@ class Scheduler:
             wanted.row = self.batch.join(first.keys, first.values, first.position, [token])
             self.members.append(wanted)
 
-    def _start_at_once(self, wanted: Generation, builder: ContextBuilder) -> None:
-        """Answer a question from the whole prefix of a context that is being made."""
-        assert builder.row is not None
-        sequence = [*builder.sequence, *wanted.ids]
-        length = len(builder.sequence)
-        wanted.inputs = None
-        wanted.sink(PrefillEvent(len(sequence), length if builder.asked else 0, builder.announced))
-        builder.asked += 1
-        wanted.sampler = self._samplers.make(sequence, wanted.sampling)
-        keys, values = self.batch.prefix(builder.row)
-        wanted.row = self.batch.join(keys, values, builder.position, wanted.ids, (builder.key, "whole"))
-        self.members.append(wanted)
-
     def _begin_building(self, builder: ContextBuilder) -> None:
         builder.drop_cancelled(dropped)
         if not builder.waiting:
-            del self._builders[builder.key]
+            del self.builders[builder.key]
             return
         first = builder.begin()
         if builder.spec.whole and not first.causal:
             self._divides = False
-            del self._builders[builder.key]
+            del self.builders[builder.key]
             with self._guard:
                 self._queue.extendleft(reversed(builder.waiting))
             return
@@ -211,7 +181,7 @@ class Scheduler:
         row = self.batch.join(first.keys, first.values, first.position, builder.said[-1:], watch=True)
         builder.joined(row)
         self.members.append(builder)
-        if not self._at_once:
+        if not self.builders.at_once:
             return
         with self._guard:  # they are admitted next, and answered from the whole prefix
             builder.owed = [one for one in builder.waiting if one.max_tokens]
@@ -225,7 +195,7 @@ class Scheduler:
         if builder.row is not None:
             self._leave(builder)
             self.batch.forget((builder.key, "whole"))
-        del self._builders[builder.key]
+        del self.builders[builder.key]
         for i, wanted in enumerate(builder.waiting):
             wanted.context, wanted.cached = context, i > 0
         with self._guard:
@@ -249,7 +219,7 @@ class Scheduler:
             if isinstance(one, ContextBuilder):
                 one.drop_cancelled(dropped)
                 if not (one.waiting or one.owed or one.asked) and one.row is not None:
-                    del self._builders[one.key]
+                    del self.builders[one.key]
                     self._leave(one)
             elif dropped(one) and one.row is not None:
                 self._leave(one)

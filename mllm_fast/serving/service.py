@@ -64,7 +64,7 @@ class Service:
             at_once=self.settings.first_answer == "whole",
         )
         self.client = EngineClient(self.engine, self.settings.time_limit)
-        self._preparer = RequestPreparer(vlm, self.settings, self.store, self.engine.scheduler.building)
+        self._preparer = RequestPreparer(vlm, self.settings, self.store, self.engine.scheduler.builders.announced)
         self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
         self._writing = ThreadPoolExecutor(1, "write")
         self._looking = ThreadPoolExecutor(1, "look")  # a large store is listed beside the answers
@@ -260,10 +260,8 @@ class Service:
             )
 
     def _keep_context(self, key: str, made: Context) -> Context:
-        if made.settings["keep"] == "off":
-            return self.store.keep_prefix(key, made)
         kept = self.store.keep(key, made)
-        if self.settings.store is not None:
+        if self.settings.store is not None and made.settings["keep"] != "off":
             writing = self._writing.submit(self.store.write, key, made)
             self._unwritten.add(writing)
             writing.add_done_callback(self._unwritten.discard)
