@@ -116,7 +116,7 @@ async def client(port: int, requests: list, draw: random.Random, until: float, s
         text, cached = None, 0
         if status == 200:
             text = body["choices"][0]["message"]["content"]
-            cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+            cached = (body["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         seen.append((began, time.perf_counter() - began, status, which, text, cached))
         if status == 429:
             await asyncio.sleep(0.2)

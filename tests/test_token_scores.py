@@ -7,6 +7,7 @@ from mllm_fast.kernels.dispatch import cpu_extension
 from mllm_fast.kernels.token_scores import TokenScorer, scorable
 
 from mllm_fast.explain import write_scores
+from mllm_fast.explain.token_scorer import token_scorer
 
 EXTENSION, _ = cpu_extension()
 pytestmark = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
@@ -126,7 +127,7 @@ def test_a_streams_scores_are_those_of_the_other_way(shapes, picture, monkeypatc
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=3e-5)
 
     fast = stream()
-    assert shapes.text.token_scorer() is not None
+    assert token_scorer(shapes.text, shapes.text.unembedding()) is not None
     output = shapes.text.outputs[2].weight
     with torch.no_grad():
         output.mul_(1.5)

@@ -54,20 +54,28 @@ struct DecoderWork {
     if (index >= 0) std::copy_n(from, count, to + (index * layers + layer) * count);
   }
 
-  // put(row, column, four sums) of a tile of WEIGHTS rows of a weight, against all rows.
+  // Calls work(first, last) for blocks of rows that stay in the second cache with a run of weights, one after the other.
+  template <typename Work>
+  void by_chunk(int64_t depth, const Work& work) const {
+    const int64_t most = std::max<int64_t>(1, (1 << 19) / (MOST * depth * 4));
+    for (int64_t b = 0; b < blocks.count; b += most) work(b, std::min(b + most, blocks.count));
+  }
+
+  // put(row, column, four sums) of a tile of WEIGHTS rows of a weight, against blocks [from, to) of rows.
   template <typename Put>
-  void tile(const mllm::DecoderLinear& linear, int64_t n, const mllm::Floats& packed, int64_t depth,
-            const Put& put) const {
+  void tile(const mllm::DecoderLinear& linear, int64_t n, const mllm::Floats& packed, int64_t depth, int64_t from,
+            int64_t to, const Put& put) const {
     const float* w = linear.weight + n * depth;
-    const int64_t sharing = std::min<int64_t>(blocks.count, 4), lines = (4 + sharing - 1) / sharing;
+    const int64_t sharing = std::min<int64_t>(to - from, 4), lines = (4 + sharing - 1) / sharing;
     float sum[MOST][WEIGHTS];
-    for (int64_t b = 0; b < blocks.count; ++b) {
+    for (int64_t b = from; b < to; ++b) {
       const char* next = reinterpret_cast<const char*>(w + WEIGHTS * depth) + b * lines * LINE * (depth / LANES);
+      // the first blocks of all fetch the next tile
       multiply(blocks.size(b), rows_of(packed, b, depth), w, depth, depth, next, b < sharing ? lines : 0, sum);
       for (int64_t r = blocks.first(b), i = 0; r < blocks.first(b + 1); ++r, ++i) {
         if (linear.bias)
           for (int j = 0; j < WEIGHTS; ++j) sum[i][j] += linear.bias[n + j];
-        put(b, r, n, sum[i]);
+        put(r, n, sum[i]);
       }
     }
   }
@@ -76,15 +84,17 @@ struct DecoderWork {
     const int64_t queries = sizes.queries(), keys = sizes.keys(), all = queries + 2 * keys;
     const int64_t tiles = all / WEIGHTS;
     phase(tiles, run(tiles, WEIGHTS * sizes.hidden * 4), [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t) {
-        const int64_t n = t * WEIGHTS;
-        const bool q = n < queries, k = n < queries + keys;
-        const int64_t first = q ? 0 : k ? queries : queries + keys;
-        tile(q ? layer.query : k ? layer.key : layer.value, n - first, room.normed, sizes.hidden,
-             [&](int64_t, int64_t r, int64_t column, const float* sum) {
-               std::copy_n(sum, WEIGHTS, room.qkv.data() + r * all + first + column);
-             });
-      }
+      by_chunk(sizes.hidden, [&](int64_t block, int64_t last) {
+        for (int64_t t = from; t < to; ++t) {
+          const int64_t n = t * WEIGHTS;
+          const bool q = n < queries, k = n < queries + keys;
+          const int64_t first = q ? 0 : k ? queries : queries + keys;
+          tile(q ? layer.query : k ? layer.key : layer.value, n - first, room.normed, sizes.hidden, block, last,
+               [&](int64_t r, int64_t column, const float* sum) {
+                 std::copy_n(sum, WEIGHTS, room.qkv.data() + r * all + first + column);
+               });
+        }
+      });
     });
   }
 
@@ -171,11 +181,13 @@ struct DecoderWork {
   void add(const mllm::DecoderLinear& linear, const mllm::Floats& packed, int64_t depth) {
     const int64_t tiles = sizes.hidden / WEIGHTS;
     phase(tiles, run(tiles, WEIGHTS * depth * 4), [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t)
-        tile(linear, t * WEIGHTS, packed, depth, [&](int64_t, int64_t r, int64_t column, const float* sum) {
-          float* x = p.x + r * sizes.hidden + column;
-          for (int j = 0; j < WEIGHTS; ++j) x[j] += sum[j];
-        });
+      by_chunk(depth, [&](int64_t block, int64_t last) {
+        for (int64_t t = from; t < to; ++t)
+          tile(linear, t * WEIGHTS, packed, depth, block, last, [&](int64_t r, int64_t column, const float* sum) {
+            float* x = p.x + r * sizes.hidden + column;
+            for (int j = 0; j < WEIGHTS; ++j) x[j] += sum[j];
+          });
+      });
     });
   }
 
@@ -184,22 +196,24 @@ struct DecoderWork {
     phase(units, run(units, 2 * LANES * sizes.hidden * 4), [&](int64_t from, int64_t to) {
       own.resize(2 * p.rows * LANES);
       float *gate = own.data(), *up = gate + p.rows * LANES;
-      for (int64_t u = from; u < to; ++u) {
-        const int64_t first = u * LANES;
-        for (int64_t n = first; n < first + LANES; n += WEIGHTS) {
+      by_chunk(sizes.hidden, [&](int64_t block, int64_t last) {
+        for (int64_t u = from; u < to; ++u) {
+          const int64_t first = u * LANES;
           const auto to_row = [&](float* unit) {
-            return [=](int64_t, int64_t r, int64_t column, const float* sum) {
+            return [=](int64_t r, int64_t column, const float* sum) {
               std::copy_n(sum, WEIGHTS, unit + r * LANES + column - first);
             };
           };
-          tile(layer.gate, n, room.normed, sizes.hidden, to_row(gate));
-          tile(layer.up, n, room.normed, sizes.hidden, to_row(up));
+          for (int64_t n = first; n < first + LANES; n += WEIGHTS) {
+            tile(layer.gate, n, room.normed, sizes.hidden, block, last, to_row(gate));
+            tile(layer.up, n, room.normed, sizes.hidden, block, last, to_row(up));
+          }
+          for (int64_t b = block; b < last; ++b)
+            for (int64_t r = blocks.first(b); r < blocks.first(b + 1); ++r)
+              store(place(room.inner, b, r, sizes.inner, first),
+                    activated(load(gate + r * LANES), sizes.activation) * load(up + r * LANES));
         }
-        for (int64_t b = 0; b < blocks.count; ++b)
-          for (int64_t r = blocks.first(b); r < blocks.first(b + 1); ++r)
-            store(place(room.inner, b, r, sizes.inner, first),
-                  activated(load(gate + r * LANES), sizes.activation) * load(up + r * LANES));
-      }
+      });
     });
   }
 

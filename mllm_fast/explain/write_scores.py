@@ -12,6 +12,7 @@ from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, wide_t
 from ..kernels.token_scores import TokenScorer
 from ..models.text_model import TextModel
 from ..runtime.trace import Trace
+from .token_scorer import token_scorer
 
 _SMALL = 2e7  # flops of a call that takes longer to prepare than to compute
 _WRITE_ELEMENTS = 1 << 24  # limit of the writes handed to the kernel at a time: 64 MiB of float32
@@ -122,7 +123,7 @@ class WriteScores:
             return None
         if any(gate is not None for gate in trace.gate):
             return None
-        return text.token_scorer()
+        return token_scorer(text, self.unembedding)
 
     @without_autocast
     def _score_heads(self, scorer: TokenScorer) -> Tensor:

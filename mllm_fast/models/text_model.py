@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..kernels import Unembedding, weight_state
-from ..kernels.token_scores import TokenScorer, scorable
 from .findings import Findings, Site
 from .linears import compute_dtype, device_of_linear, effective_weight, is_plain, linear_state
 from .norms import Norm, norm_of, vector_of
@@ -134,7 +133,11 @@ class TextModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] for the final norm's output [..., d]."""
-        logits, found = self.head(hidden), self.findings
+        return self.scaled(self.head(hidden))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Return the logits for what the unembedding gives: times the model's factor, under its soft cap."""
+        found = self.findings
         logits = logits if found.logit_scale == 1 else logits * found.logit_scale
         return logits if found.softcap is None else found.softcap * torch.tanh(logits / found.softcap)
 
@@ -160,28 +163,6 @@ class TextModel:
             kind=norm.kind,
             softcap=self.findings.softcap,
         )
-
-    def token_scorer(self) -> TokenScorer | None:
-        """Return what scores the writes of single tokens at once, or None if the weights are not of its kind.
-
-        It is made again when the weights change.
-        """
-        unembedding = self.unembedding()
-        state = self._stacked["head"], *(self.writes.write_state(site) for site in range(len(self.sites)))
-        kept = self._stacked.get("scorer")
-        if kept is None or kept[0] != state:
-            self._stacked["scorer"] = kept = state, self._token_scorer(unembedding)
-        return kept[1]
-
-    def _token_scorer(self, unembedding: Unembedding) -> TokenScorer | None:
-        plain = all(type(one) is nn.Linear and one.weight.device.type == "cpu" for one in self.outputs)
-        alike = all(site.multiplier == 1 and site.num_heads == self.num_heads for site in self.sites)
-        if self.findings.others or not (plain and alike) or any(self.post_norms):
-            return None
-        projections = [one.weight.detach() for one in self.outputs]
-        whole = all(one.shape[1] == self.num_heads * self.head_dim for one in projections)
-        usable = whole and scorable(unembedding, projections, self.num_heads)
-        return TokenScorer(unembedding, projections, self.num_heads) if usable else None
 
     def _norm(self, module: nn.Module, name: str) -> Norm:
         """Return what a norm computes; it is run the first time, and read again when its weights change."""

@@ -200,7 +200,8 @@ class Batch:
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
             ).last_hidden_state[0]
-        logits = self.text.logits(hidden[self._last])
+        unembed = self.text.logits if self._direct is None else self._direct.logits
+        logits = unembed(hidden[self._last])
         for row, layer, mass in self._masses:
             row.mass[layer] += mass  # type: ignore[index]
         for row, count in zip(self._read, lengths, strict=True):

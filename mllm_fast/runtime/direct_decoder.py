@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..kernels import skinny_linear
 from ..kernels.decoder_layers import DecoderLayers, DecoderOutput, KeyStore, Part
 from ..kernels.dispatch import choose
+from ..models.linears import is_plain
 from ..models.norms import relative_error
 from ..models.plain_layers import NotPlainError, PlainLayers, plain_layers
 from ..models.text_model import TextModel
@@ -51,7 +53,7 @@ class DirectDecoder:
     """
 
     def __init__(self, text: TextModel, plain: PlainLayers, kernel: DecoderLayers):
-        self._decoder, self._config, self._head = text.decoder, text.config, text.logits
+        self._decoder, self._config, self._text = text.decoder, text.config, text
         self.plain, self._kernel = plain, kernel
         self.num_layers, self.kv_heads, self.width = len(plain.layers), plain.kv_heads, kernel.width
         self.scales = [layer.scale for layer in plain.layers]
@@ -112,7 +114,11 @@ class DirectDecoder:
 
     def logits(self, normed: Tensor) -> Tensor:
         """Return the logits [T, V] of what the final norm gives."""
-        return self._head(normed)
+        head = self._text.head
+        watched = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        if watched or not is_plain(head):
+            return self._text.logits(normed)
+        return self._text.scaled(skinny_linear(normed, head.weight, head.bias))
 
 
 def direct_decoder(text: TextModel, backend: str = "auto") -> DirectDecoder | None:

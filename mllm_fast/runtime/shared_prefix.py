@@ -106,7 +106,8 @@ class SharedPrefixDecoder:
             hidden = self._read_directly(self._direct, tokens[0], positions, question)
         else:
             hidden = self._decode(tokens, positions[None])[0]
-        return self.text.logits(hidden[lengths.cumsum(0).to(self._device) - 1])
+        unembed = self.text.logits if self._direct is None else self._direct.logits
+        return unembed(hidden[lengths.cumsum(0).to(self._device) - 1])
 
     def _read_directly(self, direct: DirectDecoder, tokens: Tensor, positions: Tensor, question: Tensor) -> Tensor:
         """Run the layers on T tokens of these questions, and return what the final norm gives, [T, d]."""
