@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from mllm_fast.kernels.dispatch import cpu_extension
+from packaging.version import Version
 from PIL import Image
 from torch import nn
 from transformers import AttentionInterface
@@ -79,7 +81,10 @@ def assert_same(found, wanted):
 def test_streams_as_the_model_itself(name, passes):
     model, processor = build(name)
     vlm, by_model = mf.VLM(model, processor), mf.VLM(model, processor, backend="torch")
-    assert why_not_direct(vlm.text) == ""
+    reason = why_not_direct(vlm.text)
+    if reason and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip(f"older releases have other layers: {reason}")
+    assert reason == ""
     closed = [(4, "image->generated"), (7, mf.Knockout("query", "generated", layers=[0])), (9, None)]
     for knockouts in ((), closed, [(0, "image->query")]):
         found = steps(vlm, knockouts)

@@ -149,6 +149,8 @@ def _look(text: TextModel, backend: str) -> _Look:
         found = _Look(backend, _found(text, backend), "")
     except (NotPlainError, InputError) as error:
         found = _Look(backend, None, str(error), _state(text))
+    except Exception as error:  # whatever a model that nobody tried may raise, its own forward runs
+        found = _Look(backend, None, f"{type(error).__name__}: {error}", _state(text))
     _known[text.decoder] = found
     return found
 
@@ -180,15 +182,11 @@ def _found(text: TextModel, backend: str) -> DirectDecoder:
             ).last_hidden_state[0]
         if any(not one.plain for one in record.scoring) or any(one is not None for seen in record.seen for one in seen):
             raise NotPlainError("the attention is not the softmax of causal scores alone")
-        try:
-            plain = plain_layers(text, [one.scale for one in record.scoring])
-            kernel = plain.kernel("auto")
-            if kernel.backend != "cpu":
-                raise NotPlainError("the C++ kernels take heads and layers whose sizes are multiples of 16")
-            made = DirectDecoder(text, plain, kernel)
-            made.rotated(torch.tensor(positions))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise NotPlainError(str(error)) from None
+        plain = plain_layers(text, [one.scale for one in record.scoring])
+        kernel = plain.kernel("auto")
+        if kernel.backend != "cpu":
+            raise NotPlainError("the C++ kernels take heads and layers whose sizes are multiples of 16")
+        made = DirectDecoder(text, plain, kernel)
         found = _tried(made, tokens, positions)
     off = relative_error(found.normed, wanted)
     if not off < _ALLOWED:
