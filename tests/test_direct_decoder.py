@@ -202,6 +202,22 @@ def test_a_registered_attention_is_the_users(passes):
     assert len(calls) == COUNT * len(vlm.text.layers)
 
 
+def test_a_block_of_knockouts_is_heard(passes):
+    """Inside it the model's own forward runs, and it is not taken for the last word about the model."""
+    model, processor = build("llava")
+    vlm, closed = mf.VLM(model, processor), mf.Knockout("image", "query+generated")
+    wanted = [step.token_id for step in vlm.stream(PICTURE, QUESTION, knockout=closed, max_new_tokens=COUNT)]
+    fresh = mf.VLM(model, processor)
+    passes.clear()
+    for one in (fresh, vlm):
+        with one.knocked_out(closed):
+            found = [step.token_id for step in one.stream(PICTURE, QUESTION, max_new_tokens=COUNT)]
+        assert found == wanted
+    assert not passes
+    steps(fresh, explain=False)
+    assert passes
+
+
 def test_training_and_autocast_are_the_models(passes):
     model, processor = build("llava")
     vlm = mf.VLM(model, processor)

@@ -138,7 +138,8 @@ class _Reader:
         if self._passes == 2 and watch.shares is None:
             decoder, token = direct_decoder(runner.text, runner.backend), int(input_ids[0, -1])
             positions = inputs.get("position_ids")
-            self._direct = DirectSequence.of(decoder, cache, token, positions, logits, watch.plan)
+            if decoder is not None and (decoder.own_attention or not watch.nothing):
+                self._direct = DirectSequence.of(decoder, cache, token, positions, logits, watch.plan)
         trace = None
         if watch.explain:
             trace = partial(make_trace, runner.text, record, cache, 1, input_ids.shape[1])

@@ -145,6 +145,8 @@ def _look(text: TextModel, backend: str) -> _Look:
         elif known.decoder.plain.in_place:
             return _Look(backend, None, "the model has hooks, is in training or runs under autocast")
         # other modules or weights, such as an adapter's: look again
+    if str(text.config._attn_implementation).startswith("mllm_fast_"):
+        return _Look(backend, None, "the model is being recorded, or its attention is knocked out")
     try:
         found = _Look(backend, _found(text, backend), "")
     except (NotPlainError, InputError) as error:

@@ -42,7 +42,7 @@ class DirectSequence:
     @classmethod
     def of(
         cls,
-        decoder: DirectDecoder | None,
+        decoder: DirectDecoder,
         cache: Any,
         token: int,
         position_ids: Tensor | None,
@@ -52,14 +52,14 @@ class DirectSequence:
         """Return the sequence of a cache, or None if it has to be read by the model itself.
 
         Args:
-            decoder: The direct decoder, or None.
+            decoder: The direct decoder.
             cache: The model's KV cache.
             token: The last token that was read into it.
             position_ids: Its position ids, or None where they follow from the cache.
             logits: The model's logits after it, [V]; they are computed once more here, and compared.
             plan: The plan of the knockouts under which it was read.
         """
-        if decoder is None or not _fits(decoder, cache):
+        if not _fits(decoder, cache):
             return None
         length = cache.layers[0].keys.shape[2]
         at = length - 1 if position_ids is None else last_position(position_ids)
