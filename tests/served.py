@@ -85,6 +85,10 @@ def asked(text: str, *urls: str) -> list[dict]:
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
+# of a server whose answers must still be going on when a test looks at them: the layers are run by transformers
+SLOW = ("--backend", "torch")
+
+
 def endless(folder: Path) -> Path:
     """The embedded model, but that it never ends an answer by itself."""
     import shutil

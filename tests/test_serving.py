@@ -54,7 +54,7 @@ def endless(tmp_path_factory):
     model = served.endless(folder / "model")
     made = served.Server(
         "--model", model, "--served-name", "endless", "--max-batch", 2, "--max-queue", 2, "--store", folder / "store",
-        "--keep", "20%", cwd=folder,
+        "--keep", "20%", *served.SLOW, cwd=folder,
     )  # fmt: skip
     yield made
     made.stop()
@@ -379,7 +379,8 @@ def test_a_signal_at_any_time_of_its_life_ends_it_well(tmp_path):
 
 def test_stops_gracefully(tmp_path, url):
     """What runs is finished, what comes is refused, and the context is found by the next server."""
-    options = ("--model", served.endless(tmp_path / "model"), "--served-name", "endless", "--store", tmp_path / "store")
+    model = served.endless(tmp_path / "model")
+    options = ("--model", model, "--served-name", "endless", "--store", tmp_path / "store", *served.SLOW)
     first = served.Server(*options, cwd=tmp_path)
     began = time.monotonic()
     long_answer(first, url, max_tokens=100)

@@ -339,7 +339,7 @@ def test_a_reload_brings_the_question_back(page):
 def test_stop_and_a_server_that_goes_and_comes_back(browser, tmp_path):
     """What was said until the stop is explained; a lost server is told in words, and the page finds it again."""
     endless = served.endless(tmp_path / "endless")
-    options = ("--ui", "--model", endless, "--served-name", "endless", "--grace", 3)
+    options = ("--ui", "--model", endless, "--served-name", "endless", "--grace", 3, *served.SLOW)
     server = served.Server(*options, cwd=tmp_path)
     page = browser.new_page()
     page.set_default_timeout(1000 * HANG)
