@@ -116,7 +116,8 @@ class WriteScores:
         """Return what scores `rows` writes of one token at once, or None where a kernel's own call is faster."""
         text, trace = self.text_model, self.trace
         work = 2.0 * rows * len(self.unembedding.weight) * text.head_dim
-        single = len(self.token_ids) == 1 and len(trace.residual) == 1 and trace.residual.dtype == torch.float32
+        plain = all(one.dtype == torch.float32 for one in (trace.residual, trace.output, trace.final))  # no autocast
+        single = len(self.token_ids) == 1 and len(trace.residual) == 1 and plain
         if not single or work > _SMALL or self.norm != "frozen" or self.backend not in ("auto", "cpu"):
             return None
         if trace.residual.device.type != "cpu" or trace.write_scale is not None:
