@@ -297,7 +297,8 @@ def main() -> None:
                 shown = {key: value for key, value in found.items() if key != "answers"}
                 print(f"{name:16s}" + "  ".join(f"{key} {value:.3g}" for key, value in shown.items()), flush=True)
                 rows.setdefault(name, {}).update(found)
-    whole = [rows[name]["answers"] for name in rows if name in ("vLLM", "ours, keep off")]
+    both = ("vLLM", "ours, keep off")
+    whole = [rows[name]["answers"] for name in rows if name in both and "answers" in rows[name]]
     if len(whole) == 2:
         same = np.mean([a.split() == b.split() for a, b in zip(*whole, strict=True)])
         print(f"answers to the last burst that vLLM and ours, keep off, share word for word: {same:.0%}")
