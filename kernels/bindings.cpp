@@ -23,10 +23,12 @@ static T* pointer(uintptr_t address) {
 
 using Pair = std::array<uintptr_t, 2>;
 
-static mllm::DecoderKeys decoder_keys(const std::vector<Pair>& layers, const std::array<int64_t, 3>& strides) {
+static mllm::DecoderKeys decoder_keys(const std::vector<Pair>& layers, const std::array<int64_t, 3>& strides,
+                                      const std::array<int64_t, 2>& sizes) {
   mllm::DecoderKeys keys;
   for (const auto& [key, value] : layers) keys.layers.push_back({pointer<float>(key), pointer<float>(value)});
   keys.strides = strides;
+  keys.sizes = sizes;
   return keys;
 }
 
@@ -38,8 +40,9 @@ struct Decoder {  // the weights of a decoder, for as long as they stay where th
 
 static void bind_decoder(py::module_& m) {
   using Norm = std::tuple<uintptr_t, float>;
-  using Mask = std::tuple<uintptr_t, int64_t, uintptr_t>;
-  using Part = std::tuple<std::vector<Pair>, std::array<int64_t, 3>, uintptr_t, int64_t, std::vector<Mask>>;
+  using Mask = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t>;
+  using Keys = std::tuple<std::vector<Pair>, std::array<int64_t, 3>, std::array<int64_t, 2>>;
+  using Part = std::tuple<Keys, uintptr_t, int64_t, std::vector<Mask>>;
   py::class_<Decoder>(m, "Decoder", "See decoder_layers/cpu_kernel.h.")
       .def(py::init([](std::array<int64_t, 5> sizes, bool gelu,
                        const std::vector<std::tuple<std::array<Norm, 4>, std::array<Pair, 7>, float>>& layers,
@@ -66,8 +69,7 @@ static void bind_decoder(py::module_& m) {
       .def(
           "run",
           [](const Decoder& d, std::array<int64_t, 2> sizes, std::array<uintptr_t, 4> arrays,
-             const std::vector<Pair>& store, std::array<int64_t, 3> store_strides, uintptr_t places,
-             const std::vector<Part>& parts, int64_t recorded, std::array<uintptr_t, 4> records, int threads,
+             const Keys& store, uintptr_t places, const std::vector<Part>& parts, int64_t recorded, std::array<uintptr_t, 4> records, int threads,
              const std::string& isa) {
             mllm::DecoderPass p;
             p.rows = sizes[0];
@@ -76,15 +78,16 @@ static void bind_decoder(py::module_& m) {
             p.cos = pointer<const float>(arrays[1]);
             p.sin = pointer<const float>(arrays[2]);
             p.normed = pointer<float>(arrays[3]);
-            p.store = decoder_keys(store, store_strides);
+            p.store = std::apply(decoder_keys, store);
             p.places = pointer<const int64_t>(places);
-            for (const auto& [layers, strides, address, count, masks] : parts) {
+            for (const auto& [keys, address, count, masks] : parts) {
               mllm::DecoderPart part;
-              part.keys = decoder_keys(layers, strides);
+              part.keys = std::apply(decoder_keys, keys);
               const auto* entries = pointer<const mllm::DecoderEntry>(address);
               part.entries.assign(entries, entries + count);
-              for (const auto& [segments, stride, table] : masks)
-                part.masks.push_back({pointer<const uint8_t>(segments), stride, pointer<const uint32_t>(table)});
+              for (const auto& [segments, keys_seen, stride, table] : masks)
+                part.masks.push_back(
+                    {pointer<const uint8_t>(segments), keys_seen, stride, pointer<const uint32_t>(table)});
               p.parts.push_back(std::move(part));
             }
             p.final = d.final;
@@ -97,10 +100,10 @@ static void bind_decoder(py::module_& m) {
             py::gil_scoped_release release;
             mllm::decoder_layers(d.sizes, d.layers, p, isa);
           },
-          py::arg("sizes"), py::arg("arrays"), py::arg("store"), py::arg("store_strides"), py::arg("places"),
-          py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
-          "sizes: rows, rotary; arrays: x, cos, sin, normed; parts: keys and values of every layer, their strides,"
-          " entries and how many, segments, their stride and table of every layer; records: which rows, residual, queries, outputs.");
+          py::arg("sizes"), py::arg("arrays"), py::arg("store"), py::arg("places"), py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
+          "sizes: rows, rotary; arrays: x, cos, sin, normed; store and each part: keys and values of every"
+          " layer, their strides, slots and positions; each part: entries and how many, segments, how many keys they name,"
+          " their stride and table of every layer; records: which rows, residual, queries, outputs.");
 }
 
 static void bind_token_scorer(py::module_& m) {

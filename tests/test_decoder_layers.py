@@ -159,6 +159,24 @@ def test_nan_stays():
     assert decoder(hidden, *rest).normed.isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_extension)])
+def test_places_outside_the_keys_are_refused(backend):
+    made, arguments = problem("one row")
+    decoder = DecoderLayers(*to(made, torch.float32), backend=backend)
+    hidden, cos, sin, store, parts = copied(arguments, torch.float32)
+    for entry in ((1, 0, 0, 5, 0), (-1, 0, 0, 5, 0), (0, 2, 0, 5, 0), (0, 0, 4, 3, 0), (0, 0, -1, 3, 0),
+                  (0, 0, 0, 11, 0), (0, 0, 0, 5, 10)):  # fmt: skip
+        with pytest.raises(ValueError, match="entries name a row, a slot and keys that are there"):
+            decoder(hidden, cos, sin, store, [parts[0]._replace(entries=torch.tensor([entry]))])
+    for place in ((2, 0), (0, 10), (0, -1)):
+        with pytest.raises(ValueError, match="places name a slot and a position that are there"):
+            decoder(hidden, cos, sin, store._replace(places=torch.tensor([place])), [])
+    table = torch.full((32,), -1, dtype=torch.int32)
+    masks = [(torch.full((1, 10), 32, dtype=torch.uint8), table)] * 3
+    with pytest.raises(ValueError, match="segments holds ids 0 to 31"):
+        decoder(hidden, cos, sin, store, [parts[0]._replace(masks=masks)])
+
+
 def test_bad_arguments_are_named():
     made, (hidden, cos, sin, store, parts) = problem("one row")
     layers, final, heads, kv_heads, _ = made
@@ -175,6 +193,8 @@ def test_bad_arguments_are_named():
         decoder(hidden[:, :3], cos, sin, store, parts)
     with pytest.raises(ValueError, match="cos and sin are"):
         decoder(hidden, cos[:, :5], sin[:, :5], store, parts)
+    with pytest.raises(ValueError, match=r"cos and sin are torch.float64, got torch.float32 and torch.float64"):
+        decoder(hidden, cos.float(), sin, store, parts)
     with pytest.raises(ValueError, match="places is int64"):
         decoder(hidden, cos, sin, store._replace(places=store.places.int()), parts)
     with pytest.raises(ValueError, match="keys and values of 3 layers, got 2"):

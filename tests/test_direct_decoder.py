@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
+import weakref
 
 import families
 import numpy as np
@@ -140,6 +143,66 @@ def test_a_hook_is_called_and_the_stream_goes_on(shapes, picture, passes):
     found += [step.token_id for step in stream]
     assert found == wanted
     assert direct_decoder(shapes.text) is not None  # the hook is gone
+
+
+@pytest.mark.parametrize("path", ["", "model", "model.language_model", "lm_head", "model.language_model.rotary_emb"])
+def test_hooks_on_whatever_holds_the_layers_are_called(path, passes):
+    """Of the whole model, of the decoder and of the unembedding as well."""
+    model, processor = build("llava")
+    vlm, seen = mf.VLM(model, processor), []
+    wanted = [one[0] for one in steps(vlm, explain=False)]
+    handle = model.get_submodule(path).register_forward_hook(lambda *_: seen.append(1))
+    try:
+        assert [one[0] for one in steps(vlm, explain=False)] == wanted
+    finally:
+        handle.remove()
+    assert len(seen) >= len(wanted)
+
+
+def test_replaced_and_dropped_layers_are_seen(passes):
+    model, processor = build("llava")
+    vlm = mf.VLM(model, processor)
+    decoder, steps_before = vlm.text.decoder, steps(vlm, explain=False)
+    assert direct_decoder(vlm.text).usable
+    other = copy.deepcopy(decoder.layers[1])
+    with torch.no_grad():
+        other.mlp.down_proj.weight.mul_(3)
+    kept, decoder.layers[1] = decoder.layers[1], other
+    assert direct_decoder(vlm.text) is None
+    assert steps(vlm, explain=False) != steps_before
+    decoder.layers[1] = kept
+    assert direct_decoder(vlm.text) is not None
+    whole, decoder.layers = decoder.layers, decoder.layers[:-1]
+    assert direct_decoder(vlm.text) is None
+    decoder.layers = whole
+    del decoder.layers[0].mlp.act_fn
+    assert direct_decoder(vlm.text) is None
+
+
+def test_a_model_that_nobody_holds_is_freed():
+    """What is remembered of a model, and of its tokenizer, does not keep them in memory."""
+    model, processor = build("llava")
+    vlm = mf.VLM(model, processor)
+    for step in vlm.stream(PICTURE, QUESTION, explain=True, max_new_tokens=4):
+        step.heatmap()
+    vlm.compress(PICTURE, keep=3, prompt="describe the image .", max_new_tokens=4).ask(QUESTION, max_new_tokens=2)
+    assert direct_decoder(vlm.text) is not None
+    held = weakref.ref(model), weakref.ref(processor.tokenizer)
+    del model, processor, vlm, step
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+
+
+def test_another_result_than_the_models_own_is_told(monkeypatch, passes):
+    """It would be a fault of this library: the model's own forward runs, and a warning says so."""
+    model, processor = build("llava")
+    vlm = mf.VLM(model, processor)
+    wanted = [one[0] for one in steps(vlm, explain=False)]
+    passes.clear()
+    monkeypatch.setattr(direct_sequence, "_ALLOWED", 0.0)
+    with pytest.warns(UserWarning, match="other logits than the model itself"):
+        assert [one[0] for one in steps(vlm, explain=False)] == wanted
+    assert len(passes) == 1
 
 
 def test_changed_weights_are_read(passes):

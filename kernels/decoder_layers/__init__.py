@@ -148,6 +148,8 @@ class DecoderLayers:
                 f"cos and sin are [{rows}, Dr] with Dr even and at most {self.width}, got {list(cos.shape)} and"
                 f" {list(sin.shape)}"
             )
+        if cos.dtype != self.dtype or sin.dtype != self.dtype:
+            raise ValueError(f"cos and sin are {self.dtype}, got {cos.dtype} and {sin.dtype}")
         if not all(0 <= row < rows for row in recorded):
             raise ValueError(f"recorded names rows, 0 to {rows - 1}, got {list(recorded)}")
         if store.places.shape != (rows, 2) or store.places.dtype != torch.int64:

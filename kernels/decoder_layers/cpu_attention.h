@@ -25,11 +25,16 @@ static void scores_of(int64_t rows, const float* packed, const float* keys, int6
     }
 }
 
+static inline uint8_t segment_of(uint8_t id) {
+  if (id > 31) throw std::invalid_argument("segments holds ids 0 to 31, got " + std::to_string(id));
+  return id;
+}
+
 // In place: scores, in powers of two, of keys [begin, end) become weights, all others 0. Returns their log-sum-exp.
 static float weights_of(float* x, int64_t begin, int64_t end, int64_t count, const uint8_t* segments, uint32_t closed) {
   if (closed)
     for (int64_t n = begin; n < end; ++n)
-      if (closed >> segments[n] & 1) x[n] = -INFINITY;
+      if (closed >> segment_of(segments[n]) & 1) x[n] = -INFINITY;
   std::fill_n(x, begin, 0.0f);
   std::fill(x + end, x + count, 0.0f);
   float top = -INFINITY;
@@ -129,7 +134,7 @@ static void attend_item(const mllm::DecoderSizes& sizes, const mllm::DecoderPass
       const int64_t index = room.before[item.part] + item.first + (first + i) / group;
       room.lse[index * sizes.heads + head] =
           weights_of(scores + i * stride, entry.begin - item.begin, entry.end - item.begin, count,
-                     segments ? segments + item.begin : nullptr, segments ? mask.table[segments[entry.place]] : 0);
+                     segments ? segments + item.begin : nullptr, segments ? mask.table[segment_of(segments[entry.place])] : 0);
     }
     values_of(rows, scores, stride, values, step, width, count, out);
   }

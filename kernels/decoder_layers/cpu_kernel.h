@@ -37,6 +37,7 @@ struct DecoderSizes {
 struct DecoderKeys {
   std::vector<std::array<float*, 2>> layers;  // keys, values
   std::array<int64_t, 3> strides{};
+  std::array<int64_t, 2> sizes{};  // slots, positions
 };
 
 // A row that attends to keys [begin, end) of a slot; `place` is its own position, whose segment says what is closed to it.
@@ -46,7 +47,7 @@ struct DecoderEntry {
 
 struct DecoderMask {  // of one layer
   const uint8_t* segments = nullptr;  // [slots or 1, keys] or null
-  int64_t stride = 0;                 // from one slot to the next
+  int64_t keys = 0, stride = 0;       // stride: from one slot to the next
   const uint32_t* table = nullptr;    // [32]
 };
 

@@ -58,17 +58,10 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
             made.run(
                 (len(hidden), cos.shape[1]),
                 (hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), normed.data_ptr()),
-                _addresses(store),
-                store.keys[0].stride()[:3],
+                _keys(store),
                 places.data_ptr(),
                 [
-                    (
-                        _addresses(part),
-                        part.keys[0].stride()[:3],
-                        one.data_ptr(),
-                        len(one),
-                        [(_address(segments), stride, _address(table)) for segments, stride, table in mask],
-                    )
+                    (_keys(part), one.data_ptr(), len(one), [_addresses(*held) for held in mask])
                     for part, one, mask in zip(parts, entries, masks, strict=True)
                 ],
                 len(recorded),
@@ -89,8 +82,14 @@ def _held(mask: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, int, Tenso
     return segments, segments.stride(0) if len(segments) > 1 else 0, table.contiguous()
 
 
-def _addresses(held: KeyStore | Part) -> list[tuple[int, int]]:
-    return [(k.data_ptr(), v.data_ptr()) for k, v in zip(held.keys, held.values, strict=True)]
+def _addresses(segments: Tensor | None, stride: int, table: Tensor | None) -> tuple[int, int, int, int]:
+    return _address(segments), 0 if segments is None else segments.shape[1], stride, _address(table)
+
+
+def _keys(held: KeyStore | Part) -> tuple[list[tuple[int, int]], tuple[int, ...], tuple[int, int]]:
+    first = held.keys[0]
+    layers = [(k.data_ptr(), v.data_ptr()) for k, v in zip(held.keys, held.values, strict=True)]
+    return layers, first.stride()[:3], (first.shape[0], first.shape[2])
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../cpu/aligned.h"
@@ -33,8 +35,33 @@ struct DecoderRoom {
   std::vector<int64_t> record_of;        // of each row, or -1
   std::vector<Floats> scratch;           // a thread's own
 
+  // What would be read or written outside of the arrays.
+  static void check(const DecoderPass& p) {
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const auto& [slots, positions] = p.store.sizes;
+      const int64_t slot = p.places[2 * r], position = p.places[2 * r + 1];
+      if (slot < 0 || slot >= slots || position < 0 || position >= positions)
+        throw std::invalid_argument("places name a slot and a position that are there, got (" + std::to_string(slot) +
+                                    ", " + std::to_string(position) + ")");
+    }
+    for (const auto& part : p.parts) {
+      const auto& [slots, positions] = part.keys.sizes;
+      int64_t masked = positions;
+      for (const auto& mask : part.masks)
+        if (mask.segments) masked = std::min(masked, mask.keys);
+      for (const auto& e : part.entries)
+        if (e.row < 0 || e.row >= p.rows || e.slot < 0 || e.slot >= slots || e.begin < 0 || e.begin > e.end ||
+            e.end > masked || (!part.masks.empty() && (e.place < 0 || e.place >= masked)))
+          throw std::invalid_argument("entries name a row, a slot and keys that are there, got (" +
+                                      std::to_string(e.row) + ", " + std::to_string(e.slot) + ", " +
+                                      std::to_string(e.begin) + ", " + std::to_string(e.end) + ", " +
+                                      std::to_string(e.place) + ")");
+    }
+  }
+
   // `together`: the most rows of an item.
   void prepare(const DecoderSizes& sizes, const DecoderPass& p, int64_t together) {
+    check(p);
     normed.resize(p.rows * sizes.hidden);
     qkv.resize(p.rows * (sizes.queries() + 2 * sizes.keys()));
     attended.resize(p.rows * sizes.queries());

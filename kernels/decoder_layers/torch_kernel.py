@@ -21,6 +21,7 @@ def prepare(decoder: DecoderLayers) -> Callable[..., DecoderOutput]:
     def run(
         hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
     ) -> DecoderOutput:
+        _check_places(len(hidden), store, parts)
         kept: tuple[list[Tensor], ...] = [], [], []
         slot, position = store.places.unbind(1)
         for i, layer in enumerate(decoder.layers):
@@ -43,6 +44,25 @@ def prepare(decoder: DecoderLayers) -> Callable[..., DecoderOutput]:
         return DecoderOutput(hidden, normed(hidden, decoder.final), *records)
 
     return run
+
+
+def _check_places(rows: int, store: KeyStore, parts: Sequence[Part]) -> None:
+    slots, _, positions, _ = store.keys[0].shape
+    for slot, position in store.places.tolist():
+        if not (0 <= slot < slots and 0 <= position < positions):
+            raise ValueError(f"places name a slot and a position that are there, got ({slot}, {position})")
+    for part in parts:
+        slots, _, positions, _ = part.keys[0].shape
+        shown = [mask[0] for mask in part.masks if mask is not None]
+        if any(int(segments.max()) > 31 for segments in shown):
+            raise ValueError("segments holds ids 0 to 31")
+        last = min([positions, *(segments.shape[1] for segments in shown)])
+        for row, slot, begin, end, place in part.entries.tolist():
+            there = 0 <= row < rows and 0 <= slot < slots and 0 <= begin <= end <= last
+            if not there or (part.masks and not 0 <= place < last):
+                raise ValueError(
+                    f"entries name a row, a slot and keys that are there, got ({row}, {slot}, {begin}, {end}, {place})"
+                )
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}

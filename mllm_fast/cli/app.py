@@ -420,7 +420,7 @@ def _model_info(name: str, device: str | None, dtype: str | None, as_json: bool)
     head = facts["unembedding"]
     table.add_row("unembedding", escape(f"{head['path']}, scale {head['scale']:g}, soft cap {head['soft cap']}"))
     table.add_row("image token", f"{facts['image token']}, separators {facts['image separators']}")
-    table.add_row("decoding", facts["decoding"])
+    table.add_row("decoding", escape(facts["decoding"]))
     for feature, outcome in facts["features"].items():
         table.add_row(feature, escape(outcome))
     OUT.print(table, highlight=False)

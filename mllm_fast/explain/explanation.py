@@ -21,7 +21,6 @@ from ..knockout.rule import Knockout
 from ..models.provenance import made_with
 from ..runtime.answer import Answer
 from ..runtime.model_runner import ModelRunner
-from ..runtime.token_bytes import token_bytes
 from ..runtime.trace import Trace
 from . import export, logit_lens
 from .figure import draw_sheet, draw_token, token_map
@@ -73,7 +72,7 @@ class Explanation(Scores, Displayed, NotPickled):
             operators=runner.operators,
             trace=trace,
             answer=answer,
-            word_of=token_bytes(runner.processor.tokenizer).text,
+            word_of=runner.token_bytes.text,
             encode=runner.prompts.answer_ids,
             prompt=prompt,
             images=images,

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 from torch import nn
 
 from ..kernels import Unembedding
 from ..kernels.token_scores import TokenScorer, scorable
 from ..models.text_model import TextModel
-
-_known: weakref.WeakKeyDictionary[Any, tuple[Unembedding, Any, TokenScorer | None]] = weakref.WeakKeyDictionary()
 
 
 def token_scorer(text: TextModel, unembedding: Unembedding) -> TokenScorer | None:
@@ -22,9 +17,9 @@ def token_scorer(text: TextModel, unembedding: Unembedding) -> TokenScorer | Non
         unembedding: Its final norm and unembedding, which are the same object until their weights change.
     """
     state = [text.writes.write_state(site) for site in range(len(text.sites))]
-    known = _known.get(text.decoder)
+    known = text.kept.get("token scorer")
     if known is None or known[0] is not unembedding or known[1] != state:
-        _known[text.decoder] = known = unembedding, state, _made(text, unembedding)
+        text.kept["token scorer"] = known = unembedding, state, _made(text, unembedding)
     return known[2]
 
 

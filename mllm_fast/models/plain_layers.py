@@ -38,7 +38,9 @@ class PlainLayers:
 
     Attributes:
         layers, final, heads, kv_heads, activation: As in `DecoderLayers`.
-        places: (the modules of the owner, name, module) of every module that takes part.
+        places: (the modules of the owner, name, module) of every module in the decoder.
+        decoder: The decoder itself.
+        listed: The modules of the list of layers.
         weights: (the parameters of the owner, name, address) of every parameter.
         forwards: The `forward` of each class of module.
     """
@@ -49,6 +51,8 @@ class PlainLayers:
     kv_heads: int
     activation: str
     places: tuple[tuple[dict[str, Any], str, nn.Module], ...]
+    decoder: nn.Module
+    listed: dict[str, Any]
     weights: tuple[tuple[dict[str, Any], str, int], ...]
     forwards: dict[Any, Any]
 
@@ -60,8 +64,10 @@ class PlainLayers:
     def in_place(self) -> bool:
         """Whether the modules and the memory of their weights are those that were found."""
         for owner, name, module in self.places:
-            if owner[name] is not module:
+            if owner.get(name) is not module:
                 return False
+        if len(self.layers) != len(self.listed):
+            return False
         for owner, name, address in self.weights:
             parameter = owner.get(name)
             if parameter is None or parameter.data_ptr() != address:
@@ -78,13 +84,10 @@ class PlainLayers:
         """
         if not self.in_place:
             return False
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or watched(self.decoder, ours):
             return False
         for _, _, module in self.places:
-            if module._forward_pre_hooks or module._forward_hooks:
-                return False
-            own = module.__dict__.get("forward")
-            if own is not None and getattr(own, "func", None) is not ours:
+            if watched(module, ours):
                 return False
         return all(cls.forward is forward for cls, forward in self.forwards.items())
 
@@ -117,13 +120,12 @@ def plain_layers(text: TextModel, scales: Sequence[float]) -> PlainLayers:
         layers.append(LayerWeights(before, query_norm, key_norm, after, **linear, scale=scale))
     if len(activations) > 1:
         raise NotPlainError(f"the layers have several activations, {', '.join(sorted(activations))}")
-    places = [(_modules(text.decoder), "norm", text.norm), *_places(text.layers)]
+    places = _inside(text.decoder)
+    listed = next(owner for owner, _, module in places if module is text.layers[0])
     embedding = text.decoder.get_input_embeddings()
-    places += [(owner, name, module) for owner, name, module in _inside(text.decoder) if module is embedding]
-    modules = [module for _, _, module in places]
     weights = tuple(
         (module._parameters, name, parameter.data_ptr())
-        for module in modules
+        for _, _, module in places
         if module is not embedding  # which is called as it is
         for name, parameter in module._parameters.items()
         if parameter is not None
@@ -135,28 +137,34 @@ def plain_layers(text: TextModel, scales: Sequence[float]) -> PlainLayers:
         kv_heads=first.num_kv_heads,
         activation=activations.pop(),
         places=tuple(places),
+        decoder=text.decoder,
+        listed=listed,
         weights=weights,
-        forwards={type(module): type(module).forward for module in modules},
+        forwards={type(module): type(module).forward for _, _, module in places},
     )
 
 
-def _modules(module: Any) -> dict[str, Any]:
-    return module._modules
+def watched(module: nn.Module, ours: Any = None) -> bool:
+    """Return whether somebody follows the calls of a module, by a hook or by a `forward` of its own.
+
+    Args:
+        module: The module.
+        ours: The function of the `forward` that this library itself sets on modules, which does not count.
+    """
+    own = module.__dict__.get("forward")
+    return bool(module._forward_pre_hooks or module._forward_hooks) or (
+        own is not None and getattr(own, "func", None) is not ours
+    )
 
 
 def _inside(module: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
     """Return the modules below one, each with the modules of its owner and its name."""
     return [
-        (_modules(owner), name, child)
+        (owner._modules, name, child)
         for owner in module.modules()
         for name, child in owner._modules.items()
         if child is not None
     ]
-
-
-def _places(layers: Sequence[nn.Module]) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    held = {str(i): layer for i, layer in enumerate(layers)}  # the list of layers is checked by its owner
-    return [(held, name, layer) for name, layer in held.items()] + [one for layer in layers for one in _inside(layer)]
 
 
 def _part(layer: nn.Module, name: str) -> Any:

@@ -44,6 +44,7 @@ class TextModel:
         site_layers: The number of each site's layer.
         by_layer: The index of each layer's site, by the number of the layer.
         by_module: The index of each site, by its attention module.
+        kept: What other rooms make of this model once, by their names. It is freed with the model.
     """
 
     findings: Findings
@@ -62,6 +63,7 @@ class TextModel:
     site_layers: tuple[int, ...]
     by_layer: dict[int, int]
     by_module: dict[nn.Module, int]
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
     _stacked: dict[str, Any] = field(default_factory=dict, repr=False)
     _norms: dict[str, tuple[Any, Norm]] = field(default_factory=dict, repr=False)
 

@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput
 
 from ..knockout.attention_share import AttentionShares
 from ..knockout.plan import Plan
-from .direct_decoder import direct_decoder
+from ..models.plain_layers import watched
+from .direct_decoder import DirectDecoder, direct_decoder
 from .direct_sequence import DirectSequence
 from .hooks import model_lock, recording
 from .kv_cache import CACHE
@@ -111,16 +112,24 @@ class _Reader:
         self._passes = 0
         self._direct: DirectSequence | None = None
         self._missed = 0  # passes that the model's keyword arguments do not know of
+        # the model and all that holds its decoder, none of which is called in a direct pass
+        names = runner.text.findings.decoder.split(".")
+        self._around = [model.get_submodule(".".join(names[:count])) for count in range(len(names))]
 
     def read(self, input_ids: Tensor) -> tuple[Tensor, Callable[[], Trace] | None]:
         """Read a sequence to its end, and return the logits [V] and what makes the trace of the last row."""
         direct, watch = self._direct, self._watch
         if direct is not None:
-            if direct.usable and watch.shares is None and (direct.own_attention or not watch.nothing):
+            if direct.usable and self._may(direct):
                 self._missed += 1
                 return direct.read(int(input_ids[0, -1]), watch.plan, int(watch.explain))
             self._leave(direct)
         return self._by_model(input_ids)
+
+    def _may(self, direct: DirectDecoder | DirectSequence) -> bool:
+        """Return whether nobody follows the model's own calls, and its attention is one whose result is known."""
+        known = direct.own_attention or not self._watch.nothing
+        return known and self._watch.shares is None and not any(map(watched, self._around))
 
     def _by_model(self, input_ids: Tensor) -> tuple[Tensor, Callable[[], Trace] | None]:
         model, watch, runner, first = self._model, self._watch, self._runner, self._passes == 0
@@ -135,10 +144,10 @@ class _Reader:
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         self._passes += 1
         cache, logits = self._kwargs[CACHE], outputs.logits[0, -1]
-        if self._passes == 2 and watch.shares is None:
+        if self._passes == 2:
             decoder, token = direct_decoder(runner.text, runner.backend), int(input_ids[0, -1])
             positions = inputs.get("position_ids")
-            if decoder is not None and (decoder.own_attention or not watch.nothing):
+            if decoder is not None and self._may(decoder):
                 self._direct = DirectSequence.of(decoder, cache, token, positions, logits, watch.plan)
         trace = None
         if watch.explain:

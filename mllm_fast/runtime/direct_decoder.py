@@ -8,20 +8,19 @@ forward again.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, first_line
 from ..kernels import skinny_linear
 from ..kernels.decoder_layers import DecoderLayers, DecoderOutput, KeyStore, Part
 from ..kernels.dispatch import choose
 from ..models.linears import is_plain
 from ..models.norms import relative_error
-from ..models.plain_layers import NotPlainError, PlainLayers, plain_layers
+from ..models.plain_layers import NotPlainError, PlainLayers, plain_layers, watched
 from ..models.text_model import TextModel
 from . import linear
 from .hooks import recording
@@ -31,7 +30,6 @@ _FIRST = 3  # the position of the first of them
 _ALLOWED = 1e-4  # relative error of the last layer; the parts are checked to rounding, a wrong whole is off by far more
 _TABLE = 256  # positions by which a table of rotations grows
 _DEPENDENT = ("dynamic", "longrope")  # rotations that depend on the longest position of a pass
-_known: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
 
 
 class _Look(NamedTuple):
@@ -115,8 +113,7 @@ class DirectDecoder:
     def logits(self, normed: Tensor) -> Tensor:
         """Return the logits [T, V] of what the final norm gives."""
         head = self._text.head
-        watched = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-        if watched or not is_plain(head):
+        if watched(head, linear.skinny_forward) or not is_plain(head):
             return self._text.logits(normed)
         return self._text.scaled(skinny_linear(normed, head.weight, head.bias))
 
@@ -135,7 +132,7 @@ def why_not_direct(text: TextModel, backend: str = "auto") -> str:
 
 
 def _look(text: TextModel, backend: str) -> _Look:
-    known = _known.get(text.decoder)
+    known: _Look | None = text.kept.get("direct decoder")
     if known is not None and known.backend == backend:
         if known.decoder is None:
             if known.state == _state(text):
@@ -152,8 +149,8 @@ def _look(text: TextModel, backend: str) -> _Look:
     except (NotPlainError, InputError) as error:
         found = _Look(backend, None, str(error), _state(text))
     except Exception as error:  # whatever a model that nobody tried may raise, its own forward runs
-        found = _Look(backend, None, f"{type(error).__name__}: {error}", _state(text))
-    _known[text.decoder] = found
+        found = _Look(backend, None, first_line(error), _state(text))
+    text.kept["direct decoder"] = found
     return found
 
 

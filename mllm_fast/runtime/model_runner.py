@@ -31,6 +31,7 @@ from ..models.text_model import text_model
 from .generation_settings import GenerationSettings
 from .hooks import Recording, model_lock, recording
 from .kv_cache import CACHE, cache_of, full_cache
+from .token_bytes import TokenBytes
 
 _OPERATOR_BYTES = 1 << 30  # default budget of the operator cache
 
@@ -80,6 +81,7 @@ class ModelRunner(Displayed, NotPickled):
         check_parts(self.text)
         self.prompts = Prompts(model, processor, self.adapter, self.text.config, max_pixels)
         self.operators = OperatorCache(operator_bytes)
+        self._token_bytes: tuple[Any, int, TokenBytes] | None = None
 
     def __repr__(self) -> str:
         facts = dict(self._facts())
@@ -101,6 +103,15 @@ class ModelRunner(Displayed, NotPickled):
             ("dtype", str(self.model.dtype).removeprefix("torch.")),
             ("device", str(device_of(self.model))),
         ]
+
+    @property
+    def token_bytes(self) -> TokenBytes:
+        """The text and bytes of single tokens, read from the tokenizer once until tokens are added to it."""
+        tokenizer = self.processor.tokenizer
+        known = self._token_bytes
+        if known is None or known[0] is not tokenizer or known[1] != len(tokenizer):
+            self._token_bytes = known = tokenizer, len(tokenizer), TokenBytes(tokenizer)
+        return known[2]
 
     def with_processor(self: Runner, processor: Any) -> Runner:
         """Return this model with another processor. Both objects share the model, and this one is unchanged."""

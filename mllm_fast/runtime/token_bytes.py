@@ -5,24 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _PIECES = {"ByteFallback", "Metaspace", "Replace"}  # decoders of vocabularies that write a space as U+2581
 _SHOWN = "mllm_fast.bytes"  # an error handler of codecs: bytes that are no character are written as such
-
-
-_known: weakref.WeakKeyDictionary[Any, tuple[int, TokenBytes]] = weakref.WeakKeyDictionary()
-
-
-def token_bytes(tokenizer: Any) -> TokenBytes:
-    """Return the `TokenBytes` of a tokenizer, which is made once until tokens are added."""
-    size, known = len(tokenizer), _known.get(tokenizer)
-    if known is None or known[0] != size:
-        _known[tokenizer] = known = size, TokenBytes(tokenizer)
-    return known[1]
 
 
 class TokenBytes:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..context.store import ContextStore
 from ..runtime.sampling import Sampling
-from ..runtime.token_bytes import TokenBytes
 from .budgets import Lane, Place
 from .chunks import Closing, response_chunks
 from .detokenizer import AnswerDetokenizer
@@ -71,7 +70,7 @@ class Service:
         self._schemas = ThreadPoolExecutor(1, "schemas")
         size = int(vlm.text.head.out_features)
         self._constraints = Constraints(vlm.processor.tokenizer, vlm.settings().end_ids, size)
-        self._token_bytes = TokenBytes(vlm.processor.tokenizer)
+        self._token_bytes = vlm.token_bytes
         self._unwritten: set[Future[None]] = set()
         most, each = self.settings.max_batch + self.settings.max_queue, self.settings.max_client_requests
         self._requests = Lane("requests", most, 0, each)

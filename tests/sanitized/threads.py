@@ -167,15 +167,14 @@ def decoder(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
     residual = np.zeros((2, count, hidden), np.float32)
     queries, outputs = (np.zeros((2, count, heads, width), np.float32) for _ in range(2))
     addresses = [(at(keys), at(values)) for keys, values in store]
-    shared = [(at(keys), at(values)) for keys, values in given["prefix"]]
-    mask, recorded = [(at(given["segments"]), 0, at(given["table"]))] * count, np.array(kept)
+    own = addresses, steps(store[0][0])[:3], store[0][0].shape[::2]
+    first = given["prefix"][0][0]
+    shared = [(at(keys), at(values)) for keys, values in given["prefix"]], steps(first)[:3], first.shape[::2]
+    mask, recorded = [(at(given["segments"]), rows, 0, at(given["table"]))] * count, np.array(kept)
     made.run(
-        [rows, width], [at(x), at(given["cos"]), at(given["sin"]), at(normed)], addresses, steps(store[0][0])[:3],
+        [rows, width], [at(x), at(given["cos"]), at(given["sin"]), at(normed)], own,
         at(given["places"]),
-        [
-            (addresses, steps(store[0][0])[:3], at(given["own"]), rows, mask),
-            (shared, steps(given["prefix"][0][0])[:3], at(given["behind"]), rows, []),
-        ],
+        [(own, at(given["own"]), rows, mask), (shared, at(given["behind"]), rows, [])],
         len(kept), [at(one) for one in (recorded, residual, queries, outputs)], threads, isa,
     )  # fmt: skip
     return [x, normed, residual, queries, outputs, *(one for pair in store for one in pair)]
