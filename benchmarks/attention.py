@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from harness import in_turn, machine, median, write_result
 from mllm_fast.kernels import knockout_attention, segment_table
-from mllm_fast.kernels.dispatch import cpu_extension, instruction_set
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.knockout_attention import cpu_kernel
+from mllm_fast.kernels.paths import instruction_set
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -153,7 +154,13 @@ def main() -> None:
                 if rows > 1 and rules:
                     result["paths"][str(keys)] = each = paths(case, 3)
                     print("  by instruction set:", ", ".join(f"{isa} {ms:.1f} ms" for isa, ms in each.items()))
-    result["instruction set"] = instruction_set()
+    result["chosen"] = {
+        f"{kind}{name}": instruction_set("knockout_attention", dtype, kind)
+        for kind in ("prefill", "few rows", "one row")
+        for name, dtype in (("", torch.float32), (" bf16", torch.bfloat16))
+    }
+    result["instruction set"] = result["chosen"]["prefill"]
+    print("chosen:", ", ".join(f"{kind} {path}" for kind, path in result["chosen"].items()))
     print(json.dumps(result))
     write_result(args.out, result)
 

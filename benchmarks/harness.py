@@ -15,7 +15,7 @@ from pathlib import Path
 def machine() -> dict[str, str | int]:
     """What a reader needs to compare figures: processor, instruction set, threads, versions."""
     import torch
-    from mllm_fast.kernels.dispatch import cpu_extension
+    from mllm_fast.kernels.extension import cpu_extension
 
     extension, _ = cpu_extension()
     name = platform.processor() or platform.machine()

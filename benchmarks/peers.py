@@ -42,6 +42,7 @@ import serving
 import torch
 from harness import machine, median, write_result
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import mllm_fast as mf
 
@@ -101,6 +102,19 @@ def build(folder: Path) -> None:
         model.lm_head.weight.mul_(8)
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
+    released_names(folder)
+
+
+def released_names(folder: Path) -> None:
+    """Name a CLIP tower's weights as released checkpoints do: vLLM knows no other names, transformers reads both."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    inner, outer = "vision_tower.", "vision_tower.vision_model."
+    renamed = {
+        outer + name.removeprefix(inner) if name.startswith(inner) and not name.startswith(outer) else name: weight
+        for name, weight in weights.items()
+    }
+    save_file(renamed, path, {"format": "pt"})
 
 
 def picture(seed: int) -> str:
@@ -279,6 +293,7 @@ def main() -> None:
         build(large)
         embedded = mf.VLM.from_pretrained("shapes", device="cpu")
         embedded.model.save_pretrained(small)
+        released_names(small)
         embedded.processor.save_pretrained(small)
         for folder, length, measured in ((large, 1024, measure), (small, 512, measure_embedded)):
             for name, (command, model, more, env) in contenders(str(folder), args.vllm, args.dtype, length).items():

@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from harness import in_turn, machine, median, peak_bytes, write_result
 from mllm_fast.kernels import Base, OperatorCache, Unembedding, logprob_increase
-from mllm_fast.kernels.dispatch import cpu_extension, instruction_set
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.logprob_increase import cpu_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
+from mllm_fast.kernels.paths import instruction_set
 
 VOCAB, WIDTH, HEADS, DEPTH, POSITIONS = 32_064, 4096, 32, 128, 600
 
@@ -159,7 +160,7 @@ def main() -> None:
         result["ways"][name] = row
         print(f"{name:31s} {row['ms_per_head']:8.2f} ms a head  {row['times_faster']:6.1f}x  error {row['error']:.1e}")
     result["gflops"] = rates(layer, args.rounds)
-    isa = instruction_set()
+    isa = instruction_set("logprob_increase", torch.float32)
     for name, rate in result["gflops"].items():
         print(f"{name:20s} {rate:8.0f} GFLOP/s")
     for name in (n.removeprefix("kernel, ") for n in result["gflops"] if n.startswith("kernel")):

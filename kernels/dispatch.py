@@ -1,9 +1,9 @@
 """Selection of the backend that computes an op, from the device and dtype of its tensors.
 
 Every op follows one rule. A backend that the caller names is never replaced: it is used, or the call raises. With
-"auto", a GPU uses the Triton kernels and the CPU uses the compiled kernels, each for the dtypes they support; all other
-cases use plain torch. On a GPU without Triton, "auto" raises for these dtypes; the caller has to choose plain torch
-explicitly.
+"auto", a GPU uses the Triton kernels and the CPU uses the compiled kernels, each for the dtypes they support, unless
+torch was measured to be faster on this processor (`kernels.paths`); all other cases use plain torch. On a GPU without
+Triton, "auto" raises for these dtypes; the caller has to choose plain torch explicitly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from functools import cache
 from types import ModuleType
 
 import torch
+
+from . import paths
+from .extension import cpu_extension
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 # op -> backend -> dtypes; "torch" takes every floating dtype and is the only backend where there is no entry
@@ -36,38 +39,19 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 
 
+# ops whose calls are all computed in one way; the others choose by the call
+_WHOLE = ("logprob_increase", "weighted_values")
+
 # op -> note in the report on the calls that the C++ kernel leaves to torch
 _LEFT = {
-    "skinny_linear": "; it serves few rows of a large weight, torch the others",
-    "decoder_layers": "; it serves sizes that are multiples of 16",
+    "skinny_linear": " and few rows of a large weight",
+    "decoder_layers": " and sizes that are multiples of 16",
 }
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which numbers of a floating dtype are summed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@cache
-def cpu_extension() -> tuple[ModuleType | None, str]:
-    """Return the compiled module and "", or None and the reason why it is missing."""
-    try:
-        return importlib.import_module("._cpu", __package__), ""
-    except ImportError as error:
-        return None, f"the C++ extension is not built or does not load ({error})"
-
-
-@cache
-def instruction_set() -> str:
-    """Return the best instruction set that the compiled kernels can use on this processor.
-
-    Raises:
-        RuntimeError: The compiled extension is missing.
-    """
-    extension, reason = cpu_extension()
-    if extension is None:
-        raise RuntimeError(reason)
-    return extension.instruction_sets()[0]
 
 
 @cache
@@ -115,7 +99,19 @@ def choose(device: torch.device, dtype: torch.dtype, requested: str = "auto", *,
         if triton_missing():
             raise ValueError(f"{op} on {device}: {triton_missing()}, or choose backend='torch'")
         return "triton"
-    return "torch" if _unfit("cpu", device, dtype, op) else "cpu"
+    return "torch" if _unfit("cpu", device, dtype, op) or _slower(op, dtype) else "cpu"
+
+
+def _slower(op: str, dtype: torch.dtype) -> bool:
+    """Return whether torch computes every call of an op faster than the compiled kernel on this processor."""
+    return op in _WHOLE and paths.path_of(op, dtype) == "torch"
+
+
+def forget() -> None:
+    """Let the next call choose anew, after a calibration."""
+    paths.forget()
+    choose.cache_clear()
+    kernel_of.cache_clear()
 
 
 @cache
@@ -161,12 +157,25 @@ def _report(op: str) -> str:
     elif extension is None:
         lines.append(f"CPU: plain torch ({reason})")
     else:
-        sets = extension.instruction_sets()
-        lines.append(
-            f"CPU: C++ for {_names(op, 'cpu')}, {sets[0]} (this processor has {', '.join(sets)});"
-            f" plain torch for other types{_LEFT.get(op, '')}"
-        )
+        lines.append(f"CPU: C++ for {_names(op, 'cpu')}{_LEFT.get(op, '')}, {_chosen(op)}; plain torch for other types")
     return "; ".join(lines)
+
+
+def _chosen(op: str) -> str:
+    """Return which paths compute the calls of an op, and whence this is known."""
+    found, kinds = paths.paths(), {}
+    for use in paths.USES:
+        name, kind, dtype = use.split("/")
+        if name == op:
+            kinds[dtype if kind == "all" else f"{kind} in {dtype}"] = found.path[use]
+    ways = list(dict.fromkeys(kinds.values()))
+    if len(ways) == 1:
+        said = ways[0]
+    else:
+        said = ", ".join(f"{way} ({', '.join(k for k, one in kinds.items() if one == way)})" for way in ways)
+    if op == "skinny_linear":
+        said += f", {' and '.join(f'{low} to {high} rows in {name}' for name, (low, high) in found.rows.items())}"
+    return f"{said} ({'measured here' if found.source == 'measured' else 'by the table; mllm-fast tune measures'})"
 
 
 def _names(op: str, backend: str) -> str:

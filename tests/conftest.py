@@ -24,6 +24,7 @@ settings.load_profile("fixed")
 # a config file and a model of whoever runs the tests are not theirs; the processes that tests start inherit this
 os.environ["MLLM_FAST_CONFIG"] = os.devnull
 os.environ.pop("MLLM_FAST_MODEL", None)
+os.environ["MLLM_FAST_TUNING"] = "off"  # the same paths on every run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from mllm_fast.kernels.decoder_layers import (
     Part,
     cpu_kernel,
 )
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 
 EXTENSION, _ = cpu_extension()
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from packaging.version import Version
 from PIL import Image
 from torch import nn

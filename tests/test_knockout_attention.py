@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mllm_fast.kernels import join, knockout_attention, segment_table
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.knockout_attention import SEGMENTS, Attention, cpu_kernel, reference, torch_kernel
 
 EXTENSION, _ = cpu_extension()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.skinny_linear import cpu_kernel
 from PIL import Image
 from torch import nn

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mllm_fast.kernels import Base, Unembedding, logprob_increase
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.logprob_increase import cpu_kernel, torch_kernel
 from mllm_fast.kernels.logprob_increase.reference import logprob_increase as reference
 from oracle import Drawn, assert_as_good_as, cast, problem, truth_of

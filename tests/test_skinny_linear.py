@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mllm_fast.kernels import skinny_linear
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.skinny_linear import cpu_kernel, torch_kernel
 
 EXTENSION, _ = cpu_extension()

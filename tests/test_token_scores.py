@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mllm_fast.kernels import Unembedding, logprob_increase
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.token_scores import TokenScorer, scorable
 
 from mllm_fast.explain import write_scores

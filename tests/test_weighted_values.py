@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mllm_fast.kernels import knockout_attention, weighted_values
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 from mllm_fast.kernels.weighted_values import cpu_kernel, torch_kernel
 
 EXTENSION, _ = cpu_extension()

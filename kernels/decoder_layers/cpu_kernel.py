@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import cpu_extension, instruction_set
+from ..extension import cpu_extension
+from ..paths import instruction_set
 from .problem import DecoderOutput, KeyStore, Part
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
         layers,
         (_address(decoder.final.gain), decoder.final.eps),
     )
-    chosen = isa or instruction_set()
+    chosen = isa or instruction_set("decoder_layers", decoder.dtype)
     count, shape = len(layers), (decoder.heads, decoder.width)
 
     def run(

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..dispatch import kernel_of, wide_type
+from ..paths import path_of
+from . import sdpa
 
 __all__ = ["SEGMENTS", "Attention", "join", "knockout_attention", "segment_table"]
 
@@ -122,6 +124,11 @@ def knockout_attention(
     if sinks is not None:
         sinks = _checked_sinks(sinks, query)
     kernel = kernel_of("knockout_attention", query.device, query.dtype, backend)
+    if backend == "auto" and kernel.__name__.endswith(".cpu_kernel"):
+        plain = not lse and mass is False and softcap is None and sinks is None
+        if plain and path_of("knockout_attention", query.dtype, kernel.kind_of(query.shape[2])) == "torch":
+            output = sdpa.attention(query, key, value, segments, table, start, float(scale), causal)
+            return Attention(output, None, None)
     return Attention(
         *kernel.attention(query, key, value, segments, table, start, float(scale), lse, mass, causal, softcap, sinks)
     )

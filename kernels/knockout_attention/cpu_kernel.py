@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import cpu_extension, instruction_set
+from ..extension import cpu_extension
+from ..paths import FEW, instruction_set
 
 
 def attention(
@@ -52,9 +53,14 @@ def attention(
             (batch, heads, kv_heads, rows, keys, width, keys - rows if causal else keys),
             (output.data_ptr(), _address(total), _address(share), _address(chosen)),
             torch.get_num_threads(),
-            isa or instruction_set(),
+            isa or instruction_set("knockout_attention", query.dtype, kind_of(rows)),
         )
     return output, total, share
+
+
+def kind_of(rows: int) -> str:
+    """Return the name under which calls of a number of rows are measured; see `kernels.paths`."""
+    return "one row" if rows == 1 else "few rows" if rows <= FEW else "prefill"
 
 
 def _address(tensor: Tensor | None) -> int:

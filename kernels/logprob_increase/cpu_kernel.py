@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import cpu_extension, instruction_set
+from ..extension import cpu_extension
+from ..paths import instruction_set
 from .base import Base
 from .operators import Operators, held_together
 
@@ -70,7 +71,7 @@ def _fill(
         (len(logs), groups, rows, vocab, depth),
         out.data_ptr(),
         torch.get_num_threads(),
-        isa or instruction_set(),
+        isa or instruction_set("logprob_increase", operands[0].dtype),
     )
 
 

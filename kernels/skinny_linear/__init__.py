@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..paths import paths
 from . import torch_kernel
 
 __all__ = ["skinny_linear", "worth_reading"]
 
-# up to this number of rows the C++ kernel was faster wherever it was measured; see benchmarks/linear.py
-_MOST_ROWS = {torch.float32: 64, torch.bfloat16: 8}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LEAST_BYTES = 1 << 18  # a smaller weight stays in the processor's caches, where torch is as fast
 
 
@@ -61,7 +61,10 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, back
 def _few(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // max(1, weight.shape[1])
     fits = x.dtype == weight.dtype or x.dtype == torch.float32
-    return fits and 0 < rows <= _MOST_ROWS.get(weight.dtype, 0) and worth_reading(weight)
+    if not (fits and rows and worth_reading(weight)):
+        return False
+    least, most = paths().rows.get(_NAMES.get(weight.dtype, ""), (1, 0))
+    return least <= rows <= most
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

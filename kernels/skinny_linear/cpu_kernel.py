@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import cpu_extension, instruction_set
+from ..extension import cpu_extension
+from ..paths import instruction_set
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Tensor:
@@ -24,6 +25,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = Non
             (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16),
             (out.numel() // columns, columns, depth),
             torch.get_num_threads(),
-            isa or instruction_set(),
+            isa or instruction_set("skinny_linear", weight.dtype),
         )
     return out

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import cpu_extension, instruction_set
+from ..extension import cpu_extension
 from ..logprob_increase import Unembedding
+from ..paths import instruction_set
 
 __all__ = ["TokenScorer", "scorable"]
 
@@ -56,7 +57,7 @@ class TokenScorer:
         self.layers, self.heads, self.width = len(projections), heads, projections[0].shape[1] // heads
         self.hidden, self.vocab = hidden, vocab
         gain = unembedding.gain
-        self._isa = isa or instruction_set()
+        self._isa = isa or instruction_set("token_scores", torch.float32)
         self._made = extension.TokenScorer(  # type: ignore[union-attr]
             (self.layers, heads, self.width, hidden, vocab),
             unembedding.eps,

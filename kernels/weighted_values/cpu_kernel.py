@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import cpu_extension, instruction_set
+from ..extension import cpu_extension
+from ..paths import instruction_set
 
 
 def weighted_values(
@@ -48,6 +49,6 @@ def weighted_values(
             (count, width),
             out.data_ptr(),
             torch.get_num_threads(),
-            isa or instruction_set(),
+            isa or instruction_set("weighted_values", query.dtype),
         )
     return out

@@ -1,5 +1,5 @@
 """The command line: `mllm-fast explain | generate | knockout | compress | ask | kept | serve | eval | coco | joint |
-detect | convert | info`.
+detect | convert | info | tune`.
 
 Only the result is written to stdout; progress and errors go to stderr. Invalid input ends the command with a one-line
 message and exit code 2.
@@ -24,7 +24,7 @@ from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
-from . import coco, context, convert, detect, evaluate, joint, serve
+from . import coco, context, convert, detect, evaluate, joint, machine, serve
 from .config import defaults
 from .options import (
     OUT,
@@ -74,6 +74,7 @@ _ORDER = (
     "detect",
     "convert",
     "info",
+    "tune",
 )
 
 
@@ -340,92 +341,6 @@ def knockout(
     tell_embedded(model)
 
 
-def info(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Show the parts that were found in this model, and what works with it, in place of the rest."
-        ),
-    ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Show versions, devices, and which kernel each operation uses on this machine, and why; or a model's parts."""
-    if model is not None:
-        _model_info(model, device, dtype, as_json)
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from ..kernels import backend_report
-    from ..models.architectures import ARCHITECTURES
-
-    versions = {"mllm-fast": __version__}
-    for package in ("torch", "transformers", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts: dict[str, Any] = {
-        "versions": versions,
-        "python": sys.version.split()[0],
-        "gpus": gpus,
-        "cpu_threads": torch.get_num_threads(),
-        "architectures": list(ARCHITECTURES),
-        "operations": backend_report(),
-    }
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("versions", escape(", ".join(f"{name} {number}" for name, number in versions.items())))
-    table.add_row("python", facts["python"])
-    table.add_row("GPUs", escape(", ".join(gpus) or "none: everything runs on the CPU"))
-    table.add_row("CPU threads", str(facts["cpu_threads"]))
-    table.add_row("architectures", ", ".join(ARCHITECTURES))
-    for name, line in facts["operations"].items():
-        table.add_row(name, escape(line))
-    OUT.print(table, highlight=False)
-
-
-def _model_info(name: str, device: str | None, dtype: str | None, as_json: bool) -> None:
-    from ..core.images import MAX_PIXELS
-    from .model_info import model_facts
-
-    facts = model_facts(load(name, device, dtype, MAX_PIXELS, "auto"))
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    sites = facts["attention"]
-    table.add_row("type", facts["type"])
-    table.add_row("layers", f"{facts['layers']}, {len(sites)} of them with attention")
-    for kind in dict.fromkeys(facts["layers without attention"].values()):
-        layers = [layer for layer, one in facts["layers without attention"].items() if one == kind]
-        table.add_row("", escape(f"{kind}: {', '.join(layers)}"))
-    shown = ("heads", "key and value heads", "key size", "value size", "gated", "sliding window", "multiplier")
-    for line in dict.fromkeys(", ".join(f"{name} {site[name]}" for name in shown) for site in sites):
-        table.add_row("attention", escape(line))
-    table.add_row("output projection", escape(sites[0]["output projection"]))
-    if sites[0]["norm behind it"]:
-        table.add_row("norm behind it", escape(sites[0]["norm behind it"]))
-    table.add_row("final norm", escape("{path} ({kind}, gain: {gain})".format(**facts["final norm"])))
-    head = facts["unembedding"]
-    table.add_row("unembedding", escape(f"{head['path']}, scale {head['scale']:g}, soft cap {head['soft cap']}"))
-    table.add_row("image token", f"{facts['image token']}, separators {facts['image separators']}")
-    table.add_row("decoding", escape(facts["decoding"]))
-    for feature, outcome in facts["features"].items():
-        table.add_row(feature, escape(outcome))
-    OUT.print(table, highlight=False)
-
-
 def _rules(block: list[str] | None, layers: str, zero_inputs: bool) -> list[Knockout]:
     from ..knockout.rule import Knockout
 
@@ -498,7 +413,8 @@ _COMMANDS: tuple[Any, ...] = (
     joint.joint,
     detect.detect,
     convert.convert,
-    info,
+    machine.info,
+    machine.tune,
 )
 for _name, _command in zip(_ORDER, _COMMANDS, strict=True):
     if isinstance(_command, typer.Typer):

@@ -16,7 +16,7 @@ from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.layout import TokenLayout
 from ..core.notebook import Displayed, NotPickled, table
-from ..kernels import OperatorCache
+from ..kernels import OperatorCache, tuning
 from ..kernels.dispatch import choose
 from ..knockout.attention_share import AttentionShares
 from ..knockout.plan import Plan, plan_of
@@ -74,6 +74,8 @@ class ModelRunner(Displayed, NotPickled):
             choose(device_of(model), model.dtype, backend, op="knockout_attention")
         except ValueError as error:
             raise InputError(str(error)) from None
+        if device_of(model).type == "cpu" and backend in ("auto", "cpu"):
+            tuning.ready()
         self.model = model
         self.processor = processor
         self.backend = backend

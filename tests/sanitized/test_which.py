@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from mllm_fast.kernels.dispatch import cpu_extension
+from mllm_fast.kernels.extension import cpu_extension
 
 FOLDER = os.environ.get("MLLM_FAST_SANITIZED")
 
