@@ -6,7 +6,8 @@
 #include "cpu_prefill.h"
 
 static void attention(const mllm::AttentionProblem& p) {
-  if (!p.bfloat16 || p.group() * p.rows <= avx512::MOST_ROWS) return avx512::attention(p);
+  // pairs are so fast that few rows already are worth packing the keys
+  if (!p.bfloat16 || (p.group() * p.rows <= avx512::MOST_ROWS && (p.rows == 1 || p.group() * p.rows <= 3))) return avx512::attention(p);
   prefill<Pairs>(p);
   if (p.mass) avx512::add_mass<uint16_t>(p);
 }

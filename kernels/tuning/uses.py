@@ -66,7 +66,7 @@ def _drawn(*shape: int) -> Tensor:
 
 
 def _attention(sets: Sequence[str], kind: str, dtype: torch.dtype) -> dict[str, Run]:
-    rows = {"prefill": _KEYS, "few rows": 20, "one row": 1}[kind]
+    rows = {"prefill": _KEYS, "few rows": 24, "one row": 1}[kind]
     heads = max(4 if kind == "prefill" else 8, torch.get_num_threads())
     key, value = (_drawn(1, heads, _KEYS, _WIDTH).to(dtype) for _ in range(2))
     query = _drawn(1, heads, rows, _WIDTH).to(dtype)
