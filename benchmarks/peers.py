@@ -270,9 +270,11 @@ def contenders(
     if vllm:
         command = [
             vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m",
-            "--dtype", dtype, "--max-model-len", str(length), "--enable-prefix-caching",
+            "--dtype", dtype, "--max-model-len", str(length), "--enable-prefix-caching", "--block-size", "32",
         ]  # fmt: skip
         env = {"VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        # its threads on all processors: it would leave one of two to its front end
+        env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"
         found = {"vLLM": (command, "m", {"ignore_eos": True}, env)} | found
     return found
 

@@ -25,7 +25,13 @@ SETS = EXTENSION.instruction_sets() if EXTENSION else []
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
 WAYS = ["torch", *SETS]
 READ_TOGETHER = {"amx": 32, "avx512_bf16": 48, "avx512": 48, "avx2": 24, "plain": 8}  # keys; the mass takes 48 on AMX
-FEW_ROWS = 16  # of a key head: up to here the kernels read key by key
+
+
+def key_by_key(way: str, dtype: torch.dtype, together: int, rows: int) -> bool:
+    """Whether a kernel reads single keys, not blocks of them, for the rows of a head and of all heads of a key head."""
+    if way == "avx512_bf16" and dtype == torch.bfloat16:
+        return together <= (16 if rows == 1 else 3)
+    return together <= 16 and rows <= 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +124,7 @@ def poisoned(problem: Problem, way: str) -> Problem:
     if way == "torch":
         return problem
     heads, rows, kv_heads, keys = *problem.query.shape[1:3], *problem.key.shape[1:3]
-    block = READ_TOGETHER[way] if heads // kv_heads * rows > FEW_ROWS else 1
+    block = 1 if key_by_key(way, problem.query.dtype, heads // kv_heads * rows, rows) else READ_TOGETHER[way]
     if block == 32 and problem.options["mass"] is not False:
         block = 96
     padding = torch.zeros(len(problem.key), keys, dtype=torch.bool)
