@@ -26,7 +26,7 @@ using Pair = std::array<uintptr_t, 2>;
 static mllm::DecoderKeys decoder_keys(const std::vector<Pair>& layers, const std::array<int64_t, 3>& strides,
                                       const std::array<int64_t, 2>& sizes) {
   mllm::DecoderKeys keys;
-  for (const auto& [key, value] : layers) keys.layers.push_back({pointer<float>(key), pointer<float>(value)});
+  for (const auto& [key, value] : layers) keys.layers.push_back({pointer<void>(key), pointer<void>(value)});
   keys.strides = strides;
   keys.sizes = sizes;
   return keys;
@@ -44,17 +44,17 @@ static void bind_decoder(py::module_& m) {
   using Keys = std::tuple<std::vector<Pair>, std::array<int64_t, 3>, std::array<int64_t, 2>>;
   using Part = std::tuple<Keys, uintptr_t, int64_t, std::vector<Mask>>;
   py::class_<Decoder>(m, "Decoder", "See decoder_layers/cpu_kernel.h.")
-      .def(py::init([](std::array<int64_t, 5> sizes, bool gelu,
+      .def(py::init([](std::array<int64_t, 5> sizes, std::array<bool, 2> kinds,
                        const std::vector<std::tuple<std::array<Norm, 4>, std::array<Pair, 7>, float>>& layers,
                        Norm final) {
              Decoder d;
              d.sizes = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-                        gelu ? mllm::Activation::GELU_TANH : mllm::Activation::SILU};
+                        kinds[0] ? mllm::Activation::GELU_TANH : mllm::Activation::SILU, kinds[1]};
              const auto norm = [](const Norm& n) {
                return mllm::DecoderNorm{pointer<const float>(std::get<0>(n)), std::get<1>(n)};
              };
              const auto linear = [](const Pair& l) {
-               return mllm::DecoderLinear{pointer<const float>(l[0]), pointer<const float>(l[1])};
+               return mllm::DecoderLinear{pointer<const void>(l[0]), pointer<const float>(l[1])};
              };
              for (const auto& [norms, linears, scale] : layers)
                d.layers.push_back({norm(norms[0]), norm(norms[1]), norm(norms[2]), norm(norms[3]), linear(linears[0]),
@@ -63,8 +63,8 @@ static void bind_decoder(py::module_& m) {
              d.final = norm(final);
              return d;
            }),
-           py::arg("sizes"), py::arg("gelu"), py::arg("layers"), py::arg("final"),
-           "sizes: hidden, heads, key heads, width, inner; layers: norms input, query, key, middle, linear layers query,"
+           py::arg("sizes"), py::arg("kinds"), py::arg("layers"), py::arg("final"),
+           "sizes: hidden, heads, key heads, width, inner; kinds: whether gelu, whether bfloat16; layers: norms input, query, key, middle, linear layers query,"
            " key, value, output, gate, up, down, and the scale of the scores.")
       .def(
           "run",

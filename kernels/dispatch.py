@@ -26,7 +26,7 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "cpu": (torch.float32, torch.bfloat16),
     },
     "skinny_linear": {"cpu": (torch.float32, torch.bfloat16)},
-    "decoder_layers": {"cpu": (torch.float32,)},
+    "decoder_layers": {"cpu": (torch.float32, torch.bfloat16)},
     "logprob_increase": {
         "triton": (torch.float16, torch.bfloat16, torch.float32),
         "cpu": (torch.float32, torch.bfloat16),

@@ -37,6 +37,7 @@ USES = (
     "weighted_values/all/bfloat16",
     "token_scores/all/float32",
     "decoder_layers/all/float32",
+    "decoder_layers/all/bfloat16",
 )
 _held: Paths | None = None
 FEW = 32  # rows of attention up to which a call is one of few rows

@@ -136,7 +136,7 @@ class VLM(ModelRunner):
         if attention_share:
             settings.check_single("attention_share")
             shares = self._shares(layouts, padding, attention_share)
-        whole = {} if shares is None else self.whole_cache()
+        whole = {} if shares is None else self.whole_cache(options)
         output = self.run(inputs, settings, plan, shares, **whole)
         sequences = output if isinstance(output, Tensor) else output.sequences
         read, written = inputs["input_ids"].shape[1], sequences.shape[1] - inputs["input_ids"].shape[1]
@@ -196,7 +196,7 @@ class VLM(ModelRunner):
         if answer is None:
             settings.check_single("explain")
             with hooks.recording(self.text, 1, plan, backend=self.backend) as record:
-                forced = {"use_cache": True, "return_dict_in_generate": True, **self.whole_cache()}
+                forced = {"use_cache": True, "return_dict_in_generate": True, **self.whole_cache(options)}
                 output = self.run(inputs, settings, **forced)
             sequence, cache = output.sequences[0], cache_of(output)
         else:
@@ -266,7 +266,7 @@ class VLM(ModelRunner):
             shares=self._shares([layout], [0], attention_share) if attention_share else None,
             settings=settings,
         )
-        whole = self.whole_cache() if explain or attention_share else {}
+        whole = self.whole_cache(options) if explain or attention_share else {}
         loop = one_sequence(self, stream.watch)
         stream.begin(lambda: self.run(inputs, settings, use_cache=True, custom_generate=loop, **whole))
         return stream

@@ -118,6 +118,44 @@ def test_equals_float64(name, isa, threads, monkeypatch):
         assert float((mine.double() - right).abs().max()) < 1e-4
 
 
+@needs_extension
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bfloat16_is_as_good_as_plain_torch(name, isa, threads, monkeypatch):
+    """Weights, keys and rows of bfloat16 against the same numbers in float64; plain torch rounds after each step."""
+    made, arguments = problem(name)
+    made, arguments = to(made, torch.bfloat16), copied(arguments, torch.bfloat16)
+    rows = range(len(arguments[0]))[::-3]
+    exact_store = copied(arguments, torch.float64)
+    exact = DecoderLayers(*to(made, torch.float64), backend="torch")(*exact_store, recorded=rows)
+    reference = DecoderLayers(*made, backend="torch")(*copied(arguments, torch.bfloat16), recorded=rows)
+    ours = DecoderLayers(*made, backend="cpu")
+    ours._run = cpu_kernel.prepare(ours, isa)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    given = copied(arguments, torch.bfloat16)
+    found = ours(*given, recorded=rows)
+    for name_, mine, rounded, right in zip(found._fields, found, reference, exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        error, own_error = (float((one.double() - right).norm()) for one in (mine, rounded))
+        assert error <= 1.1 * own_error, (name_, error, own_error)
+    for mine, right in zip(given[3].keys + given[3].values, exact_store[3].keys + exact_store[3].values, strict=True):
+        assert float((mine.double() - right).norm() / right.norm()) < 0.02
+
+
+@needs_extension
+def test_bfloat16_of_sizes_that_are_no_multiples_of_32():
+    made, (hidden, cos, sin, store, parts) = problem("one row")
+    draw = torch.Generator().manual_seed(1)
+    layers, final = weights(draw, 3, 48, 4, 4, 32, 80)
+    made = to((layers, final, *made[2:]), torch.bfloat16)
+    arguments = copied((hidden[:, :48], cos, sin, store, parts), torch.bfloat16)
+    exact = DecoderLayers(*to(made, torch.float64), backend="torch")(*copied(arguments, torch.float64))
+    found = DecoderLayers(*made, backend="cpu")(*copied(arguments, torch.bfloat16))
+    reference = DecoderLayers(*made, backend="torch")(*copied(arguments, torch.bfloat16))
+    assert (found.normed.double() - exact.normed).norm() <= 1.1 * (reference.normed.double() - exact.normed).norm()
+
+
 def test_two_calls_of_one_row_are_one_call_of_two():
     """Rows of one sequence, read one by one, give what they give together."""
     made, (hidden, cos, sin, store, _) = problem("grouped heads")

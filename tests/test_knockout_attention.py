@@ -124,7 +124,10 @@ def poisoned(problem: Problem, way: str) -> Problem:
     if way == "torch":
         return problem
     heads, rows, kv_heads, keys = *problem.query.shape[1:3], *problem.key.shape[1:3]
-    block = 1 if key_by_key(way, problem.query.dtype, heads // kv_heads * rows, rows) else READ_TOGETHER[way]
+    together = heads // kv_heads * rows
+    block = 1 if key_by_key(way, problem.query.dtype, together, rows) else READ_TOGETHER[way]
+    if block == 32 and together <= 16:  # so few rows are not worth tiles
+        block = 48
     if block == 32 and problem.options["mass"] is not False:
         block = 96
     padding = torch.zeros(len(problem.key), keys, dtype=torch.bool)

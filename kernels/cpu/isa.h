@@ -36,6 +36,10 @@ inline bool amx_usable() {
 }
 #endif
 
+#if defined(MLLM_X86_BF16)
+inline bool pairs_usable() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 // Instruction sets this processor can use, best first; "plain" is always among them. What has no path of its own for
 // one takes that of the next.
 inline std::vector<std::string> instruction_sets() {
@@ -48,7 +52,7 @@ inline std::vector<std::string> instruction_sets() {
     if (amx_usable()) list.push_back("amx");
 #endif
 #if defined(MLLM_X86_BF16)
-    if (__builtin_cpu_supports("avx512bf16")) list.push_back("avx512_bf16");
+    if (pairs_usable()) list.push_back("avx512_bf16");
 #endif
     list.push_back("avx512");
   }

@@ -7,7 +7,8 @@
 constexpr int STACKED = 24;  // most queries of an item, unless a group alone has more
 
 // scores [rows][stride] = packed queries . keys [from, to)
-static void scores_of(int64_t rows, const float* packed, const float* keys, int64_t step, int64_t width, int64_t count,
+template <typename T>
+static void scores_of(int64_t rows, const float* packed, const T* keys, int64_t step, int64_t width, int64_t count,
                       float* scores, int64_t stride) {
   float sum[MOST][WEIGHTS];
   const auto four = [&](int64_t n) {
@@ -63,8 +64,8 @@ static float weights_of(float* x, int64_t begin, int64_t end, int64_t count, con
 }
 
 // out [rows], `width` each, = weights [rows][stride] . values
-template <int ROWS>
-static void values_of(const float* weights, int64_t stride, const float* values, int64_t step, int64_t width,
+template <int ROWS, typename T>
+static void values_of(const float* weights, int64_t stride, const T* values, int64_t step, int64_t width,
                       int64_t count, float* const* out) {
   constexpr int VECTORS = 4;
   int64_t e = 0;
@@ -72,7 +73,7 @@ static void values_of(const float* weights, int64_t stride, const float* values,
     constexpr int N = decltype(vectors)::value;
     vec sum[ROWS][N] = {};
     for (int64_t n = 0; n < count; ++n) {
-      const float* value = values + n * step + e;
+      const T* value = values + n * step + e;
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
         const float weight = weights[r * stride + n];
@@ -88,7 +89,8 @@ static void values_of(const float* weights, int64_t stride, const float* values,
   while (e < width) some(std::integral_constant<int, 1>{});
 }
 
-static void values_of(int64_t rows, const float* weights, int64_t stride, const float* values, int64_t step,
+template <typename T>
+static void values_of(int64_t rows, const float* weights, int64_t stride, const T* values, int64_t step,
                       int64_t width, int64_t count, float* const* out) {
   switch (rows) {
     case 1: return values_of<1>(weights, stride, values, step, width, count, out);
@@ -102,6 +104,7 @@ static void values_of(int64_t rows, const float* weights, int64_t stride, const 
   }
 }
 
+template <typename T>
 static void attend_item(const mllm::DecoderSizes& sizes, const mllm::DecoderPass& p, mllm::DecoderRoom& room,
                         const mllm::AttentionItem& item, int64_t kv_head, int64_t layer, float scale,
                         mllm::Floats& own) {
@@ -110,7 +113,8 @@ static void attend_item(const mllm::DecoderSizes& sizes, const mllm::DecoderPass
   const mllm::DecoderEntry* entries = part.entries.data() + item.first;
   const int64_t group = sizes.group(), width = sizes.width, count = item.end - item.begin;
   const int64_t at = entries[0].slot * slot_stride + kv_head * head_stride + item.begin * step;
-  const float *keys = part.keys.layers[layer][0] + at, *values = part.keys.layers[layer][1] + at;
+  const T* keys = static_cast<const T*>(part.keys.layers[layer][0]) + at;
+  const T* values = static_cast<const T*>(part.keys.layers[layer][1]) + at;
   const int64_t stride = (count + LANES - 1) / LANES * LANES, all = sizes.queries() + 2 * sizes.keys();
   own.resize(MOST * (width + stride));
   float *packed = own.data(), *scores = packed + MOST * width;

@@ -13,6 +13,7 @@
 #include "room.h"
 
 #define MLLM_PATH "../decoder_layers/cpu_path.h"
+#define MLLM_PAIR_PATH "../decoder_layers/cpu_pair_path.h"
 #include "../cpu/each_isa.h"
 
 namespace mllm {
@@ -20,7 +21,11 @@ namespace mllm {
 void decoder_layers(const DecoderSizes& sizes, const std::vector<DecoderLayer>& layers, const DecoderPass& p,
                     const std::string& isa) {
 #if defined(MLLM_X86)
-  // reading the weights bounds it, not multiplying: neither tiles nor pairs
+#if defined(MLLM_X86_BF16)
+  const bool even = sizes.hidden % 32 == 0 && sizes.queries() % 32 == 0 && sizes.inner % 32 == 0;
+  if (isa != "avx512" && isa != "avx2" && isa != "plain" && sizes.bfloat16 && even && pairs_usable())
+    return avx512_bf16::decoder_layers(sizes, layers, p);
+#endif
   if (isa == "amx" || isa == "avx512_bf16" || isa == "avx512") return avx512::decoder_layers(sizes, layers, p);
   if (isa == "avx2") return avx2::decoder_layers(sizes, layers, p);
 #endif

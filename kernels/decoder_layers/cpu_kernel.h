@@ -13,7 +13,8 @@ struct DecoderNorm {  // a root mean square norm; gain null: none
 };
 
 struct DecoderLinear {
-  const float *weight = nullptr, *bias = nullptr;  // [out, in], [out] or null
+  const void* weight = nullptr;  // [out, in], of the decoder's type
+  const float* bias = nullptr;   // [out] or null
 };
 
 struct DecoderLayer {
@@ -27,6 +28,7 @@ enum class Activation { SILU, GELU_TANH };
 struct DecoderSizes {
   int64_t hidden = 0, heads = 0, kv_heads = 0, width = 0, inner = 0;
   Activation activation = Activation::SILU;
+  bool bfloat16 = false;  // weights, keys and values; all else is float
 
   int64_t group() const { return heads / kv_heads; }
   int64_t queries() const { return heads * width; }
@@ -35,7 +37,7 @@ struct DecoderSizes {
 
 // Arrays of keys or values of all layers, [slots, heads, positions, width], with the strides of the first three.
 struct DecoderKeys {
-  std::vector<std::array<float*, 2>> layers;  // keys, values
+  std::vector<std::array<void*, 2>> layers;  // keys, values
   std::array<int64_t, 3> strides{};
   std::array<int64_t, 2> sizes{};  // slots, positions
 };

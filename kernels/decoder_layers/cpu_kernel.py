@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +16,43 @@ if TYPE_CHECKING:
     from . import DecoderLayers
 
 
-def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., DecoderOutput]:
-    """Return the function that runs a pass in float32; see `DecoderLayers.__call__`.
+class _Held(NamedTuple):
+    """A decoder of the extension, and the tensors that it reads beside the weights."""
 
+    decoder: Any
+    small: list[Tensor | None]
+
+
+def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., DecoderOutput]:
+    """Return the function that runs a pass; see `DecoderLayers.__call__`.
+
+    Weights, keys and values of bfloat16 are read as they are; all else is float32 between the first layer and the last.
     `isa` selects an instruction set (for tests); None selects the best of the processor.
     """
     extension, _ = cpu_extension()
+    small: list[Tensor | None] = []  # gains and biases in float32, for as long as they are read
+
+    def wide(tensor: Tensor | None) -> int:
+        small.append(None if tensor is None else tensor.float())
+        return _address(small[-1])
+
     layers = [
         (
-            [(_address(one.gain), one.eps) for one in (la.input_norm, la.query_norm, la.key_norm, la.middle_norm)],
+            [(wide(one.gain), one.eps) for one in (la.input_norm, la.query_norm, la.key_norm, la.middle_norm)],
             [
-                (one.weight.data_ptr(), _address(one.bias))
+                (one.weight.data_ptr(), wide(one.bias))
                 for one in (la.query, la.key, la.value, la.output, la.gate, la.up, la.down)
             ],
             la.scale,
         )
         for la in decoder.layers
     ]
-    made = extension.Decoder(  # type: ignore[union-attr]
+    made = _Held(extension.Decoder(  # type: ignore[union-attr]
         (decoder.hidden, decoder.heads, decoder.kv_heads, decoder.width, decoder.inner),
-        decoder.activation == "gelu_tanh",
+        (decoder.activation == "gelu_tanh", decoder.dtype == torch.bfloat16),
         layers,
-        (_address(decoder.final.gain), decoder.final.eps),
-    )
+        (wide(decoder.final.gain), decoder.final.eps),
+    ), small)  # fmt: skip
     chosen = isa or instruction_set("decoder_layers", decoder.dtype)
     count, shape = len(layers), (decoder.heads, decoder.width)
 
@@ -46,17 +60,18 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
         hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
     ) -> DecoderOutput:
         # these names keep contiguous copies alive until the call is over
-        cos, sin, places = cos.contiguous(), sin.contiguous(), store.places.contiguous()
+        cos, sin, places = cos.float().contiguous(), sin.float().contiguous(), store.places.contiguous()
         entries = [part.entries.contiguous() for part in parts]
         masks = [[_held(mask) for mask in part.masks] for part in parts]
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        kind = hidden.dtype
+        hidden = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         normed = torch.empty_like(hidden)
         records: list[Tensor | None] = [None, None, None]
         which = torch.tensor(recorded, dtype=torch.int64) if recorded else None
         if recorded:
             records = [torch.empty(len(recorded), count, *one) for one in ((decoder.hidden,), shape, shape)]
         if len(hidden):
-            made.run(
+            made.decoder.run(
                 (len(hidden), cos.shape[1]),
                 (hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), normed.data_ptr()),
                 _keys(store),
@@ -70,7 +85,8 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
                 torch.get_num_threads(),
                 chosen,
             )
-        return DecoderOutput(hidden, normed, *records)
+        kept = [None if one is None else one.to(kind) for one in records]
+        return DecoderOutput(hidden.to(kind), normed.to(kind), *kept)
 
     return run
 

@@ -3,6 +3,7 @@
 // before it.
 #include "../cpu/lanes.h"
 #include "../cpu/products.h"
+#include "../cpu/packed.h"
 #include "../decoder_layers/cpu_attention.h"
 
 static inline vec activated(vec x, mllm::Activation kind) {
@@ -12,8 +13,11 @@ static inline vec activated(vec x, mllm::Activation kind) {
   return x / (1.0f + exp2(e < 126.0f ? e : splat(126.0f)));
 }
 
-// Of one thread.
+// Of one thread; T is the type of weights, keys and values.
+template <typename T>
 struct DecoderWork {
+  using Rows = PackedRows<T>;
+
   const mllm::DecoderSizes& sizes;
   const mllm::DecoderPass& p;
   mllm::DecoderRoom& room;
@@ -30,10 +34,10 @@ struct DecoderWork {
   const float* rows_of(const mllm::Floats& packed, int64_t block, int64_t depth) const {
     return packed.data() + blocks.first(block) * depth;
   }
-  // Where LANES channels of a row lie in a packed array.
-  float* place(mllm::Floats& packed, int64_t block, int64_t row, int64_t depth, int64_t channel) const {
+  // Puts LANES channels of a row into a packed array.
+  void pack(mllm::Floats& packed, int64_t block, int64_t row, int64_t depth, int64_t channel, vec x) const {
     const int64_t first = blocks.first(block);
-    return packed.data() + first * depth + channel * blocks.size(block) + (row - first) * LANES;
+    Rows::put(packed.data() + first * depth, blocks.size(block), row - first, channel, x);
   }
 
   void norm(const mllm::DecoderNorm& norm, int64_t layer, bool record) {
@@ -44,7 +48,7 @@ struct DecoderWork {
           const float* x = p.x + r * hidden;
           const float scale = 1 / std::sqrt(dot(x, x, hidden) / hidden + norm.eps);
           for (int64_t e = 0; e < hidden; e += LANES)
-            store(place(room.normed, b, r, hidden, e), load(x + e) * scale * load(norm.gain + e));
+            pack(room.normed, b, r, hidden, e, load(x + e) * scale * load(norm.gain + e));
           if (record) keep(p.residual, r, layer, x, hidden);
         }
     });
@@ -65,13 +69,14 @@ struct DecoderWork {
   template <typename Put>
   void tile(const mllm::DecoderLinear& linear, int64_t n, const mllm::Floats& packed, int64_t depth, int64_t from,
             int64_t to, const Put& put) const {
-    const float* w = linear.weight + n * depth;
-    const int64_t sharing = std::min<int64_t>(to - from, 4), lines = (4 + sharing - 1) / sharing;
+    const T* w = static_cast<const T*>(linear.weight) + n * depth;
+    constexpr int64_t LINES = std::max<int64_t>(1, WEIGHTS * Rows::STEP * sizeof(T) / LINE);  // of a tile a step
+    const int64_t sharing = std::min<int64_t>(to - from, LINES), lines = (LINES + sharing - 1) / sharing;
     float sum[MOST][WEIGHTS];
     for (int64_t b = from; b < to; ++b) {
-      const char* next = reinterpret_cast<const char*>(w + WEIGHTS * depth) + b * lines * LINE * (depth / LANES);
+      const char* next = reinterpret_cast<const char*>(w + WEIGHTS * depth) + b * lines * LINE * (depth / Rows::STEP);
       // the first blocks of all fetch the next tile
-      multiply(blocks.size(b), rows_of(packed, b, depth), w, depth, depth, next, b < sharing ? lines : 0, sum);
+      Rows::product(blocks.size(b), rows_of(packed, b, depth), w, depth, depth, next, b < sharing ? lines : 0, sum);
       for (int64_t r = blocks.first(b), i = 0; r < blocks.first(b + 1); ++r, ++i) {
         if (linear.bias)
           for (int j = 0; j < WEIGHTS; ++j) sum[i][j] += linear.bias[n + j];
@@ -83,7 +88,7 @@ struct DecoderWork {
   void query_key_value(const mllm::DecoderLayer& layer) {
     const int64_t queries = sizes.queries(), keys = sizes.keys(), all = queries + 2 * keys;
     const int64_t tiles = all / WEIGHTS;
-    phase(tiles, run(tiles, WEIGHTS * sizes.hidden * 4), [&](int64_t from, int64_t to) {
+    phase(tiles, run(tiles, WEIGHTS * sizes.hidden * sizeof(T)), [&](int64_t from, int64_t to) {
       by_chunk(sizes.hidden, [&](int64_t block, int64_t last) {
         for (int64_t t = from; t < to; ++t) {
           const int64_t n = t * WEIGHTS;
@@ -131,8 +136,8 @@ struct DecoderWork {
         for (int64_t h = 0; h < sizes.kv_heads; ++h) {
           float* key = x + queries + h * width;
           turn(key, layer.key_norm, cos, sin);
-          std::copy_n(key, width, p.store.layers[index][0] + at + h * heads);
-          std::copy_n(key + keys, width, p.store.layers[index][1] + at + h * heads);
+          store_scaled(key, 1, width, static_cast<T*>(p.store.layers[index][0]) + at + h * heads);
+          store_scaled(key + keys, 1, width, static_cast<T*>(p.store.layers[index][1]) + at + h * heads);
         }
       }
     });
@@ -143,7 +148,7 @@ struct DecoderWork {
     // all items of a key head follow each other, so that its keys stay in the caches
     phase(items, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i)
-        attend_item(sizes, p, room, room.items[i % room.items.size()], i / room.items.size(), index, layer.scale, own);
+        attend_item<T>(sizes, p, room, room.items[i % room.items.size()], i / room.items.size(), index, layer.scale, own);
     });
   }
 
@@ -171,7 +176,7 @@ struct DecoderWork {
               store(out + h * width + e, all);
             }
           }
-          for (int64_t e = 0; e < queries; e += LANES) store(place(room.attended, b, r, queries, e), load(out + e));
+          for (int64_t e = 0; e < queries; e += LANES) pack(room.attended, b, r, queries, e, load(out + e));
           keep(p.outputs, r, index, out, queries);
         }
     });
@@ -180,7 +185,7 @@ struct DecoderWork {
   // p.x += a linear layer of packed rows
   void add(const mllm::DecoderLinear& linear, const mllm::Floats& packed, int64_t depth) {
     const int64_t tiles = sizes.hidden / WEIGHTS;
-    phase(tiles, run(tiles, WEIGHTS * depth * 4), [&](int64_t from, int64_t to) {
+    phase(tiles, run(tiles, WEIGHTS * depth * sizeof(T)), [&](int64_t from, int64_t to) {
       by_chunk(depth, [&](int64_t block, int64_t last) {
         for (int64_t t = from; t < to; ++t)
           tile(linear, t * WEIGHTS, packed, depth, block, last, [&](int64_t r, int64_t column, const float* sum) {
@@ -193,7 +198,7 @@ struct DecoderWork {
 
   void gate_and_up(const mllm::DecoderLayer& layer) {
     const int64_t units = sizes.inner / LANES;
-    phase(units, run(units, 2 * LANES * sizes.hidden * 4), [&](int64_t from, int64_t to) {
+    phase(units, run(units, 2 * LANES * sizes.hidden * sizeof(T)), [&](int64_t from, int64_t to) {
       own.resize(2 * p.rows * LANES);
       float *gate = own.data(), *up = gate + p.rows * LANES;
       by_chunk(sizes.hidden, [&](int64_t block, int64_t last) {
@@ -210,8 +215,8 @@ struct DecoderWork {
           }
           for (int64_t b = block; b < last; ++b)
             for (int64_t r = blocks.first(b); r < blocks.first(b + 1); ++r)
-              store(place(room.inner, b, r, sizes.inner, first),
-                    activated(load(gate + r * LANES), sizes.activation) * load(up + r * LANES));
+              pack(room.inner, b, r, sizes.inner, first,
+                   activated(load(gate + r * LANES), sizes.activation) * load(up + r * LANES));
         }
       });
     });
@@ -248,7 +253,8 @@ static mllm::DecoderRoom& decoder_room() {
   return room;
 }
 
-static void decoder_layers(const mllm::DecoderSizes& sizes, const std::vector<mllm::DecoderLayer>& layers,
+template <typename T>
+static void run_layers(const mllm::DecoderSizes& sizes, const std::vector<mllm::DecoderLayer>& layers,
                            const mllm::DecoderPass& given) {
   mllm::DecoderPass p = given;
   const double weights = static_cast<double>(sizes.hidden) * (2 * sizes.queries() + 2 * sizes.keys() + 3 * sizes.inner);
@@ -258,9 +264,14 @@ static void decoder_layers(const mllm::DecoderSizes& sizes, const std::vector<ml
   room.prepare(sizes, p, std::max<int64_t>(1, STACKED / sizes.group()));
   mllm::Phases phases(9 * layers.size() + 1);
   phases.run(p.threads, [&](int thread, mllm::Phases::Thread& way) {
-    DecoderWork work{sizes, p, room, mllm::RowBlocks(p.rows, MOST), static_cast<int64_t>(layers.size()),
+    DecoderWork<T> work{sizes, p, room, mllm::RowBlocks(p.rows, MOST), static_cast<int64_t>(layers.size()),
                      room.scratch[thread], way};
     for (size_t i = 0; i < layers.size(); ++i) work.layer(layers[i], i);
     work.last_norm();
   });
+}
+
+static void decoder_layers(const mllm::DecoderSizes& sizes, const std::vector<mllm::DecoderLayer>& layers,
+                           const mllm::DecoderPass& p) {
+  sizes.bfloat16 ? run_layers<uint16_t>(sizes, layers, p) : run_layers<float>(sizes, layers, p);
 }

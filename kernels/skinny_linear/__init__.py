@@ -18,6 +18,7 @@ from . import torch_kernel
 __all__ = ["skinny_linear", "worth_reading"]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_ALWAYS = 256  # rows that stay in the caches at any depth
 _LEAST_BYTES = 1 << 18  # a smaller weight stays in the processor's caches, where torch is as fast
 
 
@@ -64,7 +65,8 @@ def _few(x: Tensor, weight: Tensor) -> bool:
     if not (fits and rows and worth_reading(weight)):
         return False
     least, most = paths().rows.get(_NAMES.get(weight.dtype, ""), (1, 0))
-    return least <= rows <= most
+    # the number of rows was measured at a depth of 1,024; many deeper rows leave the caches earlier
+    return least <= rows <= most and (rows <= _ALWAYS or rows * weight.shape[1] <= most * 1024)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

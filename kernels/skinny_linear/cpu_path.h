@@ -25,20 +25,31 @@ struct Layer {
 
   explicit Layer(const mllm::SkinnyLinear& problem) : p(problem), packed(scratch()) {
     packed.resize(p.rows * whole);
-    for (int64_t b = 0; b < blocks; ++b) {
-      float* to = packed.data() + first(b) * whole;
-      for (int64_t k = 0; k < whole; k += LANES)
-        for (int64_t r = first(b); r < first(b + 1); ++r, to += LANES) store(to, load(x + r * p.depth + k));
-    }
+    std::atomic<int64_t> next{0};
+    // a byte that is moved takes as long as some operations
+    mllm::parallel(mllm::worthwhile_threads(p.threads, 4.0 * p.rows * p.depth), [&](int) {
+      for (int64_t b; (b = next++) < blocks;) pack(b);
+    });
+  }
+  void pack(int64_t b) const {
+    float* to = packed.data() + first(b) * whole;
+    for (int64_t k = 0; k < whole; k += LANES)
+      for (int64_t r = first(b); r < first(b + 1); ++r, to += LANES) store(to, load(x + r * p.depth + k));
   }
   int64_t first(int64_t block) const { return p.rows * block / blocks; }
 
-  void tile(int64_t n) const {
+  // Tiles [from, to), against blocks of rows that stay in the second cache with them, one after the other.
+  void tiles(int64_t from, int64_t to) const {
+    const int64_t most = std::max<int64_t>(1, (1 << 19) / std::max<int64_t>(1, MOST * whole * 4));
+    for (int64_t b = 0; b < blocks; b += most)
+      for (int64_t t = from; t < to; ++t) tile(t * WEIGHTS, b, std::min(b + most, blocks));
+  }
+  void tile(int64_t n, int64_t begin, int64_t end) const {
     float sum[MOST][WEIGHTS];
     const W* w = weight + n * p.depth;
     // the first blocks share the fetching of the next tile, so that memory is read while all of them multiply
     const int64_t sharing = std::min<int64_t>(blocks, 4), lines = (EACH + sharing - 1) / sharing;
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = begin; b < end; ++b) {
       const int64_t from = first(b), count = first(b + 1) - from;
       const char* next = reinterpret_cast<const char*>(w + WEIGHTS * p.depth) + b * lines * LINE * (whole / LANES);
       multiply(count, packed.data() + from * whole, w, p.depth, p.depth, next, b < sharing ? lines : 0, sum);
@@ -83,7 +94,7 @@ static void skinny_linear(const mllm::SkinnyLinear& p) {
   const double work = std::max<double>(2 * p.rows, 4 * sizeof(W)) * p.columns * p.depth;
   mllm::parallel(mllm::worthwhile_threads(p.threads, work), [&](int) {
     for (int64_t from; (from = run * next++) < tiles;)
-      for (int64_t t = from; t < std::min(from + run, tiles); ++t) layer.tile(t * WEIGHTS);
+      layer.tiles(from, std::min(from + run, tiles));
   });
   for (int64_t n = tiles * WEIGHTS; n < p.columns; ++n) layer.column(n);
 }

@@ -30,7 +30,7 @@ from ..weighted_values import torch_kernel as weighted_torch
 from .timing import Run
 
 ROW_SHARES = 8  # how many times as long as a use the rows of the linear layers take
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _KEYS, _IMAGE, _WIDTH = 640, (5, 581), 128
 _COLUMNS, _DEPTH, _COLD = 1024, 1024, 1 << 26  # bytes of weights, read in turn so that they come from memory
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -153,19 +153,19 @@ def _layers(sets: Sequence[str], kind: str, dtype: torch.dtype) -> dict[str, Run
     width = hidden // heads
 
     def linear(out: int, inside: int) -> LinearWeights:
-        return LinearWeights(_drawn(out, inside) / inside**0.5)
+        return LinearWeights((_drawn(out, inside) / inside**0.5).to(dtype))
 
-    norm, none, square = NormWeights(torch.ones(hidden), 1e-6), NormWeights(None), linear(hidden, hidden)
+    norm, none, square = NormWeights(torch.ones(hidden, dtype=dtype), 1e-6), NormWeights(None), linear(hidden, hidden)
     wide, down = linear(inner, hidden), linear(hidden, inner)
     layer = LayerWeights(
         norm, none, none, norm, square, square, square, square, wide, wide, down, width**-0.5
     )  # fmt: skip
     decoder = DecoderLayers([layer] * layers, norm, heads, heads, backend="torch")
-    keys = [torch.zeros(1, heads, _KEYS, width) for _ in range(layers)]
+    keys = [torch.zeros(1, heads, _KEYS, width, dtype=dtype) for _ in range(layers)]
     first = _KEYS - rows
     places = torch.tensor([(0, first + row) for row in range(rows)])
     entries = torch.tensor([(row, 0, 0, first + row + 1, first + row) for row in range(rows)])
     store, part = KeyStore(keys, keys, places), Part(keys, keys, entries)
-    turn = torch.ones(rows, width)
-    given = _drawn(rows, hidden), turn, 0 * turn, store, [part], ()
+    turn = torch.ones(rows, width, dtype=dtype)
+    given = _drawn(rows, hidden).to(dtype), turn, 0 * turn, store, [part], ()
     return {isa: partial(layers_kernel.prepare(decoder, isa), *given) for isa in sets}

@@ -14,8 +14,8 @@ from ..models.offload import device_of
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import StepOutput, decode_loop, own_state
 from ..runtime.generation_settings import GenerationSettings
-from ..runtime.hooks import Recording
 from ..runtime.model_runner import ModelRunner
+from ..runtime.record import Recording
 from ..runtime.recurrent import RecurrentPrefixDecoder, State
 from ..runtime.shared_prefix import SharedPrefixDecoder
 from ..runtime.trace import Trace

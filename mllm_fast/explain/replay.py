@@ -16,7 +16,9 @@ from ..knockout.plan import plan_of
 from ..knockout.rule import Knockout
 from ..models.text_model import TextModel
 from ..runtime.attention import seen_by
-from ..runtime.hooks import OnWeights, Recording, model_lock, recording
+from ..runtime.hooks import model_lock, recording
+from ..runtime.interception import OnWeights
+from ..runtime.record import Recording
 from ..runtime.row_mask import RowMask
 
 

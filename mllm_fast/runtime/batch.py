@@ -214,7 +214,7 @@ class Batch:
         self, direct: DirectDecoder, tokens: list[int], positions: list[int], lengths: list[int], ends: list[int]
     ) -> Tensor:
         """Run the layers of the decoder on the pass's tokens, and return what the final norm gives, [T, d]."""
-        self._own.make_slots(len(self.rows), direct.num_layers, direct.kv_heads, direct.width)
+        self._own.make_slots(len(self.rows), direct.num_layers, direct.kv_heads, direct.width, direct.dtype)
         own: list[tuple[int, ...]] = []
         by_stack: dict[int, tuple[SlotGroup, list[tuple[int, ...]]]] = {}
         places, last = [], -1

@@ -133,13 +133,13 @@ class _Reader:
 
     def _by_model(self, input_ids: Tensor) -> tuple[Tensor, Callable[[], Trace] | None]:
         model, watch, runner, first = self._model, self._watch, self._runner, self._passes == 0
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self._kwargs
-        )
         attached: AbstractContextManager[Any] = nullcontext()
         if not watch.nothing:
             attached = recording(runner.text, int(watch.explain), watch.plan, watch.shares, runner.backend)
-        with attached as record:
+        with attached as record:  # which makes the masks of a static cache too
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self._kwargs
+            )
             outputs = model(**inputs, return_dict=True)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         self._passes += 1

@@ -27,9 +27,16 @@ from .hooks import recording
 
 _TRIED = 6  # tokens that both ways read
 _FIRST = 3  # the position of the first of them
-_ALLOWED = 1e-4  # relative error of the last layer; the parts are checked to rounding, a wrong whole is off by far more
+# relative error of the last layer: rounding in float32, and in bfloat16, which the model rounds to after each step; the
+# parts are checked to rounding, a wrong whole is off by far more
+_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.08}
 _TABLE = 256  # positions by which a table of rotations grows
 _DEPENDENT = ("dynamic", "longrope")  # rotations that depend on the longest position of a pass
+
+
+def allowed(dtype: torch.dtype) -> float:
+    """Return by how much the direct way may differ from the model's own, relative to all of it."""
+    return _ALLOWED[dtype]
 
 
 class _Look(NamedTuple):
@@ -54,6 +61,7 @@ class DirectDecoder:
         self._decoder, self._config, self._text = text.decoder, text.config, text
         self.plain, self._kernel = plain, kernel
         self.num_layers, self.kv_heads, self.width = len(plain.layers), plain.kv_heads, kernel.width
+        self.dtype = plain.layers[0].query.weight.dtype
         self.scales = [layer.scale for layer in plain.layers]
         self.window = min((site.window for site in text.sites if site.window is not None), default=None)
         kind = getattr(text.decoder.rotary_emb, "rope_type", "default")
@@ -93,7 +101,7 @@ class DirectDecoder:
 
     def rotated(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `rotation` returns, from the decoder's own module."""
-        like = torch.empty(0, dtype=torch.float32)
+        like = torch.empty(0, dtype=self.dtype)
         cos, sin = self._decoder.rotary_emb(like, position_ids=positions[None])
         if cos.shape[:2] != (1, len(positions)):
             raise NotPlainError("a position has several rotations")
@@ -188,7 +196,7 @@ def _found(text: TextModel, backend: str) -> DirectDecoder:
         made = DirectDecoder(text, plain, kernel)
         found = _tried(made, tokens, positions)
     off = relative_error(found.normed, wanted)
-    if not off < _ALLOWED:
+    if not off < allowed(made.dtype):
         raise NotPlainError(f"the layers compute something beside their parts (by {off:.2g} of their output)")
     return made
 
@@ -200,7 +208,8 @@ def _has_query(text: TextModel) -> bool:
 def _tried(made: DirectDecoder, tokens: list[int], positions: list[int]) -> DecoderOutput:
     count = len(tokens)
     keys, values = (
-        [torch.empty(1, made.kv_heads, count, made.width) for _ in range(made.num_layers)] for _ in range(2)
+        [torch.empty(1, made.kv_heads, count, made.width, dtype=made.dtype) for _ in range(made.num_layers)]
+        for _ in range(2)
     )
     store = KeyStore(keys, values, torch.tensor([(0, i) for i in range(count)]))
     entries = torch.tensor([(i, 0, 0, i + 1, i) for i in range(count)])

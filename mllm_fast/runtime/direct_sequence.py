@@ -15,12 +15,11 @@ from ..kernels.knockout_attention.reference import open_pairs
 from ..knockout.plan import Plan
 from ..models.norms import relative_error
 from .attention import Scoring
-from .direct_decoder import DirectDecoder
+from .direct_decoder import DirectDecoder, allowed
 from .kv_cache import last_position
 from .trace import Trace
 
 _ROOM = 64  # positions that are allocated ahead
-_ALLOWED = 1e-4  # relative error of the logits against the model's own
 
 
 class DirectSequence:
@@ -67,7 +66,7 @@ class DirectSequence:
         made = cls(decoder, cache, length - 1, at - (length - 1))
         found, _ = made.read(token, plan, 0)
         off = relative_error(found, logits.double())
-        if not off < _ALLOWED:
+        if not off < allowed(decoder.dtype):
             warnings.warn(
                 f"the layers that are run directly give other logits than the model itself (by {off:.2g} of them); its"
                 " own forward reads this answer",
@@ -145,7 +144,7 @@ def _fits(decoder: DirectDecoder, cache: Any) -> bool:
     length = int(keys.size(2))
     shape = (1, decoder.kv_heads, length, decoder.width)
     return all(
-        one is not None and one.shape == shape and one.dtype == torch.float32 and one.device.type == "cpu"
+        one is not None and one.shape == shape and one.dtype == decoder.dtype and one.device.type == "cpu"
         for layer in layers
         for one in (layer.keys, layer.values)
     )

@@ -136,7 +136,8 @@ class GenerationSettings:
                     " text to explain as answer="
                 )
         for name in _RUNS_ELSEWHERE:
-            if self._given(name) is not None:
+            given = self._given(name)
+            if given is not None and (name, given) != ("cache_implementation", "static"):
                 raise InputError(f"{what} runs the model token by token and takes no {name}; use VLM.generate")
         if self._given("use_cache") is False:
             raise InputError(f"{what} runs the model token by token over a cache; leave out use_cache=False")

@@ -29,8 +29,9 @@ from ..models.processing import Images, Prompts, ordinary_ids
 from ..models.provenance import model_name
 from ..models.text_model import text_model
 from .generation_settings import GenerationSettings
-from .hooks import Recording, model_lock, recording
+from .hooks import model_lock, recording
 from .kv_cache import CACHE, cache_of, full_cache
+from .record import Recording
 from .token_bytes import TokenBytes
 
 _OPERATOR_BYTES = 1 << 30  # default budget of the operator cache
@@ -150,9 +151,24 @@ class ModelRunner(Displayed, NotPickled):
             )
         return plan
 
-    def whole_cache(self) -> dict[str, Any]:
-        """Return a cache that keeps every position, as an argument of the model; empty if its own cache does."""
-        return {CACHE: full_cache(self.text)} if any(site.window for site in self.text.sites) else {}
+    def whole_cache(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return a cache that keeps every position, as an argument of the model; empty if its own cache does.
+
+        Args:
+            options: The caller's arguments of `generate`.
+
+        Raises:
+            InputError: They name a cache, and the model's own would not keep every position.
+        """
+        if not any(site.window for site in self.text.sites):
+            return {}
+        named = (options or {}).get("cache_implementation")
+        if named is not None:
+            raise InputError(
+                f"layers of this model see a sliding window, and a {named} cache forgets what is outside it, which is"
+                " read here: leave cache_implementation at transformers' default"
+            )
+        return {CACHE: full_cache(self.text)}
 
     def settings(
         self, max_new_tokens: int | None = None, options: Mapping[str, Any] | None = None, greedy: bool = False

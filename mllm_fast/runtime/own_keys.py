@@ -66,15 +66,15 @@ class OwnKeys:
 
         self.layers, self.room = [(grown(keys), grown(values)) for keys, values in self.layers], room
 
-    def make_slots(self, rows: int, num_layers: int, kv_heads: int, width: int) -> None:
-        """Allocate slots for `rows` rows in all layers, in float32 on the CPU."""
+    def make_slots(self, rows: int, num_layers: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+        """Allocate slots for `rows` rows in all layers, on the CPU."""
         count = rows + len(self._free)
         held = len(self.layers[0][0]) if self.layers else 0
         if held >= count:
             return
         slots, made = max(4, count, 2 * held), []
         for layer in range(num_layers):
-            pair = [torch.zeros(slots, kv_heads, self.room, width) for _ in range(2)]
+            pair = [torch.zeros(slots, kv_heads, self.room, width, dtype=dtype) for _ in range(2)]
             for new, old in zip(pair, self.layers[layer] if self.layers else (), strict=False):
                 new[:held] = old
             made.append((pair[0], pair[1]))

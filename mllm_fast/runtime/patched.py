@@ -20,11 +20,11 @@ from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..knockout.plan import LayerPlan, Plan
 from ..knockout.rule import Knockout, parse_layers
-from .hooks import Recording, recording
+from . import compiled
+from .hooks import recording
 from .kv_cache import CACHE, cache_of
 from .model_runner import ModelRunner
-
-_CACHES = dict.fromkeys((CACHE, "cache", "past_key_values"))
+from .record import Recording
 
 
 @dataclass
@@ -64,9 +64,11 @@ class _Patch:
         self.original = runner.model.generate
         self.record: Recording | None = None
         self._current: PatchedCall | None = None
-        self._generating = False
         self._by_cache: weakref.WeakKeyDictionary[Any, PatchedCall] = weakref.WeakKeyDictionary()
         self._uncached: PatchedCall | None = None
+        self.model: Any = runner.model
+        self.hooks: Any = None  # which call this
+        self._compiled: tuple[PatchedCall, int] | None = None  # of a compiled model: the call, and how much was read
 
     @property
     def layers(self) -> list[LayerPlan | None]:
@@ -91,21 +93,20 @@ class _Patch:
         """Run the model's `generate`, and note its prompt."""
         given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._current = self._begin(given, kwargs)
-        self._generating = True
+        self.hooks.generating = True
         try:
             output = self.original(*args, **kwargs)
             call = self._current
             call.sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
             return output
         finally:
-            self._generating, self._current = False, None
+            self.hooks.generating, self._current = False, None
+            self.finish()
 
-    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Find the prompt that a call of the model belongs to, before the call runs."""
-        if self._generating:
-            return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        cache = compiled.cache_given(kwargs)
         if cache is None or not cache.get_seq_length():
             self._current = (None if cache is not None else self._goes_on(ids)) or self._begin(ids, kwargs)
             return
@@ -114,6 +115,31 @@ class _Patch:
             raise InputError(
                 "the cache was filled outside this block, or copied, so what lies in it is not known: make it inside"
             )
+        self._check_rows(call, ids)
+        self._current = call
+
+    def begin_in_graph(self, ids: Tensor, read: int, cached: bool, inputs: dict[str, Any]) -> None:
+        """Find the prompt of a call of a compiled model; `read` positions were read into its cache before."""
+        if not read:
+            before = self._current if self.hooks.last_cache is None and not cached else None
+            if before is not None and before.seen_ids is not None:
+                self._uncached = before
+            self._current = (None if cached else self._goes_on(ids)) or self._begin(ids, inputs)
+            self._current.seen_ids = ids
+            self._compiled = self._current, ids.shape[1]
+            return
+        call, known = self._compiled or (None, 0)
+        if call is None or known != read:
+            raise InputError(
+                f"the cache holds {read} positions, and the last call of the compiled model inside this block read"
+                f" {known}: make the cache inside the block, and read one sequence or batch at a time"
+            )
+        self._check_rows(call, ids)
+        self.finish()
+        self._current, self._compiled = call, (call, read + 1)
+
+    @staticmethod
+    def _check_rows(call: PatchedCall, ids: Any) -> None:
         if not isinstance(ids, Tensor) or ids.shape[1] != 1:
             raise InputError(
                 "after its first pass a cache takes one token a sequence here: of several it is not known whether they"
@@ -124,9 +150,13 @@ class _Patch:
                 f"the cache holds {len(call.layouts)} prompts, the call {len(ids)} sequences, so it is not known which"
                 " is whose: keep all sequences of a batch"
             )
-        self._current = call
 
-    def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def finish(self) -> None:
+        """Give the last call of a compiled model the cache that its last pass filled."""
+        if self.calls and self.calls[-1].cache is None:
+            self.calls[-1].cache = self.hooks.last_cache
+
+    def after(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Note the cache of a call of the model after it ran."""
         call = self._current
         if call is None:
@@ -135,10 +165,10 @@ class _Patch:
         if cache is not None:
             call.cache = cache
             self._by_cache[cache] = call
-        elif not self._generating:
+        elif not self.hooks.generating:
             call.seen_ids = kwargs.get("input_ids", args[0] if args else None)
             self._uncached = call
-        if not self._generating:
+        if not self.hooks.generating:
             self._current = None
 
     def _goes_on(self, ids: Any) -> PatchedCall | None:
@@ -151,11 +181,7 @@ class _Patch:
 
     def _begin(self, ids: Any, inputs: dict[str, Any]) -> PatchedCall:
         if not isinstance(ids, Tensor) or ids.ndim != 2:
-            got = "inputs_embeds" if inputs.get("inputs_embeds") is not None else type(ids).__name__
-            raise InputError(
-                f"the model is called with input_ids, int64 [sequences, tokens], inside this block; got {got}: which"
-                " tokens are the image's is read from the ids"
-            )
+            raise _no_ids(ids, inputs)
         mask = inputs.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(ids)
@@ -202,6 +228,14 @@ class _Patch:
         return layouts
 
 
+def _no_ids(ids: Any, inputs: dict[str, Any]) -> InputError:
+    got = "inputs_embeds" if inputs.get("inputs_embeds") is not None else type(ids).__name__
+    return InputError(
+        f"the model is called with input_ids, int64 [sequences, tokens], inside this block; got {got}: which tokens are"
+        " the image's is read from the ids"
+    )
+
+
 @contextmanager
 def patched(runner: ModelRunner, rules: Sequence[Knockout], rows: int = 0) -> Iterator[list[PatchedCall]]:
     """Run every call of the model inside the block under these knockouts, and record the last `rows` rows of each pass.
@@ -214,12 +248,9 @@ def patched(runner: ModelRunner, rules: Sequence[Knockout], rows: int = 0) -> It
     calls: list[PatchedCall] = []
     model: Any = runner.model
     patch = _Patch(runner, rules, calls)
-    with recording(runner.text, rows, patch if rules else None, backend=runner.backend) as patch.record:  # type: ignore[arg-type]
+    plan: Any = patch if rules else None
+    with recording(runner.text, rows, plan, backend=runner.backend, follower=patch) as patch.record:
         before = vars(model).get("generate")
-        handles = [
-            model.register_forward_pre_hook(patch.before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(patch.after, with_kwargs=True),
-        ]
         model.generate = patch.generate
         try:
             yield calls
@@ -228,5 +259,4 @@ def patched(runner: ModelRunner, rules: Sequence[Knockout], rows: int = 0) -> It
                 del model.generate
             else:
                 model.generate = before
-            for handle in handles:
-                handle.remove()
+            patch.finish()

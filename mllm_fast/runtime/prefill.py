@@ -12,9 +12,10 @@ from ..core.layout import TokenLayout
 from ..knockout.attention_share import AttentionObserver
 from ..models.text_model import TextModel
 from .decoding import own_state
-from .hooks import Recording, recording
+from .hooks import recording
 from .kv_cache import cache_of, last_position
 from .model_runner import ModelRunner
+from .record import Recording
 from .trace import held
 
 

@@ -18,8 +18,9 @@ from transformers.cache_utils import LinearAttentionLayer
 from ..core.errors import InputError
 from ..models.text_model import TextModel
 from .attention import Scoring
-from .hooks import Recording, recording
+from .hooks import recording
 from .kv_cache import CACHE, full_cache
+from .record import Recording
 from .shared_prefix import SharedPrefixDecoder
 from .trace import Trace
 

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..core.errors import InputError
-
 _FACTS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "device", "dtype", "layout", "requires_grad")}
 _FACTS |= {Tensor.size, Tensor.stride, Tensor.dim, Tensor.__len__, Tensor.__hash__, Tensor.is_floating_point}
 
@@ -30,6 +28,8 @@ class RowMask(Tensor):
         offset: Position of the first row in the sequence.
         key_offset: Position of the first key in the sequence.
         start: The first key of each sequence that is no padding, int32 [B], if all padding is on the left.
+        keep: Keeps the mask and returns a plain tensor that names it, for a graph or a static cache; None if nobody
+            follows the pass.
     """
 
     rule: Callable[..., Any]
@@ -39,6 +39,7 @@ class RowMask(Tensor):
     offset: int
     key_offset: int
     start: Tensor | None
+    keep: Callable[[RowMask], Tensor] | None
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class RowMask(Tensor):
         mask = Tensor._make_subclass(cls, empty)
         mask.rule, mask.padding, mask.start = rule, padding, start
         mask.rows, mask.keys, mask.offset, mask.key_offset = rows, keys, offset, key_offset
+        mask.keep = None
         return mask
 
     @classmethod
@@ -89,11 +91,13 @@ class RowMask(Tensor):
         if device is None or torch.empty(0, device=device).device == self.device:
             return self
         padding, start = (None if part is None else part.to(device) for part in (self.padding, self.start))
-        return RowMask.of(self.rule, padding, self.rows, self.keys, self.offset, self.key_offset, device, start)
+        moved = RowMask.of(self.rule, padding, self.rows, self.keys, self.offset, self.key_offset, device, start)
+        moved.keep = self.keep
+        return moved
 
     def contiguous(self, *_: Any, **__: Any) -> Tensor:
-        """Raise InputError: `generate` calls this where it makes the mask for a static cache, which can be compiled."""
-        raise InputError("a static cache is not supported here; leave cache_implementation at transformers' default")
+        """Return what names this mask: `generate` calls this for a static cache, so that the pass can be compiled."""
+        return _array(self) if self.keep is None else self.keep(self)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return which keys rows `start` to `stop` see, bool [B or 1, 1, stop - start, N], True where a key is seen."""
@@ -125,31 +129,32 @@ def row_mask(  # noqa: PLR0913
 ) -> Tensor:
     """Make the mask of a forward pass; transformers calls this once a forward pass, as its mask function.
 
+    The end of a static cache that nothing was written to is left out of the keys.
+
     Returns:
         A `RowMask`, or a bool tensor [B, 1, rows, keys] for a rule that is not a function of indices alone.
     """
+    q_offset, kv_offset = int(q_offset), int(kv_offset)
+    kv_length = min(kv_length, q_offset + q_length - kv_offset)
     if use_vmap:
-        made = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            use_vmap=True,
-            device=device,
-            **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-        )
-        assert made is not None
-        return made
+        facts: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        facts |= {"q_offset": q_offset}
+        facts |= {"kv_offset": kv_offset, "attention_mask": attention_mask, "device": device}
+        return array_mask(mask_function, use_vmap=True, **facts, **options)
     padding, start = None, None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
-        padding = F.pad(padding, (0, kv_length - padding.shape[1]))  # the unused end of a static cache
+        padding = F.pad(padding, (0, kv_length - padding.shape[1]))
         if padding.all():
             padding = None
         elif not (padding[:, :-1] & ~padding[:, 1:]).any():
             start = (~padding).sum(1, dtype=torch.int32)
-    where = torch.device(device)
-    return RowMask.of(mask_function, padding, q_length, kv_length, int(q_offset), int(kv_offset), where, start)
+    return RowMask.of(mask_function, padding, q_length, kv_length, q_offset, kv_offset, torch.device(device), start)
+
+
+def array_mask(rule: Callable[..., Any], **facts: Any) -> Tensor:
+    """Return a mask as transformers makes it for SDPA, bool [B, 1, rows, keys]; see `row_mask` for the arguments."""
+    facts |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    made = sdpa_mask(mask_function=rule, **facts)
+    assert made is not None
+    return made

@@ -18,7 +18,8 @@ from ..kernels.decoder_layers import DecoderOutput, KeyStore, Part
 from ..models.text_model import TextModel
 from .attention import Scoring, attend_seen, attend_split, join_rows
 from .direct_decoder import DirectDecoder, direct_decoder
-from .hooks import Recording, model_lock, recording
+from .hooks import model_lock, recording
+from .record import Recording
 from .trace import Trace, trace_of
 
 _ROOM = 32  # the most positions that are allocated ahead
@@ -73,9 +74,10 @@ class SharedPrefixDecoder:
         """
         with model_lock(self.text):
             held = self.keys[0], self.values[0]
-            plain = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in held)
+            plain = all(one.device.type == "cpu" for one in held)
             found = direct_decoder(self.text, self.backend) if plain else None
-            self._direct = None if found is None or found.window is not None else found
+            fits = found is not None and found.window is None and all(one.dtype == found.dtype for one in held)
+            self._direct = found if fits else None
             if self._direct is None:
                 with recording(self.text, rows, backend=self.backend, attention_fn=self.attend) as self._record:
                     yield self._record

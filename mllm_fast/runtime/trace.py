@@ -14,7 +14,7 @@ from ..core.errors import InputError
 from ..kernels import weighted_values, wide_type, without_autocast
 from ..models.text_model import TextModel
 from .attention import Scoring
-from .hooks import Recording
+from .record import Recording
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,8 @@ def held(text: TextModel, record: Recording, cache: Any, site: int) -> tuple[Ten
         return *record.attended[site], "recording"
     layer = cache.layers[place]
     found = [getattr(layer, name, None) for name in ("keys", "values")]
+    if isinstance(found[0], Tensor) and getattr(layer, "cumulative_length_int", 0) > found[0].shape[-2]:
+        found = [None, None]  # a static window that has moved on
     kind = record.query[site][-1].dtype if record.query[site] else None
     keys, values = (one.to(kind or one.dtype) if isinstance(one, Tensor) else None for one in found)
     return keys, values, type(layer).__name__

@@ -154,7 +154,7 @@ def weighted_cases():
 def decoder(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
     (hidden, heads, _, width, _), layers = given["sizes"], given["layers"]
     made = module.Decoder(
-        given["sizes"], given["gelu"],
+        given["sizes"], (given["gelu"], False),
         [
             ([(at(norm), 1e-5) for norm in norms], [(at(one), 0) for one in linear], width**-0.5)
             for norms, linear in layers
