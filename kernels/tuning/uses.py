@@ -66,13 +66,13 @@ def _drawn(*shape: int) -> Tensor:
 
 
 def _attention(sets: Sequence[str], kind: str, dtype: torch.dtype) -> dict[str, Run]:
-    rows = {"prefill": _KEYS, "few rows": 24, "one row": 1}[kind]
+    rows = {"prefill": _KEYS, "few rows": 16, "one row": 1}[kind]
     heads = max(4 if kind == "prefill" else 8, torch.get_num_threads())
     key, value = (_drawn(1, heads, _KEYS, _WIDTH).to(dtype) for _ in range(2))
     query = _drawn(1, heads, rows, _WIDTH).to(dtype)
     ids = torch.full((1, _KEYS), 2, dtype=torch.uint8)
     ids[:, : _IMAGE[0]], ids[:, slice(*_IMAGE)] = 0, 1
-    closed = (None, None) if kind == "one row" else (ids, segment_table([(1, 2)]))  # the row would read 64 keys
+    closed = (ids, segment_table([(1, 2)])) if kind == "prefill" else (None, None)  # few rows would read 64 keys
     segments, table = closed
     scale = _WIDTH**-0.5
     kernel = partial(attention_kernel.attention, query, key, value, segments, table, None, scale, False, False)
