@@ -47,6 +47,7 @@ IN_ORDER = [
     "detect",
     "convert",
     "info",
+    "tune",
 ]
 
 NOTE = "the embedded model knows coloured shapes alone; give your own with "
@@ -189,7 +190,7 @@ def test_config_of_all_commands_leaves_other_meanings_of_model_alone(configured)
     assert "model" not in found["info"]
     assert "model" not in found["joint"].get("import", {})
     assert found["joint"]["train"] == {"model": "/of-all", "seed": 5}
-    assert set(found) == set(IN_ORDER) - {"detect", "convert"}
+    assert set(found) == set(IN_ORDER) - {"detect", "convert", "tune"}
     configured('[info]\nmodel = "shapes"')
     assert config.defaults(get_command(app)) == {"info": {"model": "shapes"}}
 

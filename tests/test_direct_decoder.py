@@ -199,7 +199,7 @@ def test_another_result_than_the_models_own_is_told(monkeypatch, passes):
     vlm = mf.VLM(model, processor)
     wanted = [one[0] for one in steps(vlm, explain=False)]
     passes.clear()
-    monkeypatch.setattr(direct_sequence, "_ALLOWED", 0.0)
+    monkeypatch.setattr(direct_sequence, "allowed", lambda dtype: 0.0)
     with pytest.warns(UserWarning, match="other logits than the model itself"):
         assert [one[0] for one in steps(vlm, explain=False)] == wanted
     assert len(passes) == 1

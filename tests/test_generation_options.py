@@ -187,7 +187,7 @@ REFUSED = {
     "prompt_lookup_num_tokens": 3,
     "custom_generate": lambda: None,
     "streamer": object(),
-    "cache_implementation": "static",
+    "cache_implementation": "quantized",
     "use_cache": False,
     "prefill_chunk_size": 8,
     "output_attentions": True,

@@ -103,11 +103,13 @@ def test_options_reach_generate(shapes, picture):
         shapes.generate([], "describe the image")
 
 
-def test_static_cache_is_refused_by_name(shapes, picture):
+def test_caches_are_accepted_or_refused_by_name(shapes, picture):
     before = shapes.text.config._attn_implementation
     with pytest.raises(mf.InputError, match="takes no cache_implementation"):
-        shapes.explain(picture, "describe the image", cache_implementation="static")
+        shapes.explain(picture, "describe the image", cache_implementation="quantized")
     assert shapes.text.config._attn_implementation == before
+    words = shapes.explain(picture, "describe the image", cache_implementation="static").tokens
+    assert words == shapes.explain(picture, "describe the image").tokens
     assert shapes.generate(picture, "describe the image", cache_implementation="static").text
 
 

@@ -29,32 +29,9 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
     Weights, keys and values of bfloat16 are read as they are; all else is float32 between the first layer and the last.
     `isa` selects an instruction set (for tests); None selects the best of the processor.
     """
-    extension, _ = cpu_extension()
-    small: list[Tensor | None] = []  # gains and biases in float32, for as long as they are read
-
-    def wide(tensor: Tensor | None) -> int:
-        small.append(None if tensor is None else tensor.float())
-        return _address(small[-1])
-
-    layers = [
-        (
-            [(wide(one.gain), one.eps) for one in (la.input_norm, la.query_norm, la.key_norm, la.middle_norm)],
-            [
-                (one.weight.data_ptr(), wide(one.bias))
-                for one in (la.query, la.key, la.value, la.output, la.gate, la.up, la.down)
-            ],
-            la.scale,
-        )
-        for la in decoder.layers
-    ]
-    made = _Held(extension.Decoder(  # type: ignore[union-attr]
-        (decoder.hidden, decoder.heads, decoder.kv_heads, decoder.width, decoder.inner),
-        (decoder.activation == "gelu_tanh", decoder.dtype == torch.bfloat16),
-        layers,
-        (wide(decoder.final.gain), decoder.final.eps),
-    ), small)  # fmt: skip
+    made = _held_decoder(decoder)
     chosen = isa or instruction_set("decoder_layers", decoder.dtype)
-    count, shape = len(layers), (decoder.heads, decoder.width)
+    count, shape = len(decoder.layers), (decoder.heads, decoder.width)
 
     def run(
         hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
@@ -89,6 +66,33 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
         return DecoderOutput(hidden.to(kind), normed.to(kind), *kept)
 
     return run
+
+
+def _held_decoder(decoder: DecoderLayers) -> _Held:
+    extension, _ = cpu_extension()
+    small: list[Tensor | None] = []  # gains and biases in float32, for as long as they are read
+
+    def wide(tensor: Tensor | None) -> int:
+        small.append(None if tensor is None else tensor.float())
+        return _address(small[-1])
+
+    layers = [
+        (
+            [(wide(one.gain), one.eps) for one in (la.input_norm, la.query_norm, la.key_norm, la.middle_norm)],
+            [
+                (one.weight.data_ptr(), wide(one.bias))
+                for one in (la.query, la.key, la.value, la.output, la.gate, la.up, la.down)
+            ],
+            la.scale,
+        )
+        for la in decoder.layers
+    ]
+    return _Held(extension.Decoder(  # type: ignore[union-attr]
+        (decoder.hidden, decoder.heads, decoder.kv_heads, decoder.width, decoder.inner),
+        (decoder.activation == "gelu_tanh", decoder.dtype == torch.bfloat16),
+        layers,
+        (wide(decoder.final.gain), decoder.final.eps),
+    ), small)  # fmt: skip
 
 
 def _held(mask: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, int, Tensor | None]:

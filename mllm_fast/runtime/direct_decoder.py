@@ -150,6 +150,8 @@ def _look(text: TextModel, backend: str) -> _Look:
         elif known.decoder.plain.in_place:
             return _Look(backend, None, "the model has hooks, is in training or runs under autocast")
         # other modules or weights, such as an adapter's: look again
+    if torch.is_autocast_enabled("cpu"):  # for now: nothing is known of the model without it
+        return _Look(backend, None, "the model runs under autocast")
     if str(text.config._attn_implementation).startswith("mllm_fast_"):
         return _Look(backend, None, "the model is being recorded, or its attention is knocked out")
     try:

@@ -116,7 +116,7 @@ class SharedPrefixDecoder:
         assert self._record is not None
         rows, count = torch.arange(len(tokens)), len(self._next)
         if not self._own or self._own[0][0].shape[1] < self.length:
-            empty = torch.empty(0, direct.kv_heads, direct.width)
+            empty = torch.empty(0, direct.kv_heads, direct.width, dtype=direct.dtype)
             for layer in range(direct.num_layers):
                 self._make_room(layer, [empty, empty])
         place = self.length - self._longest + self._rows % self._longest
