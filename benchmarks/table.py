@@ -13,6 +13,7 @@ from table_gpu import gpu
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_APART = ("gpu-", "paths_")  # results that name their machine where they are shown
 
 
 def table() -> str:
@@ -26,6 +27,7 @@ def table() -> str:
         kernels.tiles(_result("attention_amx"), _result("scores_amx")),
         *(gpu(_result(path.stem)) for path in sorted(RESULTS.glob("gpu-*.json"))),
         kernels.linear(_result("linear")),
+        kernels.paths([_result(path.stem) for path in sorted(RESULTS.glob("paths_*.json"))]),
         kernels.knockouts(knockouts),
     ]
     # figures that were not measured are left out, not made up
@@ -38,6 +40,7 @@ def table() -> str:
     parts += [_methods(_result("maps"))] if _has("maps") else []
     parts += [_joint(_result("joint"), _result("gradient_alignment"))] if _has("joint") else []
     parts += [serving(_result("serving"))] if _has("serving") else []
+    parts += [_peers(_result("peers"), _result("peers_bfloat16"))] if _has("peers") else []
     parts += [_accuracy(accuracy), _machines()]
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -126,6 +129,27 @@ def _cost(explanation: dict) -> list[str]:
         f" the largest array made holds {long['largest_array_elements']:,} numbers; tokens squared would be"
         f" {long['square_elements']:,}.",
     ]
+
+
+def _peers(full: dict, half: dict) -> list[str]:
+    """What was asked of vLLM and of the server in one run each."""
+    rows = {"float32": full["servers"], "bfloat16": half["servers"]}
+    lines = [
+        "Beside vLLM for the CPU with prefix caching, on the same two cores, over HTTP: a LLaVA of random weights (d ="
+        " 1,024, 16 layers, 576 image tokens), 8 tokens an answer; the first question about a picture, then 32 questions"
+        " about it at once, alone and beside a busy process; and the embedded model under 64 clients:",
+        "",
+        "| server | first question, s | 32 at once, answers/s | beside a busy process | embedded, answers/s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for dtype, servers in rows.items():
+        for name, row in servers.items():
+            small = row.get("embedded, 64 clients, answers/s")
+            last = "" if small is None else f"{small:.0f}"
+            lines.append(
+                f"| {name}, {dtype} | {row['first s']:.2f} | {row['burst/s']:.1f} | {row['neighbour/s']:.1f} | {last} |"
+            )
+    return lines
 
 
 def _streaming(found: dict) -> list[str]:
@@ -330,7 +354,7 @@ def _machines() -> list[str]:
     where: dict[str, list[str]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         m = json.loads(path.read_text()).get("machine")
-        if m is not None and not path.stem.endswith("_amx") and not path.stem.startswith("gpu-"):
+        if m is not None and not path.stem.endswith(("_amx", "_bfloat16")) and not path.stem.startswith(_APART):
             where.setdefault(f"two cores of an {m['cpu']}, torch {m['torch']}", []).append(f"`{path.stem}.py`")
     most = max(where, key=lambda name: len(where[name]))
     rest = "".join(f" ({', '.join(files)}: {name})" for name, files in where.items() if name != most)

@@ -86,13 +86,34 @@ def linear(found: dict) -> list[str]:
     pair = lambda row: f"{row['kernel']:.0f} against {row['torch']:.0f} ({row['torch'] / row['kernel']:.1f} x)"  # noqa: E731
     return [
         f"All linear layers of a language model of d = 1,024 and 16 layers ({found['float32 megabytes']:,.0f} MB in"
-        " float32) for a few rows, ms, `skinny_linear`'s kernel against torch; it serves up to 64 rows in float32 and"
-        " 8 in bfloat16:",
+        " float32) for a few rows, ms, `skinny_linear`'s kernel against torch; how many rows it serves is measured on"
+        " each machine:",
         "",
         "| rows | " + " | ".join(full) + " |",
         "| --- |" + " ---: |" * len(full),
         *(f"| {name} | " + " | ".join(map(pair, rows.values())) + " |" for name, rows in found["ms"].items()),
     ]
+
+
+def paths(found: list[dict]) -> list[str]:
+    """One row a processor that was measured."""
+    lines = [
+        "The path that each call takes is chosen by a calibration of the machine (`mllm-fast tune`). Of every op, type"
+        " and size in `python benchmarks/paths.py`, how much longer the chosen path takes than the best one, at most;"
+        " and prefill with the image knocked out in float32, as a share of the processor's multiply-adds:",
+        "",
+        "| processor | instruction sets | peak, GFLOP/s | chosen over best, at most | N = 640 | N = 2,048 |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for one in found:
+        rows, machine = one["rows"], one["machine"]
+        worst = max(row["chosen over best"] for row in rows.values())
+        shares = [rows[f"attention of {n} rows over {n} keys, float32"]["share of the peak"] for n in (640, 2048)]
+        lines.append(
+            f"| {machine['cpu']}, {machine['threads']} threads | {machine['instruction sets']} |"
+            f" {one['peak gflops']:.0f} | {worst:.2f} x | {shares[0]:.0%} | {shares[1]:.0%} |"
+        )
+    return lines
 
 
 def knockouts(knockouts: dict) -> list[str]:
