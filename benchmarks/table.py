@@ -136,8 +136,8 @@ def _peers(full: dict, half: dict) -> list[str]:
     rows = {"float32": full["servers"], "bfloat16": half["servers"]}
     lines = [
         "Beside vLLM for the CPU with prefix caching, on the same two cores, over HTTP: a LLaVA of random weights (d ="
-        " 1,024, 16 layers, 576 image tokens), 8 tokens an answer; the first question about a picture, then 32 questions"
-        " about it at once, alone and beside a busy process; and the embedded model under 64 clients:",
+        " 1,024, 16 layers, 576 image tokens), 8 tokens an answer; the first question about a picture, then 32"
+        " questions about it at once, alone and beside a busy process; and the embedded model under 64 clients:",
         "",
         "| server | first question, s | 32 at once, answers/s | beside a busy process | embedded, answers/s |",
         "| --- | ---: | ---: | ---: | ---: |",

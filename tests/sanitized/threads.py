@@ -154,7 +154,7 @@ def weighted_cases():
 def decoder(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
     (hidden, heads, _, width, _), layers = given["sizes"], given["layers"]
     made = module.Decoder(
-        given["sizes"], (given["gelu"], False),
+        given["sizes"], (given["gelu"], given["bfloat16"]),
         [
             ([(at(norm), 1e-5) for norm in norms], [(at(one), 0) for one in linear], width**-0.5)
             for norms, linear in layers
@@ -181,6 +181,23 @@ def decoder(module, isa: str, threads: int, given: dict) -> list[np.ndarray]:
 
 
 def decoder_cases():
+    for case in float_decoder_cases():
+        yield case | {"bfloat16": False}
+        half = lambda arrays: [narrowed(one) for one in arrays]  # noqa: E731
+        yield case | {
+            "bfloat16": True,
+            "layers": [(norms, half(linear)) for norms, linear in case["layers"]],
+            "store": [half(pair) for pair in case["store"]],
+            "prefix": [half(pair) for pair in case["prefix"]],
+        }
+
+
+def narrowed(array: np.ndarray) -> np.ndarray:
+    """Floats as bfloat16, cut off."""
+    return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def float_decoder_cases():
     for rows, heads, kv_heads, width, head_norms in ((33, 8, 2, 32, True), (7, 4, 4, 64, False)):
         hidden, inner = 256, 512
         sizes = (heads * width, hidden), (kv_heads * width, hidden), (kv_heads * width, hidden)
