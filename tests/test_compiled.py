@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import StaticCache
 
 import mllm_fast as mf
+from mllm_fast.runtime.kv_cache import CACHE, cache_of
 
 # transformers compiles these whole: causal, a sliding window, and a rule of its own
 CASES = [("llava", "dynamic"), ("llava", "static"), ("gemma3", "static"), ("paligemma", "static")]
@@ -46,7 +47,7 @@ def model_of(name: str) -> mf.VLM:
 def loop(vlm, run, cache=None, graphs=None):
     """Logits of a decoding loop, the sequence, and how many graphs there were after the fourth token."""
     inputs, _ = vlm.prepare(PICTURE, "what is this")
-    given = {} if cache is None else {"cache": cache}
+    given = {} if cache is None else {CACHE: cache}
     early = 0
     with torch.no_grad():
         out = run(**inputs, **given, use_cache=True)
@@ -54,7 +55,7 @@ def loop(vlm, run, cache=None, graphs=None):
         for step in range(TOKENS):
             token = logits[-1].argmax(-1)[:, None]
             ids = torch.cat([ids, token], 1)
-            out = run(input_ids=token, use_cache=True, cache=out.cache)
+            out = run(input_ids=token, use_cache=True, **{CACHE: cache_of(out)})
             logits.append(out.logits[:, -1])
             early = graphs.count if graphs is not None and step == 3 else early
     return torch.stack(logits), ids[:, : inputs["input_ids"].shape[1] + TOKENS], early
@@ -144,10 +145,10 @@ def test_prompts_one_after_the_other_and_a_foreign_cache():
         with vlm.knocked_out(RULE):
             for one, expected in zip(prompts, truth, strict=True):
                 torch.testing.assert_close(compiled(**one, use_cache=False).logits, expected, rtol=0, atol=1e-12)
-        outside = compiled(**prompts[0], use_cache=True).cache
+        outside = cache_of(compiled(**prompts[0], use_cache=True))
         token = torch.tensor([[5]])
         with vlm.knocked_out(RULE), pytest.raises(mf.InputError, match="make the cache inside the block"):
-            compiled(input_ids=token, cache=outside, use_cache=True)
+            compiled(input_ids=token, use_cache=True, **{CACHE: outside})
 
 
 def test_streams_over_a_static_cache(picture):

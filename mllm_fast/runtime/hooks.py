@@ -226,8 +226,10 @@ class _Hooks:
         if embeds is None:  # a text-only model gets token ids
             embeds = self.text.decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
         positions = kwargs.get("position_ids")
-        others = {name: given for name, given in kwargs.items() if name not in _REPLAYED}
-        others = {name: given for name, given in others.items() if given is not None and given is not False}
+        others = {}
+        for name, given in kwargs.items():  # a loop: older compilers do not follow such a comprehension
+            if name not in _REPLAYED and given is not None and given is not False:
+                others[name] = given
         if torch.compiler.is_compiling():
             compiled.note_inputs(embeds, positions, others, self.clock, self.number)
         else:

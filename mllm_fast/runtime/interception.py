@@ -60,7 +60,8 @@ class Interception:
         slot = compiled.slot_of(attention_mask)
         if slot is not None:
             attention_mask = self.masks[slot]
-        if attention_mask is not None and self.attention_fn is None:  # without the end of a static cache that nothing was written to
+        # without the end of a static cache that nothing was written to
+        if attention_mask is not None and self.attention_fn is None:
             end = self.ends.get(attention_mask.shape[3], attention_mask.shape[3])
             key, value = key[:, :, :end], value[:, :, :end]
             attention_mask = attention_mask if end == attention_mask.shape[3] else attention_mask[..., :end]
