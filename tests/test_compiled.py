@@ -3,6 +3,9 @@ is written, and nothing is compiled again from token to token or from block to b
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import tiny
@@ -113,6 +116,18 @@ def test_generate_of_a_compiled_model(options):
     assert torch.equal(generate(), plain)
     explained = vlm.explain(PICTURE, "what is this", max_new_tokens=4, knockout=RULE)
     torch.testing.assert_close(explained.head_scores[:4], expected.head_scores[:4], rtol=0, atol=1e-9)
+
+
+def test_nothing_of_a_block_is_held():
+    """The hooks of a kind of block are kept with the model, what was recorded and the keys and values are not."""
+    vlm = model_of("llava")
+    inputs, _ = vlm.prepare(PICTURE, "what is this")
+    with vlm.recording(RULE) as recorded:
+        vlm.model.generate(**inputs, max_new_tokens=3)
+    held = [weakref.ref(one) for one in (recorded._calls[0].cache, recorded._calls[0].record)]
+    del recorded
+    gc.collect()
+    assert not any(one() is not None for one in held)
 
 
 def test_gradients_of_a_compiled_model():

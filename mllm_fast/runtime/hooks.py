@@ -145,7 +145,7 @@ class _Hooks:
 
     def __init__(self, here: Interception):
         self.text, self.which = here.text, _Which.of(here)
-        self.here = here
+        self.here: Any = here
         self.number = compiled.register(self)  # by which a graph finds this
         self.name = f"{_NAME}{self.number}"
         with torch.inference_mode(False):  # a tensor that was made there cannot be written outside it
@@ -276,7 +276,7 @@ class _Hooks:
                 handle.remove()
             AttentionInterface._global_mapping.pop(self.name, None)
             AttentionMaskInterface._global_mapping.pop(self.name, None)
-            self.follower = None
+            self.here = self.follower = self.last_cache = None  # which hold what was recorded, and the keys and values
 
     def _all(self) -> Iterator[tuple[nn.Module, Callable, bool]]:
         """Yield each module with a hook, the hook, and whether it takes keyword arguments."""
