@@ -16,15 +16,11 @@ def machine() -> dict[str, str | int]:
     """What a reader needs to compare figures: processor, instruction set, threads, versions."""
     import torch
     from mllm_fast.kernels.extension import cpu_extension
+    from mllm_fast.kernels.paths import processor
 
     extension, _ = cpu_extension()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
     return {
-        "cpu": name,
+        "cpu": processor(),
         "instruction sets": ", ".join(extension.instruction_sets()) if extension else "extension not built",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -194,15 +194,18 @@ def write_measured(found: Paths, replace: bool) -> Path | None:
         "rows": found.rows,
         "seconds": found.seconds,
     }
+    part = None
     try:
         target = cache_file()
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
             json.dump(content, file, indent=1)
         if replace or read_measured() is None:
-            os.replace(file.name, target)
-        else:
-            os.unlink(file.name)
+            part.replace(target)
     except OSError:
         return None
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
     return target

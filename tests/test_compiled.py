@@ -166,6 +166,17 @@ def test_prompts_one_after_the_other_and_a_foreign_cache():
             compiled(input_ids=token, use_cache=True, **{CACHE: outside})
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "paligemma"])
+def test_maps_that_run_the_model_again_over_a_static_cache(name):
+    vlm = model_of(name)
+    dynamic, static = (
+        vlm.explain(PICTURE, "what is this", max_new_tokens=4, **more)
+        for more in ({}, {"cache_implementation": "static"})
+    )
+    for method in ("gradient-input", "rollout", "exhaustive"):
+        torch.testing.assert_close(static.heatmap(0, method), dynamic.heatmap(0, method), rtol=0, atol=1e-6)
+
+
 def test_streams_over_a_static_cache(picture):
     vlm = model_of("qwen2_5_vl")
     for options in ({}, {"knockout": RULE}):

@@ -148,10 +148,10 @@ def taken_apart(given: dict[str, Any]) -> tuple[list[Tensor], str]:
         if isinstance(one, Tensor):
             tensors.append(one)
             names.append(f"{name}=")
-        elif isinstance(one, (list, tuple)) and len(one) > 0 and isinstance(one[0], Tensor):
+        elif isinstance(one, (list, tuple)) and len(one) > 0 and all([isinstance(part, Tensor) for part in one]):
             tensors.extend(one)
             names.append(f"{name}*{len(one)}")
-        elif isinstance(one, dict) and all([isinstance(part, Tensor) for part in one.values()]):
+        elif isinstance(one, dict) and len(one) > 0 and all([isinstance(part, Tensor) for part in one.values()]):
             tensors.extend(one.values())
             names.append(f"{name}:" + ",".join(one))
         else:

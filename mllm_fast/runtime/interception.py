@@ -62,9 +62,8 @@ class Interception:
             attention_mask = self.masks[slot]
         # without the end of a static cache that nothing was written to
         if attention_mask is not None and self.attention_fn is None:
-            end = self.ends.get(attention_mask.shape[3], attention_mask.shape[3])
-            key, value = key[:, :, :end], value[:, :, :end]
-            attention_mask = attention_mask if end == attention_mask.shape[3] else attention_mask[..., :end]
+            count = attention_mask.shape[3]
+            key, value = key[:, :, :count], value[:, :, :count]
         if self.attention_fn is not None:
             if self.rows:
                 self.record.on_attention(site, query, key.shape[2], None, scoring, None)
@@ -89,6 +88,8 @@ class Interception:
             query = query.clone()
             if self.text.sites[site].cache is None:
                 key, value = key.clone(), value.clone()
+        if mask is not None and compiled.slot_of(mask) is None:  # an array: a graph does not know where its keys end
+            mask = mask[..., : self.ends.get(mask.shape[3], mask.shape[3])]
         return self.attend(site, query, key, value, mask, scoring)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -202,4 +203,11 @@ class Interception:
         """Record what the decoder gets in a pass."""
         self.record.embeds.append(embeds)
         self.record.positions.append(positions)
-        self.record.others.append(others)
+        self.record.others.append({name: self._named(given) for name, given in others.items()})
+
+    def _named(self, given: Any) -> Any:
+        """Return the mask that a ticket names, in a dict too; anything else as it is."""
+        if isinstance(given, dict):
+            return {name: self._named(one) for name, one in given.items()}
+        slot = compiled.slot_of(given) if isinstance(given, Tensor) and given.ndim == 4 else None
+        return given if slot is None else self.masks[slot]
