@@ -68,7 +68,7 @@ static void bind_decoder(py::module_& m) {
            " key, value, output, gate, up, down, and the scale of the scores.")
       .def(
           "run",
-          [](const Decoder& d, std::array<int64_t, 2> sizes, std::array<uintptr_t, 4> arrays,
+          [](const Decoder& d, std::array<int64_t, 3> sizes, std::array<uintptr_t, 6> arrays,
              const Keys& store, uintptr_t places, const std::vector<Part>& parts, int64_t recorded, std::array<uintptr_t, 4> records, int threads,
              const std::string& isa) {
             mllm::DecoderPass p;
@@ -78,6 +78,9 @@ static void bind_decoder(py::module_& m) {
             p.cos = pointer<const float>(arrays[1]);
             p.sin = pointer<const float>(arrays[2]);
             p.normed = pointer<float>(arrays[3]);
+            p.needed = sizes[2];
+            p.needed_rows = pointer<const int64_t>(arrays[4]);
+            p.last = pointer<float>(arrays[5]);
             p.store = std::apply(decoder_keys, store);
             p.places = pointer<const int64_t>(places);
             for (const auto& [keys, address, count, masks] : parts) {
@@ -101,7 +104,7 @@ static void bind_decoder(py::module_& m) {
             mllm::decoder_layers(d.sizes, d.layers, p, isa);
           },
           py::arg("sizes"), py::arg("arrays"), py::arg("store"), py::arg("places"), py::arg("parts"), py::arg("recorded"), py::arg("records"), py::arg("threads"), py::arg("isa"),
-          "sizes: rows, rotary; arrays: x, cos, sin, normed; store and each part: keys and values of every"
+          "sizes: rows, rotary, needed; arrays: x, cos, sin, normed, needed rows, last; store and each part: keys and values of every"
           " layer, their strides, slots and positions; each part: entries and how many, segments, how many keys they name,"
           " their stride and table of every layer; records: which rows, residual, queries, outputs.");
 }

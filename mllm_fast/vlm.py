@@ -29,9 +29,9 @@ from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
 from .models.offload import one_gpu
 from .models.processing import Images
-from .runtime import hooks
 from .runtime.answer import Answer, answer_of
 from .runtime.decoding import one_sequence
+from .runtime.direct_passes import passes
 from .runtime.kv_cache import cache_of
 from .runtime.model_runner import Knockouts, ModelRunner
 from .runtime.patched import patched
@@ -195,7 +195,7 @@ class VLM(ModelRunner):
         settings = self.settings(max_new_tokens, options)
         if answer is None:
             settings.check_single("explain")
-            with hooks.recording(self.text, 1, plan, backend=self.backend) as record:
+            with passes(self.text, 1, plan, backend=self.backend, read=self.model) as record:
                 forced = {"use_cache": True, "return_dict_in_generate": True, **self.whole_cache(options)}
                 output = self.run(inputs, settings, **forced)
             sequence, cache = output.sequences[0], cache_of(output)

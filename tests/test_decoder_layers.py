@@ -119,6 +119,31 @@ def test_equals_float64(name, isa, threads, monkeypatch):
 
 
 @needs_extension
+@pytest.mark.parametrize("isa", [*ISAS, "torch"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("needed", [[69], [68, 3, 40], [], range(70)], ids=["last", "some", "none", "all"])
+def test_rows_that_nobody_reads(isa, threads, needed, monkeypatch):
+    """The needed rows give what they give among all, and the keys and values of all rows are stored."""
+    made, arguments = problem("many rows")
+    made, recorded = to(made, torch.float32), list(needed)[-1:]
+    decoder = DecoderLayers(*made, backend="torch" if isa == "torch" else "cpu")
+    if isa != "torch":
+        decoder._run = cpu_kernel.prepare(decoder, isa)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    whole_store, store = copied(arguments, torch.float32), copied(arguments, torch.float32)
+    whole = decoder(*whole_store, recorded=recorded)
+    found = decoder(*store, recorded=recorded, needed=needed)
+    for mine, right in ((found.hidden, whole.hidden), (found.normed, whole.normed)):
+        torch.testing.assert_close(mine, right[list(needed)], rtol=1e-5, atol=1e-5)
+    for mine, right in zip(found[2:], whole[2:], strict=True):
+        assert (mine is None) == (right is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+    for mine, right in zip(store[3].keys + store[3].values, whole_store[3].keys + whole_store[3].values, strict=True):
+        assert torch.equal(mine, right)
+
+
+@needs_extension
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("threads", [1, 3])
@@ -241,3 +266,7 @@ def test_bad_arguments_are_named():
         decoder(hidden, cos, sin, store, [parts[0]._replace(entries=parts[0].entries[:, :4])])
     with pytest.raises(ValueError, match=r"recorded names rows, 0 to 0, got \[1\]"):
         decoder(hidden, cos, sin, store, parts, recorded=[1])
+    with pytest.raises(ValueError, match=r"needed names different rows, 0 to 0, got \[0, 0\]"):
+        decoder(hidden, cos, sin, store, parts, needed=[0, 0])
+    with pytest.raises(ValueError, match=r"recorded rows are needed, got \[0\] of \[\]"):
+        decoder(hidden, cos, sin, store, parts, recorded=[0], needed=[])

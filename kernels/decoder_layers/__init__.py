@@ -88,6 +88,7 @@ class DecoderLayers:
         store: KeyStore,
         parts: Sequence[Part],
         recorded: Sequence[int] = (),
+        needed: Sequence[int] | None = None,
     ) -> DecoderOutput:
         """Run the layers on T rows.
 
@@ -98,12 +99,21 @@ class DecoderLayers:
             store: Where the rows' keys and values are written, before any row attends.
             parts: What the rows attend to, `store` included if they do.
             recorded: The rows that are recorded.
+            needed: The rows whose result is read, those recorded among them; None for all. The last layer computes no
+                more of the others than their keys and values.
 
         Raises:
             ValueError: An argument is not valid.
         """
         self._check(hidden, cos, sin, store, parts, recorded)
-        return self._run(hidden, cos, sin, store, parts, recorded)
+        if needed is not None:
+            if not all(0 <= row < len(hidden) for row in needed) or len(set(needed)) < len(needed):
+                raise ValueError(f"needed names different rows, 0 to {len(hidden) - 1}, got {list(needed)}")
+            if not set(recorded) <= set(needed):
+                raise ValueError(f"recorded rows are needed, got {list(recorded)} of {list(needed)}")
+            if len(needed) == len(hidden) and all(row == i for i, row in enumerate(needed)):
+                needed = None
+        return self._run(hidden, cos, sin, store, parts, recorded, needed)
 
     def _check_weights(self) -> None:
         d, queries, keys = self.hidden, self.heads * self.width, self.kv_heads * self.width

@@ -67,8 +67,11 @@ struct DecoderPass {
   const int64_t* places = nullptr;               // [rows, 2]: slot and position there
   std::vector<DecoderPart> parts;
   DecoderNorm final;
-  float* normed = nullptr;                       // [rows, hidden], behind the final norm
-  int64_t recorded = 0;                          // rows whose vectors are kept
+  float* normed = nullptr;                       // [rows or needed, hidden], behind the final norm
+  int64_t needed = -1;                           // rows whose result is read, or -1 for all
+  const int64_t* needed_rows = nullptr;          // [needed]
+  float* last = nullptr;                         // [needed, hidden], what the last layer gives of these
+  int64_t recorded = 0;                          // rows whose vectors are kept, needed ones
   const int64_t* recorded_rows = nullptr;        // [recorded]
   float *residual = nullptr, *queries = nullptr, *outputs = nullptr;  // [recorded, layers, ...]
   int threads = 1;

@@ -34,7 +34,13 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
     count, shape = len(decoder.layers), (decoder.heads, decoder.width)
 
     def run(
-        hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        store: KeyStore,
+        parts: Sequence[Part],
+        recorded: Sequence[int],
+        needed: Sequence[int] | None = None,
     ) -> DecoderOutput:
         # these names keep contiguous copies alive until the call is over
         cos, sin, places = cos.float().contiguous(), sin.float().contiguous(), store.places.contiguous()
@@ -42,15 +48,17 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
         masks = [[_held(mask) for mask in part.masks] for part in parts]
         kind = hidden.dtype
         hidden = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        normed = torch.empty_like(hidden)
+        rows = None if needed is None else torch.tensor(needed, dtype=torch.int64)
+        last = hidden if rows is None else hidden.new_empty(len(rows), decoder.hidden)
+        normed = torch.empty_like(last)
         records: list[Tensor | None] = [None, None, None]
         which = torch.tensor(recorded, dtype=torch.int64) if recorded else None
         if recorded:
             records = [torch.empty(len(recorded), count, *one) for one in ((decoder.hidden,), shape, shape)]
         if len(hidden):
             made.decoder.run(
-                (len(hidden), cos.shape[1]),
-                (hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), normed.data_ptr()),
+                (len(hidden), cos.shape[1], -1 if rows is None else len(rows)),
+                [_address(one) for one in (hidden, cos, sin, normed, rows, last)],
                 _keys(store),
                 places.data_ptr(),
                 [
@@ -63,7 +71,7 @@ def prepare(decoder: DecoderLayers, isa: str | None = None) -> Callable[..., Dec
                 chosen,
             )
         kept = [None if one is None else one.to(kind) for one in records]
-        return DecoderOutput(hidden.to(kind), normed.to(kind), *kept)
+        return DecoderOutput(last.to(kind), normed.to(kind), *kept)
 
     return run
 

@@ -234,10 +234,22 @@ struct DecoderWork {
     });
   }
 
-  void layer(const mllm::DecoderLayer& one, int64_t index) {
+  void begin(const mllm::DecoderLayer& one, int64_t index) {
     norm(one.input, index, true);
     query_key_value(one);
     rotate(one, index);
+  }
+  // Gives the needed rows' queries and residual stream to who goes on with them alone.
+  void hand_over(DecoderWork& rest) {
+    const int64_t hidden = sizes.hidden, queries = sizes.queries(), all = queries + 2 * sizes.keys();
+    phase(p.needed, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        std::copy_n(p.x + p.needed_rows[i] * hidden, hidden, p.last + i * hidden);
+        std::copy_n(room.qkv.data() + p.needed_rows[i] * all, queries, rest.room.qkv.data() + i * all);
+      }
+    });
+  }
+  void finish(const mllm::DecoderLayer& one, int64_t index) {
     attend(one, index);
     join(index);
     add(one.output, room.attended, sizes.queries());
@@ -248,9 +260,9 @@ struct DecoderWork {
 };
 
 // Kept by the thread: a decoder calls this once a token.
-static mllm::DecoderRoom& decoder_room() {
-  static thread_local mllm::DecoderRoom room;
-  return room;
+static mllm::DecoderRoom& decoder_room(int which) {
+  static thread_local mllm::DecoderRoom rooms[2];
+  return rooms[which];
 }
 
 template <typename T>
@@ -260,14 +272,25 @@ static void run_layers(const mllm::DecoderSizes& sizes, const std::vector<mllm::
   const double weights = static_cast<double>(sizes.hidden) * (2 * sizes.queries() + 2 * sizes.keys() + 3 * sizes.inner);
   // reading a byte takes as long as four operations or more
   p.threads = mllm::worthwhile_threads(p.threads, layers.size() * weights * std::max<double>(2 * p.rows, 16));
-  mllm::DecoderRoom& room = decoder_room();
-  room.prepare(sizes, p, std::max<int64_t>(1, STACKED / sizes.group()));
-  mllm::Phases phases(9 * layers.size() + 1);
+  mllm::DecoderRoom::check(p);
+  const int64_t count = layers.size(), together = std::max<int64_t>(1, STACKED / sizes.group());
+  std::optional<mllm::NeededPass> needed;
+  if (p.needed >= 0) needed.emplace(p);
+  const mllm::DecoderPass& end = needed ? needed->pass : p;
+  mllm::DecoderRoom &room = decoder_room(0), &less = needed ? decoder_room(1) : room;
+  room.prepare(sizes, p, together);
+  if (needed) less.prepare(sizes, end, together);
+  mllm::Phases phases(9 * count + 2);
   phases.run(p.threads, [&](int thread, mllm::Phases::Thread& way) {
-    DecoderWork<T> work{sizes, p, room, mllm::RowBlocks(p.rows, MOST), static_cast<int64_t>(layers.size()),
-                     room.scratch[thread], way};
-    for (size_t i = 0; i < layers.size(); ++i) work.layer(layers[i], i);
-    work.last_norm();
+    DecoderWork<T> work{sizes, p, room, mllm::RowBlocks(p.rows, MOST), count, room.scratch[thread], way};
+    DecoderWork<T> rest{sizes, end, less, mllm::RowBlocks(end.rows, MOST), count, less.scratch[thread], way};
+    for (int64_t i = 0; i < count; ++i) {
+      const bool last = needed && i + 1 == count;
+      work.begin(layers[i], i);
+      if (last) work.hand_over(rest);
+      (last ? rest : work).finish(layers[i], i);
+    }
+    rest.last_norm();
   });
 }
 

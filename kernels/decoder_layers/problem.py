@@ -86,8 +86,8 @@ class DecoderOutput(NamedTuple):
     """The result of a pass.
 
     Attributes:
-        hidden: What the last layer gives, [T, d].
-        normed: The same behind the final norm, [T, d].
+        hidden: What the last layer gives, [T, d], or [W, d] of the W needed rows.
+        normed: The same behind the final norm.
         residual: Input of every layer at the recorded rows, [R, L, d], or None.
         query: Their rotated queries, [R, L, H, D], or None.
         output: Their attention outputs before the output projection, [R, L, H, D], or None.

@@ -61,7 +61,6 @@ struct DecoderRoom {
 
   // `together`: the most rows of an item.
   void prepare(const DecoderSizes& sizes, const DecoderPass& p, int64_t together) {
-    check(p);
     normed.resize(p.rows * sizes.hidden);
     qkv.resize(p.rows * (sizes.queries() + 2 * sizes.keys()));
     attended.resize(p.rows * sizes.queries());
@@ -95,6 +94,27 @@ struct DecoderRoom {
     for (size_t i = 0; i < p.parts.size(); ++i)
       for (size_t e = 0; e < p.parts[i].entries.size(); ++e)
         entry_of[at[p.parts[i].entries[e].row]++] = before[i] + e;
+  }
+};
+
+// What is left of a pass once the last layer has stored the keys and values of all rows: that of the needed rows.
+struct NeededPass {
+  DecoderPass pass;
+  std::vector<int64_t> recorded;
+
+  explicit NeededPass(const DecoderPass& p) : pass(p) {
+    std::vector<int64_t> index(p.rows, -1);
+    for (int64_t i = 0; i < p.needed; ++i) index[p.needed_rows[i]] = i;
+    for (int64_t i = 0; i < p.recorded; ++i) recorded.push_back(index[p.recorded_rows[i]]);
+    for (auto& part : pass.parts) {
+      std::vector<DecoderEntry> few;
+      for (auto entry : part.entries)
+        if ((entry.row = index[entry.row]) >= 0) few.push_back(entry);
+      part.entries = std::move(few);
+    }
+    pass.rows = p.needed;
+    pass.x = p.last;
+    pass.recorded_rows = recorded.data();
   }
 };
 

@@ -19,7 +19,13 @@ def prepare(decoder: DecoderLayers) -> Callable[..., DecoderOutput]:
     """Return the function that runs a pass; see `DecoderLayers.__call__`."""
 
     def run(
-        hidden: Tensor, cos: Tensor, sin: Tensor, store: KeyStore, parts: Sequence[Part], recorded: Sequence[int]
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        store: KeyStore,
+        parts: Sequence[Part],
+        recorded: Sequence[int],
+        needed: Sequence[int] | None = None,
     ) -> DecoderOutput:
         _check_places(len(hidden), store, parts)
         kept: tuple[list[Tensor], ...] = [], [], []
@@ -41,6 +47,7 @@ def prepare(decoder: DecoderLayers) -> Callable[..., DecoderOutput]:
             inner = _ACTIVATIONS[decoder.activation](F.linear(z, *layer.gate)) * F.linear(z, *layer.up)
             hidden = hidden + F.linear(inner, *layer.down)
         records = [torch.stack(kind, 1) if recorded else None for kind in kept]
+        hidden = hidden if needed is None else hidden[list(needed)]
         return DecoderOutput(hidden, normed(hidden, decoder.final), *records)
 
     return run

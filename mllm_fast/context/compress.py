@@ -18,7 +18,8 @@ from ..core.errors import InputError, check_choice
 from ..core.keep import parse_keep
 from ..core.layout import TokenLayout
 from ..kernels import topk_compaction
-from ..runtime.hooks import model_lock, recording
+from ..runtime.direct_passes import passes
+from ..runtime.hooks import model_lock
 from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
 from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import Prefill, keys_and_values, next_position
@@ -230,7 +231,7 @@ def prefill_and_score(
         watcher = AttendedTokens(layout, score, len(vlm.text.sites)) if score else None
         length = max_new_tokens if score == "generated" else 1
         forced = {"max_new_tokens": length, "use_cache": True, "return_dict_in_generate": True, **vlm.whole_cache()}
-        with recording(vlm.text, 1, shares=watcher, backend=vlm.backend) as record:
+        with passes(vlm.text, 1, shares=watcher, backend=vlm.backend, read=vlm.model) as record:
             output = vlm.run(inputs, settings, **forced)
         keys, values = keys_and_values(vlm.text, record, cache_of(output), layout.length)
         peak = max(peak, sum(part.untyped_storage().nbytes() for part in (*keys, *values)))

@@ -190,7 +190,7 @@ class Batch:
         tokens = [token for row in self._read for token in row.unread]
         positions = [row.position + i for row, count in zip(self._read, lengths, strict=True) for i in range(count)]
         if self._direct is not None:
-            hidden = self._read_directly(self._direct, tokens, positions, lengths, ends)
+            logits = self._direct.logits(self._read_directly(self._direct, tokens, positions, lengths, ends))
         else:
             self._plan(lengths, ends)
             hidden = self.text.decoder(
@@ -200,8 +200,7 @@ class Batch:
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
             ).last_hidden_state[0]
-        unembed = self.text.logits if self._direct is None else self._direct.logits
-        logits = unembed(hidden[self._last])
+            logits = self.text.logits(hidden[self._last])
         for row, layer, mass in self._masses:
             row.mass[layer] += mass  # type: ignore[index]
         for row, count in zip(self._read, lengths, strict=True):
@@ -213,7 +212,7 @@ class Batch:
     def _read_directly(
         self, direct: DirectDecoder, tokens: list[int], positions: list[int], lengths: list[int], ends: list[int]
     ) -> Tensor:
-        """Run the layers of the decoder on the pass's tokens, and return what the final norm gives, [T, d]."""
+        """Run the layers on the pass's tokens, and return what the final norm gives of each row's last one, [B, d]."""
         self._own.make_slots(len(self.rows), direct.num_layers, direct.kv_heads, direct.width, direct.dtype)
         own: list[tuple[int, ...]] = []
         by_stack: dict[int, tuple[SlotGroup, list[tuple[int, ...]]]] = {}
@@ -234,7 +233,7 @@ class Batch:
             parts.append(Part(stack.keys, stack.values, torch.tensor(entries)))
         watched = [i for i, row in enumerate(self._read) if row.mass is not None]
         store = KeyStore(keys, values, torch.tensor(places))
-        found = direct(direct.embed(tokens), positions, store, parts, [ends[i] for i in watched])
+        found = direct(direct.embed(tokens), positions, store, parts, [ends[i] for i in watched], ends)
         for i, query in zip(watched, found.query if watched else (), strict=True):  # type: ignore[arg-type]
             masses = _mass_of(self._read[i], query, self._own, direct.scales)
             self._masses += [(self._read[i], layer, mass) for layer, mass in enumerate(masses)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -19,8 +19,9 @@ from ..knockout.attention_share import AttentionShares
 from ..knockout.plan import Plan
 from ..models.plain_layers import watched
 from .direct_decoder import DirectDecoder, direct_decoder
+from .direct_passes import passes
 from .direct_sequence import DirectSequence
-from .hooks import model_lock, recording
+from .hooks import model_lock
 from .kv_cache import CACHE
 from .model_runner import ModelRunner
 from .sampling import next_tokens
@@ -133,10 +134,9 @@ class _Reader:
 
     def _by_model(self, input_ids: Tensor) -> tuple[Tensor, Callable[[], Trace] | None]:
         model, watch, runner, first = self._model, self._watch, self._runner, self._passes == 0
-        attached: AbstractContextManager[Any] = nullcontext()
-        if not watch.nothing:
-            attached = recording(runner.text, int(watch.explain), watch.plan, watch.shares, runner.backend)
-        with attached as record:  # which makes the masks of a static cache too
+        wanted = int(watch.explain), watch.plan, watch.shares
+        # which makes the masks of a static cache too
+        with passes(runner.text, *wanted, runner.backend, read=1) as record:
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self._kwargs
             )

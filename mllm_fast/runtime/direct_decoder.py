@@ -67,6 +67,7 @@ class DirectDecoder:
         kind = getattr(text.decoder.rotary_emb, "rope_type", "default")
         self._fixed = isinstance(kind, str) and not any(name in kind for name in _DEPENDENT)
         self._cos = self._sin = torch.empty(0, 0)
+        self.axes: frozenset[int] = frozenset()  # how many rows position ids may have, where there are several
 
     @property
     def usable(self) -> bool:
@@ -102,21 +103,32 @@ class DirectDecoder:
     def rotated(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `rotation` returns, from the decoder's own module."""
         like = torch.empty(0, dtype=self.dtype)
-        cos, sin = self._decoder.rotary_emb(like, position_ids=positions[None])
-        if cos.shape[:2] != (1, len(positions)):
+        return self._of_module(like, positions[None])
+
+    def rotated_by_axes(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `rotation` returns for position ids of several axes, [axes, 1, T]."""
+        like = torch.empty(0, dtype=self.dtype)
+        # of four rows the first one is only for masks
+        return self._of_module(like, positions[1:] if len(positions) == 4 else positions)
+
+    def _of_module(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._decoder.rotary_emb(like, position_ids=positions)
+        if cos.shape[:2] != (1, positions.shape[-1]):
             raise NotPlainError("a position has several rotations")
         return cos[0], sin[0]
 
     def __call__(
         self,
         hidden: Tensor,
-        positions: Sequence[int],
+        positions: Sequence[int] | Tensor,
         store: KeyStore,
         parts: Sequence[Part],
         recorded: Sequence[int] = (),
+        needed: Sequence[int] | None = None,
     ) -> DecoderOutput:
-        """Run the layers on rows [T, d] at T positions; see `DecoderLayers`."""
-        return self._kernel(hidden, *self.rotation(positions), store, parts, recorded)
+        """Run the layers on rows [T, d] at T positions, or position ids [axes, 1, T]; see `DecoderLayers`."""
+        turned = self.rotated_by_axes(positions) if isinstance(positions, Tensor) else self.rotation(positions)
+        return self._kernel(hidden, *turned, store, parts, recorded, needed)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Return the logits [T, V] of what the final norm gives."""
@@ -197,17 +209,32 @@ def _found(text: TextModel, backend: str) -> DirectDecoder:
             raise NotPlainError("the C++ kernels take heads and layers whose sizes are multiples of 16")
         made = DirectDecoder(text, plain, kernel)
         found = _tried(made, tokens, positions)
-    off = relative_error(found.normed, wanted)
-    if not off < allowed(made.dtype):
-        raise NotPlainError(f"the layers compute something beside their parts (by {off:.2g} of their output)")
+        off = relative_error(found.normed, wanted)
+        if not off < allowed(made.dtype):
+            raise NotPlainError(f"the layers compute something beside their parts (by {off:.2g} of their output)")
+        made.axes = frozenset(rows for rows in (3, 4) if _takes_axes(made, text, tokens, rows))
     return made
+
+
+def _takes_axes(made: DirectDecoder, text: TextModel, tokens: list[int], rows: int) -> bool:
+    """Return whether both ways read position ids of several axes, [rows, 1, T], alike."""
+    if not hasattr(text.decoder.rotary_emb, "mrope_section"):
+        return False
+    count = len(tokens)
+    ids = torch.arange(_FIRST, _FIRST + count) + torch.tensor([0, 0, 2, 5][-rows:])[:, None]
+    try:
+        wanted = text.decoder(input_ids=torch.tensor([tokens]), position_ids=ids[:, None], use_cache=False)
+        off = relative_error(_tried(made, tokens, ids[:, None]).normed, wanted.last_hidden_state[0])
+    except Exception:  # a decoder that takes no such ids
+        return False
+    return off < allowed(made.dtype)
 
 
 def _has_query(text: TextModel) -> bool:
     return hasattr(getattr(getattr(text.layers[0], "self_attn", None), "q_proj", None), "weight")
 
 
-def _tried(made: DirectDecoder, tokens: list[int], positions: list[int]) -> DecoderOutput:
+def _tried(made: DirectDecoder, tokens: list[int], positions: list[int] | Tensor) -> DecoderOutput:
     count = len(tokens)
     keys, values = (
         [torch.empty(1, made.kv_heads, count, made.width, dtype=made.dtype) for _ in range(made.num_layers)]

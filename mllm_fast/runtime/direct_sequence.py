@@ -19,7 +19,7 @@ from .direct_decoder import DirectDecoder, allowed
 from .kv_cache import last_position
 from .trace import Trace
 
-_ROOM = 64  # positions that are allocated ahead
+ROOM = 64  # positions that are allocated ahead
 
 
 class DirectSequence:
@@ -59,7 +59,7 @@ class DirectSequence:
             logits: The model's logits after it, [V]; they are computed once more here, and compared.
             plan: The plan of the knockouts under which it was read.
         """
-        if not _fits(decoder, cache):
+        if not fits(decoder, cache):
             return None
         length = cache.layers[0].keys.shape[2]
         at = length - 1 if position_ids is None else last_position(position_ids)
@@ -94,7 +94,7 @@ class DirectSequence:
             self._make_room(self._keys, self._values)
         decoder = self._decoder
         store = KeyStore(self._keys, self._values, torch.tensor([[0, at]]))
-        part = Part(self._keys, self._values, torch.tensor([[0, 0, 0, count, at]]), _masks(plan, count))
+        part = Part(self._keys, self._values, torch.tensor([[0, 0, 0, count, at]]), closed_masks(plan, count))
         found = decoder(decoder.embed([token]), [at + self._shift], store, [part], range(rows))
         self.length = count
         trace = _Row(found, decoder, tuple(self._keys), tuple(self._values), count, plan).trace if rows else None
@@ -106,7 +106,7 @@ class DirectSequence:
             layer.keys, layer.values = keys[:, :, : self.length], values[:, :, : self.length]
 
     def _make_room(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        room = self.length + max(_ROOM, self.length // 2)
+        room = self.length + max(ROOM, self.length // 2)
         self._keys, self._values = ([_grown(one, self.length, room) for one in many] for many in (keys, values))
 
 
@@ -120,6 +120,7 @@ class _Row:
 
     def trace(self) -> Trace:
         found, count = self.found, self.count
+        seen = [seen_rows(mask, count - 1) for mask in closed_masks(self.plan, count)]
         return Trace(
             residual=found.residual,  # type: ignore[arg-type]
             query=found.query,  # type: ignore[arg-type]
@@ -128,12 +129,12 @@ class _Row:
             keys=tuple(one[0, :, :count] for one in self.keys),
             values=tuple(one[0, :, :count] for one in self.values),
             rows=range(count - 1, count),
-            seen=_seen(self.plan, len(self.keys), count),
+            seen=tuple(None if one is None else one[0] for one in seen) or (None,) * len(self.keys),
             scoring=tuple(Scoring(scale) for scale in self.decoder.scales),
         )
 
 
-def _fits(decoder: DirectDecoder, cache: Any) -> bool:
+def fits(decoder: DirectDecoder, cache: Any) -> bool:
     """Return whether a cache holds all keys and values of one sequence, as they are."""
     layers: Any = getattr(cache, "layers", ())
     if len(layers) != decoder.num_layers or any(type(layer) is not DynamicLayer for layer in layers):
@@ -156,14 +157,18 @@ def _grown(held: Tensor, length: int, room: int) -> Tensor:
     return wide
 
 
-def _masks(plan: Plan | None, count: int) -> list[tuple[Tensor, Tensor] | None]:
+def closed_masks(plan: Plan | None, count: int) -> list[tuple[Tensor, Tensor] | None]:
+    """Return segments and table of the knockouts of each layer over `count` keys, or nothing for no plan."""
     if plan is None:
         return []
     return [None if rules is None else (rules.segments(1, count), rules.table) for rules in plan.layers]
 
 
-def _seen(plan: Plan | None, layers: int, count: int) -> tuple[Tensor | None, ...]:
-    """Return which keys the last row sees in each layer, bool [1, count], or None for all."""
-    if plan is None:
-        return (None,) * layers
-    return tuple(None if mask is None else open_pairs(mask[0][:, -1:], *mask)[0] for mask in _masks(plan, count))
+def seen_rows(mask: tuple[Tensor, Tensor] | None, first: int) -> Tensor | None:
+    """Return which keys the rows from `first` on see under the mask of a layer, bool [1, T, N], or None for all."""
+    if mask is None:
+        return None
+    segments, table = mask
+    count = segments.shape[1]
+    causal = torch.arange(count) <= torch.arange(first, count)[:, None]
+    return open_pairs(segments[:, first:], segments, table) & causal

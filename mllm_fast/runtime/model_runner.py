@@ -28,8 +28,9 @@ from ..models.part_checks import check_parts
 from ..models.processing import Images, Prompts, ordinary_ids
 from ..models.provenance import model_name
 from ..models.text_model import text_model
+from .direct_passes import passes
 from .generation_settings import GenerationSettings
-from .hooks import model_lock, recording
+from .hooks import model_lock
 from .kv_cache import CACHE, cache_of, full_cache
 from .record import Recording
 from .token_bytes import TokenBytes
@@ -208,7 +209,7 @@ class ModelRunner(Displayed, NotPickled):
         with model_lock(self.text), self.text.inference():
             if plan is None and shares is None:
                 return self.model.generate(**arguments)
-            with recording(self.text, 0, plan, shares, self.backend):
+            with passes(self.text, 0, plan, shares, self.backend, self.model):
                 return self.model.generate(**arguments)
 
     def _type_of_answers(self, inputs: Any, name: str) -> int:
@@ -255,7 +256,7 @@ class ModelRunner(Displayed, NotPickled):
                     extra[name], (0, count - 1), value=self._type_of_answers(inputs, name)
                 )
         ids = sequence[None, :-1]
-        with recording(self.text, count, plan, backend=self.backend) as record, self.text.inference():
+        with passes(self.text, count, plan, backend=self.backend, read=count) as record, self.text.inference():
             output = self.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

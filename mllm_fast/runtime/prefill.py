@@ -12,7 +12,7 @@ from ..core.layout import TokenLayout
 from ..knockout.attention_share import AttentionObserver
 from ..models.text_model import TextModel
 from .decoding import own_state
-from .hooks import recording
+from .direct_passes import passes
 from .kv_cache import cache_of, last_position
 from .model_runner import ModelRunner
 from .record import Recording
@@ -52,7 +52,7 @@ def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Atte
     """
     check_batches(runner.text)
     state: list[Any] = []
-    with own_state(runner, state), recording(runner.text, 1, shares=watcher, backend=runner.backend) as record:
+    with own_state(runner, state), passes(runner.text, 1, shares=watcher, backend=runner.backend, read=1) as record:
         output = runner.model(**inputs, **runner.whole_cache(), use_cache=True, logits_to_keep=1)
     keys, values = keys_and_values(runner.text, record, cache_of(output), layout.length)
     return Prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..kernels.decoder_layers import DecoderOutput
 from .attention import Closed, Scoring, seen_by
 from .row_mask import RowMask
 
@@ -80,6 +82,35 @@ class Recording:
         """
         rows = hidden if hidden.shape[1] == self.rows else hidden[:, -self.rows :].clone()
         return (rows.detach() if rows.requires_grad else rows).to(self.device)
+
+    def add(
+        self,
+        found: DecoderOutput,
+        rows: Sequence[int],
+        scales: Sequence[float],
+        seen: Sequence[Tensor | None] = (),
+        last: int | None = None,
+    ) -> None:
+        """Add a pass of one sequence whose layers were run directly.
+
+        Args:
+            found: What it gave.
+            rows: Where the recorded rows lie in what it gave.
+            scales: The factor of the scores of each layer.
+            seen: Which keys these rows see in each layer, bool [1, R, N] or None for all before them.
+            last: Position of the last row.
+        """
+        assert found.residual is not None
+        assert found.query is not None
+        assert found.output is not None
+        self.final.append(found.hidden[list(rows)][None])
+        self.scoring = [Scoring(scale) for scale in scales]
+        self.last.append(last)
+        for layer in range(len(scales)):
+            self.residual[layer].append(found.residual[None, :, layer])
+            self.query[layer].append(found.query[None, :, layer])
+            self.output[layer].append(found.output[None, :, layer])
+            self.seen[layer].append(seen[layer] if seen else None)
 
     def on_attention(
         self, site: int, query: Tensor, keys: int, mask: Tensor | None, scoring: Scoring, closed: Closed | None

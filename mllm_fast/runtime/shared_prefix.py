@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.decoder_layers import DecoderOutput, KeyStore, Part
+from ..kernels.decoder_layers import KeyStore, Part
 from ..models.text_model import TextModel
 from .attention import Scoring, attend_seen, attend_split, join_rows
 from .direct_decoder import DirectDecoder, direct_decoder
@@ -104,15 +104,17 @@ class SharedPrefixDecoder:
         positions = (self._next[question] + within).to(self._device)
         self._next = self._next + lengths
         tokens = torch.tensor([[token for one in ids for token in one]], device=self._device)
+        last = lengths.cumsum(0) - 1
         if self._direct is not None:
-            hidden = self._read_directly(self._direct, tokens[0], positions, question)
-        else:
-            hidden = self._decode(tokens, positions[None])[0]
-        unembed = self.text.logits if self._direct is None else self._direct.logits
-        return unembed(hidden[lengths.cumsum(0).to(self._device) - 1])
+            found = self._read_directly(self._direct, tokens[0], positions, question, last.tolist())
+            return self._direct.logits(found)
+        hidden = self._decode(tokens, positions[None])[0]
+        return self.text.logits(hidden[last.to(self._device)])
 
-    def _read_directly(self, direct: DirectDecoder, tokens: Tensor, positions: Tensor, question: Tensor) -> Tensor:
-        """Run the layers on T tokens of these questions, and return what the final norm gives, [T, d]."""
+    def _read_directly(
+        self, direct: DirectDecoder, tokens: Tensor, positions: Tensor, question: Tensor, ends: list[int]
+    ) -> Tensor:
+        """Run the layers on T tokens of these questions, and return what the final norm gives of each last one."""
         assert self._record is not None
         rows, count = torch.arange(len(tokens)), len(self._next)
         if not self._own or self._own[0][0].shape[1] < self.length:
@@ -129,10 +131,11 @@ class SharedPrefixDecoder:
         parts = [Part(own_keys, own_values, own), Part(keys, values, behind)]
         store = KeyStore(own_keys, own_values, torch.stack([question, place], 1))
         recorded = range(len(tokens))[len(tokens) - self._record.rows :] if self._record.rows else ()
-        found = direct(direct.embed(tokens), positions.tolist(), store, parts, recorded)
+        needed = sorted({*ends, *recorded})
+        found = direct(direct.embed(tokens), positions.tolist(), store, parts, recorded, needed)
         if recorded:
-            _note(self._record, found, recorded, direct.scales)
-        return found.normed
+            self._record.add(found, [needed.index(row) for row in recorded], direct.scales)
+        return found.normed[[needed.index(row) for row in ends]]
 
     def _decode(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Run the decoder on tokens [1, T] at positions [1, T], and return what the final norm gives, [1, T, d]."""
@@ -268,14 +271,3 @@ class SharedPrefixDecoder:
                 for old in self._own[site]
             ]
             self._own[site] = grown[0], grown[1]
-
-
-def _note(record: Recording, found: DecoderOutput, recorded: Sequence[int], scales: Sequence[float]) -> None:
-    """Add the recorded rows of a pass to the recording."""
-    record.final.append(found.hidden[list(recorded)][None])
-    record.scoring = [Scoring(scale) for scale in scales]
-    for layer in range(len(scales)):
-        record.residual[layer].append(found.residual[None, :, layer])  # type: ignore[index]
-        record.query[layer].append(found.query[None, :, layer])  # type: ignore[index]
-        record.output[layer].append(found.output[None, :, layer])  # type: ignore[index]
-        record.seen[layer].append(None)
