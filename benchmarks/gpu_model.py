@@ -57,8 +57,8 @@ class Tokens:
         vlm, picture = self._model(bench, bench.dtype), self.picture
         rules = self._rules(len(vlm.text.layers))
 
-        def stream(explain: bool) -> mf.Answer:
-            steps = vlm.stream(picture, QUESTION, explain=explain, max_new_tokens=TOKENS)
+        def stream(explain: bool, static: bool = False) -> mf.Answer:
+            steps = vlm.stream(picture, QUESTION, explain=explain, static=static, max_new_tokens=TOKENS)
             for step in steps:
                 if explain:
                     step.heatmap()
@@ -69,6 +69,8 @@ class Tokens:
             "generate, image knocked out": lambda: self._knocked_out(vlm, rules),
             "stream": lambda: stream(False),
             "stream, explained": lambda: stream(True),
+            "static stream": lambda: stream(False, static=True),
+            "static stream, explained": lambda: stream(True, static=True),
         }
         ms: dict[str, list[float]] = {name: [] for name in runs}
         for i in range(1 if bench.rehearsal else ROUNDS + 1):

@@ -22,6 +22,7 @@ from .explain.explanation import Explanation, nothing_generated
 from .explain.recorded import Recorded
 from .explain.replay import Replay
 from .explain.scores import check_norm
+from .explain.static_scores import StaticScores
 from .explain.stream import Stream
 from .knockout.attention_share import PAPER_TYPES, TYPES, AttentionShares
 from .knockout.rule import Knockout, as_rules
@@ -30,11 +31,12 @@ from .models.loading import load_pretrained, parse_device, parse_dtype
 from .models.offload import one_gpu
 from .models.processing import Images
 from .runtime.answer import Answer, answer_of
-from .runtime.decoding import one_sequence
+from .runtime.decoding import one_sequence, static_sequence
 from .runtime.direct_passes import passes
 from .runtime.kv_cache import cache_of
 from .runtime.model_runner import Knockouts, ModelRunner
 from .runtime.patched import patched
+from .runtime.static_step import check_static
 from .runtime.trace import make_trace
 
 _log = logging.getLogger(__name__)
@@ -236,6 +238,7 @@ class VLM(ModelRunner):
         prefix: str | Sequence[int] | None = None,
         chat_template: bool = True,
         max_new_tokens: int | None = None,
+        static: bool = False,
         **options: Any,
     ) -> Stream:
         """Answer token by token, as an iterator that yields a `Step` for each token when it is generated.
@@ -248,10 +251,19 @@ class VLM(ModelRunner):
             explain: Record what `heatmap`, `top_heads` and other methods of a step need.
             final_norm, knockout, attention_share, prefix, chat_template, max_new_tokens, options: As in `explain` and
                 `generate`, for one sequence and one beam.
+            static: Read the tokens after the first over arrays of a fixed size, and score the best ten heads in the
+                same step: on a GPU a CUDA graph, replayed for every token. It takes no `attention_share`.
+
+        Raises:
+            InputError: An argument is not valid, or `static` does not serve this model or call.
         """
         check_norm(final_norm)
         settings = self.settings(max_new_tokens, options)
         settings.check_single("stream")
+        if static:
+            check_static(self.text)
+            if attention_share:
+                raise InputError("static=True takes no attention_share: leave one of them out")
         pictures = self.prompts.load(image)
         inputs, layouts, _ = self.prompts.prepare([pictures], [prompt], chat_template)
         inputs, (layout,) = self.begun(inputs, layouts, prefix)
@@ -267,7 +279,11 @@ class VLM(ModelRunner):
             settings=settings,
         )
         whole = self.whole_cache(options) if explain or attention_share else {}
-        loop = one_sequence(self, stream.watch)
+        if static:
+            score = StaticScores(self.text, final_norm, backend=self.backend) if explain else None
+            loop = static_sequence(self, stream.watch, score)
+        else:
+            loop = one_sequence(self, stream.watch)
         stream.begin(lambda: self.run(inputs, settings, use_cache=True, custom_generate=loop, **whole))
         return stream
 

@@ -72,6 +72,11 @@ def test_streams_and_shares(ways, family, picture, rules):
     assert [step.token_id for step in steps] == said.token_ids
     for i, step in enumerate(steps):
         torch.testing.assert_close(step.head_scores, ex.head_scores[i], rtol=1e-3, atol=1e-4)
+    again = list(vlm.stream(picture, QUESTION, explain=True, knockout=rules, max_new_tokens=WORDS, static=True))
+    assert [step.token_id for step in again] == said.token_ids  # replayed from a graph
+    for mine, step in zip(again, steps, strict=True):
+        torch.testing.assert_close(mine.head_scores, step.head_scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine.heatmap(), step.heatmap(), rtol=1e-3, atol=1e-4)
     batch = vlm.generate(
         [picture, picture], [QUESTION, "describe this picture ."], knockout=rules, max_new_tokens=WORDS
     )

@@ -22,8 +22,9 @@ from ..runtime.direct_passes import passes
 from ..runtime.hooks import model_lock
 from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
 from ..runtime.model_runner import ModelRunner
-from ..runtime.prefill import Prefill, keys_and_values, next_position
+from ..runtime.prefill import Prefill, next_position
 from ..runtime.recurrent import State, check_state, state_of
+from ..runtime.trace import keys_and_values
 from .context import Context
 from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
 from .scores import PARTS, AttendedTokens, kept_count

@@ -290,6 +290,22 @@ class Scores:
                 return one
         return None
 
+    def know(self, heads: Tensor, best: Tensor, positions: Tensor) -> None:
+        """Keep the scores of the only token, which the pass itself computed.
+
+        Args:
+            heads: Of every site's heads, [S, H].
+            best: Numbers site * H + head of some heads, int64 [k].
+            positions: Their position scores, [k, N].
+        """
+        layers = list(self.text_model.site_layers)
+        self._head_scores = torch.zeros(1, self.num_layers, self.num_heads)
+        self._head_scores[0, layers] = heads.float()
+        whole = torch.zeros(len(best), len(self.input_ids))
+        whole[:, : positions.shape[1]] = positions
+        named = [(layers[i // self.num_heads], i % self.num_heads) for i in best.tolist()]
+        self._position_scores = {(0, head): row for head, row in zip(named, whole.unbind(), strict=True)}
+
     def forget(self) -> None:
         """Drop all computed scores, so that they are computed again when needed."""
         self._head_scores = None

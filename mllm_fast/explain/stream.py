@@ -24,6 +24,7 @@ from ..runtime.decoding import Pass, Watch, own_state
 from ..runtime.detokenizer import Detokenizer
 from ..runtime.generation_settings import GenerationSettings
 from ..runtime.model_runner import Knockouts, ModelRunner
+from ..runtime.static_step import StepScores
 from ..runtime.trace import Trace
 from .explanation import Explanation
 from .registry import Heads
@@ -48,7 +49,7 @@ class Step(Displayed):
         token: str,
         text: str,
         log_prob: float,
-        recorded: tuple[Callable[[], Trace], Tensor] | None = None,
+        recorded: tuple[Callable[[], Trace], Tensor, StepScores | None] | None = None,
     ):
         self.index = index
         self.token_id = token_id
@@ -188,7 +189,7 @@ class Stream(Iterator[Step]):
         if self._passes is None:
             raise StopIteration
         try:
-            token_id, log_prob, sequence, done, trace = self._compute()
+            token_id, log_prob, sequence, done, trace, scores = self._compute()
         except BaseException:
             self.close()
             raise
@@ -198,7 +199,7 @@ class Stream(Iterator[Step]):
             raise StopIteration
         token = self._tokens.push(token_id)
         self._text += self._plain.push(token_id)
-        recorded = None if trace is None else (trace, sequence)
+        recorded = None if trace is None else (trace, sequence, scores)
         step = Step(self, self._count, token_id, token, self._text.strip(), log_prob, recorded)
         self._count += 1
         return step
@@ -221,12 +222,14 @@ class Stream(Iterator[Step]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def explanation_of(self, step: Step, trace: Callable[[], Trace], sequence: Tensor) -> Explanation:
+    def explanation_of(
+        self, step: Step, trace: Callable[[], Trace], sequence: Tensor, scores: StepScores | None
+    ) -> Explanation:
         """Return the explanation of one step's token."""
         length = self.layout.prompt_length + step.index
         layout = replace(self.layout, length=length + 1)
         said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())
-        return Explanation.of(
+        made = Explanation.of(
             self._vlm,
             trace(),
             said,
@@ -235,3 +238,6 @@ class Stream(Iterator[Step]):
             final_norm=self._final_norm,
             knockouts=self._rules,
         )
+        if scores is not None:
+            made.know(*scores)
+        return made

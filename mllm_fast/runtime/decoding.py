@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.utils import ModelOutput
 
+from ..core.errors import InputError
 from ..knockout.attention_share import AttentionShares
 from ..knockout.plan import Plan
 from ..models.plain_layers import watched
@@ -22,11 +23,12 @@ from .direct_decoder import DirectDecoder, direct_decoder
 from .direct_passes import passes
 from .direct_sequence import DirectSequence
 from .hooks import model_lock
-from .kv_cache import CACHE
+from .kv_cache import CACHE, last_position
 from .model_runner import ModelRunner
 from .sampling import next_tokens
 from .shared_prefix import SharedPrefixDecoder
-from .trace import Trace, make_trace
+from .static_step import Score, StaticStep, StepScores
+from .trace import Trace, keys_and_values, make_trace
 
 
 class Pass(NamedTuple):
@@ -38,6 +40,7 @@ class Pass(NamedTuple):
         sequence: The whole sequence, int64 [N].
         done: Whether the answer ends with it.
         trace: Makes the trace that explains the token, or None if the pass was not recorded.
+        scores: Scores of the token that the pass itself computed, or None.
     """
 
     token: int
@@ -45,6 +48,7 @@ class Pass(NamedTuple):
     sequence: Tensor
     done: bool
     trace: Callable[[], Trace] | None
+    scores: StepScores | None = None
 
 
 @dataclass
@@ -105,6 +109,51 @@ def one_sequence(runner: ModelRunner, watch: Watch) -> Callable[..., Iterator[An
     return loop
 
 
+def static_sequence(runner: ModelRunner, watch: Watch, score: Score | None) -> Callable[..., Iterator[Any]]:
+    """Return a loop like that of `one_sequence`, whose tokens after the first are read by a `StaticStep`.
+
+    Args:
+        runner: The model.
+        watch: What is wanted of each pass. Its plan may change between two passes.
+        score: What scores a token inside the step, or None.
+    """
+
+    def loop(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Iterator[Pass | None]:
+        yield None
+        sample, ended = generation_config.do_sample, end_of(stopping_criteria)
+        longest = [one.max_length for one in stopping_criteria if type(one) is MaxLengthCriteria]
+        if not longest:
+            raise InputError("static=True needs room for the answer: give max_new_tokens")
+        reader = _Reader(runner, replace(watch, explain=True), model, model_kwargs)  # which keeps all keys and values
+        logits, trace = reader.read(input_ids)
+        logits = logits[None].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        chosen = next_tokens(logits, input_ids, logits_processor, sample)
+        log_prob = float(logits[0, int(chosen)] - logits[0].logsumexp(-1))
+        input_ids = torch.cat([input_ids, chosen[:, None]], -1)
+        done = ended(input_ids, int(chosen))
+        yield Pass(int(chosen), log_prob, input_ids[0], done, trace if watch.explain else None)
+        if done:
+            return
+        keys, values, position = reader.held(input_ids.shape[1] - 1)
+        given = {"processors": logits_processor, "sample": sample, "score": score, "backend": runner.backend}
+        step = StaticStep(runner.text, keys, values, position=position, room=min(longest), **given)
+        while not done:
+            step.set_plan(watch.plan)
+            found = step.step(input_ids)
+            input_ids = torch.cat([input_ids, input_ids.new_tensor([[found.token]])], -1)
+            done = ended(input_ids, found.token)
+            yield Pass(found.token, found.log_prob, input_ids[0], done, found.trace, found.scores)
+
+    return loop
+
+
 class _Reader:
     """Reads the unread tokens of one sequence, by the model's own forward or directly."""
 
@@ -143,6 +192,7 @@ class _Reader:
             outputs = model(**inputs, return_dict=True)
         self._kwargs = model._update_model_kwargs_for_generation(outputs, self._kwargs)
         self._passes += 1
+        self._last = record, inputs.get("position_ids")
         cache, logits = self._kwargs[CACHE], outputs.logits[0, -1]
         if self._passes == 2:
             decoder, token = direct_decoder(runner.text, runner.backend), int(input_ids[0, -1])
@@ -153,6 +203,12 @@ class _Reader:
         if watch.explain:
             trace = partial(make_trace, runner.text, record, cache, 1, input_ids.shape[1])
         return logits, trace
+
+    def held(self, length: int) -> tuple[list[Tensor], list[Tensor], int]:
+        """Return the keys and values of the sequence, [Hkv, N, D] a site, and the position of its last token."""
+        record, positions = self._last
+        keys, values = keys_and_values(self._runner.text, record, self._kwargs[CACHE], length)
+        return list(keys), list(values), length - 1 if positions is None else last_position(positions)
 
     def _leave(self, direct: DirectSequence) -> None:
         """Go on with the model's own forward."""

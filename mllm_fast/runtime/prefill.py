@@ -16,7 +16,7 @@ from .direct_passes import passes
 from .kv_cache import cache_of, last_position
 from .model_runner import ModelRunner
 from .record import Recording
-from .trace import held
+from .trace import keys_and_values
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,6 @@ def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Atte
         logits=output.logits[0, -1],
         causal=all(seen is None for passes in record.seen for seen in passes),
     )
-
-
-def keys_and_values(
-    text: TextModel, record: Recording, cache: Any, length: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the keys and values of the first `length` positions of one sequence, one [Hkv, N, D] a site.
-
-    Raises:
-        InputError: The cache does not hold them as tensors.
-    """
-    found = [held(text, record, cache, site) for site in range(len(text.sites))]
-    for keys, values, kind in found:
-        if keys is None or values is None or keys.shape[-2] < length:
-            raise InputError(
-                f"a {kind} does not hold all keys and values as they are: leave cache_implementation at transformers'"
-                " default"
-            )
-    return tuple(k[0, :, :length] for k, _, _ in found), tuple(v[0, :, :length] for _, v, _ in found)  # type: ignore[index]
 
 
 def next_position(record: Recording, length: int) -> int:

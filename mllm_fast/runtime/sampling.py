@@ -106,7 +106,7 @@ class SamplerCache:
         else:
             # processors that depend on the sequence are made for each prompt: they may need to know where it ends
             known = self._prepared(torch.tensor([[1]]), sampling)
-            if all(_stateless(one) for one in known[0]):
+            if all(stateless(one) for one in known[0]):
                 self._known[key] = known
                 while len(self._known) > _SETTINGS:
                     self._known.popitem(last=False)
@@ -140,6 +140,6 @@ def _prepared_only(
     yield logits_processor, bool(generation_config.do_sample)
 
 
-def _stateless(processor: Any) -> bool:
+def stateless(processor: Any) -> bool:
     """Return whether the outcome of a processor depends on the scores alone."""
     return type(processor).__name__ in ("TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper")

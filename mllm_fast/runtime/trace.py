@@ -196,6 +196,24 @@ def held(text: TextModel, record: Recording, cache: Any, site: int) -> tuple[Ten
     return keys, values, type(layer).__name__
 
 
+def keys_and_values(
+    text: TextModel, record: Recording, cache: Any, length: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the keys and values of the first `length` positions of one sequence, one [Hkv, N, D] a site.
+
+    Raises:
+        InputError: The cache does not hold them as tensors.
+    """
+    found = [held(text, record, cache, site) for site in range(len(text.sites))]
+    for keys, values, kind in found:
+        if keys is None or values is None or keys.shape[-2] < length:
+            raise InputError(
+                f"a {kind} does not hold all keys and values as they are: leave cache_implementation at transformers'"
+                " default"
+            )
+    return tuple(k[0, :, :length] for k, _, _ in found), tuple(v[0, :, :length] for _, v, _ in found)  # type: ignore[index]
+
+
 def trace_of(
     record: Recording,
     keys: Sequence[Tensor],
