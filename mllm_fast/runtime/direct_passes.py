@@ -7,7 +7,8 @@ forward, which `hooks.recording` follows. When the block ends, also by an except
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -35,6 +36,19 @@ _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, 
 _NEEDLESS = ("return_dict",)
 
 
+class Deferred(BaseException):  # not to be taken for an error of the model's
+    """Ends a pass over a prompt before its layers; what is left is for the caller to run.
+
+    Attributes:
+        hidden: The input rows of the layers, [T, d].
+        positions: Their positions, or position ids [axes, 1, T].
+    """
+
+    def __init__(self, hidden: Tensor, positions: Sequence[int] | Tensor):
+        super().__init__()
+        self.hidden, self.positions = hidden, positions
+
+
 @contextmanager
 def passes(
     text: TextModel,
@@ -43,6 +57,7 @@ def passes(
     shares: AttentionObserver | None = None,
     backend: str = "auto",
     read: int | nn.Module | None = None,
+    defer: bool = False,
 ) -> Iterator[Recording]:
     """Run a model's passes directly where they can be, and record the last `rows` rows of each.
 
@@ -51,6 +66,7 @@ def passes(
         rows, knockouts, shares, backend: As in `hooks.recording`.
         read: How many of the last rows of each pass the caller reads, `rows` or more, or the model whose argument
             `logits_to_keep` says so; None for all. A pass that is run directly gives NaN for the others.
+        defer: Raise `Deferred` in place of running a prompt's layers directly.
 
     Yields:
         The `Recording`.
@@ -68,7 +84,7 @@ def passes(
             asked = read if isinstance(read, nn.Module) else None
             run = _Passes(text, found, record, knockouts, shares, None if isinstance(read, nn.Module) else read)
             before = vars(text.decoder).get("forward")
-            run.otherwise = text.decoder.forward
+            run.otherwise, run.defer = text.decoder.forward, defer
             handle = None if asked is None else asked.register_forward_pre_hook(run.note_rows, with_kwargs=True)
             try:
                 vars(text.decoder)["forward"] = run
@@ -96,6 +112,7 @@ class _Passes:
         self._text, self._decoder, self._record = text, decoder, record
         self._plan, self._shares, self._read = plan, shares, read
         self.otherwise: Any = None
+        self.defer = False
         self._keys: list[Tensor] = []  # [1, Hkv, room, D] each, whose beginning the cache shows
         self._values: list[Tensor] = []
         self._shown: list[Tensor] = []  # the keys of the cache after the last pass
@@ -116,6 +133,8 @@ class _Passes:
         count = len(hidden)
         given = kwargs.get("position_ids")
         positions = range(length, length + count) if given is None else given if given.ndim == 3 else given[0].tolist()
+        if self.defer and not length:
+            raise Deferred(hidden, positions)
         if cache is None and kwargs.get("use_cache", self._text.config.use_cache):
             cache = DynamicCache(config=self._text.config)
         found = self._run(hidden, positions, cache, length)
@@ -152,7 +171,8 @@ class _Passes:
         given = ids if embeds is None else embeds
         assert given is not None
         batch, count = int(given.size(0)), int(given.size(1))
-        if batch != 1 or not 0 < count <= _MOST or (embeds is not None and embeds.dtype != decoder.dtype):
+        most = sys.maxsize if self.defer else _MOST
+        if batch != 1 or not 0 < count <= most or (embeds is not None and embeds.dtype != decoder.dtype):
             return False
         positions = kwargs.get("position_ids")
         if positions is not None and not self._known(positions, count):

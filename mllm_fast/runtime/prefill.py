@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
+from ..kernels.decoder_layers import KeyStore, Part
 from ..knockout.attention_share import AttentionObserver
 from ..models.text_model import TextModel
 from .decoding import own_state
-from .direct_passes import passes
+from .direct_decoder import DirectDecoder, direct_decoder
+from .direct_passes import Deferred, passes
+from .hooks import model_lock
 from .kv_cache import cache_of, last_position
 from .model_runner import ModelRunner
 from .record import Recording
@@ -50,9 +54,93 @@ def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: Atte
         layout: The layout of the prompt.
         watcher: An observer that receives the attention mass, as `shares` of `recording`.
     """
+    return _whole(runner, inputs, layout, watcher)
+
+
+class PrefillInPieces:
+    """The forward pass over a prompt, read piece by piece where the layers are run directly.
+
+    Args:
+        runner, inputs, layout, watcher: As in `prefill`.
+    """
+
+    def __init__(self, runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None):
+        self._runner, self._inputs, self._layout, self._watcher = runner, inputs, layout, watcher
+        self._left: Deferred | None = None
+        self._read = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether a first piece was read."""
+        return self._left is not None
+
+    def read(self, rows: int | None = None) -> Prefill | None:
+        """Read the next rows, and return the result once all were read.
+
+        The first call runs the vision tower as well. A model whose layers are not run directly reads all in it.
+
+        Args:
+            rows: At most how many; None for all that are left.
+        """
+        runner = self._runner
+        if self._left is None and rows is not None:
+            try:
+                return _whole(runner, self._inputs, self._layout, self._watcher, defer=True)
+            except Deferred as left:
+                self._left = left
+                return None  # the vision tower was a piece by itself
+        decoder = None
+        if self._left is not None:
+            with model_lock(runner.text):
+                decoder = direct_decoder(runner.text, runner.backend)
+        if decoder is None or self._left is None:  # the model itself reads all, also if it has changed meanwhile
+            return _whole(runner, self._inputs, self._layout, self._watcher)
+        with model_lock(runner.text), runner.text.inference():
+            return self._piece(decoder, self._left, rows)
+
+    def _piece(self, decoder: DirectDecoder, left: Deferred, rows: int | None) -> Prefill | None:
+        hidden, positions, start = left.hidden, left.positions, self._read
+        count = len(hidden)
+        stop = count if rows is None else min(count, start + rows)
+        if not self._keys:
+            shape = 1, decoder.kv_heads, count, decoder.width
+            made = [hidden.new_empty(shape) for _ in range(2 * decoder.num_layers)]
+            self._keys, self._values = made[::2], made[1::2]
+        row, place = torch.arange(stop - start), torch.arange(start, stop)
+        zero = torch.zeros_like(row)
+        part = Part(self._keys, self._values, torch.stack([row, zero, zero, place + 1, place], 1))
+        store = KeyStore(self._keys, self._values, torch.stack([zero, place], 1))
+        part_of = positions[..., start:stop] if isinstance(positions, Tensor) else positions[start:stop]
+        needed = [stop - start - 1] if stop == count else []
+        found = decoder(hidden[start:stop], part_of, store, [part], needed=needed)
+        self._read = stop
+        if stop < count:
+            return None
+        last = last_position(positions) if isinstance(positions, Tensor) else positions[-1]
+        return Prefill(
+            keys=tuple(one[0] for one in self._keys),
+            values=tuple(one[0] for one in self._values),
+            layout=self._layout,
+            input_ids=self._inputs["input_ids"][0].cpu(),
+            position=last + 1,
+            logits=decoder.logits(found.normed)[0],
+            causal=True,
+        )
+
+
+def _whole(
+    runner: ModelRunner,
+    inputs: Any,
+    layout: TokenLayout,
+    watcher: AttentionObserver | None,
+    defer: bool = False,
+) -> Prefill:
     check_batches(runner.text)
     state: list[Any] = []
-    with own_state(runner, state), passes(runner.text, 1, shares=watcher, backend=runner.backend, read=1) as record:
+    text, backend = runner.text, runner.backend
+    with own_state(runner, state), passes(text, 1, None, watcher, backend, read=1, defer=defer) as record:
         output = runner.model(**inputs, **runner.whole_cache(), use_cache=True, logits_to_keep=1)
     keys, values = keys_and_values(runner.text, record, cache_of(output), layout.length)
     return Prefill(

@@ -16,7 +16,7 @@ from ..context.registry import PRUNING_SCORES
 from ..context.scores import AttendedTokens, kept_count
 from ..core.errors import InputError
 from ..runtime.batch import Row
-from ..runtime.prefill import Prefill, check_batches, prefill
+from ..runtime.prefill import Prefill, PrefillInPieces, check_batches
 from ..runtime.sampling import Sampler, SamplerCache, Sampling
 from .requests import ContextSpec, Generation
 
@@ -58,6 +58,8 @@ class ContextBuilder:
         self.asked = self.position = 0
         self._first: Prefill | None = None
         self._mass: Tensor | None = None
+        self._observes = ""
+        self._watcher: AttendedTokens | None = None
         self._choosers = samplers
         self._chooser: Sampler | None = None
         self._stop = vlm.settings().end_ids
@@ -81,40 +83,38 @@ class ContextBuilder:
         self.waiting = [one for one in self.waiting if not dropped(one)]
         self.owed = [one for one in self.owed if not dropped(one)]
 
-    def begin(self) -> Prefill:
-        """Run the prefill and take the first token of the description.
+    def begin(self) -> PrefillInPieces:
+        """Return the prefill, which is to be read."""
+        self.running = True
+        vlm, spec = self.vlm, self.spec
+        check_batches(vlm.text)
+        image = len(spec.layout.positions("image"))
+        # a prefix is held as it is, and where everything is kept its scores do not matter
+        if not spec.whole and kept_count(spec.keep, image) < image:
+            self._observes = PRUNING_SCORES.get(spec.score).observes
+        if self._observes == "query":
+            self._watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites))
+        return PrefillInPieces(vlm, spec.inputs, spec.layout, self._watcher)
+
+    def begun(self, first: Prefill) -> None:
+        """Take the prefill's result, and the first token of the description.
 
         `done` is set if the context needs no more tokens.
-
-        Returns:
-            The prefill's result.
 
         Raises:
             InputError: The score needs a description, and no token of one can be read.
         """
-        self.running = True
-        vlm, spec = self.vlm, self.spec
-        check_batches(vlm.text)
-        if spec.whole:
-            self._first = prefill(vlm, spec.inputs, spec.layout)
+        self._first, spec = first, self.spec
+        if self._observes != "generated":
+            self._mass = None if self._watcher is None else self._watcher.mean()
             self.done = True
-            return self._first
-        observes, image = PRUNING_SCORES.get(spec.score).observes, len(spec.layout.positions("image"))
-        if kept_count(spec.keep, image) == image:
-            observes = ""  # everything is kept, whatever its score
-        watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites)) if observes == "query" else None
-        first = self._first = prefill(vlm, spec.inputs, spec.layout, watcher)
-        if observes != "generated":
-            self._mass = None if watcher is None else watcher.mean()
-            self.done = True
-            return first
+            return
         self._chooser = self._choosers.make(first.input_ids.tolist(), Sampling())
         if not self.take(self._chooser.choose(first.logits)):
             raise InputError(
                 f"no token of a reply to {spec.prompt!r} was read, so there are no rows to score by: give another"
                 " prompt, more tokens, or score='query'"
             )
-        return first
 
     def joined(self, row: Row) -> None:
         """Continue as a row of the batch, which now stores the keys and values."""

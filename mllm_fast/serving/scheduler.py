@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.batch import Batch
-from ..runtime.prefill import prefill
+from ..runtime.prefill import Prefill, PrefillInPieces
 from ..runtime.sampling import SamplerCache
 from .context_builder import ContextBuilder, ContextBuilders
+from .reading import Pace, Reading
 from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, dropped
 
 if TYPE_CHECKING:
@@ -61,17 +62,20 @@ class Scheduler:
         self._samplers = SamplerCache(vlm)
         self._queue: deque[Generation] = deque()
         self.builders = ContextBuilders(vlm, self._samplers, held, at_once)
+        self.reading: Reading | None = None  # the prompt that is being read
+        self._pace = Pace()
         self._divides = True  # whether a prompt can be read in two parts: no token sees a later one
 
     @property
     def waiting(self) -> int:
         """The number of generations that wait for a place in the batch or for their context."""
-        return len(self._queue) + sum(len(one.waiting) for one in list(self.builders.values()))
+        read = int(self.reading is not None and isinstance(self.reading.owner, Generation))
+        return read + len(self._queue) + sum(len(one.waiting) for one in list(self.builders.values()))
 
     @property
     def busy(self) -> bool:
         """Whether any generation waits or runs."""
-        return bool(self._queue or self.members or self.builders)
+        return bool(self._queue or self.members or self.builders or self.reading)
 
     def add(self, wanted: Generation) -> None:
         """Append a generation to the queue. The caller must hold the lock."""
@@ -81,13 +85,17 @@ class Scheduler:
         """Return all generations that wait or run."""
         waiting = [one for builder in list(self.builders.values()) for one in builder.waiting]
         running = [one for one in self.members if isinstance(one, Generation)]
+        if self.reading is not None and isinstance(self.reading.owner, Generation):
+            running.append(self.reading.owner)
         return [*self._queue, *running, *waiting]
 
     def admit(self) -> None:
-        """Admit waiting generations to the batch in their order, and run at most one image prefill."""
+        """Admit waiting generations to the batch in their order, and read at most one prompt, or a piece of it."""
         with self._guard:  # cancelled and late requests leave the queue even while the batch is full
             self._queue = deque(one for one in self._queue if not dropped(one))
-        prefilled = False
+        prefilled = self.reading is not None
+        if self.reading is not None:
+            self._guarded(self.reading.owner, self._read_on)
         for builder in list(self.builders.values()):
             if not builder.running and not prefilled and len(self.members) < self.max_batch:
                 prefilled = True
@@ -122,6 +130,8 @@ class Scheduler:
         """End a generation, or a builder and the generations that wait for it, with an error."""
         if one.row is not None:
             self._leave(one)
+        if self.reading is not None and self.reading.owner is one:
+            self.reading = None
         if isinstance(one, ContextBuilder):
             self.builders.pop(one.key, None)
         for waiting in one.waiting if isinstance(one, ContextBuilder) else [one]:
@@ -154,8 +164,31 @@ class Scheduler:
             self.members.append(wanted)
             return
         assert wanted.layout is not None
-        first = prefill(self.vlm, wanted.inputs, wanted.layout)
+        self.reading = Reading(wanted, PrefillInPieces(self.vlm, wanted.inputs, wanted.layout))
         wanted.inputs = None
+        self._read_on(wanted)
+
+    def _read_on(self, owner: Generation | ContextBuilder) -> None:
+        """Read the prompt of a generation or a builder: all of it, or a piece if others wait for their next token."""
+        assert self.reading is not None
+        if isinstance(owner, ContextBuilder):
+            owner.drop_cancelled(dropped)
+        if not owner.waiting if isinstance(owner, ContextBuilder) else dropped(owner):
+            self.reading = None
+            if isinstance(owner, ContextBuilder):
+                del self.builders[owner.key]
+            return
+        first = self._pace.read(self.reading.pieces, alone=not self.members)
+        if first is None:
+            return
+        self.reading = None
+        if isinstance(owner, ContextBuilder):
+            self._begun(owner, first)
+        else:
+            self._started(owner, first)
+
+    def _started(self, wanted: Generation, first: Prefill) -> None:
+        assert wanted.layout is not None
         wanted.sampler = self._samplers.make(first.input_ids.tolist(), wanted.sampling)
         wanted.sink(PrefillEvent(wanted.layout.length))
         token = wanted.choose(first.logits)
@@ -168,7 +201,11 @@ class Scheduler:
         if not builder.waiting:
             del self.builders[builder.key]
             return
-        first = builder.begin()
+        self.reading = Reading(builder, builder.begin())
+        self._read_on(builder)
+
+    def _begun(self, builder: ContextBuilder, first: Prefill) -> None:
+        builder.begun(first)
         if builder.spec.whole and not first.causal:
             self._divides = False
             del self.builders[builder.key]
@@ -225,10 +262,12 @@ class Scheduler:
                 self._leave(one)
         if not self.members:
             return
+        self._pace.begin()
         by_row = {id(one.row): one for one in self.members}
         members = [by_row[id(row)] for row in self.batch.rows]
         with self.batch.running():
             members, logits, failed = _read(self.batch, members)
+        self._pace.end()
         for one, error in failed:
             self._failed(one, error)
         if not members:
