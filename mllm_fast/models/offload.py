@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -55,10 +56,18 @@ def one_gpu() -> dict[int | str, int] | None:
 
 
 def check_one_device(model: Any) -> None:
-    """Raise InputError for a model whose layers compute on several devices.
+    """Raise InputError for a model whose layers compute on several devices, or in several processes.
 
-    Keys, masks and recordings lie on one device.
+    Keys, masks and recordings lie on one device, and a process sees the heads that it holds alone.
     """
+    tensor = sys.modules.get("torch.distributed.tensor")  # a model that is split was split by this module
+    held = () if tensor is None else model.parameters()
+    split = next((one for one in held if isinstance(one, tensor.DTensor)), None)  # type: ignore[union-attr]
+    if split is not None:
+        raise InputError(
+            f"the model is split over {split.device_mesh.size()} processes (tensor parallelism), of which each holds"
+            " some heads and some words: load it whole in one process, without tp_plan or DistributedConfig"
+        )
     given = {place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
     places = {torch.device(f"cuda:{place}" if isinstance(place, int) else place) for place in given}
     if len({place for place in places if place.type != "cpu"}) > 1:
