@@ -41,6 +41,8 @@ def table() -> str:
     parts += [_joint(_result("joint"), _result("gradient_alignment"))] if _has("joint") else []
     parts += [serving(_result("serving"))] if _has("serving") else []
     parts += [_peers(_result("peers"), _result("peers_bfloat16"))] if _has("peers") else []
+    parts += [_heads(_result("peers_heads"))] if _has("peers_heads") else []
+    parts += [_stalls(_result("stalls"))] if _has("stalls") else []
     parts += [_accuracy(accuracy), _machines()]
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -135,20 +137,49 @@ def _peers(full: dict, half: dict) -> list[str]:
     """What was asked of vLLM and of the server in one run each."""
     rows = {"float32": full["servers"], "bfloat16": half["servers"]}
     lines = [
-        "Beside vLLM for the CPU with prefix caching, on the same two cores, over HTTP: a LLaVA of random weights (d ="
-        " 1,024, 16 layers, 576 image tokens), 8 tokens an answer; the first question about a picture, then 32"
-        " questions about it at once, alone and beside a busy process; and the embedded model under 64 clients:",
+        "Beside vLLM for the CPU with prefix caching and others, on the same two cores, over HTTP (kvpress in its own"
+        " process): a LLaVA of random weights (d = 1,024, 16 layers, 576 image tokens), 8 tokens an answer; the first"
+        " question about a picture, then 32 questions about it at once, alone and beside a busy process; and the"
+        " embedded model under 64 clients:",
         "",
         "| server | first question, s | 32 at once, answers/s | beside a busy process | embedded, answers/s |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for dtype, servers in rows.items():
         for name, row in servers.items():
-            small = row.get("embedded, 64 clients, answers/s")
-            last = "" if small is None else f"{small:.0f}"
-            lines.append(
-                f"| {name}, {dtype} | {row['first s']:.2f} | {row['burst/s']:.1f} | {row['neighbour/s']:.1f} | {last} |"
-            )
+            small, beside = row.get("embedded, 64 clients, answers/s"), row.get("neighbour/s")
+            last, busy = ("" if one is None else f"{one:.{digits}f}" for one, digits in ((small, 0), (beside, 1)))
+            lines.append(f"| {name}, {dtype} | {row['first s']:.2f} | {row['burst/s']:.1f} | {busy} | {last} |")
+    return lines
+
+
+def _heads(found: dict) -> list[str]:
+    """One token explained beside nnsight."""
+    lines = [
+        "One token of a tiny LLaVA of random weights (d = 128, 6 layers, 144 image tokens) from its picture and"
+        " question, explained: transformers' pass alone, nnsight with the scores in plain torch, and `VLM.explain`, in"
+        " ms:",
+        "",
+        "| scores | the pass alone | nnsight | ours | nnsight over ours |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in found["ms"].items():
+        figures = " | ".join(f"{row[one]:.1f}" for one in ("the pass alone", "nnsight", "ours", "nnsight over ours"))
+        lines.append(f"| {name} | {figures} |")
+    return lines
+
+
+def _stalls(found: dict) -> list[str]:
+    """A stream of the server while pictures arrive."""
+    lines = [
+        f"The time between two of {found['tokens']} streamed tokens, while another client asks about a new picture"
+        " every second: the server's engine, a LLaVA of random weights (d = 512, 8 layers, 576 image tokens), in ms:",
+        "",
+        "| pictures | median | 95 of 100 | against quiet |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, row in found["ms"].items():
+        lines.append(f"| {name} | {row['median']:.1f} | {row['p95']:.1f} | {row['p95 over quiet']:.2f} x |")
     return lines
 
 
