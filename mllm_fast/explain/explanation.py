@@ -21,6 +21,7 @@ from ..knockout.rule import Knockout
 from ..models.provenance import made_with
 from ..runtime.answer import Answer
 from ..runtime.model_runner import ModelRunner
+from ..runtime.static_step import StepScores
 from ..runtime.trace import Trace
 from . import export, logit_lens
 from .figure import draw_sheet, draw_token, token_map
@@ -65,6 +66,7 @@ class Explanation(Scores, Displayed, NotPickled):
         final_norm: str,
         replay: Replay | None = None,
         knockouts: Sequence[Knockout] = (),
+        known: StepScores | None = None,
     ) -> Explanation:
         """Build the explanation of an answer that a runner's model gave while it was recorded."""
         return cls(
@@ -81,6 +83,7 @@ class Explanation(Scores, Displayed, NotPickled):
             replay=replay,
             made_with=partial(made_with, runner.model),
             knockouts=knockouts if replay is None else replay.rules,
+            known=known,
         )
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ from ..knockout.rule import Knockout, as_rules
 from ..models.provenance import now
 from ..models.text_model import TextModel, without_gradients
 from ..runtime.answer import Answer
+from ..runtime.static_step import StepScores
 from ..runtime.trace import Trace
 from .box_weights import BoxWeights
 from .registry import DEFAULT, HEATMAP_METHODS, Heads
@@ -96,6 +97,7 @@ class Scores:
         replay: Replay | None = None,
         made_with: Callable[[], dict[str, Any]] = dict,
         knockouts: Sequence[Knockout] = (),
+        known: StepScores | None = None,
     ):
         self.tokens: list[str] = answer.tokens
         self.token_ids: list[int] = answer.token_ids
@@ -125,6 +127,8 @@ class Scores:
         )
         self._head_scores: Tensor | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        if known is not None:
+            self._head_scores, self._position_scores = _of_step(text_model, len(self.input_ids), *known)
 
     __getattr__ = renamed(token_values="attribution", norm="final_norm")
 
@@ -290,22 +294,6 @@ class Scores:
                 return one
         return None
 
-    def know(self, heads: Tensor, best: Tensor, positions: Tensor) -> None:
-        """Keep the scores of the only token, which the pass itself computed.
-
-        Args:
-            heads: Of every site's heads, [S, H].
-            best: Numbers site * H + head of some heads, int64 [k].
-            positions: Their position scores, [k, N].
-        """
-        layers = list(self.text_model.site_layers)
-        self._head_scores = torch.zeros(1, self.num_layers, self.num_heads)
-        self._head_scores[0, layers] = heads.float()
-        whole = torch.zeros(len(best), len(self.input_ids))
-        whole[:, : positions.shape[1]] = positions
-        named = [(layers[i // self.num_heads], i % self.num_heads) for i in best.tolist()]
-        self._position_scores = {(0, head): row for head, row in zip(named, whole.unbind(), strict=True)}
-
     def forget(self) -> None:
         """Drop all computed scores, so that they are computed again when needed."""
         self._head_scores = None
@@ -343,6 +331,27 @@ class Scores:
         if not 0 <= image < len(self.layout.images):
             raise InputError(f"image is 0 to {len(self.layout.images) - 1}, got {image}")
         return self.layout.images[image]
+
+
+def _of_step(
+    text: TextModel, length: int, heads: Tensor, best: Tensor, positions: Tensor
+) -> tuple[Tensor, dict[tuple[int, tuple[int, int]], Tensor]]:
+    """Return the scores of an answer's only token, which its pass computed, as `Scores` keeps them.
+
+    Args:
+        text: The text part of the model.
+        length: The length of the sequence.
+        heads: The scores of every site's heads, [S, H].
+        best: Numbers site * H + head of some heads, int64 [k].
+        positions: Their position scores, [k, N].
+    """
+    layers, each = list(text.site_layers), text.num_heads
+    scores = torch.zeros(1, len(text.layers), each)
+    scores[0, layers] = heads.float()
+    whole = torch.zeros(len(best), length)
+    whole[:, : positions.shape[1]] = positions
+    named = [(layers[i // each], i % each) for i in best.tolist()]
+    return scores, {(0, head): row for head, row in zip(named, whole.unbind(), strict=True)}
 
 
 def check_attention_everywhere(scores: Scores, method: str) -> None:

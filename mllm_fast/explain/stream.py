@@ -229,7 +229,7 @@ class Stream(Iterator[Step]):
         length = self.layout.prompt_length + step.index
         layout = replace(self.layout, length=length + 1)
         said = Answer(step.token, [step.token_id], [step.token], layout, sequence[: length + 1].cpu())
-        made = Explanation.of(
+        return Explanation.of(
             self._vlm,
             trace(),
             said,
@@ -237,7 +237,5 @@ class Stream(Iterator[Step]):
             images=self.images,
             final_norm=self._final_norm,
             knockouts=self._rules,
+            known=scores,
         )
-        if scores is not None:
-            made.know(*scores)
-        return made

@@ -25,6 +25,7 @@ _NAMES = (
     "mlp.down_proj",
 )  # fmt: skip
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+_IDLE = "transformers.utils.output_capturing"  # the module of these hooks
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
@@ -147,14 +148,16 @@ def plain_layers(text: TextModel, scales: Sequence[float]) -> PlainLayers:
 def watched(module: nn.Module, ours: Any = None) -> bool:
     """Return whether somebody follows the calls of a module, by a hook or by a `forward` of its own.
 
+    The hooks that transformers leaves behind where hidden states were asked for once do nothing in other calls.
+
     Args:
         module: The module.
         ours: The function of the `forward` that this library itself sets on modules, which does not count.
     """
     own = module.__dict__.get("forward")
-    return bool(module._forward_pre_hooks or module._forward_hooks) or (
-        own is not None and getattr(own, "func", None) is not ours
-    )
+    if module._forward_pre_hooks or (own is not None and getattr(own, "func", None) is not ours):
+        return True
+    return bool(module._forward_hooks) and any(one.__module__ != _IDLE for one in module._forward_hooks.values())
 
 
 def _inside(module: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:

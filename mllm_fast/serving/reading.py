@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..runtime.prefill import Prefill, PrefillInPieces
 from .context_builder import ContextBuilder
 from .requests import Generation
+
+if TYPE_CHECKING:
+    from ..vlm import VLM
 
 _SHARE = 0.75  # of a decoding pass that a piece may take: a token then comes after at most twice the time
 _FIRST, _LEAST = 32, 8  # rows of a piece before anything was measured, and of the smallest one
@@ -23,6 +26,15 @@ class Reading(NamedTuple):
 
     owner: Generation | ContextBuilder
     pieces: PrefillInPieces
+
+    @classmethod
+    def of(cls, vlm: VLM, owner: Generation | ContextBuilder) -> Reading:
+        """Begin to read the prompt of a generation with an image of its own, or of a context."""
+        if isinstance(owner, ContextBuilder):
+            return cls(owner, owner.begin())
+        assert owner.layout is not None
+        inputs, owner.inputs = owner.inputs, None
+        return cls(owner, PrefillInPieces(vlm, inputs, owner.layout))
 
 
 class Pace:

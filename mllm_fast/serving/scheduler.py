@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.batch import Batch
-from ..runtime.prefill import Prefill, PrefillInPieces
+from ..runtime.prefill import Prefill
 from ..runtime.sampling import SamplerCache
 from .context_builder import ContextBuilder, ContextBuilders
 from .reading import Pace, Reading
@@ -99,7 +99,7 @@ class Scheduler:
         for builder in list(self.builders.values()):
             if not builder.running and not prefilled and len(self.members) < self.max_batch:
                 prefilled = True
-                self._guarded(builder, self._begin_building)
+                self._guarded(builder, self._read_on)
         kept: deque[Generation] = deque()
         while True:
             with self._guard:
@@ -163,14 +163,10 @@ class Scheduler:
             wanted.row = self.batch.join(keys, values, builder.position, wanted.ids, (builder.key, "whole"))
             self.members.append(wanted)
             return
-        assert wanted.layout is not None
-        self.reading = Reading(wanted, PrefillInPieces(self.vlm, wanted.inputs, wanted.layout))
-        wanted.inputs = None
         self._read_on(wanted)
 
     def _read_on(self, owner: Generation | ContextBuilder) -> None:
         """Read the prompt of a generation or a builder: all of it, or a piece if others wait for their next token."""
-        assert self.reading is not None
         if isinstance(owner, ContextBuilder):
             owner.drop_cancelled(dropped)
         if not owner.waiting if isinstance(owner, ContextBuilder) else dropped(owner):
@@ -178,31 +174,22 @@ class Scheduler:
             if isinstance(owner, ContextBuilder):
                 del self.builders[owner.key]
             return
+        if self.reading is None:
+            self.reading = Reading.of(self.vlm, owner)
         first = self._pace.read(self.reading.pieces, alone=not self.members)
         if first is None:
             return
         self.reading = None
         if isinstance(owner, ContextBuilder):
             self._begun(owner, first)
-        else:
-            self._started(owner, first)
-
-    def _started(self, wanted: Generation, first: Prefill) -> None:
-        assert wanted.layout is not None
+            return
+        wanted = owner
         wanted.sampler = self._samplers.make(first.input_ids.tolist(), wanted.sampling)
-        wanted.sink(PrefillEvent(wanted.layout.length))
+        wanted.sink(PrefillEvent(first.layout.length))
         token = wanted.choose(first.logits)
         if wanted.emit(token, first.logits):
             wanted.row = self.batch.join(first.keys, first.values, first.position, [token])
             self.members.append(wanted)
-
-    def _begin_building(self, builder: ContextBuilder) -> None:
-        builder.drop_cancelled(dropped)
-        if not builder.waiting:
-            del self.builders[builder.key]
-            return
-        self.reading = Reading(builder, builder.begin())
-        self._read_on(builder)
 
     def _begun(self, builder: ContextBuilder, first: Prefill) -> None:
         builder.begun(first)
@@ -276,24 +263,22 @@ class Scheduler:
         self.passes += 1
         self.tokens += len(members)
         for i, one in enumerate(members):
-            if isinstance(one, ContextBuilder):
-                self._guarded(one, partial(self._describe_on, likeliest=likeliest[i], logits=logits[i]))
+            self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
+
+    def _go_on(self, one: Generation | ContextBuilder, likeliest: int, logits: Tensor) -> None:
+        """Take the next token of a member."""
+        assert one.row is not None
+        if isinstance(one, ContextBuilder):
+            if one.take(likeliest if one.plain else one.choose(logits)):
+                one.row.unread = one.said[-1:]
             else:
-                self._guarded(one, partial(self._go_on, likeliest=likeliest[i], logits=logits[i]))
-
-    def _describe_on(self, builder: ContextBuilder, likeliest: int, logits: Tensor) -> None:
-        if builder.take(likeliest if builder.plain else builder.choose(logits)):
-            builder.row.unread = builder.said[-1:]  # type: ignore[union-attr]
+                self._built(one)
+            return
+        token = one.choose(logits, likeliest)
+        if one.emit(token, logits):
+            one.row.unread = [token]
         else:
-            self._built(builder)
-
-    def _go_on(self, wanted: Generation, likeliest: int, logits: Tensor) -> None:
-        assert wanted.row is not None
-        token = wanted.choose(logits, likeliest)
-        if wanted.emit(token, logits):
-            wanted.row.unread = [token]
-        else:
-            self._leave(wanted)
+            self._leave(one)
 
 
 _Members = list[Generation | ContextBuilder]
