@@ -152,7 +152,7 @@ def test_what_is_generated_inside_is_explained(family, vlms, picture):
     # the caller's own passes are the model's, those of `explain` may be run directly, which rounds otherwise
     torch.testing.assert_close(ex.head_scores, expected.head_scores, rtol=1e-4, atol=1e-5)
     for method in ("logprob", "attention", "rollout"):
-        torch.testing.assert_close(ex.heatmap(0, method), expected.heatmap(0, method), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ex.heatmap(0, method), expected.heatmap(0, method), rtol=1e-3, atol=1e-5)
     assert ex.layout.images[0].tiles == expected.layout.images[0].tiles
     assert QUESTION.split()[0] in ex.prompt
 

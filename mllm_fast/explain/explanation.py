@@ -55,7 +55,7 @@ class Explanation(Scores, Displayed, NotPickled):
     _INSTEAD = "save it, as .safetensors or .json, and read the numbers there"
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913
         cls,
         runner: ModelRunner,
         trace: Trace,
