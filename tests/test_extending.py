@@ -87,7 +87,7 @@ def test_a_ninth_method_in_the_fidelity_evaluation(example, tmp_path):
     folder = tmp_path / "out"
     plugin = example("last_layer.py")
     done = command(
-        "--plugin", plugin, "eval", "fidelity", "--count", 3, "--processes", 2, "--out", folder, "--json", timeout=600
+        "--plugin", plugin, "eval", "fidelity", "--count", 2, "--processes", 2, "--out", folder, "--json", timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["fidelity"]["methods"]
