@@ -303,7 +303,7 @@ def pressed(python: str, folder: Path, dtype: str, rounds: int) -> dict[str, Any
         print(f"left out: kvpress:\n{done.stderr[-3000:]}", flush=True)
         return {}
     found = json.loads(done.stdout.splitlines()[-1])
-    print(f"{'kvpress':16s}" + "  ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
+    print(f"{'kvpress':20s}" + "  ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
     return found
 
 
@@ -332,7 +332,8 @@ def main() -> None:
             rows["kvpress"] = pressed(args.kvpress, large, args.dtype, args.rounds)
         for folder, length, measured in ((large, 1024, measure), (small, 512, measure_embedded)):
             for name, (command, model, more, env) in contenders(str(folder), args.vllm, args.dtype, length).items():
-                if (args.only and not name.startswith(args.only)) or (folder is small and "keep" in name):
+                once = "keep" in name or name == SERVE  # which knows a model by its folder alone
+                if (args.only and not name.startswith(args.only)) or (folder is small and once):
                     continue
                 port = free_port()
                 try:
@@ -345,7 +346,7 @@ def main() -> None:
                 finally:
                     server.stop()
                 shown = {key: value for key, value in found.items() if key != "answers"}
-                print(f"{name:16s}" + "  ".join(f"{key} {value:.3g}" for key, value in shown.items()), flush=True)
+                print(f"{name:20s}" + "  ".join(f"{key} {value:.3g}" for key, value in shown.items()), flush=True)
                 rows.setdefault(name, {}).update(found)
     both = ("vLLM", "ours, keep off")
     whole = [rows[name]["answers"] for name in rows if name in both and "answers" in rows[name]]
