@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class PrefillInPieces:
 
     def __init__(self, runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None):
         self._runner, self._inputs, self._layout, self._watcher = runner, inputs, layout, watcher
-        self._left: Deferred | None = None
+        self._left: tuple[Tensor, Sequence[int] | Tensor] | None = None  # input rows of the layers, and positions
         self._read = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -79,7 +80,8 @@ class PrefillInPieces:
     def read(self, rows: int | None = None) -> Prefill | None:
         """Read the next rows, and return the result once all were read.
 
-        The first call runs the vision tower as well. A model whose layers are not run directly reads all in it.
+        The first call with a number of rows runs the vision tower alone. A model whose layers are not run directly
+        reads all in it.
 
         Args:
             rows: At most how many; None for all that are left.
@@ -89,7 +91,7 @@ class PrefillInPieces:
             try:
                 return _whole(runner, self._inputs, self._layout, self._watcher, defer=True)
             except Deferred as left:
-                self._left = left
+                self._left = left.hidden, left.positions  # without the frames that the exception holds
                 return None  # the vision tower was a piece by itself
         decoder = None
         if self._left is not None:
@@ -98,10 +100,12 @@ class PrefillInPieces:
         if decoder is None or self._left is None:  # the model itself reads all, also if it has changed meanwhile
             return _whole(runner, self._inputs, self._layout, self._watcher)
         with model_lock(runner.text), runner.text.inference():
-            return self._piece(decoder, self._left, rows)
+            return self._piece(decoder, *self._left, rows)
 
-    def _piece(self, decoder: DirectDecoder, left: Deferred, rows: int | None) -> Prefill | None:
-        hidden, positions, start = left.hidden, left.positions, self._read
+    def _piece(
+        self, decoder: DirectDecoder, hidden: Tensor, positions: Sequence[int] | Tensor, rows: int | None
+    ) -> Prefill | None:
+        start = self._read
         count = len(hidden)
         stop = count if rows is None else min(count, start + rows)
         if not self._keys:
