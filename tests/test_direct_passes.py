@@ -10,12 +10,14 @@ import torch
 from mllm_fast.kernels.extension import cpu_extension
 from PIL import Image
 from transformers import DynamicCache
+from transformers.masking_utils import causal_mask_function
 
 import mllm_fast as mf
 from mllm_fast.runtime import direct_passes
 from mllm_fast.runtime.direct_decoder import DirectDecoder, direct_decoder
 from mllm_fast.runtime.direct_passes import passes
 from mllm_fast.runtime.kv_cache import CACHE
+from mllm_fast.runtime.row_mask import RowMask
 
 pytestmark = pytest.mark.skipif(cpu_extension()[0] is None, reason="the C++ extension is not built")
 
@@ -145,11 +147,14 @@ def test_any_other_pass_is_the_models_own(rows, monkeypatch):
     embeds = torch.ones(1, 12, WIDTH) / 9
     direct_decoder(text)
     rows.clear()
+    padding = torch.tensor([[False] * 3 + [True] * 9])
+    rule = RowMask.of(causal_mask_function, padding, 12, 12, 0, 0, embeds.device)
     others = {
         "a batch": {"inputs_embeds": embeds.expand(2, -1, -1)},
         "padding": {"inputs_embeds": embeds, "attention_mask": torch.tensor([[0] * 3 + [1] * 9])},
         "hidden states": {"inputs_embeds": embeds, "output_hidden_states": True},
         "a mask of the caller's": {"inputs_embeds": embeds, "attention_mask": torch.zeros(1, 1, 12, 12)},
+        "a rule with padding": {"inputs_embeds": embeds, "attention_mask": rule},
         "float64": {"inputs_embeds": embeds.double()},
     }
     for what, given in others.items():
