@@ -92,7 +92,7 @@ def test_a_piece_takes_no_longer_than_a_pass(monkeypatch):
     pace.end()
     for _ in range(3):
         pace.read(pieces, alone=False)
-    assert pieces.sizes == [32, 32, 60]  # 0.75 times 81 ms, at 1 ms a row
+    assert pieces.sizes == [32, 32, 48]  # 0.6 times 81 ms, at 1 ms a row
     pace.read(pieces, alone=True)
     assert pieces.sizes[-1] is None
 

@@ -12,7 +12,7 @@ from .requests import Generation
 if TYPE_CHECKING:
     from ..vlm import VLM
 
-_SHARE = 0.75  # of a decoding pass that a piece may take: a token then comes after at most twice the time
+_SHARE = 0.6  # of a decoding pass that a piece may take: a token then comes after at most twice the time
 _FIRST, _LEAST = 32, 8  # rows of a piece before anything was measured, and of the smallest one
 
 
