@@ -15,7 +15,7 @@ from PIL import Image
 import mllm_fast as mf
 from mllm_fast.context.compress import prefill_and_score
 from mllm_fast.runtime.batch import Batch
-from mllm_fast.runtime.prefill import prefill
+from mllm_fast.runtime.prefill import PrefillInPieces
 from mllm_fast.runtime.prefix_pool import PrefixPool
 from mllm_fast.runtime.shared_prefix import SharedPrefixDecoder
 
@@ -33,7 +33,7 @@ def alone(vlm: mf.VLM, keys, values, position: int, ids: list[int], first: int) 
 
 def whole_prompt(vlm: mf.VLM, picture, prompt: str):
     inputs, (layout,), _ = vlm.prompts.prepare([[picture]], [prompt])
-    return prefill(vlm, inputs, layout)
+    return PrefillInPieces(vlm, inputs, layout).read()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,7 +11,7 @@ from PIL import Image
 
 import mllm_fast as mf
 from mllm_fast.runtime import direct_passes
-from mllm_fast.runtime.prefill import PrefillInPieces, prefill
+from mllm_fast.runtime.prefill import PrefillInPieces
 from mllm_fast.serving import reading
 from mllm_fast.serving.engine import Engine
 from mllm_fast.serving.reading import Pace
@@ -37,7 +37,7 @@ def prompt_of(vlm):
 @pytest.mark.parametrize("sizes", [[5, 1, 7, 100], [100], [3, None], [None]])
 def test_pieces_are_the_whole(vlm, sizes):
     inputs, layout = prompt_of(vlm)
-    whole = prefill(vlm, inputs, layout)
+    whole = PrefillInPieces(vlm, inputs, layout).read()
     pieces = PrefillInPieces(vlm, inputs, layout)
     if sizes != [None]:
         assert pieces.read(sizes[0]) is None  # the vision tower alone
@@ -56,8 +56,8 @@ def test_pieces_are_the_whole(vlm, sizes):
 def test_another_model_reads_all_at_once(vlm, monkeypatch):
     monkeypatch.setattr(direct_passes, "direct_decoder", lambda *_: None)
     inputs, layout = prompt_of(vlm)
-    found = PrefillInPieces(vlm, inputs, layout).read(3)
-    torch.testing.assert_close(found.logits, prefill(vlm, inputs, layout).logits)
+    found, whole = (PrefillInPieces(vlm, inputs, layout).read(rows) for rows in (3, None))
+    torch.testing.assert_close(found.logits, whole.logits)
 
 
 @needs_extension
@@ -69,7 +69,7 @@ def test_a_model_that_changes_meanwhile_reads_all_itself(vlm):
     handle = vlm.text.layers[0].register_forward_hook(lambda module, args, output: None)
     try:
         found = pieces.read(4)
-        torch.testing.assert_close(found.logits, prefill(vlm, inputs, layout).logits)
+        torch.testing.assert_close(found.logits, PrefillInPieces(vlm, inputs, layout).read().logits)
     finally:
         handle.remove()
 
@@ -146,3 +146,26 @@ def test_others_get_their_tokens_meanwhile(shapes, monkeypatch):
     for client, picture in zip(clients[:2], pictures, strict=False):
         said = shapes.generate(picture, "Describe the image.", max_new_tokens=12)
         assert client.tokens[: len(said.token_ids)] == said.token_ids
+
+
+@needs_extension
+def test_a_prompt_that_is_read_has_its_place(shapes, monkeypatch):
+    """While it is read in pieces nobody else takes the batch's last place."""
+    monkeypatch.setattr(Pace, "rows", 16)
+    scheduler = Engine(shapes, max_batch=2).scheduler
+    context = shapes.compress(Image.new("RGB", (96, 96), "red"), keep=0.2)
+    talking, new = (Client(shapes, Image.new("RGB", (96, 96), color)) for color in ("red", "blue"))
+    ids = shapes.prompts.turn_ids(context.prompt, 1, "Is there a star?")
+    asked = Generation(lambda _: None, frozenset(), key="held", context=context, ids=ids, max_tokens=4)
+    scheduler.add(talking.wanted)
+    scheduler.admit()
+    scheduler.run_pass()
+    for one in (new.wanted, asked):
+        scheduler.add(one)
+    most = 0
+    while scheduler.busy:
+        scheduler.admit()
+        most = max(most, len(scheduler.members) + (scheduler.reading is not None))
+        scheduler.run_pass()
+    assert most == 2
+    assert len(new.tokens) == 12

@@ -324,3 +324,20 @@ def test_one_line_for_what_a_cell_shows(shapes):
     with shapes.stream(SAMPLE, question) as stream:
         (step,) = stream
     assert repr(step) == f"Step(0, 'blue', log_prob={step.log_prob:.3f})"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_log_probs_are_those_before_a_processor_that_writes_in_place(shapes, picture, static):
+    def lean(ids, scores):
+        return scores - torch.arange(scores.shape[1]) / 9
+
+    def lean_in_place(ids, scores):
+        return scores.sub_(torch.arange(scores.shape[1]) / 9)
+
+    found = []
+    for processor in (lean, lean_in_place):
+        options = {"logits_processor": [processor], "max_new_tokens": 5, "static": static}
+        steps = list(shapes.stream(picture, "Describe the image.", **options))
+        found.append([(step.token_id, step.log_prob) for step in steps])
+    assert found[0]
+    assert found[0] == found[1]

@@ -94,15 +94,11 @@ def one_sequence(runner: ModelRunner, watch: Watch) -> Callable[..., Iterator[An
         yield None
         reader = _Reader(runner, watch, model, model_kwargs)
         ended = end_of(stopping_criteria)
-        done, given = False, input_ids.device
+        done = False
         while not done:
             logits, trace = reader.read(input_ids)
-            # processors may write into what they are given
-            logits = logits[None].to(copy=True, dtype=torch.float32, device=given)
-            chosen = next_tokens(logits, input_ids, logits_processor, generation_config.do_sample)
-            token = int(chosen)
-            log_prob = float(logits[0, token] - logits[0].logsumexp(-1))
-            input_ids = torch.cat([input_ids, chosen[:, None]], -1)
+            token, log_prob = _chosen(logits, input_ids, logits_processor, generation_config.do_sample)
+            input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], -1)
             done = ended(input_ids, token)
             yield Pass(token, log_prob, input_ids[0], done, trace)
 
@@ -133,12 +129,10 @@ def static_sequence(runner: ModelRunner, watch: Watch, score: Score | None) -> C
             raise InputError("static=True needs room for the answer: give max_new_tokens")
         reader = _Reader(runner, replace(watch, explain=True), model, model_kwargs)  # which keeps all keys and values
         logits, trace = reader.read(input_ids)
-        logits = logits[None].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        chosen = next_tokens(logits, input_ids, logits_processor, sample)
-        log_prob = float(logits[0, int(chosen)] - logits[0].logsumexp(-1))
-        input_ids = torch.cat([input_ids, chosen[:, None]], -1)
-        done = ended(input_ids, int(chosen))
-        yield Pass(int(chosen), log_prob, input_ids[0], done, trace if watch.explain else None)
+        token, log_prob = _chosen(logits, input_ids, logits_processor, sample)
+        input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], -1)
+        done = ended(input_ids, token)
+        yield Pass(token, log_prob, input_ids[0], done, trace if watch.explain else None)
         if done:
             return
         keys, values, position = reader.held(input_ids.shape[1] - 1)
@@ -152,6 +146,13 @@ def static_sequence(runner: ModelRunner, watch: Watch, score: Score | None) -> C
             yield Pass(found.token, found.log_prob, input_ids[0], done, found.trace, found.scores)
 
     return loop
+
+
+def _chosen(logits: Tensor, ids: Tensor, processors: Any, sample: bool) -> tuple[int, float]:
+    """Return the next token of a sequence [1, N] for the logits [V], and its log-probability without the processors."""
+    logits = logits.to(dtype=torch.float32, device=ids.device)
+    token = int(next_tokens(logits[None].clone(), ids, processors, sample))  # which may write into what they are given
+    return token, float(logits[token] - logits.logsumexp(-1))
 
 
 class _Reader:

@@ -18,13 +18,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..kernels.decoder_layers import DecoderOutput, KeyStore, Part
+from ..kernels.decoder_layers import DecoderOutput
 from ..knockout.attention_share import AttentionObserver
 from ..knockout.plan import Plan
 from ..models.linears import device_of_linear
 from ..models.text_model import TextModel
 from .direct_decoder import DirectDecoder, direct_decoder
-from .direct_sequence import ROOM, closed_masks, fits, seen_rows
+from .direct_sequence import ROOM, closed_masks, fits, placed, seen_rows
 from .hooks import model_lock, recording
 from .kv_cache import CACHE
 from .record import Recording
@@ -32,8 +32,9 @@ from .row_mask import RowMask
 
 _MOST = 1024  # rows of a pass: with more, the attention of whole blocks saves more than the calls cost
 # arguments of a decoder that a pass here reads; any other one has to be None or False
-_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache", "cache_position")
-_NEEDLESS = ("return_dict",)
+_READ = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache", "cache_position", "return_dict",
+)  # fmt: skip
 
 
 class Deferred(BaseException):  # not to be taken for an error of the model's
@@ -158,7 +159,7 @@ class _Passes:
     def _understood(self, kwargs: dict[str, Any], length: int) -> bool:
         """Return whether a pass is one that the direct decoder computes."""
         decoder, config = self._decoder, self._text.config
-        others = (one for name, one in kwargs.items() if name not in _READ and name not in _NEEDLESS)
+        others = (one for name, one in kwargs.items() if name not in _READ)
         if any(one is not None and one is not False for one in others) or kwargs.get("return_dict") is False:
             return False
         if config.output_attentions or config.output_hidden_states or torch.is_grad_enabled():
@@ -191,11 +192,8 @@ class _Passes:
         """Run the layers on T rows behind `length` others, and give the cache their keys and values."""
         count, decoder, record = len(hidden), self._decoder, self._record
         self._make_room(cache, length, length + count)
-        row = torch.arange(count)
-        zero, place = torch.zeros_like(row), row + length
         masks = closed_masks(self._plan, length + count)
-        part = Part(self._keys, self._values, torch.stack([row, zero, zero, place + 1, place], 1), masks)
-        store = KeyStore(self._keys, self._values, torch.stack([zero, place], 1))
+        store, part = placed(self._keys, self._values, length, length + count, masks)
         recorded = range(count)[-record.rows :] if record.rows else range(0)
         needed = range(count) if self._read is None else range(count)[-self._read :]
         found = decoder(hidden, positions, store, [part], recorded, needed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,7 @@ class DirectSequence:
         if at == self._keys[0].shape[2]:
             self._make_room(self._keys, self._values)
         decoder = self._decoder
-        store = KeyStore(self._keys, self._values, torch.tensor([[0, at]]))
-        part = Part(self._keys, self._values, torch.tensor([[0, 0, 0, count, at]]), closed_masks(plan, count))
+        store, part = placed(self._keys, self._values, at, count, closed_masks(plan, count))
         found = decoder(decoder.embed([token]), [at + self._shift], store, [part], range(rows))
         self.length = count
         trace = _Row(found, decoder, tuple(self._keys), tuple(self._values), count, plan).trace if rows else None
@@ -155,6 +154,16 @@ def _grown(held: Tensor, length: int, room: int) -> Tensor:
     wide = held.new_empty(*held.shape[:2], room, held.shape[3])
     wide[:, :, :length] = held[:, :, :length]
     return wide
+
+
+def placed(
+    keys: Sequence[Tensor], values: Sequence[Tensor], start: int, stop: int, masks: Sequence[Any] = ()
+) -> tuple[KeyStore, Part]:
+    """Return where the rows from `start` to `stop` of one sequence put their keys, and what each of them sees."""
+    place = torch.arange(start, stop)
+    row, zero = place - start, torch.zeros_like(place)
+    store = KeyStore(keys, values, torch.stack([zero, place], 1))
+    return store, Part(keys, values, torch.stack([row, zero, zero, place + 1, place], 1), masks)
 
 
 def closed_masks(plan: Plan | None, count: int) -> list[tuple[Tensor, Tensor] | None]:

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
-from ..kernels.decoder_layers import KeyStore, Part
 from ..knockout.attention_share import AttentionObserver
 from ..models.text_model import TextModel
 from .decoding import own_state
 from .direct_decoder import DirectDecoder, direct_decoder
 from .direct_passes import Deferred, passes
+from .direct_sequence import placed
 from .hooks import model_lock
 from .kv_cache import cache_of, last_position
 from .model_runner import ModelRunner
@@ -46,23 +45,14 @@ class Prefill:
     causal: bool
 
 
-def prefill(runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None) -> Prefill:
-    """Run one forward pass over the processor's inputs for one sequence.
-
-    Args:
-        runner: The model.
-        inputs: The processor's inputs.
-        layout: The layout of the prompt.
-        watcher: An observer that receives the attention mass, as `shares` of `recording`.
-    """
-    return _whole(runner, inputs, layout, watcher)
-
-
 class PrefillInPieces:
     """The forward pass over a prompt, read piece by piece where the layers are run directly.
 
     Args:
-        runner, inputs, layout, watcher: As in `prefill`.
+        runner: The model.
+        inputs: The processor's inputs for one sequence.
+        layout: The layout of the prompt.
+        watcher: An observer that receives the attention mass, as `shares` of `recording`.
     """
 
     def __init__(self, runner: ModelRunner, inputs: Any, layout: TokenLayout, watcher: AttentionObserver | None = None):
@@ -89,7 +79,7 @@ class PrefillInPieces:
         runner = self._runner
         if self._left is None and rows is not None:
             try:
-                return _whole(runner, self._inputs, self._layout, self._watcher, defer=True)
+                return self._whole(defer=True)
             except Deferred as left:
                 self._left = left.hidden, left.positions  # without the frames that the exception holds
                 return None  # the vision tower was a piece by itself
@@ -98,7 +88,7 @@ class PrefillInPieces:
             with model_lock(runner.text):
                 decoder = direct_decoder(runner.text, runner.backend)
         if decoder is None or self._left is None:  # the model itself reads all, also if it has changed meanwhile
-            return _whole(runner, self._inputs, self._layout, self._watcher)
+            return self._whole()
         with model_lock(runner.text), runner.text.inference():
             return self._piece(decoder, *self._left, rows)
 
@@ -112,10 +102,7 @@ class PrefillInPieces:
             shape = 1, decoder.kv_heads, count, decoder.width
             made = [hidden.new_empty(shape) for _ in range(2 * decoder.num_layers)]
             self._keys, self._values = made[::2], made[1::2]
-        row, place = torch.arange(stop - start), torch.arange(start, stop)
-        zero = torch.zeros_like(row)
-        part = Part(self._keys, self._values, torch.stack([row, zero, zero, place + 1, place], 1))
-        store = KeyStore(self._keys, self._values, torch.stack([zero, place], 1))
+        store, part = placed(self._keys, self._values, start, stop)
         part_of = positions[..., start:stop] if isinstance(positions, Tensor) else positions[start:stop]
         needed = [stop - start - 1] if stop == count else []
         found = decoder(hidden[start:stop], part_of, store, [part], needed=needed)
@@ -133,29 +120,23 @@ class PrefillInPieces:
             causal=True,
         )
 
-
-def _whole(
-    runner: ModelRunner,
-    inputs: Any,
-    layout: TokenLayout,
-    watcher: AttentionObserver | None,
-    defer: bool = False,
-) -> Prefill:
-    check_batches(runner.text)
-    state: list[Any] = []
-    text, backend = runner.text, runner.backend
-    with own_state(runner, state), passes(text, 1, None, watcher, backend, read=1, defer=defer) as record:
-        output = runner.model(**inputs, **runner.whole_cache(), use_cache=True, logits_to_keep=1)
-    keys, values = keys_and_values(runner.text, record, cache_of(output), layout.length)
-    return Prefill(
-        keys=keys,
-        values=values,
-        layout=layout,
-        input_ids=inputs["input_ids"][0].cpu(),
-        position=next_position(record, layout.length),
-        logits=output.logits[0, -1],
-        causal=all(seen is None for passes in record.seen for seen in passes),
-    )
+    def _whole(self, defer: bool = False) -> Prefill:
+        """Run one forward pass of the model over all rows, or up to its layers; see `direct_passes.passes`."""
+        runner, inputs, length, state = self._runner, self._inputs, self._layout.length, []  # type: ignore[var-annotated]
+        check_batches(runner.text)
+        observed = passes(runner.text, 1, None, self._watcher, runner.backend, read=1, defer=defer)
+        with own_state(runner, state), observed as record:
+            output = runner.model(**inputs, **runner.whole_cache(), use_cache=True, logits_to_keep=1)
+        keys, values = keys_and_values(runner.text, record, cache_of(output), length)
+        return Prefill(
+            keys=keys,
+            values=values,
+            layout=self._layout,
+            input_ids=inputs["input_ids"][0].cpu(),
+            position=next_position(record, length),
+            logits=output.logits[0, -1],
+            causal=all(seen is None for one in record.seen for seen in one),
+        )
 
 
 def next_position(record: Recording, length: int) -> int:

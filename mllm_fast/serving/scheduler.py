@@ -109,9 +109,10 @@ class Scheduler:
             if self.builders.waits(wanted, self._divides):
                 continue
             reads = wanted.context is None and wanted.key not in self.builders  # an image of its own
-            if len(self.members) >= self.max_batch or (reads and prefilled):
+            full = len(self.members) + (self.reading is not None) >= self.max_batch  # what is read has its place
+            if full or (reads and prefilled):
                 kept.append(wanted)
-                if len(self.members) >= self.max_batch:
+                if full:
                     break
                 continue
             prefilled = prefilled or reads
@@ -176,6 +177,7 @@ class Scheduler:
             return
         if self.reading is None:
             self.reading = Reading.of(self.vlm, owner)
+        assert self.reading.owner is owner
         first = self._pace.read(self.reading.pieces, alone=not self.members)
         if first is None:
             return
@@ -183,13 +185,12 @@ class Scheduler:
         if isinstance(owner, ContextBuilder):
             self._begun(owner, first)
             return
-        wanted = owner
-        wanted.sampler = self._samplers.make(first.input_ids.tolist(), wanted.sampling)
-        wanted.sink(PrefillEvent(first.layout.length))
-        token = wanted.choose(first.logits)
-        if wanted.emit(token, first.logits):
-            wanted.row = self.batch.join(first.keys, first.values, first.position, [token])
-            self.members.append(wanted)
+        owner.sampler = self._samplers.make(first.input_ids.tolist(), owner.sampling)
+        owner.sink(PrefillEvent(first.layout.length))
+        token = owner.choose(first.logits)
+        if owner.emit(token, first.logits):
+            owner.row = self.batch.join(first.keys, first.values, first.position, [token])
+            self.members.append(owner)
 
     def _begun(self, builder: ContextBuilder, first: Prefill) -> None:
         builder.begun(first)
