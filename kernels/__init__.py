@@ -12,6 +12,7 @@ from .decoder_layers import DecoderLayers, KeyStore, LayerWeights, LinearWeights
 from .dispatch import backend_report, wide_type
 from .knockout_attention import Attention, join, knockout_attention, segment_table
 from .logprob_increase import Base, OperatorCache, Unembedding, logprob_increase, weight_state
+from .logprob_increase.shards import joined_increase, shard_increase
 from .skinny_linear import skinny_linear, worth_reading
 from .topk_compaction import Compaction, topk_compaction
 from .weighted_values import weighted_values
@@ -31,9 +32,11 @@ __all__ = [
     "backend_report",
     "cast_operands",
     "join",
+    "joined_increase",
     "knockout_attention",
     "logprob_increase",
     "segment_table",
+    "shard_increase",
     "skinny_linear",
     "topk_compaction",
     "weight_state",

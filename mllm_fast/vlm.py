@@ -30,6 +30,7 @@ from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
 from .models.offload import one_gpu
 from .models.processing import Images
+from .models.tensor_parallel import join_ranks
 from .runtime.answer import Answer, answer_of
 from .runtime.decoding import one_sequence, static_sequence
 from .runtime.direct_passes import passes
@@ -59,6 +60,7 @@ class VLM(ModelRunner):
         backend: str = "auto",
         adapter: Adapter | type[Adapter] | None = None,
         progress: bool | None = None,
+        tp: int | str | None = None,
         **options: Any,
     ) -> VLM:
         """Load a model and its processor.
@@ -72,13 +74,26 @@ class VLM(ModelRunner):
             max_pixels, backend, adapter: As in `ModelRunner`.
             progress: Show the progress of the download and of the weights on stderr; by default in a terminal, an
                 interactive Python or a notebook.
+            tp: Divide the model between the processes that torchrun started: "auto", or their number. Each holds some
+                heads and some words, and every process makes the same calls with the same arguments. A process that
+                waits 25 seconds for another one inside a call ends with an error.
             options: Further arguments of transformers' `from_pretrained`.
+
+        Raises:
+            InputError: The model cannot be loaded, or not be divided between these processes.
         """
+        if tp is not None and (device == "auto" or "device_map" in options):
+            raise InputError(
+                "tp divides every layer between processes, device_map layers between devices: give one of them"
+            )
         if device == "auto":
             device, options = None, {"device_map": "auto", "max_memory": one_gpu(), **options}
         where = parse_device(device)
         kind = parse_dtype(dtype, where)
-        model, processor = load_pretrained(str(name), where, kind, adapter is not None, progress, **options)
+        ranks = 0 if tp is None else join_ranks(tp, where)
+        model, processor = load_pretrained(
+            str(name), where, kind, adapter is not None, progress, ranks if ranks > 1 else 0, **options
+        )
         return cls(model, processor, max_pixels=max_pixels, backend=backend, adapter=adapter)
 
     @overload
@@ -159,7 +174,7 @@ class VLM(ModelRunner):
         if what not in (True, "paper"):
             raise InputError(f'attention_share is True, False or "paper", got {what!r}')
         types = TYPES if what is True else PAPER_TYPES
-        return AttentionShares(layouts, padding, len(self.text.layers), self.text.site_layers, types)
+        return AttentionShares(layouts, padding, len(self.text.layers), self.text.site_layers, types, self.text.split)
 
     @renamed_parameters(norm="final_norm")
     def explain(

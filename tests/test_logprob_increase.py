@@ -246,7 +246,7 @@ def test_a_base_says_what_is_missing_or_too_much():
         logprob_increase(residual, values, unembedding=unembedding, **more)
     with pytest.raises(ValueError, match="unembedding is needed"):
         logprob_increase(base, values, **more)
-    with pytest.raises(ValueError, match=r"tokens lie in 0 .. 56, got 0 .. 57"):
+    with pytest.raises(ValueError, match=r"tokens lie in -1 .. 56, got 0 .. 57"):
         Base(residual, torch.tensor([0, 57]), unembedding, final=final)
 
 

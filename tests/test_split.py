@@ -1,29 +1,85 @@
-"""Models that are split over processes are refused by name: a process alone would give wrong numbers."""
+"""Models that are split over processes: every number is that of the model in one process."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import families
 import pytest
+import ranks
 import tiny
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+import transformers
+from packaging.version import Version
 
-import mllm_fast as mf
 from mllm_fast.core.errors import InputError
+from mllm_fast.core.split import kv_shares, shares
+
+MODELS = {
+    "llava": lambda: tiny.llava(heads=4),
+    "internvl": families.BUILD["internvl_qwen3"],
+    "qwen2_5_vl": tiny.qwen2_5_vl,
+    "qwen3_vl": families.BUILD["qwen3_vl"],
+    "gemma3": families.BUILD["gemma3"],
+    "gemma3_short": families.BUILD["gemma3_short"],
+}
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="this transformers divides no models by a config"
+)
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A folder of each model."""
+    found = {name: tmp_path_factory.mktemp("models") / name for name in MODELS}
+    for name, folder in found.items():
+        for part in MODELS[name]():
+            part.save_pretrained(folder)
+    return found
 
 
-def test_a_split_model_is_refused(mesh):
-    model, processor = tiny.llava()
-    assert mf.VLM(model.eval(), processor)
-    layer = model.model.language_model.layers[0].self_attn.q_proj
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(InputError, match=r"split over 1 processes \(tensor parallelism\).*load it whole"):
-        mf.VLM(model, processor)
+@pytest.fixture(scope="module", params=[2, 4])
+def compared(request, folders) -> list[list[dict[str, Any]]]:
+    """What each rank found of each model."""
+    printed = ranks.finished(ranks.start(request.param, [ranks.HERE / "split_cases.py", *folders.values()]))
+    return [[json.loads(line) for line in lines.splitlines()] for lines in printed]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_number_is_that_of_the_whole_model(compared, name):
+    """In float64; explanations are handed out in float32."""
+    for found in compared:
+        errors = next(one["errors"] for one in found if one["model"] == name)
+        assert len(errors) > 15
+        assert errors.pop("logits") < 1e-13
+        assert {case: error for case, error in errors.items() if not error < 1e-6} == {}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_rank_holds_its_part_alone(compared, name):
+    """The words do not divide: the longest part has one more."""
+    count = len(compared)
+    for found in compared:
+        divided, held, _ = next(one["held"] for one in found if one["model"] == name)
+        words = 2 * 64  # a word of the embedding and one of the unembedding
+        assert held <= divided / count + words
+
+
+def test_shares():
+    assert shares(29, 4) == (range(8), range(8, 16), range(16, 24), range(24, 29))
+    assert kv_shares(8, 4, 2) == (range(2), range(2, 4))
+    assert kv_shares(8, 2, 4) == (range(1), range(1), range(1, 2), range(1, 2))
+    assert kv_shares(6, 2, 2) == (range(1), range(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "count", "message"),
+    [
+        (6, 2, 4, "6 attention heads do not divide by 4 processes"),
+        (12, 3, 2, "3 heads of keys and values and 2 processes"),
+    ],
+)
+def test_heads_that_do_not_divide(heads, kv_heads, count, message):
+    with pytest.raises(InputError, match=message):
+        kv_shares(heads, kv_heads, count)

@@ -93,7 +93,7 @@ def _finish(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def llava(vision_layers: int = 2, seed: int = 0):
+def llava(vision_layers: int = 2, seed: int = 0, heads: int = 3):
     no_layers, vision_layers = vision_layers == 0, max(vision_layers, 1)  # LLaVA needs a layer to read from
     tok = tokenizer(["<image>"], image_token="<image>")
     vision = CLIPVisionConfig(
@@ -110,8 +110,8 @@ def llava(vision_layers: int = 2, seed: int = 0):
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         attention_bias=True,
         max_position_embeddings=512,
         pad_token_id=0,

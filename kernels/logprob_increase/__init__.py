@@ -60,7 +60,8 @@ def logprob_increase(
             vectors, tokens, norm and final; `tokens` and `final` are then omitted, and `norm` is not used. Calls that
             write to the same residual vectors and share a `Base` compute their logits once.
         values: Writes, [G, R, d]. With `projection`, the vectors u that it projects, [G, R, k].
-        tokens: Explained token b of each residual vector, int64 [G] (or [B]).
+        tokens: Explained token b of each residual vector, int64 [G] (or [B]). -1 stands for no word, whose logit no
+            write changes.
         unembedding: Final norm and unembedding.
         projection: Output projection O of the head of each group, [G, d, k], or a sequence of G tensors [d, k]. The
             writes are then O u. The tensors of a sequence are read only where they are needed.
@@ -105,7 +106,7 @@ def logprob_increase(
         outward = stacked.to(wide)
     if way == "direct" and outward is not None:
         values, outward = values @ outward.mT, None
-    rescale = None if base.norm == "frozen" else _rescale(base, values, outward, base.each(source), unembedding)
+    rescale = None if base.norm == "frozen" else base.rescale(values, outward, base.each(source), unembedding)
     if way == "direct":
         if own_mean:
             values = unembedding.centred(values)
@@ -121,28 +122,6 @@ def _base(residual, tokens, unembedding, norm, final, backend) -> Base:
     if tokens is not None or final is not None:
         raise ValueError("tokens and final belong to a Base already: give the residual vectors, or leave these out")
     return residual
-
-
-def _rescale(base: Base, values: Tensor, outward: Tensor | None, source: Tensor, unembedding: Unembedding) -> Tensor:
-    """Return r - r0 for each write, [G, R], with the norm's scale r0 at the residual vector and r after the write.
-
-    It is computed from the change of the mean square. A difference of the two scales would lose precision, because for
-    a small write they agree in all digits but the last. With a projection the change comes from the d_head x d_head
-    Gram matrix, without computing the write.
-    """
-    h = unembedding.centred(base.residual)
-    width = h.shape[-1]
-    before = (h.square().mean(-1) + unembedding.eps)[source, None]
-    h = h[source, :, None]
-    if outward is None:
-        w = unembedding.centred(values)
-        change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
-    else:
-        outward = unembedding.centred(outward.mT).mT
-        change = 2 * (values @ (outward.mT @ h))[..., 0] + ((values @ (outward.mT @ outward)) * values).sum(-1)
-    change = change / width
-    root_before, root_after = before.sqrt(), (before + change).clamp_min(unembedding.eps).sqrt()
-    return -change / (root_before * root_after * (root_before + root_after))
 
 
 def _cheaper_way(values: Tensor, unembedding: Unembedding, operators: Operators | None) -> str:

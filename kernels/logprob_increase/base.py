@@ -18,7 +18,7 @@ class Base:
 
     Args:
         residual: Residual vectors h, [B, d].
-        tokens: Explained token of each residual vector, int64 [B].
+        tokens: Explained token of each residual vector, int64 [B]. -1 stands for no word: no write changes its logit.
         unembedding: Final norm and unembedding.
         norm, final, backend: As in `logprob_increase`.
         checked: Whether tokens, and later sources, are checked to lie in their ranges, which waits for the device.
@@ -70,6 +70,12 @@ class Base:
         logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
         return torch.log_softmax(logits, -1)
 
+    @cached_property
+    def mass(self) -> Tensor:
+        """The log-sum-exp of the logits at each residual vector, [B]."""
+        logits = self.raw if self.cap is None else self.cap * torch.tanh(self.raw / self.cap)
+        return torch.logsumexp(logits, -1)
+
     def each(self, source: Tensor | None) -> Tensor:
         """Return the index of the residual vector of each group, int64 [G]; None stands for 0, 1, 2, ..."""
         return torch.arange(len(self.lean), device=self.lean.device) if source is None else source
@@ -89,6 +95,36 @@ class Base:
         after = self.scale[source, None]
         scaled = values * (after if rescale is None else after + rescale)[..., None]
         return scaled if gain is None else scaled * gain.to(scaled.dtype)
+
+    def rescale(self, values: Tensor, outward: Tensor | None, source: Tensor, unembedding: Unembedding) -> Tensor:
+        """Return the change of the norm's scale by each write, whose own statistics the norm takes.
+
+        It is computed from the change of the mean square. A difference of the two scales would lose precision, because
+        for a small write they agree in all digits but the last. With a projection the change comes from the
+        d_head x d_head Gram matrix, without computing the write.
+
+        Args:
+            values: Writes [G, R, d], or what `outward` projects, [G, R, k].
+            outward: Output projection of the head of each group, [G, d, k], or None.
+            source: Residual vector of each group, int64 [G].
+            unembedding: Final norm and unembedding.
+
+        Returns:
+            r - r0 for each write, [G, R], with the norm's scale r0 at the residual vector and r after the write.
+        """
+        h = unembedding.centred(self.residual)
+        width = h.shape[-1]
+        before = (h.square().mean(-1) + unembedding.eps)[source, None]
+        h = h[source, :, None]
+        if outward is None:
+            w = unembedding.centred(values)
+            change = 2 * (w @ h)[..., 0] + w.square().sum(-1)
+        else:
+            outward = unembedding.centred(outward.mT).mT
+            change = 2 * (values @ (outward.mT @ h))[..., 0] + ((values @ (outward.mT @ outward)) * values).sum(-1)
+        change = change / width
+        root_before, root_after = before.sqrt(), (before + change).clamp_min(unembedding.eps).sqrt()
+        return -change / (root_before * root_after * (root_before + root_after))
 
     def of(self, source: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return log_probs, lean, shift and raw of groups in the form that a kernel takes.
@@ -123,7 +159,7 @@ class Base:
         if self.cap is not None:
             before = self.raw[source, tokens][:, None] / self.cap
             change = self.cap * (torch.tanh(before + change / self.cap) - torch.tanh(before))
-        return change
+        return change.masked_fill(tokens[:, None] < 0, 0)
 
 
 NORMS = ("frozen", "own")
@@ -139,12 +175,12 @@ def _check(residual, tokens, unembedding, norm, final, checked) -> None:
     if tokens.shape != (count,) or tokens.dtype != torch.int64:
         raise ValueError(f"tokens is int64 [{count}], got {tokens.dtype} {tuple(tokens.shape)}")
     if checked:
-        check_range("tokens lie", tokens.tolist(), vocab)
+        check_range("tokens lie", tokens.tolist(), vocab, least=-1)
     if norm == "frozen" and (final is None or final.shape != residual.shape):
         got = None if final is None else tuple(final.shape)
         raise ValueError(f"norm='frozen' needs final [{count}, {width}], the final layer's output, got {got}")
 
 
-def check_range(what: str, ids: list[int], stop: int) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < stop):
-        raise ValueError(f"{what} in 0 .. {stop - 1}, got {min(ids)} .. {max(ids)}")
+def check_range(what: str, ids: list[int], stop: int, least: int = 0) -> None:
+    if ids and not (min(ids) >= least and max(ids) < stop):
+        raise ValueError(f"{what} in {least} .. {stop - 1}, got {min(ids)} .. {max(ids)}")

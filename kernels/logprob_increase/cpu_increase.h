@@ -8,6 +8,10 @@ static inline float logit_of(float raw, float cap) { return cap * std::tanh(raw 
 static void finish(const mllm::Increase& p, int64_t group, const void* operand, const float* writes,
                    const float* shift) {
   const int64_t b = p.source_of(group), token = p.tokens[b];
+  if (token < 0) {  // no word, whose logit no write changes
+    for (int64_t i = group * p.rows; i < (group + 1) * p.rows; ++i) p.out[i] = -p.out[i] / LOG2E;
+    return;
+  }
   for (int64_t i = group * p.rows; i < (group + 1) * p.rows; ++i) {
     const float* write = writes + i * p.depth;
     float change = p.operand_bfloat16 ? dot(write, static_cast<const uint16_t*>(operand) + token * p.depth, p.depth)

@@ -36,7 +36,7 @@ struct Increase {
   std::vector<const void*> operands;     // one [vocab, depth] for all groups, or one for each
   bool operand_bfloat16 = false;
   const int64_t* source = nullptr;       // [groups]: the residual vector that is written to; null: one after another
-  const int64_t* tokens = nullptr;       // [sources]
+  const int64_t* tokens = nullptr;       // [sources]; -1: no word
   const float* scale = nullptr;          // [sources]
   const float* rescale = nullptr;        // [groups, rows] or null
   const float* gain = nullptr;           // [depth] or null

@@ -139,7 +139,7 @@ class _Problem:
         blocks = groups * triton.cdiv(rows, tile.block_r)
         listed = plain and triton_moments.serves(dtype, depth, groups, rows, vocab)
         splits, share = self._split(tile, triton.cdiv(blocks, _LEFT) if listed else blocks, vocab, rounded.device)
-        picked = torch.empty_like(factor)
+        picked = torch.zeros_like(factor)  # where the token is no word nothing is picked
         sums = factor.new_empty(splits, groups, rows)
         addresses = _addresses(operators, rounded.device)
         source = source.contiguous()
@@ -190,7 +190,7 @@ class _Problem:
         tile = self._tile(operand.dtype, depth, "direct", rounded.device, shift)
         blocks = triton.cdiv(rows, tile.block_r)
         splits, share = self._split(tile, min(blocks, BAND), vocab, rounded.device)
-        picked = torch.empty_like(factor)
+        picked = torch.zeros_like(factor)  # where the token is no word nothing is picked
         sums = factor.new_empty(splits, *factor.shape)
         # a block of rows goes through all residual vectors between its first and its last; sorting makes them few
         sorted_source, order = torch.sort(source, stable=True)

@@ -99,7 +99,8 @@ def moments(
     base += origin * vocab
     depth = tl.arange(0, BLOCK_K)
     inside = depth < DEPTH
-    explained = tl.load(operator + tl.load(tokens + origin) * DEPTH + depth, mask=inside, other=0.0)
+    token = tl.load(tokens + origin)
+    explained = tl.load(operator + token * DEPTH + depth, mask=inside & (token >= 0), other=0.0)
     ones = tl.full([BLOCK_V, 16], 1.0, tl.float32).to(dtype)  # the interpreter of Triton 3.8 makes no bfloat16
     mean = tl.zeros([BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
@@ -175,7 +176,7 @@ def expand(  # long: one kernel, whose parts share registers
     operator = tl.load(operators + group).to(tl.pointer_type(writes.dtype.element_ty))
     longest = tl.load((operator + vocab.to(tl.int64) * DEPTH).to(tl.pointer_type(tl.float32)))
     token = tl.load(tokens + tl.load(source + group))
-    explained = tl.load(operator + token * DEPTH + depth, mask=inside, other=0.0).to(tl.float32)
+    explained = tl.load(operator + token * DEPTH + depth, mask=inside & (token >= 0), other=0.0).to(tl.float32)
     left = 0
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)

@@ -30,6 +30,7 @@ from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
 from .scores import PARTS, AttendedTokens, kept_count
 
 _EVERY = ("generated", "query", "key_norm", "random")
+_WITHOUT_KEYS = ("generated", "query", "random")  # scores that do not read keys and values
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,16 @@ class ScoredPrefill:
         found = PRUNING_SCORES.get(name)
         if found.observes and found.observes not in self.masses:
             raise InputError(f"score {name!r} was not read; prefill_and_score(..., scores=[{name!r}])")
-        prefix = Prefix(self.keys, self.values, self.layout, self.masses.get(found.observes), seed)
-        values = found.score(prefix)
+        keys, values, split = self.keys, self.values, self.vlm.text.split
+        if split is not None and name not in _WITHOUT_KEYS:  # a score sees the heads of all processes
+            keys, values = (tuple(split.gather(one, 0, split.kv_heads) for one in many) for many in (keys, values))
+        prefix = Prefix(keys, values, self.layout, self.masses.get(found.observes), seed)
+        given = found.score(prefix)
         expected = len(self.keys), self.layout.length
-        if not isinstance(values, Tensor) or tuple(values.shape) != expected:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if not isinstance(given, Tensor) or tuple(given.shape) != expected:
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise InputError(f"the pruning score {name!r} gives a tensor [layers, tokens], {expected}; got {got}")
-        return values.float()
+        return given.float()
 
 
 class ContextSizes(NamedTuple):
@@ -229,7 +233,7 @@ def prefill_and_score(
     description, peak, state = "", 0, None
     # scores that observe no rows need one plain run
     for score in [one for one in OBSERVED if one and one in observed] or [""]:
-        watcher = AttendedTokens(layout, score, len(vlm.text.sites)) if score else None
+        watcher = AttendedTokens(layout, score, len(vlm.text.sites), vlm.text.split) if score else None
         length = max_new_tokens if score == "generated" else 1
         forced = {"max_new_tokens": length, "use_cache": True, "return_dict_in_generate": True, **vlm.whole_cache()}
         with passes(vlm.text, 1, shares=watcher, backend=vlm.backend, read=vlm.model) as record:

@@ -18,7 +18,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,23 @@ _PART = 256 * _ROW  # bytes summed at a time, few enough to stay in the CPU's ca
 
 def save(fields: Fields, path: str | os.PathLike[str], storage: str = "full") -> dict[str, float]:
     """See `Context.save`."""
-    target = Path(path)
-    check_target(target, ENDINGS)
+    target, split = Path(path), fields["vlm"].text.split
     check_choice("storage", storage, STORAGES)
+    first: Callable[[Callable[[], None]], Any] = by_itself if split is None else split.by_first
+    first(partial(check_target, target, ENDINGS))
     tensors, metadata, errors = pack(fields, storage)
-    with whole_file(target) as name:
-        save_file(tensors, name, metadata)
+
+    def write() -> None:
+        with whole_file(target) as name:
+            save_file(tensors, name, metadata)
+
+    first(write)
     return errors
+
+
+def by_itself(act: Callable[[], None]) -> None:
+    """Run a function in the only process."""
+    act()
 
 
 def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Fields:
@@ -82,13 +93,17 @@ def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] =
 def pack(fields: Fields, storage: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, float]]:
     """Return a context as the tensors and the metadata of a file, and the errors that int8 makes.
 
+    The heads that other processes hold are gathered, so the file is that of the whole model.
+
     The errors are the relative errors (root mean square) of keys and values; with "full" there are none.
     """
     tensors = {"positions": fields["positions"].int(), "input_ids": fields["input_ids"].int()}
     state = fields.get("state") or {}
     tensors |= {f"state.{name}": tensor.contiguous().cpu() for name, tensor in tensors_of(state).items()}
     errors: dict[str, float] = {}
-    for name, tensor, over in (("keys", fields["keys"], 2), ("values", fields["values"], 3)):
+    split = fields["vlm"].text.split
+    for name, over in (("keys", 2), ("values", 3)):
+        tensor = fields[name] if split is None else split.gather(fields[name], 1, split.kv_heads)
         if storage == "full":
             tensors[name] = tensor.contiguous().cpu()
             continue
@@ -176,6 +191,9 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
         keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
     else:
         keys, values = tensors["keys"], tensors["values"]
+    if vlm.text.split is not None:
+        mine = vlm.text.split.kv_heads[vlm.text.split.rank]
+        keys, values = (one[:, mine.start : mine.stop].contiguous() for one in (keys, values))
     input_ids = tensors["input_ids"].long()
     held = {name.removeprefix("state."): one.to(device) for name, one in tensors.items() if name.startswith("state.")}
     layouts = tuple(

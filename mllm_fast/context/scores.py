@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.layout import TokenLayout
+from ..core.split import Split
 from .registry import Prefix, pruning_score
 
 PARTS = ("query+image", "query", "image")
@@ -38,7 +39,8 @@ def random(prefix: Prefix) -> Tensor:
 class AttendedTokens:
     """Sums the attention mass that each prompt token receives, over heads and over the rows that a score counts."""
 
-    def __init__(self, layout: TokenLayout, score: str, num_sites: int):
+    def __init__(self, layout: TokenLayout, score: str, num_sites: int, split: Split | None = None):
+        self._split = split
         self._length = layout.prompt_length
         self._generated = score == "generated"
         self._query = torch.zeros(self._length, dtype=torch.bool)
@@ -73,7 +75,10 @@ class AttendedTokens:
         """Return the mean over heads and counted rows, float32 [S, N]; None if a site has no counted row."""
         if not all(self._rows):
             return None
-        return torch.stack([total.cpu() / rows for total, rows in zip(self._sum, self._rows, strict=True)])
+        sums = self._sum
+        if self._split is not None:  # every process has the mean of its own heads
+            sums = list(self._split.mean(torch.stack(sums)))
+        return torch.stack([total.cpu() / rows for total, rows in zip(sums, self._rows, strict=True)])
 
 
 def kept_count(keep: float | int, total: int) -> int:

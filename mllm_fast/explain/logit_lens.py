@@ -7,13 +7,14 @@ and what a head writes, at the answer's tokens or at any other position, image t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError, check_choice
-from ..kernels import without_autocast
+from ..core.split import is_sharded, shares
+from ..kernels import wide_type, without_autocast
 from ..models.offload import weight_of
 from .scores import Scores
 
@@ -98,18 +99,24 @@ def vector_at(scores: Scores, place: Place) -> Tensor:
 def write_of(scores: Scores, token: int, layer: int, head: int, position: int | None) -> Tensor:
     """Return what a head writes to the residual stream at a token's row, whole or from one position, [d]."""
     trace, site = scores.trace, scores.text_model.site(layer)
-    if position is None:
-        value = trace.output[token, site, head]
-    else:
-        column = position
+    text, column = scores.text_model, position
+    if position is not None:
         if trace.positions is not None:
             held = (trace.positions[site] == position).nonzero()
             column = int(held) if len(held) else -1
-        values = trace.position_values(token, [(site, head)])[0]
-        if not 0 <= column < len(values):
+        if not 0 <= column <= trace.rows[token]:  # type: ignore[operator]
             raise InputError(f"position {position} is not among those that the token sees in layer {layer}")
-        value = values[column]
-    write = scores.text_model.projection(site, head).to(value) @ value
+    written = []
+    if head in text.heads:
+        here = head - text.heads.start
+        whole = column is None
+        value = trace.output[token, site, here] if whole else trace.position_values(token, [(site, here)])[0, column]
+        written.append(text.projection(site, here).to(value) @ value)
+    if text.split is not None:
+        dtype = trace.output.dtype if position is None else wide_type(trace.query.dtype)
+        like = torch.empty(text.width, dtype=dtype, device=trace.residual.device)
+        written = text.split.from_owners([[one.to(like)] for one in written], [head], [like])[0]
+    write = written[0]
     return write if trace.write_scale is None else write * trace.write_scale[token, site].to(write)
 
 
@@ -135,12 +142,22 @@ def word_values(
     """
     text = scores.text_model
     if space == "embedding":
-        table = weight_of(text.decoder.get_input_embeddings())  # type: ignore[operator]
-        return (table.to(vector.device) @ vector.to(table.dtype)).float()
+        embedding = text.decoder.get_input_embeddings()  # type: ignore[operator]
+        table = weight_of(embedding)
+        return _of_words(scores, (table.to(vector.device) @ vector.to(table.dtype)).float(), embedding)
     norm = norm or ("frozen" if write else "own")
     if norm == "own":
         return torch.log_softmax(text.logits(text.norm(vector.to(text.head.weight.dtype))).float(), -1)  # type: ignore[arg-type]
     if norm == "none":
         return text.head(vector.to(text.head.weight.dtype)).float()
     unembedding, final = scores.unembedding, scores.trace.final[token].float()
-    return unembedding.times((unembedding.centred(vector.float()) * unembedding.scale(final))[:, None])[:, 0]
+    found = unembedding.times((unembedding.centred(vector.float()) * unembedding.scale(final))[:, None])[:, 0]
+    return _of_words(scores, found, text.head)
+
+
+def _of_words(scores: Scores, values: Tensor, table: Any) -> Tensor:
+    """Return a value of every word of a table, for those of the words that this process holds."""
+    split = scores.text_model.split
+    if split is None or not is_sharded(table.weight):
+        return values
+    return split.gather(values, 0, shares(len(table.weight), split.size))

@@ -67,10 +67,10 @@ class Replay:
             positions = self.positions[..., span]
             found["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
         for name, whole in self._whole.items():
-            found[name] = whole[:, span].expand(count, *[-1] * (whole.ndim - 1))
+            found[name] = _usable(whole[:, span].expand(count, *[-1] * (whole.ndim - 1)))
         for name, (mask, parts) in self._of_marked.items():
             some = slice(int(self._whole[mask][0, :start].sum()), int(self._whole[mask][0, :stop].sum()))
-            found[name] = [part[some].repeat(count, 1) for part in parts]
+            found[name] = [_usable(part[some].repeat(count, 1)) for part in parts]
         return found
 
     @cached_property
@@ -263,6 +263,12 @@ def gradient(value: Tensor, embeds: Tensor) -> Tensor:
     if not value.requires_grad:
         raise _no_gradient("quantised layers that round their inputs have none")
     return torch.autograd.grad(value, embeds)[0]
+
+
+def _usable(recorded: Tensor) -> Tensor:
+    """Return a recorded tensor in a form through which gradients may flow where they are enabled."""
+    fixed = recorded.is_inference() and not torch.is_inference_mode_enabled()
+    return recorded.clone() if fixed else recorded
 
 
 def _hides_nothing(mask: Any) -> bool:

@@ -202,7 +202,11 @@ class Scores:
         """
         index, text = self.token_index(token), self.text_model
         sites = [site for site in range(len(text.sites)) for _ in range(self.num_heads)]
-        alphas = torch.cat([self.trace.attention(index, site) for site in range(len(text.sites))])
+        every = [self.trace.attention(index, site) for site in range(len(text.sites))]
+        if text.split is not None:
+            text.split.meet()
+            every = [text.split.gather(torch.stack(every), 1).flatten(0, 1)]
+        alphas = torch.cat(every)
         found = self.trace.spread(alphas, sites, len(self.input_ids)).unflatten(0, (len(text.sites), -1))
         if len(text.sites) == self.num_layers:
             return found

@@ -24,6 +24,8 @@ def token_scorer(text: TextModel, unembedding: Unembedding) -> TokenScorer | Non
 
 
 def _made(text: TextModel, unembedding: Unembedding) -> TokenScorer | None:
+    if text.split is not None:
+        return None
     plain = all(type(one) is nn.Linear and one.weight.device.type == "cpu" for one in text.outputs)
     alike = all(site.multiplier == 1 and site.num_heads == text.num_heads for site in text.sites)
     if text.findings.others or not (plain and alike) or any(text.post_norms):

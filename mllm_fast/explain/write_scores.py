@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import Base, OperatorCache, Unembedding, logprob_increase, wide_type, without_autocast
+from ..kernels import (
+    Base,
+    OperatorCache,
+    Unembedding,
+    joined_increase,
+    logprob_increase,
+    shard_increase,
+    wide_type,
+    without_autocast,
+)
 from ..kernels.token_scores import TokenScorer
 from ..models.text_model import TextModel
 from ..runtime.trace import Trace
@@ -41,12 +51,15 @@ class WriteScores:
     backend: str
     _logits: tuple[range, Base] | None = field(default=None, init=False, repr=False)
     _logs: Tensor | None = field(default=None, init=False, repr=False)  # of the scorer
+    _mass: Tensor | None = field(default=None, init=False, repr=False)  # of the logits of every process
 
     def heads(self) -> Tensor:
         """Return the score of every head's write at every token, float32 [tokens, layers, heads], on the CPU.
 
         Layers without attention have no write, so their scores are 0.
         """
+        if self.text_model.split is not None:
+            self.text_model.split.meet()
         scorer = self._scorer(self.text_model.num_heads * len(self.text_model.sites))
         if scorer is not None:
             return self._score_heads(scorer)[None]
@@ -84,33 +97,71 @@ class WriteScores:
             found = scorer.score_positions(self._logs, self.trace.final[0], self.token_ids[0], heads, values)  # type: ignore
             return self.trace.spread(found, [site for site, _ in heads], length)
         step = max(1, _WRITE_ELEMENTS // (stop * self.text_model.head_dim))
+        if self.text_model.split is not None:
+            self.text_model.split.meet()
         base, first = self._base(range(index, index + 1))
         device = self.trace.residual.device
         parts = []
         for start in range(0, len(heads), step):
             part = heads[start : start + step]
-            writes = self.text_model.writes
-            states = {site: writes.write_state(site) for site in {site for site, _ in part}}
-            projections = {site: writes.of_heads(site, state)[1] for site, state in states.items()}
-            values = self.trace.position_values(index, part, self.backend)
+            values, projection, states = self._position_writes(index, part)
             if self.trace.write_scale is not None:
                 values *= self.trace.write_scale[index, [site for site, _ in part]].to(values)[:, None, None]
-            scores = logprob_increase(
+            scores = self._increase(
                 base,
                 values,
-                unembedding=self.unembedding,
-                projection=[_on(projections[site][head], device) for site, head in part],
+                projection=[_on(one, device) for one in projection],
                 source=torch.tensor([first + site for site, _ in part], device=device),
-                backend=self.backend,
                 operators=self.operators,
-                keys=[(site, head, states[site]) for site, head in part],
+                keys=[(site, head, state) for (site, head), state in zip(part, states, strict=True)],
             )
             parts.append(self.trace.spread(scores, [site for site, _ in part], length))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _position_writes(
+        self, index: int, heads: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, list[Tensor], list[Hashable]]:
+        """Return what some heads, each (site, head), write from every position that a token's row sees.
+
+        Returns:
+            What they give to the output projection, [heads, N', Dv], their output projections, [d, Dv] each, and what
+            tells these from those of other weights.
+        """
+        writes, split = self.text_model.writes, self.text_model.split
+        first = self.text_model.heads.start
+        mine = [(site, head - first) for site, head in heads if head in self.text_model.heads]
+        states = {site: writes.write_state(site) for site in {site for site, _ in heads}}
+        projections = {site: writes.of_heads(site, state)[1] for site, state in states.items()}
+        values = self.trace.position_values(index, mine, self.backend) if mine else ()
+        if split is None or len(set(split.heads)) == 1:
+            return values, [projections[site][head] for site, head in mine], [states[site] for site, _ in mine]  # type: ignore[return-value]
+        device, wide = self.trace.residual.device, wide_type(self.trace.query.dtype)
+        shape = self.trace.rows[index] + 1, self.text_model.head_dim
+        each = projections[heads[0][0]][0]
+        like = [
+            torch.empty(shape, dtype=wide, device=device),
+            torch.empty(each.shape, dtype=each.dtype, device=device),
+            torch.empty(1, dtype=torch.long, device=device),
+        ]
+        given = [
+            [value.to(wide), projections[site][head], torch.tensor([hash(states[site])])]
+            for value, (site, head) in zip(values, mine, strict=True)
+        ]
+        found = split.from_owners(given, [head for _, head in heads], like)
+        return torch.stack([one[0] for one in found]), [one[1] for one in found], [int(one[2]) for one in found]
+
+    def _increase(self, base: Base, values: Tensor, source: Tensor | None = None, **choices: Any) -> Tensor:
+        """Return the increase by each write, over the words of all processes; see `logprob_increase`."""
+        split, choices = self.text_model.split, {**choices, "backend": self.backend, "source": source}
+        if split is None or not split.words_split:
+            return logprob_increase(base, values, unembedding=self.unembedding, **choices)
+        part = shard_increase(base, values, self.unembedding, **choices)
+        mass = self._mass[:, base.each(source)]  # type: ignore[index]
+        return joined_increase(split.everyone(part), mass)
+
     def forget(self) -> None:
         """Drop the logits that are kept for the next call."""
-        self._logits = self._logs = None
+        self._logits = self._logs = self._mass = None
 
     def _scorer(self, rows: int) -> TokenScorer | None:
         """Return what scores `rows` writes of one token at once, or None where a kernel's own call is faster."""
@@ -118,7 +169,13 @@ class WriteScores:
         work = 2.0 * rows * len(self.unembedding.weight) * text.head_dim
         plain = all(one.dtype == torch.float32 for one in (trace.residual, trace.output, trace.final))  # no autocast
         single = len(self.token_ids) == 1 and len(trace.residual) == 1 and plain
-        if not single or work > _SMALL or self.norm != "frozen" or self.backend not in ("auto", "cpu"):
+        if (
+            text.split is not None
+            or not single
+            or work > _SMALL
+            or self.norm != "frozen"
+            or self.backend not in ("auto", "cpu")
+        ):
             return None
         if trace.residual.device.type != "cpu" or trace.write_scale is not None:
             return None
@@ -139,7 +196,7 @@ class WriteScores:
         There is one row per head, so this takes the direct way, with all sites and heads in one call.
         """
         trace, count = self.trace, len(tokens)
-        sites, num_heads = len(self.text_model.sites), self.text_model.num_heads
+        sites, num_heads = len(self.text_model.sites), len(self.text_model.heads)
         device, wide = trace.residual.device, wide_type(trace.output.dtype)
         writes = torch.empty(sites, num_heads, count, trace.residual.shape[-1], dtype=wide, device=device)
         output = trace.output[tokens.start : tokens.stop].to(wide).permute(1, 2, 0, 3)  # [S, H, T, D]
@@ -147,11 +204,10 @@ class WriteScores:
             output = output * trace.write_scale[tokens.start : tokens.stop].to(wide).T[:, None, :, None]
         for some, weight in self.text_model.writes.projections(device, wide):
             torch.matmul(output[some], weight, out=writes[some])
+        if self.text_model.split is not None:
+            writes = self.text_model.split.gather(writes.to(trace.output.dtype), 1)
         base, _ = self._base(tokens)
-        scores = logprob_increase(
-            base, writes.permute(2, 0, 1, 3).flatten(0, 1), unembedding=self.unembedding, backend=self.backend
-        )
-        return scores.reshape(count, sites, num_heads)
+        return self._increase(base, writes.permute(2, 0, 1, 3).flatten(0, 1)).reshape(count, sites, -1)
 
     def _base(self, tokens: range) -> tuple[Base, int]:
         """Return the logits at the input of every layer with attention to some tokens' rows, and the first's index.
@@ -165,8 +221,13 @@ class WriteScores:
             residual = residual.flatten(0, 1)
             named = [token for token in self.token_ids[tokens.start : tokens.stop] for _ in layers]
             final = trace.final[tokens.start : tokens.stop, None].expand(-1, len(layers), -1).flatten(0, 1)
+            split = self.text_model.split
+            if split is not None:  # the words of other processes are none of this one's
+                named = [token - split.my_words.start if token in split.my_words else -1 for token in named]
             ids = torch.tensor(named, device=residual.device)
-            self._logits = tokens, Base(residual, ids, self.unembedding, self.norm, final)
+            base = Base(residual, ids, self.unembedding, self.norm, final)
+            self._mass = split.everyone(base.mass) if split is not None and split.words_split else None
+            self._logits = tokens, base
         held, base = self._logits
         return base, (tokens.start - held.start) * len(self.text_model.sites)
 

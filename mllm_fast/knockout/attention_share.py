@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.layout import TokenLayout
+from ..core.split import Split
 
 TYPES = ("system", "image", "image_separator", "query", "generated")
 PAPER_TYPES = ("image_block", "text", "generated")  # marks around images, and the system's tokens, belong to the text
@@ -44,6 +45,7 @@ class AttentionShares:
         num_layers: How many layers the model has.
         site_layers: The layer of each attention site; by default every layer has one.
         types: The segments to sum up, `TYPES` or `PAPER_TYPES`.
+        split: What each process holds of a model that is split over processes.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class AttentionShares:
         num_layers: int,
         site_layers: Sequence[int] | None = None,
         types: Sequence[str] = TYPES,
+        split: Split | None = None,
     ):
+        self._split = split
         self._names = tuple(types)
         self._image = next(i for i, name in enumerate(types) if name in ("image", "image_block"))
         self.prompt_length = max(layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True))
@@ -97,7 +101,10 @@ class AttentionShares:
         count = min(tokens, len(self._passes[0]))
         if count == 0:
             return None
-        means = [torch.stack([one[sequence] for one in site[:count]]).mean(0).float().cpu() for site in self._passes]
+        means = [torch.stack([one[sequence] for one in site[:count]]).mean(0).float() for site in self._passes]
+        if self._split is not None:
+            means = list(self._split.gather(torch.stack(means), 1))
+        means = [one.cpu() for one in means]
         total = torch.zeros(self._num_layers, max(map(len, means)), len(self._names))
         for layer, mean in zip(self._site_layers, means, strict=True):
             total[layer, : len(mean)] = mean

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..core.split import is_sharded, local, place_of
 from ..kernels import weight_state
 from .offload import stored_tensor
 
 _SAMPLES = 4096  # how many values of a large tensor are hashed, evenly spaced
-_VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "_attn_implementation", "attn_implementation")
+_VOLATILE = (
+    "distributed_config",
+    "_name_or_path",
+    "transformers_version",
+    "_commit_hash",
+    "_attn_implementation",
+    "attn_implementation",
+)
 
 
 class _Seen(NamedTuple):
@@ -61,14 +72,16 @@ class _Modules:
                     todo += new
                 else:
                     self._tensors += [tensor for tensor in inside.values() if tensor is not None]
-        self._states = [weight_state(tensor) for tensor in self._tensors]
+        self._states = [weight_state(local(tensor)) for tensor in self._tensors]
 
     def unchanged(self) -> bool:
         return (
             all(getattr(owner(), name, None) is inside for owner, name, inside in self._owners)
             and all(len(inside) == size for inside, size in self._sizes)
             and all(inside.get(name) is value for inside, name, value in self._held)
-            and all(weight_state(tensor) == state for tensor, state in zip(self._tensors, self._states, strict=True))
+            and all(
+                weight_state(local(tensor)) == state for tensor, state in zip(self._tensors, self._states, strict=True)
+            )
         )
 
 
@@ -79,7 +92,8 @@ def fingerprint(model: Any) -> str:
     """Return a fingerprint of a model: the SHA-256, in hexadecimal, of its configuration and weights.
 
     The hash covers the name, shape, type and values of each weight. Of a tensor with more than 4,096 values it covers
-    at least that many, evenly spaced. A training step, merged adapters and quantisation change the fingerprint. An edit
+    at least that many, evenly spaced. It does not depend on how the model is divided between processes, all of which
+    make this call. A training step, merged adapters and quantisation change the fingerprint. An edit
     of a few rows of a large matrix may not.
 
     The result is cached until the configuration, a weight, or the middle value of a weight changes.
@@ -92,18 +106,64 @@ def fingerprint(model: Any) -> str:
     config = json.dumps(_without(model.config.to_dict()), sort_keys=True, default=str)
     digest = hashlib.sha256(config.encode())
     middle = []
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+    weights = sorted(model.state_dict(keep_vars=True).items())
+    divided = _of_divided(weights)
+    for name, tensor in weights:
+        if name in divided:
+            shape, sampled = divided[name]
+            digest.update(f"{name} {shape} {tensor.dtype}".encode())
+            digest.update(sampled)
+            middle += _middle(local(tensor.detach()))
+            continue
+        tensor = local(tensor)
         offloaded = tensor.is_meta
         if offloaded:
             tensor = stored_tensor(model, name)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        if flat.numel() and not offloaded:
-            middle.append(tensor.detach()[tuple(size // 2 for size in tensor.shape)].reshape(1))  # a view
+        digest.update(flat[:: _step(flat.numel())].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        if not offloaded:
+            middle += _middle(tensor.detach())
     _known[model] = _Seen(settings, _Modules(model), middle, _bytes(middle), digest.hexdigest())
     return digest.hexdigest()
+
+
+def _step(count: int) -> int:
+    """Return how far apart the hashed values of a tensor lie."""
+    return max(1, count // _SAMPLES)
+
+
+def _middle(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the middle value of a tensor in a list, as a view; an empty list for an empty tensor."""
+    return [tensor[tuple(size // 2 for size in tensor.shape)].reshape(1)] if tensor.numel() else []
+
+
+def _of_divided(weights: Sequence[tuple[str, torch.Tensor]]) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    """Return the whole shape and the hashed values of each weight that is divided between processes, by its name.
+
+    Each process puts what it has of them into one buffer of bytes, which is joined once.
+    """
+    places = {name: place for name, tensor in weights if (place := place_of(tensor)) is not None}
+    if not places:
+        return {}
+    parts, tensors = [], dict(weights)
+    for name, (dim, start, shape) in places.items():
+        held = local(tensors[name].detach())
+        behind, count = math.prod(shape[dim + 1 :]), math.prod(shape)
+        index = torch.arange(0, count, _step(count), device=held.device)
+        row = index // behind % shape[dim] - start
+        mine = (row >= 0) & (row < held.shape[dim])
+        at = (index // (behind * shape[dim]) * held.shape[dim] + row) * behind + index % behind
+        found = held.new_zeros(len(index))
+        found[mine] = held.reshape(-1)[at[mine]]
+        parts.append(found.view(torch.uint8))
+    whole = torch.cat(parts)
+    group = next(one.device_mesh.get_group() for _, one in weights if is_sharded(one))  # type: ignore[attr-defined]
+    dist.all_reduce(whole, dist.ReduceOp.MAX, group)  # bytes that others hold are 0 here
+    every = whole.cpu().split([len(part) for part in parts])
+    return {
+        name: (shape, part.numpy().tobytes()) for (name, (_, _, shape)), part in zip(places.items(), every, strict=True)
+    }
 
 
 def _settings(value: Any) -> Any:

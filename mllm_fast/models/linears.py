@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+from ..core.split import is_sharded, local
 from ..kernels import weight_state
 from .norms import relative_error
 from .offload import device_of, weight_of
@@ -34,13 +35,13 @@ def is_plain(module: Any) -> bool:
 
 @torch.no_grad()
 def effective_weight(module: Any) -> Tensor:
-    """Return the weight W of a layer that computes W x + b, [out, in].
+    """Return the weight W of a layer that computes W x + b, [out, in]; of a divided one, this process's part.
 
     A plain layer gives its own weight, a quantised one the weight that its library dequantises. Any other (with an
     adapter that is not merged, of an unknown library) is run on the rows of the identity, so that the result is what it
     computes, whatever it stores.
     """
-    if is_plain(module):
+    if is_plain(module) or is_sharded(getattr(module, "weight", None)):
         return weight_of(module)
     stored = dequantised(module)
     if stored is not None:
@@ -87,8 +88,8 @@ def weight_error(module: Any, weight: Tensor) -> float:
 def linear_state(module: Any) -> Hashable:
     """Return a value that changes whenever the tensors of a layer do."""
     if type(module) is nn.Linear:
-        return weight_state(module.weight)
-    return tuple(weight_state(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        return weight_state(local(module.weight))
+    return tuple(weight_state(local(tensor)) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def device_of_linear(module: Any) -> torch.device:

@@ -23,6 +23,7 @@ from ..core.assets import EMBEDDED, SHAPES_JOINT, SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
 from ..core.extras import install_command
 from .architectures import check_vision
+from .tensor_parallel import distribution, keep_own_keys
 
 _log = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -79,6 +80,7 @@ def load_pretrained(
     dtype: torch.dtype,
     adapted: bool = False,
     progress: bool | None = None,
+    ranks: int = 0,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its processor through transformers' Auto classes.
@@ -93,6 +95,7 @@ def load_pretrained(
         adapted: Whether the caller has an adapter for the model.
         progress: Whether transformers' progress bars of the download and of the weights are shown on stderr. By default
             they are if a person sees it: in a terminal, an interactive Python or a notebook.
+        ranks: The number of processes that the model is divided between, see `tensor_parallel`; 0 for one alone.
         options: Further arguments of transformers' `from_pretrained`.
 
     Returns:
@@ -105,6 +108,10 @@ def load_pretrained(
 
     source = model_folder(name)
     if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        if ranks:
+            raise InputError(
+                f"{name}: a model with adapters is not divided between processes; merge them into it first"
+            )
         return _load_adapters(name, Path(source), device, dtype, adapted, progress, options)
     _check_folder(name, Path(source))
     started, bars = time.monotonic(), shows_bars(name, progress)
@@ -125,16 +132,20 @@ def load_pretrained(
         raise InputError(f"a model spread over devices needs accelerate: {install_command('offload')}")
     with failures(name), quiet(bars):
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
+        if ranks:
+            options = {**options, "distributed_config": distribution(config, ranks)}
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
         loader: Any = AutoModelForImageTextToText
         model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{name}: the weights lack {len(missing)} tensors, {missing[0]} among them; copy them again")
-    if "device_map" not in options:
+    if ranks:
+        keep_own_keys(model, ranks)
+    elif "device_map" not in options:
         with failures(name):
             model = model.to(device)
-    place = "several devices" if "device_map" in options else device
+    place = f"{ranks} processes" if ranks else "several devices" if "device_map" in options else device
     kind, spent = settings["model_type"], time.monotonic() - started
     _log.info("loaded the model %s: %s, on %s in %s, in %.1f s", name, kind, place, model.dtype, spent)
     return model.eval(), processor

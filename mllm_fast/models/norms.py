@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..core.split import local
 from ..kernels import wide_type
 from .offload import device_of, read_in
 
@@ -105,7 +106,7 @@ def _candidates(module: Any) -> Iterator[Norm]:
 
 def vector_of(module: Any, name: str) -> Tensor | None:
     """Return a parameter of one dimension, detached, or None if the module has none of this name."""
-    found = getattr(module, name, None)
+    found = local(getattr(module, name, None))
     return found.detach() if isinstance(found, Tensor) and found.ndim == 1 else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.split import local
 
 
 def weight_of(module: Any) -> Tensor:
-    """Return a module's weight, detached; an offloaded weight is read in."""
+    """Return a module's weight, detached; an offloaded weight is read in, and a divided one is this process's part."""
     with read_in(module):
-        return module.weight.detach()
+        return local(module.weight.detach())
 
 
 @contextmanager
@@ -56,18 +56,10 @@ def one_gpu() -> dict[int | str, int] | None:
 
 
 def check_one_device(model: Any) -> None:
-    """Raise InputError for a model whose layers compute on several devices, or in several processes.
+    """Raise InputError for a model whose layers compute on several devices.
 
-    Keys, masks and recordings lie on one device, and a process sees the heads that it holds alone.
+    Keys, masks and recordings lie on one device.
     """
-    tensor = sys.modules.get("torch.distributed.tensor")  # a model that is split was split by this module
-    held = () if tensor is None else model.parameters()
-    split = next((one for one in held if isinstance(one, tensor.DTensor)), None)  # type: ignore[union-attr]
-    if split is not None:
-        raise InputError(
-            f"the model is split over {split.device_mesh.size()} processes (tensor parallelism), of which each holds"
-            " some heads and some words: load it whole in one process, without tp_plan or DistributedConfig"
-        )
     given = {place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
     places = {torch.device(f"cuda:{place}" if isinstance(place, int) else place) for place in given}
     if len({place for place in places if place.type != "cpu"}) > 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError, first_line
+from ..core.split import Split, is_sharded, local
 from .linears import compute_dtype, dequantised, device_of_linear, is_plain, weight_error
 from .norms import allowed_error, relative_error
 from .offload import weight_of
@@ -33,7 +34,8 @@ def check_parts(text: TextModel) -> None:
     """
     draw = torch.Generator().manual_seed(0)
     text.final_norm()
-    rounded = [_check_linear("unembedding", text.head, draw)]
+    split = text.split
+    rounded = [_check_linear("unembedding", text.head, draw, None if split is None else split.my_words)]
     read_in = False
     for i, (site, output) in enumerate(zip(text.sites, text.outputs, strict=True)):
         text.post_norm(i)
@@ -43,7 +45,7 @@ def check_parts(text: TextModel) -> None:
             if read_in:
                 continue
             read_in = True
-        rounded.append(_check_linear(f"output projection of layer {site.layer}", output, draw))
+        rounded.append(_check_linear(f"output projection of layer {site.layer}", output, draw, split=split))
     if max(rounded):
         warnings.warn(
             f"{sum(map(bool, rounded))} quantised layers round their inputs, by up to {max(rounded):.2g} of their"
@@ -52,20 +54,32 @@ def check_parts(text: TextModel) -> None:
         )
 
 
-def _check_linear(name: str, module: Any, draw: torch.Generator) -> float:
+def _check_linear(
+    name: str, module: Any, draw: torch.Generator, words: range | None = None, split: Split | None = None
+) -> float:
     """Compare a layer with its weight, or check that it is linear, if its weight is not known.
+
+    Args:
+        name: What the layer is, for messages.
+        module: The layer.
+        draw: Draws the rows that it is run on.
+        words: The outputs whose weights this process holds, if the layer is divided by outputs.
+        split: The ranks that the layer is divided over, if it is divided by inputs.
 
     Returns:
         By how much of its output a quantised layer differs from its weight, if that is more than rounding; else 0.
     """
     try:
-        return _run_linear(name, module, draw)
+        return _run_linear(name, module, draw, words, split)
     except RuntimeError as error:  # a quantised layer can raise anything
         raise InputError(f"the {name} ({type(module).__name__}) cannot be run: {first_line(error)}") from None
 
 
-def _run_linear(name: str, module: Any, draw: torch.Generator) -> float:
+def _run_linear(name: str, module: Any, draw: torch.Generator, words: range | None, split: Split | None) -> float:
     rows = torch.randn(_ROWS, module.in_features, generator=draw)
+    if is_sharded(getattr(module, "weight", None)):
+        _run_divided(name, module, rows, words, split)
+        return 0.0
     if not is_plain(module):
         rows = rows.to(device_of_linear(module), compute_dtype(module))
         stored = dequantised(module)
@@ -85,6 +99,20 @@ def _run_linear(name: str, module: Any, draw: torch.Generator) -> float:
     wanted = wanted if bias is None or bias.device.type == "meta" else wanted + bias.double()
     _compare(name, module, module(given), wanted)
     return 0.0
+
+
+def _run_divided(name: str, module: Any, rows: Tensor, words: range | None, split: Split | None) -> None:
+    """Compare a layer that is divided between processes with the weights of all of them."""
+    weight, bias = weight_of(module), local(module.bias)
+    given = rows.to(weight.device, weight.dtype)
+    if split is not None:  # each rank has some inputs, and gives all outputs
+        given = given[:, split.rank * weight.shape[1] :][:, : weight.shape[1]]
+        wanted = split.sum(given.double() @ weight.double().mT)
+        got = module(given)
+    else:
+        assert words is not None
+        wanted, got = given.double() @ weight.double().mT, module(given)[:, words.start : words.stop]
+    _compare(name, module, got, wanted if bias is None else wanted + bias.double())
 
 
 def _compare(name: str, module: Any, got: Tensor, wanted: Tensor, margin: int = 1, least: float = 0) -> None:

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..core.errors import InputError, first_line
+from ..core.split import is_sharded, local
 from ..kernels import cast_operands, wide_type, without_autocast
 from ..kernels.knockout_attention.reference import capped, weights
 from .findings import Findings, Site
@@ -82,14 +83,15 @@ def find_parts(model: Any, ids: Sequence[int]) -> Findings:
 
 
 def _structure(model: Any) -> str:
-    """Return a hash of the configuration, and of the names and classes of the modules."""
+    """Return a hash of the configuration, of the names and classes of the modules, and of how weights are divided."""
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     modules = [
         f"{name}:{type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()
     ]
     dtypes = ",".join(sorted({str(parameter.dtype) for parameter in model.parameters()}))
+    held = [f"{name}:{tuple(local(one).shape)}" for name, one in model.named_parameters() if is_sharded(one)]
     settings = [dtypes, str(getattr(model.config, "_attn_implementation", ""))]
-    return hashlib.sha256("\n".join([config, *settings, *modules]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([config, *settings, *held, *modules]).encode()).hexdigest()
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..core.split import Split, is_sharded, local
 from ..kernels import Unembedding, weight_state
 from .findings import Findings, Site
 from .linears import compute_dtype, device_of_linear, effective_weight, is_plain, linear_state
@@ -19,6 +20,7 @@ from .norms import Norm, norm_of, vector_of
 from .offload import device_of
 from .output_weights import OutputWeights
 from .probe import find_parts
+from .tensor_parallel import split_of
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ class TextModel:
         norm: The final norm.
         head: The unembedding.
         width: The size d of the residual stream.
-        num_heads: The largest number of query heads of a site.
+        num_heads: The largest number of query heads of a site, in all processes together.
         head_dim: The largest size of a value.
         site_layers: The number of each site's layer.
         by_layer: The index of each layer's site, by the number of the layer.
         by_module: The index of each site, by its attention module.
+        split: What each process holds of a model that is split over processes; None if this one holds all of it.
         kept: What other rooms make of this model once, by their names. It is freed with the model.
     """
 
@@ -63,6 +66,7 @@ class TextModel:
     site_layers: tuple[int, ...]
     by_layer: dict[int, int]
     by_module: dict[nn.Module, int]
+    split: Split | None = None
     kept: dict[str, Any] = field(default_factory=dict, repr=False)
     _stacked: dict[str, Any] = field(default_factory=dict, repr=False)
     _norms: dict[str, tuple[Any, Norm]] = field(default_factory=dict, repr=False)
@@ -70,15 +74,17 @@ class TextModel:
     @cached_property
     def writes(self) -> OutputWeights:
         """What one number of a head's output adds to the residual stream."""
+        heads = len(self.heads)
         return OutputWeights(
-            self.sites, self.outputs, self.post_norms, self.width, self.num_heads, self.head_dim, self.post_norm
+            self.sites, self.outputs, self.post_norms, self.width, heads, self.head_dim, self.post_norm
         )
 
     @cached_property
     def inference(self) -> Callable[[], AbstractContextManager[Any]]:
         """What disables gradients: torch's inference mode, or no_grad if quantised layers cannot run in that."""
         linear = [module for module in (*self.decoder.modules(), self.head) if hasattr(module, "in_features")]
-        kinds = {(type(one), type(getattr(one, "weight", None))): one for one in linear if not is_plain(one)}
+        others = [one for one in linear if not (is_plain(one) or is_sharded(getattr(one, "weight", None)))]
+        kinds = {(type(one), type(getattr(one, "weight", None))): one for one in others}
         try:
             for one in kinds.values():
                 row = torch.zeros(1, one.in_features, device=device_of_linear(one), dtype=compute_dtype(one))
@@ -87,6 +93,11 @@ class TextModel:
         except RuntimeError:  # torch's own error about version counters
             return torch.no_grad
         return torch.inference_mode
+
+    @property
+    def heads(self) -> range:
+        """The query heads that this process holds."""
+        return range(self.num_heads) if self.split is None else self.split.my_heads
 
     @property
     def shares_keys(self) -> bool:
@@ -121,7 +132,7 @@ class TextModel:
             raise InputError("this model cannot be explained: its layers have different numbers of heads")
 
     def projection(self, site: int, head: int) -> Tensor:
-        """Return O_j, [hidden size, head dim], see `OutputWeights`."""
+        """Return O_j of a head of this process, counted from its first, [hidden size, head dim]."""
         return self.writes.projection(site, head)
 
     def post_norm(self, site: int) -> Norm | None:
@@ -144,7 +155,10 @@ class TextModel:
         return logits if found.softcap is None else found.softcap * torch.tanh(logits / found.softcap)
 
     def unembedding(self) -> Unembedding:
-        """Return the final norm and the unembedding in the form that the kernels take."""
+        """Return the final norm and the unembedding in the form that the kernels take.
+
+        Of a model that is split over processes it has the words of this process.
+        """
         state = linear_state(self.head), *(weight_state(part) for part in self.norm.parameters())
         if self._stacked.get("head") != state:
             self._stacked.update(head=state, unembedding=self._unembedding())
@@ -152,7 +166,7 @@ class TextModel:
 
     def _unembedding(self) -> Unembedding:
         norm, scale = self.final_norm(), self.findings.logit_scale
-        gain, norm_bias, bias = norm.gain, norm.bias, vector_of(self.head, "bias")
+        gain, norm_bias, bias = norm.gain, norm.bias, local(vector_of(self.head, "bias"))
         if scale != 1:  # a factor of the logits is one of the gain and of both biases
             gain = torch.full((self.width,), scale, device=device_of(self.norm)) if gain is None else scale * gain
             norm_bias, bias = (None if part is None else scale * part for part in (norm_bias, bias))
@@ -195,6 +209,15 @@ def text_model(model: Any, ids: Sequence[int]) -> TextModel:
     decoder: Any = get(found.decoder)
     head: Any = get(found.head)
     attention = tuple(get(site.attention) for site in found.sites)
+    outputs = tuple(get(site.output) if site.output else None for site in found.sites)
+    heads = max(site.num_heads for site in found.sites)
+    kv_heads = getattr(decoder.config, "num_key_value_heads", None) or heads
+    split = split_of(outputs, head, heads, kv_heads)
+    if split is not None and (found.others or len({(site.num_heads, site.num_kv_heads) for site in found.sites}) > 1):
+        raise InputError(
+            "a model that is split over processes has attention with the same number of heads in every layer; this one"
+            " has not: load it on one device, or over several with device_map"
+        )
     return TextModel(
         findings=found,
         config=decoder.config,
@@ -202,16 +225,17 @@ def text_model(model: Any, ids: Sequence[int]) -> TextModel:
         layers=tuple(get(found.layers)),
         sites=found.sites,
         attention=attention,
-        outputs=tuple(get(site.output) if site.output else None for site in found.sites),
+        outputs=outputs,
         post_norms=tuple(get(site.post_norm) if site.post_norm else None for site in found.sites),
         norm=get(found.norm),
         head=head,
         width=int(head.in_features if hasattr(head, "in_features") else head.weight.shape[1]),
-        num_heads=max(site.num_heads for site in found.sites),
+        num_heads=heads if split is None else split.heads[-1].stop,
         head_dim=max(site.head_dim for site in found.sites),
         site_layers=tuple(site.layer for site in found.sites),
         by_layer={site.layer: i for i, site in enumerate(found.sites)},
         by_module={module: i for i, module in enumerate(attention)},
+        split=split,
     )
 
 

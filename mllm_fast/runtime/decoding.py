@@ -22,7 +22,7 @@ from ..models.plain_layers import watched
 from .direct_decoder import DirectDecoder, direct_decoder
 from .direct_passes import passes
 from .direct_sequence import DirectSequence
-from .hooks import model_lock
+from .hooks import meet, model_lock
 from .kv_cache import CACHE, last_position
 from .model_runner import ModelRunner
 from .sampling import next_tokens
@@ -248,6 +248,7 @@ def own_state(runner: ModelRunner, state: list[Any]) -> Iterator[None]:
     """
     model, names = runner.model, runner.text.findings.state
     with model_lock(runner.text), runner.text.inference():
+        meet(runner.text)
         outside = [attrgetter(name)(model) for name in names]
         if state:
             _set_state(model, names, state)

@@ -57,6 +57,13 @@ def model_lock(text: TextModel) -> threading.RLock:
         return _locks.setdefault(text.norm, threading.RLock())
 
 
+def meet(text: TextModel) -> None:
+    """Wait for the other processes of a model that is split over several, and draw the same random numbers as they."""
+    if text.split is not None:
+        text.split.meet()
+        text.split.same_random()
+
+
 @contextmanager
 def recording(
     text: TextModel,
@@ -90,6 +97,7 @@ def recording(
         The `Recording`.
     """
     with model_lock(text):
+        meet(text)
         if str(text.config._attn_implementation).startswith(_NAME):
             raise RuntimeError("this model is being recorded already; leave that block first")
         here = Interception(text, rows, knockouts, shares, backend, attention_fn, on_weights)

@@ -30,7 +30,7 @@ from ..models.provenance import model_name
 from ..models.text_model import text_model
 from .direct_passes import passes
 from .generation_settings import GenerationSettings
-from .hooks import model_lock
+from .hooks import meet, model_lock
 from .kv_cache import CACHE, cache_of, full_cache
 from .record import Recording
 from .token_bytes import TokenBytes
@@ -207,6 +207,7 @@ class ModelRunner(Displayed, NotPickled):
         """
         arguments = {**inputs, **settings.arguments(inputs["input_ids"].shape[1], **forced)}
         with model_lock(self.text), self.text.inference():
+            meet(self.text)
             if plan is None and shares is None:
                 return self.model.generate(**arguments)
             with passes(self.text, 0, plan, shares, self.backend, self.model):

@@ -93,7 +93,7 @@ class ContextBuilder:
         if not spec.whole and kept_count(spec.keep, image) < image:
             self._observes = PRUNING_SCORES.get(spec.score).observes
         if self._observes == "query":
-            self._watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites))
+            self._watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites), vlm.text.split)
         return PrefillInPieces(vlm, spec.inputs, spec.layout, self._watcher)
 
     def begun(self, first: Prefill) -> None:

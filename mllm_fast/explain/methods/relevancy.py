@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...core.layout import ImageLayout
+from ...core.split import mean_of_heads
 from ...kernels import without_autocast
 from ..registry import Heads, heatmap_method
 from ..replay import gradient
@@ -20,7 +21,7 @@ from ..scores import Scores, check_attention_everywhere
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
     """Return the relevance of each image token, without a unit, float32 [n]."""
     check_attention_everywhere(scores, "relevancy")
-    row = scores.trace.rows[token]
+    row, split = scores.trace.rows[token], scores.text_model.split
     flow: Tensor | None = None
 
     def on_weights(layer: int, alpha: Tensor) -> None:
@@ -31,7 +32,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
             if flow is None:
                 flow = weights.new_zeros(row + 1)
                 flow[row] = 1.0
-            flow = _further(flow, (change * weights)[0].clamp_min(0).mean(0))
+            flow = _further(flow, mean_of_heads((change * weights)[0].clamp_min(0), split))
 
         alpha.register_hook(backward)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.layout import ImageLayout
+from ...core.split import mean_of_heads
 from ...kernels import without_autocast
 from ..registry import Heads, heatmap_method
 from ..scores import Scores, check_attention_everywhere, in_inference
@@ -21,7 +22,8 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     check_attention_everywhere(scores, "rollout")
     row = scores.trace.rows[token]
     layers: list[Tensor] = []
-    scores.replay.hidden_states(row + 1, lambda layer, alpha: layers.append(alpha[0].mean(0)))
+    split = scores.text_model.split
+    scores.replay.hidden_states(row + 1, lambda layer, alpha: layers.append(mean_of_heads(alpha[0], split)))
     # one row of the product of (A + I) / 2, from the last layer down
     flow = torch.zeros(row + 1, dtype=layers[0].dtype, device=layers[0].device)
     flow[row] = 1.0
