@@ -28,7 +28,6 @@ from .knockout.attention_share import PAPER_TYPES, TYPES, AttentionShares
 from .knockout.rule import Knockout, as_rules
 from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
-from .models.offload import one_gpu
 from .models.processing import Images
 from .models.tensor_parallel import join_ranks
 from .runtime.answer import Answer, answer_of
@@ -68,8 +67,9 @@ class VLM(ModelRunner):
         Args:
             name: "shapes" (the embedded model), a folder, or a hub id. A folder of LoRA adapters loads the model that
                 it names, and adds them to it.
-            device: By default the GPU if there is one, or else the CPU. "auto" keeps the layers that do not fit the GPU
-                on the CPU and (with `offload_folder`) on the disk, and reads them in layer by layer.
+            device: By default the GPU if there is one, or else the CPU. "auto" spreads the layers over all GPUs, and
+                keeps those that do not fit on the CPU and (with `offload_folder`) on the disk, from where they are
+                read in layer by layer.
             dtype: By default float32 on the CPU and bfloat16 elsewhere.
             max_pixels, backend, adapter: As in `ModelRunner`.
             progress: Show the progress of the download and of the weights on stderr; by default in a terminal, an
@@ -87,7 +87,7 @@ class VLM(ModelRunner):
                 "tp divides every layer between processes, device_map layers between devices: give one of them"
             )
         if device == "auto":
-            device, options = None, {"device_map": "auto", "max_memory": one_gpu(), **options}
+            device, options = None, {"device_map": "auto", **options}
         where = parse_device(device)
         kind = parse_dtype(dtype, where)
         ranks = 0 if tp is None else join_ranks(tp, where)

@@ -23,6 +23,7 @@ from PIL import Image
 import mllm_fast as mf
 from mllm_fast.core.split import is_sharded, local, place_of
 from mllm_fast.models.fingerprint import fingerprint
+from mllm_fast.runtime.batch import Batch
 
 QUESTION, ANSWER = "what color is the circle ?", "red green , blue"
 IMAGE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 64, 3), dtype=np.uint8))
@@ -125,6 +126,23 @@ def contexts(vlm: mf.VLM) -> list[torch.Tensor]:
         found += [ctx.positions, *map(ids, ctx.ask_many(["is the circle red ?", "yes ?"], max_new_tokens=4))]
     found += [ids(ctx.describe(max_new_tokens=4)), ctx.explain("is the circle red ?", "no").head_scores]
     return [*found, *(step.heatmap() for step in ctx.stream("red ?", explain=True, max_new_tokens=2))]
+
+
+@case
+def batches(vlm: mf.VLM) -> list[torch.Tensor]:
+    """Rows of the server's batches: a shared prefix, and one of its own whose attention mass is summed."""
+    asked = vlm.compress(IMAGE, keep=0.4, score="query").questions
+    batch, found = Batch(vlm.text, vlm.backend), []
+    for name, watch, first in (("a", False, [5, 6, 7]), ("a", False, [8]), (None, True, [9])):
+        batch.join(asked.keys, asked.values, asked.position, first, name, watch)
+    for _ in range(3):
+        with vlm.text.inference(), batch.running():
+            logits = batch.read()
+        found.append(logits.cpu())
+        for row, token in zip(batch.rows, logits.argmax(-1).tolist(), strict=True):
+            row.unread = [token]
+    mass, split = batch.rows[2].mass, vlm.text.split
+    return [*found, mass.cpu() if split is None else split.mean(mass)]
 
 
 @case

@@ -79,19 +79,6 @@ def test_evaluations(whole, spread, sample, by_the_model):
     assert rows_of(evaluation, whole, sample) == rows_of(evaluation, spread, sample)
 
 
-def test_several_gpus_are_refused(whole):
-    """Keys, masks and records lie on one device."""
-    model = whole.model
-    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cuda:1", "lm_head": "cpu"}
-    try:
-        with pytest.raises(mf.InputError, match="spread over cpu, cuda:0, cuda:1; one GPU, the CPU and the disk"):
-            mf.VLM(model, whole.processor)
-        model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cuda:0", "lm_head": "disk"}
-        assert mf.VLM(model, whole.processor)
-    finally:
-        del model.hf_device_map
-
-
 def test_auto(sample, whole, monkeypatch):
     vlm = ModelChoice(device="auto").load()
     assert vlm.generate(sample.image, QUESTION).text == whole.generate(sample.image, QUESTION).text

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from ..core.errors import InputError, check_choice
 from ..core.keep import parse_keep
 from ..core.layout import TokenLayout
-from ..kernels import topk_compaction
+from ..kernels import Compaction, topk_compaction
+from ..models.offload import home_of
 from ..runtime.direct_passes import passes
 from ..runtime.hooks import model_lock
 from ..runtime.kv_cache import CACHE, cache_of, full_cache, of_one_shape
@@ -80,19 +81,13 @@ class ScoredPrefill:
         always = ~candidates
         if parts == "image":
             always[self.layout.positions("query")] = False
-        device, keys, values = self.keys[0].device, of_one_shape(self.keys), of_one_shape(self.values)
+        keys, values = of_one_shape(self.keys), of_one_shape(self.values)
         sizes = keys[0].shape[-1], values[0].shape[-1]
         unread = count == len(image) and PRUNING_SCORES.get(score).observes not in ("", *self.masses)
         # a score that was not read is not needed where everything is kept
         scored = torch.zeros(len(keys), self.layout.length) if unread else self._score(score, seed)
-        compact = topk_compaction(
-            scored.to(device),
-            _of_size(keys, max(sizes)),
-            _of_size(values, max(sizes)),
-            keep=count,
-            candidates=candidates.to(device),
-            always=always.to(device),
-            backend="auto" if self.vlm.backend == "cpu" else self.vlm.backend,  # this operation has no C++ kernel
+        compact = self._compacted(
+            scored, _of_size(keys, max(sizes)), _of_size(values, max(sizes)), count, candidates, always
         )
         settings = {"keep": keep, "kept": count, "score": score, "parts": parts}
         if score == "random":
@@ -113,6 +108,35 @@ class ScoredPrefill:
             first_token=self.first_token,
             peak_nbytes=self.peak_nbytes + compact.keys.nbytes + compact.values.nbytes,
         )
+
+    def _compacted(
+        self,
+        scored: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        count: int,
+        candidates: Tensor,
+        always: Tensor,
+    ) -> Compaction:
+        """Compact the keys and values of all layers, each where it lies, and join them on the model's home."""
+        backend = "auto" if self.vlm.backend == "cpu" else self.vlm.backend  # this operation has no C++ kernel
+        home = home_of(self.vlm.model)
+        parts: dict[int, tuple[Tensor, ...]] = {}
+        for device in {one.device for one in keys}:
+            sites = [site for site, one in enumerate(keys) if one.device == device]
+            found = topk_compaction(
+                scored[sites].to(device),
+                [keys[site] for site in sites],
+                [values[site] for site in sites],
+                keep=count,
+                candidates=candidates.to(device),
+                always=always.to(device),
+                backend=backend,
+            )
+            if len(sites) == len(keys) and device == home:
+                return found
+            parts |= dict(zip(sites, zip(*(one.to(home) for one in found), strict=True), strict=True))
+        return Compaction(*(torch.stack(one) for one in zip(*(parts[site] for site in range(len(keys))), strict=True)))
 
     @property
     def nbytes(self) -> int:
@@ -161,11 +185,11 @@ def whole_context(runner: ModelRunner, first: Prefill, layout: TokenLayout) -> C
         first: the result of the forward pass over the prefix.
         layout: the layout of the prefix.
     """
-    count = len(layout.positions("image"))
+    count, home = len(layout.positions("image")), home_of(runner.model)
     return Context(
         vlm=runner,  # type: ignore[arg-type]
-        keys=torch.stack(of_one_shape(first.keys)),
-        values=torch.stack(of_one_shape(first.values)),
+        keys=torch.stack([one.to(home) for one in of_one_shape(first.keys)]),
+        values=torch.stack([one.to(home) for one in of_one_shape(first.values)]),
         positions=torch.arange(layout.length).expand(len(first.keys), -1).contiguous(),
         layout=layout,
         input_ids=first.input_ids,

@@ -22,6 +22,7 @@ from ..explain.explanation import Explanation, nothing_generated
 from ..explain.scores import check_norm
 from ..explain.stream import Stream
 from ..knockout.rule import spans
+from ..models.offload import device_of_part
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import Pass
 from ..runtime.kv_cache import of_own_shape
@@ -75,7 +76,9 @@ class Context(Displayed, NotPickled):  # long: what can be asked of it is a meth
 
     Attributes:
         vlm: the model that answers the questions.
-        keys: [S, Hkv, M, D] for the S layers with attention; [S, 1, M, F] if their heads differ.
+        keys: [S, Hkv, M, D] for the S layers with attention; [S, 1, M, F] if their heads differ. They lie on the
+            model's device, or on the CPU if its layers compute on several; each layer then has a copy where it
+            computes, from the first question on.
         values: in the form of `keys`.
         positions: the positions of the kept tokens in the uncompressed prefix, int64 [S, M], ascending.
         layout: the layout of the uncompressed prefix (system, image and query tokens).
@@ -168,11 +171,14 @@ class Context(Displayed, NotPickled):  # long: what can be asked of it is a meth
     @cached_property
     def questions(self) -> Questions:
         """The `Questions` object that asks the model over this context."""
-        sites = self.vlm.text.sites
+        text = self.vlm.text
+        keys = of_own_shape(self.keys, [(site.num_kv_heads, site.key_dim) for site in text.sites])
+        values = of_own_shape(self.values, [(site.num_kv_heads, site.head_dim) for site in text.sites])
+        places = [device_of_part(one) for one in text.attention]
         return Questions(
             self.vlm,
-            of_own_shape(self.keys, [(site.num_kv_heads, site.key_dim) for site in sites]),
-            of_own_shape(self.values, [(site.num_kv_heads, site.head_dim) for site in sites]),
+            [one.to(place) for one, place in zip(keys, places, strict=True)],
+            [one.to(place) for one, place in zip(values, places, strict=True)],
             self.positions,
             self.input_ids,
             self.position,

@@ -33,7 +33,7 @@ from ..core.errors import InputError, check_choice, first_line
 from ..core.files import check_target, whole_file
 from ..core.layout import ImageLayout, Tile, TokenLayout
 from ..models.fingerprint import fingerprint
-from ..models.offload import device_of
+from ..models.offload import home_of
 from ..models.provenance import model_name, now, versions
 from ..runtime.model_runner import ModelRunner
 from ..runtime.recurrent import plain_of, state_from, tensors_of
@@ -186,7 +186,7 @@ def parse(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> tu
 
 def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRunner) -> Fields:
     """Return the fields of a context, given the content of a file."""
-    device, dtype = device_of(vlm.model), vlm.model.dtype
+    device, dtype = home_of(vlm.model), vlm.model.dtype
     if description["storage"] == "int8":
         keys, values = (tensors[n].float().mul_(tensors[f"{n}_scale"]).to(dtype) for n in ("keys", "values"))
     else:

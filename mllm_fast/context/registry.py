@@ -24,7 +24,7 @@ class Prefix:
     """A prompt as the model read it, the input of a pruning score.
 
     Attributes:
-        keys: the keys of the whole prompt, one tensor [Hkv, N, D] per layer.
+        keys: the keys of the whole prompt, one tensor [Hkv, N, D] per layer, on the layer's device.
         values: the values of the whole prompt, one tensor [Hkv, N, D] per layer.
         layout: the prompt's segments and images.
         attention_mass: the attention that each token receives from the observed rows, float32 [L, N], averaged over

@@ -26,7 +26,7 @@ def attention_mass(prefix: Prefix) -> Tensor:
 @pruning_score("key_norm", "small keys, which draw most attention (Devoto et al. 2024, arXiv 2406.11430)")
 def key_norm(prefix: Prefix) -> Tensor:
     """Return minus the L2 norm of each key, averaged over heads."""
-    return torch.stack([-keys.float().norm(dim=-1).mean(0) for keys in prefix.keys])
+    return torch.stack([-keys.float().norm(dim=-1).mean(0).to(prefix.keys[0].device) for keys in prefix.keys])
 
 
 @pruning_score("random", "chance, to compare with")

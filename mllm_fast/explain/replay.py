@@ -187,7 +187,7 @@ class Replay:
             finally:
                 for handle in handles:
                     handle.remove()
-        stacked = torch.stack(found, -2)
+        stacked = torch.stack([one.to(found[-1].device) for one in found], -2)
         if isinstance(position, int):
             self._inputs = position, stacked
         return stacked
@@ -225,6 +225,8 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
+        home = found["after"].device  # an offloaded layer gives its output back where it came from
+        found = {name: one.to(home) for name, one in found.items()}
         written = text.sites[site].multiplier * found["written"]
         return written, found["after"] - found["before"] - written
 

@@ -206,7 +206,7 @@ class Scores:
         if text.split is not None:
             text.split.meet()
             every = [text.split.gather(torch.stack(every), 1).flatten(0, 1)]
-        alphas = torch.cat(every)
+        alphas = torch.cat([one.to(self.trace.residual.device) for one in every])
         found = self.trace.spread(alphas, sites, len(self.input_ids)).unflatten(0, (len(text.sites), -1))
         if len(text.sites) == self.num_layers:
             return found

@@ -61,8 +61,9 @@ class AttentionShares:
         self._names = tuple(types)
         self._image = next(i for i, name in enumerate(types) if name in ("image", "image_block"))
         self.prompt_length = max(layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True))
-        self._types = torch.full((len(layouts), self.prompt_length), self._names.index("generated"))
-        for row, layout, pad in zip(self._types, layouts, padding, strict=True):
+        made = torch.full((len(layouts), self.prompt_length), self._names.index("generated"))
+        self._types = {made.device: made}  # by the device of the layers
+        for row, layout, pad in zip(made, layouts, padding, strict=True):
             for i, name in enumerate(self._names[:-1]):
                 row[layout.positions(name) + pad] = i
         self._separators = any(len(layout.separators) for layout in layouts)
@@ -78,12 +79,14 @@ class AttentionShares:
     def add(self, site: int, mass: Tensor) -> None:
         """Add the mass [B, H, N] of one forward pass."""
         batch, heads, keys = mass.shape
-        if self._types.device != mass.device:
-            self._types = self._types.to(mass.device)
-        if self._types.shape[1] < keys:  # positions after the prompt are generated tokens; add spare ones
-            fresh = self._types.new_full((batch, keys + 64 - self._types.shape[1]), self._names.index("generated"))
-            self._types = torch.cat([self._types, fresh], 1)
-        types = self._types[:, None, :keys].expand(-1, heads, -1)
+        types = self._types.get(mass.device)
+        if types is None:
+            types = next(iter(self._types.values())).to(mass.device)
+        if types.shape[1] < keys:  # positions after the prompt are generated tokens; add spare ones
+            fresh = types.new_full((batch, keys + 64 - types.shape[1]), self._names.index("generated"))
+            types = torch.cat([types, fresh], 1)
+        self._types[mass.device] = types
+        types = types[:, None, :keys].expand(-1, heads, -1)
         self._passes[site].append(mass.new_zeros(batch, heads, len(self._names)).scatter_add_(2, types, mass))
 
     def add_outside(self, layer: int, mass: Tensor) -> None:

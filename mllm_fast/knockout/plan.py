@@ -6,6 +6,7 @@ sees the kind of a position as its segment id. A table says which kinds are clos
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,6 +76,19 @@ class LayerPlan:
         self.device = device
         self._made = self._ids[:, :0]
         self._last: tuple[tuple[int, int], Tensor] | None = None
+        self._elsewhere: dict[torch.device, LayerPlan] = {}
+
+    def on(self, device: torch.device) -> LayerPlan:
+        """Return the same rules for layers that compute on another device."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            other = copy.copy(self)
+            other.table, other.device = self.table.to(device), device
+            other.zeroed = None if self.zeroed is None else self.zeroed.to(device)
+            other._made, other._last = self._ids[:, :0], None  # noqa: SLF001 of the same class
+            self._elsewhere[device] = other
+        return self._elsewhere[device]
 
     def segments(self, batch: int, keys: int) -> Tensor:
         """Return the segment ids of the first `keys` positions, uint8 [batch or 1, keys].

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
 from ..core.split import local
 
 
@@ -42,31 +40,18 @@ def stored_tensor(model: Any, name: str) -> Tensor:
         return getattr(module, own).detach()
 
 
-def one_gpu() -> dict[int | str, int] | None:
-    """Return accelerate's `max_memory` for the first GPU, the CPU and the disk.
-
-    Returns:
-        The memory by device, or None, which leaves the choice to accelerate, if there is no GPU or no accelerate.
-    """
-    if not torch.cuda.is_available() or find_spec("accelerate") is None:
-        return None
-    from accelerate.utils import get_max_memory
-
-    return {place: size for place, size in get_max_memory().items() if place in (0, "cpu")}
-
-
-def check_one_device(model: Any) -> None:
-    """Raise InputError for a model whose layers compute on several devices.
-
-    Keys, masks and recordings lie on one device.
-    """
+def home_of(model: Any) -> torch.device:
+    """Return the device of what belongs to all layers of a model: the CPU if they compute on several devices."""
     given = {place for place in getattr(model, "hf_device_map", {}).values() if place != "disk"}
     places = {torch.device(f"cuda:{place}" if isinstance(place, int) else place) for place in given}
-    if len({place for place in places if place.type != "cpu"}) > 1:
-        raise InputError(
-            f"the model is spread over {', '.join(sorted(map(str, places)))}; one GPU, the CPU and the disk are"
-            " supported: load it with device='auto', or a device_map of one GPU"
-        )
+    several = len({place for place in places if place.type != "cpu"}) > 1
+    return torch.device("cpu") if several else device_of(model)
+
+
+def device_of_part(part: Any) -> torch.device:
+    """Return the device on which a part of a model computes, such as the attention of a layer."""
+    found = next((one for one in part.modules() if isinstance(getattr(one, "weight", None), Tensor)), None)
+    return next(iter((*part.parameters(), *part.buffers()))).device if found is None else device_of(found)
 
 
 def device_of(module: Any) -> torch.device:

@@ -37,8 +37,8 @@ class Row:
         prefix: The prefix that the sequence follows.
         position: Position of the first unread token, for the rotary embedding.
         unread: Tokens that the next forward pass reads, at least one.
-        mass: The sum of the row's attention to its prefix, float32 [L, M], a mean over heads. None if it was not asked
-            for.
+        mass: The sum of the row's attention to its prefix, float32 [L, M], a mean over the heads of this process. None
+            if it was not asked for.
         length: How many own tokens were read so far.
         slot: Index of the row in the batch.
     """
@@ -72,6 +72,31 @@ class _Part:
     watched: list[int]
 
 
+@dataclass(eq=False)
+class _Pass:
+    """Where the T tokens of a forward pass lie, for the layers on one device.
+
+    Attributes:
+        last: The last token of each row that is read.
+        slots: The slots of these rows, or None if they are all.
+        slot, place: The slot of each token, and its place in it.
+        starts: The first own key of each row; behind the end for a row that reads several tokens.
+        first: Of the rows that read several tokens: which tokens these are, where they lie in a [rows, width] array,
+            where each begins, how many rows there are, and the width. None if there is none.
+        single: Whether some rows read one token.
+        parts: The tokens by the slot group of their prefixes.
+    """
+
+    last: Tensor
+    slots: Tensor | None
+    slot: Tensor
+    place: Tensor
+    starts: Tensor
+    first: tuple[Tensor, Tensor, Tensor | None, int, int] | None
+    single: bool
+    parts: list[_Part]
+
+
 class Batch:
     """The rows in progress. Only one thread may use it.
 
@@ -86,13 +111,10 @@ class Batch:
         self._backend = backend
         self._prefixes = PrefixPool()
         self._own = OwnKeys()
-        self._parts: list[_Part] = []
-        self._last = self._slot = self._place = torch.empty(0, dtype=torch.long)
-        self._starts = torch.empty(0, dtype=torch.int32)
-        self._first: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
-        self._single = False
         self._read: list[Row] = []  # the rows of the pass
-        self._slots: Tensor | None = None  # their slots, unless they are all
+        self._lengths: list[int] = []  # how many tokens each of them reads
+        self._ends: list[int] = []  # and which is its last
+        self._passes: dict[torch.device, _Pass] = {}  # the pass, by the device of the layers
         self._masses: list[tuple[Row, int, Tensor]] = []  # what the pass adds to their masses
         self._direct: DirectDecoder | None = None  # what runs the layers of the pass, unless the model itself does
 
@@ -182,7 +204,6 @@ class Batch:
         lengths = [len(row.unread) for row in self._read]
         device = self._device
         ends = [end - 1 for end in itertools.accumulate(lengths)]
-        self._last = torch.tensor(ends, device=device)
         if any(count > 1 and row.length for row, count in zip(self._read, lengths, strict=True)):
             raise ValueError("a row reads one token at a time after its first ones")
         self._own.make_room(max(row.length + count for row, count in zip(self._read, lengths, strict=True)))
@@ -192,7 +213,7 @@ class Batch:
         if self._direct is not None:
             logits = self._direct.logits(self._read_directly(self._direct, tokens, positions, lengths, ends))
         else:
-            self._plan(lengths, ends)
+            self._lengths, self._ends, self._passes = lengths, ends, {}
             hidden = self.text.decoder(
                 input_ids=torch.tensor([tokens], device=device),
                 # a ready mask keeps transformers from making one; `_attend` knows what each token sees
@@ -200,9 +221,9 @@ class Batch:
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
             ).last_hidden_state[0]
-            logits = self.text.logits(hidden[self._last])
+            logits = self.text.logits(hidden[torch.tensor(ends, device=hidden.device)])
         for row, layer, mass in self._masses:
-            row.mass[layer] += mass  # type: ignore[index]
+            row.mass[layer] += mass.to(row.mass.device)  # type: ignore[index, operator, union-attr]
         for row, count in zip(self._read, lengths, strict=True):
             row.position += count
             row.length += count
@@ -243,45 +264,50 @@ class Batch:
     def _device(self) -> torch.device:
         return self.rows[0].prefix.stack.keys[0].device
 
-    def _plan(self, lengths: list[int], ends: list[int]) -> None:
-        """Compute where the T tokens of the pass lie, once for all layers."""
-        device = self._device
-        slots_read = [row.slot for row in self._read]
-        self._slots = None if slots_read == list(range(len(self.rows))) else torch.tensor(slots_read, device=device)
+    def _pass(self, device: torch.device) -> _Pass:
+        """Return where the tokens of the pass lie, computed once for all layers on a device."""
+        if device not in self._passes:
+            self._passes[device] = self._placed(device)
+        return self._passes[device]
+
+    def _placed(self, device: torch.device) -> _Pass:
+        lengths, ends = self._lengths, self._ends
+        read = [row.slot for row in self._read]
         # own keys lie newest first, so that every row's are the last ones of its slot
-        slots = [row.slot for row, count in zip(self._read, lengths, strict=True) for _ in range(count)]
+        slots = [slot for slot, count in zip(read, lengths, strict=True) for _ in range(count)]
         places = [
             self._own.room - 1 - row.length - i
             for row, count in zip(self._read, lengths, strict=True)
             for i in range(count)
         ]
-        # `_first` computes the attention among own tokens of the rows that read several tokens
+        # `first` has the attention among own tokens of the rows that read several tokens
         several = [i for i, count in enumerate(lengths) if count > 1]
         starts = [
             self._own.room - row.length - 1 if count == 1 else self._own.room
             for row, count in zip(self._read, lengths, strict=True)
         ]
-        self._slot, self._place = torch.tensor(slots, device=device), torch.tensor(places, device=device)
-        self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
-        self._first = None
-        self._single = len(several) < len(lengths)
+        first = None
         if several:
             width = max(lengths[i] for i in several)
             token = [ends[i] - lengths[i] + 1 + k for i in several for k in range(lengths[i])]
             place = [r * width + width - lengths[i] + k for r, i in enumerate(several) for k in range(lengths[i])]
             gaps = [width - lengths[i] for i in several]
             start = torch.tensor(gaps, dtype=torch.int32, device=device) if any(gaps) else None
-            self._first = (
-                torch.tensor(token, device=device),
-                torch.tensor(place, device=device),
-                start,
-                len(several),
-                width,
-            )
-        self._parts = self._by_stack(lengths, ends)
+            both = torch.tensor(token, device=device), torch.tensor(place, device=device)
+            first = (*both, start, len(several), width)
+        return _Pass(
+            last=torch.tensor(ends, device=device),
+            slots=None if read == list(range(len(self.rows))) else torch.tensor(read, device=device),
+            slot=torch.tensor(slots, device=device),
+            place=torch.tensor(places, device=device),
+            starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            first=first,
+            single=len(several) < len(lengths),
+            parts=self._by_stack(device),
+        )
 
-    def _by_stack(self, lengths: list[int], ends: list[int]) -> list[_Part]:
-        device = self._device
+    def _by_stack(self, device: torch.device) -> list[_Part]:
+        lengths, ends = self._lengths, self._ends
         stacks: dict[int, list[int]] = {}
         for i, row in enumerate(self._read):
             stacks.setdefault(id(row.prefix.stack), []).append(i)
@@ -312,23 +338,24 @@ class Batch:
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention of the pass's T tokens, [1, H, T, D], where key and value are [1, Hkv, T, D]."""
-        own_key, own_value = self._own.keep(layer, len(self.rows), self._slot, self._place, key[0], value[0])
+        here = self._pass(query.device)
+        own_key, own_value = self._own.keep(layer, len(self.rows), here.slot, here.place, key[0], value[0])
         rows = query[0].transpose(0, 1)  # [T, H, D]
         count = len(self._read)
         output, total = (
             rows.new_empty(*rows.shape[:2], value.shape[3]),
             rows.new_empty(rows.shape[:2], dtype=wide_type(rows.dtype)),
         )
-        if self._single:
+        if here.single:
             # all slots in one call; rows that read several tokens see no key here, their start is behind the end
-            alone = rows[self._last][:, :, None]
-            slots = slice(count) if self._slots is None else self._slots
+            alone = rows[here.last][:, :, None]
+            slots = slice(count) if here.slots is None else here.slots
             found = attend_split(
-                alone, own_key[slots], own_value[slots], self._starts, scoring, causal=False, backend=self._backend
+                alone, own_key[slots], own_value[slots], here.starts, scoring, causal=False, backend=self._backend
             )
-            output[self._last], total[self._last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
-        if self._first is not None:
-            token, place, start, several, width = self._first
+            output[here.last], total[here.last] = found.output[:, :, 0], found.lse[:, :, 0]  # type: ignore[index]
+        if here.first is not None:
+            token, place, start, several, width = here.first
             padded = [
                 _padded(part, token, place, several, width)
                 for part in (rows, *(x[0].transpose(0, 1) for x in (key, value)))
@@ -337,7 +364,7 @@ class Batch:
             output[token] = found.output.transpose(1, 2).flatten(0, 1)[place]
             total[token] = found.lse.transpose(1, 2).flatten(0, 1)[place]  # type: ignore[union-attr]
         behind, weight = torch.empty_like(output), torch.empty_like(total)
-        for part in self._parts:
+        for part in here.parts:
             stack = part.stack
             padded_rows = _padded(rows, part.token, part.place, len(stack.held), part.width)
             # only causal calls return the mass; a single row at the last key sees all keys, so the result is the same
@@ -356,7 +383,7 @@ class Batch:
             lse = found.lse.transpose(1, 2).flatten(0, 1)[part.place]  # type: ignore[union-attr]
             weight[part.token] = lse
             for i in part.watched:
-                self._watch(layer, self._read[i], found, total[self._last[i]])
+                self._watch(layer, self._read[i], found, total[self._ends[i]])
         prefix = Attention(behind.transpose(0, 1)[None], weight.transpose(0, 1)[None], None)
         return join_rows((output, total), prefix)
 

@@ -20,6 +20,7 @@ from ..kernels.decoder_layers import DecoderLayers, DecoderOutput, KeyStore, Par
 from ..kernels.dispatch import choose
 from ..models.linears import is_plain
 from ..models.norms import relative_error
+from ..models.offload import device_of_part
 from ..models.plain_layers import NotPlainError, PlainLayers, plain_layers, watched
 from ..models.text_model import TextModel
 from . import linear
@@ -188,6 +189,8 @@ def _found(text: TextModel, backend: str) -> DirectDecoder:
     Raises:
         NotPlainError: The model's own forward has to run.
     """
+    if text.split is not None or len({device_of_part(layer) for layer in text.layers}) > 1:
+        raise NotPlainError("the layers lie in several processes, or on several devices")
     weight = text.layers[0].get_parameter("self_attn.q_proj.weight") if _has_query(text) else None
     if weight is None:
         raise NotPlainError(f"a {type(text.layers[0]).__name__} has no self_attn.q_proj")

@@ -69,7 +69,7 @@ class Interception:
                 self.record.on_attention(site, query, key.shape[2], None, scoring, None)
             output = self.attention_fn(site, query, key, value, scoring)
         else:
-            closed = self._closed(site, len(query), key.shape[2], attention_mask)
+            closed = self._closed(site, query, key.shape[2], attention_mask)
             if self.on_weights is not None:
                 output, alpha = attend_dense(query, key, value, attention_mask, scoring, closed)
                 self.on_weights(site, alpha)
@@ -134,6 +134,7 @@ class Interception:
             images = rules.images
             if images is None or keys % max(1, images.shape[1]):
                 raise InputError("knockouts of a model with cross-attention need the same number of images a prompt")
+            rules = rules.on(query.device)
             kinds = rules.segments(batch, self.first + rows)[:, self.first :]
             images = images.to(kinds.device).repeat_interleave(batch // len(images), 0)
             images = images.repeat_interleave(keys // images.shape[1], 1)
@@ -144,14 +145,15 @@ class Interception:
             observed.add_outside(layer, seen.any(-1).to(query.dtype).mean(2).expand(-1, query.shape[1]))
         return found.output.transpose(1, 2).contiguous()
 
-    def _closed(self, site: int, batch: int, keys: int, mask: Tensor | None) -> Closed | None:
+    def _closed(self, site: int, query: Tensor, keys: int, mask: Tensor | None) -> Closed | None:
         """Return segments and table of the knockouts at a site, or None if it has none."""
         rules = None if self.knockouts is None else self.knockouts.layers[self.text.sites[site].layer]
         if rules is None:
             return None
         # keep only the positions of the keys: with a sliding window they do not begin at 0
         before = mask.key_offset if isinstance(mask, RowMask) else 0
-        return rules.segments(batch, before + keys)[:, before:], rules.table
+        rules = rules.on(query.device)
+        return rules.segments(len(query), before + keys)[:, before:], rules.table
 
     def _attend(self, site: int, query, key, value, mask, scoring: Scoring, closed: Closed | None) -> Tensor:
         if self.rows:
@@ -173,6 +175,8 @@ class Interception:
         rules = None if self.knockouts is None else self.knockouts.layers[layer]
         if rules is None or rules.zeroed is None:
             return hidden
+        rules = rules.on(hidden.device)
+        assert rules.zeroed is not None
         kinds = rules.segments(len(hidden), self.first + hidden.shape[1])[:, self.first :].long()
         return hidden.masked_fill(rules.zeroed[kinds][..., None], 0)
 

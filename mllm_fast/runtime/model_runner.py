@@ -23,7 +23,7 @@ from ..knockout.plan import Plan, plan_of
 from ..knockout.rule import Knockout
 from ..models.adapter import Adapter
 from ..models.architectures import find_adapter
-from ..models.offload import check_one_device, device_of
+from ..models.offload import device_of
 from ..models.part_checks import check_parts
 from ..models.processing import Images, Prompts, ordinary_ids
 from ..models.provenance import model_name
@@ -71,7 +71,6 @@ class ModelRunner(Displayed, NotPickled):
         adapter: Adapter | type[Adapter] | None = None,
     ):
         self.adapter = find_adapter(model) if adapter is None else adapter() if isinstance(adapter, type) else adapter
-        check_one_device(model)
         try:  # refuse an unusable backend here rather than at the first call that needs it
             choose(device_of(model), model.dtype, backend, op="knockout_attention")
         except ValueError as error:

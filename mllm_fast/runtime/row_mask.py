@@ -30,6 +30,7 @@ class RowMask(Tensor):
         start: The first key of each sequence that is no padding, int32 [B], if all padding is on the left.
         keep: Keeps the mask and returns a plain tensor that names it, for a graph or a static cache; None if nobody
             follows the pass.
+        home: Where the rule is computed, on the device of the tensors that it may hold.
     """
 
     rule: Callable[..., Any]
@@ -40,6 +41,7 @@ class RowMask(Tensor):
     key_offset: int
     start: Tensor | None
     keep: Callable[[RowMask], Tensor] | None
+    home: torch.device
 
     @classmethod
     def of(
@@ -59,7 +61,7 @@ class RowMask(Tensor):
         mask = Tensor._make_subclass(cls, empty)
         mask.rule, mask.padding, mask.start = rule, padding, start
         mask.rows, mask.keys, mask.offset, mask.key_offset = rows, keys, offset, key_offset
-        mask.keep = None
+        mask.keep, mask.home = None, torch.device(device)
         return mask
 
     @classmethod
@@ -92,7 +94,7 @@ class RowMask(Tensor):
             return self
         padding, start = (None if part is None else part.to(device) for part in (self.padding, self.start))
         moved = RowMask.of(self.rule, padding, self.rows, self.keys, self.offset, self.key_offset, device, start)
-        moved.keep = self.keep
+        moved.keep, moved.home = self.keep, self.home
         return moved
 
     def contiguous(self, *_: Any, **__: Any) -> Tensor:
@@ -101,13 +103,13 @@ class RowMask(Tensor):
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return which keys rows `start` to `stop` see, bool [B or 1, 1, stop - start, N], True where a key is seen."""
-        device = self.device
+        device = self.device if self.rule is causal_mask_function else self.home
         row = torch.arange(start, stop, device=device)[:, None] + self.offset
         key = torch.arange(self.keys, device=device)[None, :] + self.key_offset
         batch = torch.arange(1 if self.padding is None else len(self.padding), device=device)
         head = torch.zeros((), dtype=torch.long, device=device)
         seen = self.rule(batch[:, None, None], head, row[None], key[None])
-        seen = seen.expand(len(batch), stop - start, self.keys)[:, None]
+        seen = seen.expand(len(batch), stop - start, self.keys)[:, None].to(self.device)
         return seen if self.padding is None else seen & self.padding[:, None, None, :]
 
 

@@ -59,6 +59,7 @@ class SharedPrefixDecoder:
         self._start: Tensor | None = None
         self._own: list[tuple[Tensor, Tensor]] = []  # a site's own keys and values, [B, room, Hkv, D]
         self._rows = torch.empty(0, dtype=torch.long)  # where the tokens of the current pass lie in [B, longest]
+        self._moved: dict[torch.device, tuple[Tensor, Tensor | None]] = {}  # `_rows` and `_start` on other devices
         self._longest = 0
         self._room = min(expected, _ROOM)
         self._places = places
@@ -101,6 +102,7 @@ class SharedPrefixDecoder:
         within = torch.cat([torch.arange(n) for n in lengths])
         question = torch.arange(len(ids)).repeat_interleave(lengths)
         self._rows = (question * self._longest + gap[question] + within).to(self._device)
+        self._moved = {}
         positions = (self._next[question] + within).to(self._device)
         self._next = self._next + lengths
         tokens = torch.tensor([[token for one in ids for token in one]], device=self._device)
@@ -109,7 +111,7 @@ class SharedPrefixDecoder:
             found = self._read_directly(self._direct, tokens[0], positions, question, last.tolist())
             return self._direct.logits(found)
         hidden = self._decode(tokens, positions[None])[0]
-        return self.text.logits(hidden[last.to(self._device)])
+        return self.text.logits(hidden[last.to(hidden.device)])
 
     def _read_directly(
         self, direct: DirectDecoder, tokens: Tensor, positions: Tensor, question: Tensor, ends: list[int]
@@ -160,12 +162,13 @@ class SharedPrefixDecoder:
             [1, H, T, D].
         """
         count, longest = len(self._next), self._longest
+        where, start = self._on(query.device)
         own_key, own_value = self._add(site, [one[0].transpose(0, 1) for one in (key, value)])
         rows = query[0].transpose(0, 1)  # [T, H, D]
         padded = rows
         if self._start is not None and longest > 1:
             padded = rows.new_zeros(count * longest, *rows.shape[1:])
-            padded[self._rows] = rows
+            padded[where] = rows
         padded = padded.reshape(count, longest, *rows.shape[1:]).transpose(1, 2)
         window = self.text.sites[site].window
         if self.keys[site].dtype != query.dtype:  # autocast, or no autocast where the prefix was read with it
@@ -173,15 +176,15 @@ class SharedPrefixDecoder:
         keys, values = self.keys[site][None], self.values[site][None]
         behind = scoring._replace(sinks=None)  # the own keys' part takes the sinks
         if window is not None and self._places is not None and self._places[1] + self.length > window:
-            own_seen, prefix_seen = self._within(site, window)
+            own_seen, prefix_seen = (one.to(query.device) for one in self._within(site, window))
             own = attend_seen(padded, own_key, own_value, own_seen, scoring)
             shared = attend_seen(query, keys, values, prefix_seen, behind)
         else:
-            own = attend_split(padded, own_key, own_value, self._start, scoring, causal=True, backend=self.backend)
+            own = attend_split(padded, own_key, own_value, start, scoring, causal=True, backend=self.backend)
             shared = attend_split(query, keys, values, None, behind, causal=False, backend=self.backend)
         output, total = own.output.transpose(1, 2).flatten(0, 1), own.lse.transpose(1, 2).flatten(0, 1)  # type: ignore[union-attr]
         if self._start is not None and longest > 1:
-            output, total = output[self._rows], total[self._rows]
+            output, total = output[where], total[where]
         return join_rows((output, total), shared)
 
     def _within(self, site: int, window: int) -> tuple[Tensor, Tensor]:
@@ -209,9 +212,8 @@ class SharedPrefixDecoder:
     def keep(self, questions: Tensor) -> None:
         """Continue with only some of the questions, int64 [B']; not to be called during `read`."""
         self._next = self._next[questions]
-        chosen = questions.to(self._device)
-        self._start = None if self._start is None else self._start[chosen]
-        self._own = [(k[chosen], v[chosen]) for k, v in self._own]
+        self._start = None if self._start is None else self._start[questions.to(self._device)]
+        self._own = [(k[questions.to(k.device)], v[questions.to(v.device)]) for k, v in self._own]
 
     def trace(self, record: Recording, num_tokens: int, length: int, positions: Tensor) -> Trace:
         """Return the trace that explains the last `num_tokens` tokens of a session with one question.
@@ -247,6 +249,14 @@ class SharedPrefixDecoder:
     def _device(self) -> torch.device:
         return self.keys[0].device
 
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return where the tokens of the pass lie, and where each question begins, for a layer on a device."""
+        if device == self._device:
+            return self._rows, self._start
+        if device not in self._moved:
+            self._moved[device] = self._rows.to(device), None if self._start is None else self._start.to(device)
+        return self._moved[device]
+
     def _add(self, site: int, rows: Sequence[Tensor]) -> list[Tensor]:
         """Store the pass's keys and values, [T, Hkv, D] each, and return all of the site, [B, Hkv, length, D] each."""
         self._make_room(site, rows)
@@ -255,7 +265,8 @@ class SharedPrefixDecoder:
             if self._longest == 1:
                 held[:, before] = new
             else:
-                question, slot = self._rows // self._longest, self._rows % self._longest
+                where, _ = self._on(new.device)
+                question, slot = where // self._longest, where % self._longest
                 held[question, before + slot] = new
         return [held[:, : self.length].transpose(1, 2) for held in self._own[site]]
 

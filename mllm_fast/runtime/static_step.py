@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function
 from ..core.errors import InputError
 from ..kernels import segment_table, wide_type
 from ..knockout.plan import Plan
+from ..models.offload import device_of_part
 from ..models.text_model import TextModel
 from .attention import Scoring, attend
 from .cuda_graph import Replayed
@@ -69,6 +70,8 @@ class StepResult(NamedTuple):
 def check_static(text: TextModel) -> None:
     """Raise InputError if a model's layers cannot be stepped over fixed arrays."""
     others = text.findings.others
+    if text.split is not None or len({device_of_part(layer) for layer in text.layers}) > 1:
+        raise InputError("static=True takes a model on one device, this one lies on several devices: leave static out")
     if others:
         raise InputError(
             f"static=True: {len(others)} layers of this model are of the class {next(iter(others.values()))}, which"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Trace:
         query: Rotated queries, [T, S, H, D].
         output: What every head gives to the output projection, sum_p alpha_jp v_jp times the gate, [T, S, H, Dv].
         final: Output of the last layer at the row, [T, d].
-        keys, values: One [Hkv, N, D] a site.
+        keys, values: One [Hkv, N, D] a site, on the device of its layer. All else lies on one device.
         rows: The position of each explained row.
         seen: Which keys the rows see, one bool [T, N] or None a site.
         scoring: How scores become attention weights, one a site.
@@ -72,7 +72,7 @@ class Trace:
         """Return the attention weights alpha of one row, float32 or wider [H, N'], where N' is its position + 1."""
         stop = self.rows[token] + 1
         keys = self.keys[site][:, :stop]
-        query = self.query[token, site, :, : keys.shape[2]]
+        query = self.query[token, site, :, : keys.shape[2]].to(keys.device)
         wide = wide_type(query.dtype)
         heads, width = query.shape
         grouped = query.to(wide).reshape(keys.shape[0], heads // keys.shape[0], width)
@@ -106,6 +106,9 @@ class Trace:
 
     def _weighted(self, token: int, heads: Sequence[tuple[int, int]], backend: str) -> Tensor:
         """Return alpha_jp v_jp, [len(heads), N', Dv]; smaller heads than the largest end with zeros."""
+        places = [one.device for one in self.keys]
+        if set(places) != {self.query.device}:
+            return self._weighted_elsewhere(token, heads, backend)
         stop = self.rows[token] + 1
         shapes = {(*k.shape[::2], *v.shape[::2]) for k, v in zip(self.keys, self.values, strict=True)}
         same = len(shapes) == 1 and self.keys[0].shape[2] == self.values[0].shape[2]
@@ -129,6 +132,27 @@ class Trace:
             value = values[head * len(values) // self.query.shape[2], :stop].to(found)
             found[i, :, : value.shape[1]] = alphas[site][head, :, None] * value
         return found
+
+    def _weighted_elsewhere(self, token: int, heads: Sequence[tuple[int, int]], backend: str) -> Tensor:
+        """Return what `_weighted` does for layers on several devices: each is computed where its keys lie."""
+        home = self.query.device
+        parts: dict[int, Tensor] = {}
+        for device in {self.keys[site].device for site, _ in heads}:
+            sites = [site for site, keys in enumerate(self.keys) if keys.device == device]
+            here = replace(
+                self,
+                query=self.query[token : token + 1, sites].to(device),
+                output=self.output[:1, :1].to(device),
+                keys=tuple(self.keys[site] for site in sites),
+                values=tuple(self.values[site] for site in sites),
+                rows=[self.rows[token]],
+                seen=tuple(None if (seen := self.seen[site]) is None else seen[token : token + 1] for site in sites),
+                scoring=tuple(self.scoring[site] for site in sites),
+            )
+            some = [i for i, (site, _) in enumerate(heads) if site in sites]
+            found = here._weighted(0, [(sites.index(heads[i][0]), heads[i][1]) for i in some], backend)
+            parts |= dict(zip(some, found.to(home), strict=True))
+        return torch.stack([parts[i] for i in range(len(heads))])
 
 
 def make_trace(
@@ -169,8 +193,6 @@ def make_trace(
                 " transformers' default cache, and a sequence shorter than the model's sliding window"
             )
         k, v = k[batch_index], v[batch_index]
-        if k.device != record.device:
-            k, v = k.to(record.device), v.to(record.device)
         if k.shape[1] > length:
             k, v = k[:, padding : padding + length], v[:, padding : padding + length]
         keys.append(k)

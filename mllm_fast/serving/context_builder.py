@@ -143,7 +143,8 @@ class ContextBuilder:
         keys, values = (first.keys, first.values) if prefix is None else prefix
         masses = {}
         if self.row is not None and self.row.mass is not None:
-            masses["generated"] = (self.row.mass / self.row.length).cpu()
+            split, mass = self.vlm.text.split, self.row.mass / self.row.length
+            masses["generated"] = (mass if split is None else split.mean(mass)).cpu()
         elif self._mass is not None:
             masses["query"] = self._mass
         words = self.vlm.processor.tokenizer.decode(self.said, skip_special_tokens=True).strip()

@@ -32,7 +32,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
             if flow is None:
                 flow = weights.new_zeros(row + 1)
                 flow[row] = 1.0
-            flow = _further(flow, mean_of_heads((change * weights)[0].clamp_min(0), split))
+            flow = _further(flow.to(weights.device), mean_of_heads((change * weights)[0].clamp_min(0), split))
 
         alpha.register_hook(backward)
 

@@ -28,7 +28,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     flow = torch.zeros(row + 1, dtype=layers[0].dtype, device=layers[0].device)
     flow[row] = 1.0
     for mean in reversed(layers):
-        flow = _further(flow, mean)
+        flow = _further(flow.to(mean.device), mean)
     return flow[image.positions.to(flow.device)]
 
 
