@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import mllm_fast as mf
+from mllm_fast.core import split as split_module
 from mllm_fast.core.split import is_sharded, local, place_of
 from mllm_fast.models.fingerprint import fingerprint
 from mllm_fast.runtime.batch import Batch
@@ -188,6 +190,35 @@ def error(got: Any, want: Any) -> float:
     return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-30))
 
 
+class Counted:
+    """torch.distributed, with a note of how many bytes this rank hands to each call."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(dist, name)
+        if name not in ("all_gather", "all_reduce", "broadcast", "barrier"):
+            return function
+
+        def call(*args: Any, **options: Any) -> Any:
+            given = args[1] if name == "all_gather" else args[0] if args else None
+            self.sent.append((name, 0 if given is None else given.nbytes))
+            return function(*args, **options)
+
+        return call
+
+
+def traffic(vlm: mf.VLM) -> dict[str, list[tuple[str, int]]]:
+    """Return what the explanation of one token sends, beyond what the model's own forward pass does."""
+    ex, found = vlm.explain(IMAGE, QUESTION, "red"), {}
+    for name, score in (("heads", lambda: ex.head_scores), ("positions", lambda: ex.position_scores(0))):
+        with mock.patch.object(split_module, "dist", Counted()) as counted:
+            score()
+        found[name] = counted.sent
+    return found
+
+
 def held(vlm: mf.VLM) -> tuple[int, int, int]:
     """Return how many numbers of divided weights there are, how many this rank holds, and how many are replicated."""
     every = list({id(one): one for one in vlm.model.parameters()}.values())
@@ -211,6 +242,8 @@ def main() -> None:
         said = torch.cat([said, said.new_zeros(8 - len(said))])
         errors["sampled"] = float(split.text.split.everyone(said).double().std(0, correction=0).max())
         found = {"rank": dist.get_rank(), "model": Path(folder).name, "errors": errors, "held": held(split)}
+        text = split.text
+        found |= {"traffic": traffic(split), "write": len(text.sites) * len(text.heads) * text.width * 8}
         print(json.dumps(found), flush=True)
         dist.barrier()
     dist.destroy_process_group()

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import ranks
+import split_cases
 import tiny
+import torch
 import transformers
 from packaging.version import Version
 
+import mllm_fast as mf
+from mllm_fast.context.file_format import read
 from mllm_fast.core.errors import InputError
+from mllm_fast.core.files import TEMPORARY
 from mllm_fast.core.split import kv_shares, shares
 
 MODELS = {
@@ -42,7 +50,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=[2, 4])
 def compared(request, folders) -> list[list[dict[str, Any]]]:
     """What each rank found of each model."""
-    printed = ranks.finished(ranks.start(request.param, [ranks.HERE / "split_cases.py", *folders.values()]))
+    with ranks.running(request.param, [ranks.HERE / "split_cases.py", *folders.values()]) as processes:
+        printed = ranks.finished(processes)
     return [[json.loads(line) for line in lines.splitlines()] for lines in printed]
 
 
@@ -66,6 +75,19 @@ def test_each_rank_holds_its_part_alone(compared, name):
         assert held <= divided / count + words
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_token_sends(compared, name):
+    """Head scores: one gather of the writes of this rank's heads. Position scores: one exchange of what heads write."""
+    for found in compared:
+        one = next(one for one in found if one["model"] == name)
+        for kind, calls in one["traffic"].items():
+            sizes = sorted(size for _, size in calls)
+            assert sum(sizes[:-1]) < 64 * 1024
+            assert [call for call, size in calls if size == sizes[-1]] == ["all_gather"]
+            if kind == "heads":
+                assert sizes[-1] == one["write"]
+
+
 def test_shares():
     assert shares(29, 4) == (range(8), range(8, 16), range(16, 24), range(24, 29))
     assert kv_shares(8, 4, 2) == (range(2), range(2, 4))
@@ -83,3 +105,58 @@ def test_shares():
 def test_heads_that_do_not_divide(heads, kv_heads, count, message):
     with pytest.raises(InputError, match=message):
         kv_shares(heads, kv_heads, count)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("what", ["stream", "compress"])
+def test_a_rank_that_is_killed_ends_the_others(folders, tmp_path, what, victim):
+    """At once, with an error that says so, and without half a file."""
+    with ranks.running(2, [ranks.HERE / "split_endless.py", folders["llava"], what, tmp_path]) as processes:
+        for _ in range(3):
+            assert processes[0].stdout.readline() == "round\n"
+        time.sleep(0.05)
+        processes[victim].kill()
+        other = processes[1 - victim]
+        _, errors = other.communicate(timeout=30)
+    assert other.returncode > 0
+    assert "closed by peer" in errors or "Connection reset" in errors or "Broken pipe" in errors
+    saved = list(tmp_path.iterdir())
+    if what == "compress":
+        assert (tmp_path / "image.safetensors") in saved
+        assert read(tmp_path / "image.safetensors")
+    if victim:  # who is killed cannot remove what it has begun
+        assert [one for one in saved if one.name.startswith(TEMPORARY)] == []
+
+
+def test_a_rank_that_stands_still_ends_the_others(folders, tmp_path):
+    """Inside a call they wait for the time that is stated, which the program sets to five seconds."""
+    with ranks.running(2, [ranks.HERE / "split_endless.py", folders["llava"], "stream", tmp_path]) as processes:
+        assert processes[0].stdout.readline() == "round\n"
+        time.sleep(0.3)
+        processes[1].send_signal(signal.SIGSTOP)
+        _, errors = processes[0].communicate(timeout=30)
+    assert processes[0].returncode > 0
+    assert "Timed out" in errors or "timed out" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_a_model_that_does_not_fit_one_process(tmp_path, monkeypatch):
+    """Weights of 196 MiB in float32, from a file of 98 MiB that counts while it is mapped, and a limit of 260 MiB."""
+    model, processor = tiny.llava(heads=4, layers=3, width=1024)
+    model.bfloat16()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    model.float()
+    assert sum(weight.nbytes for weight in model.parameters()) > 196 << 20
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    small = ["sh", "-c", 'ulimit -s 512; exec "$0" "$@"']  # the stacks of the libraries' threads count as well
+    program = [ranks.HERE / "split_large.py", tmp_path, 260]
+    with ranks.running(1, [*program, "alone"], small) as (alone,):
+        printed, _ = alone.communicate(timeout=300)
+    assert alone.returncode == 1
+    assert "memory" in json.loads(printed)["error"]
+    with ranks.running(2, program, small) as processes:
+        printed = ranks.finished(processes)
+    wanted = mf.VLM(model, processor).explain(split_cases.IMAGE, split_cases.QUESTION, "red").head_scores
+    for found in printed:
+        torch.testing.assert_close(torch.tensor(json.loads(found)["scores"]), wanted, rtol=1e-4, atol=1e-5)

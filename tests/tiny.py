@@ -93,7 +93,7 @@ def _finish(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def llava(vision_layers: int = 2, seed: int = 0, heads: int = 3):
+def llava(vision_layers: int = 2, seed: int = 0, heads: int = 3, layers: int = 3, width: int = 48):
     no_layers, vision_layers = vision_layers == 0, max(vision_layers, 1)  # LLaVA needs a layer to read from
     tok = tokenizer(["<image>"], image_token="<image>")
     vision = CLIPVisionConfig(
@@ -107,9 +107,9 @@ def llava(vision_layers: int = 2, seed: int = 0, heads: int = 3):
     )
     text = LlamaConfig(
         vocab_size=len(tok),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=64 if width == 48 else 4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         attention_bias=True,

@@ -41,6 +41,7 @@ from .options import (
     Prefix,
     Question,
     Raw,
+    Tp,
     ZeroInputs,
     inputs,
     joint_of,
@@ -178,6 +179,7 @@ def explain(  # long: the options of a command are its parameters
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    tp: Tp = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -205,8 +207,10 @@ def explain(  # long: the options of a command are its parameters
     rules = _rules(block, layers, zero_inputs)
     options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules, "prefix": prefix, "chat_template": not raw}
     if joint is None:
-        reader: Any = load(model, device, dtype, max_pixels, backend)
+        reader: Any = load(model, device, dtype, max_pixels, backend, tp)
     else:
+        if tp is not None and tp > 1:
+            raise InputError("a joint model is not divided between processes: leave --tp out")
         reader = load_joint(joint, device, dtype, max_pixels, backend)
         options["query"] = query
     if answer is None:
@@ -269,13 +273,14 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    tp: Tp = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
     """Answer a question about an image."""
     pictures, prompt = inputs(images, question)
     rules = _rules(block, layers, zero_inputs)
-    vlm = load(model, device, dtype, max_pixels, backend)
+    vlm = load(model, device, dtype, max_pixels, backend, tp)
     with progress("generating"):
         said = vlm.generate(
             pictures, prompt, knockout=rules, prefix=prefix, chat_template=not raw, max_new_tokens=max_new_tokens
@@ -307,6 +312,7 @@ def knockout(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    tp: Tp = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -322,7 +328,7 @@ def knockout(
         knockout_report.check_chart(out)
     pictures, prompt = inputs(images, question)
     compared = configurations(_rules(block, layers, zero_inputs), layers, zero_inputs)
-    vlm = load(model, device, dtype, max_pixels, backend)
+    vlm = load(model, device, dtype, max_pixels, backend, tp)
     rows = []
     for label, rules in compared:
         with progress(f"generating, {label}"):

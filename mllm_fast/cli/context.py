@@ -29,6 +29,7 @@ from .options import (
     MaxPixels,
     Model,
     NewTokens,
+    Tp,
     inputs,
     load,
     progress,
@@ -63,6 +64,7 @@ def compress(  # long: the options of a command are its parameters
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    tp: Tp = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -78,7 +80,7 @@ def compress(  # long: the options of a command are its parameters
     share = parse_keep(keep)
     check_choice("--storage", storage, STORAGES)
     pictures, _ = inputs(images, prompt)
-    vlm = load(model, device, dtype, max_pixels, backend)
+    vlm = load(model, device, dtype, max_pixels, backend, tp)
     with progress("reading the image"):
         ctx = vlm.compress(pictures, share, prompt, score, parts=parts, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         errors = ctx.save(out, storage)
@@ -129,6 +131,7 @@ def ask(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    tp: Tp = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -140,7 +143,9 @@ def ask(
     asked = [*(questions or []), *(_lines(file) if file else [])]
     if file is not None and not asked:
         raise InputError(f"{file}: there is no question in it; write one a line")
-    ctx, answering = _context(context, model, device, dtype, max_pixels, backend)
+    if not asked and tp is not None and tp > 1:
+        raise InputError("with --tp questions are given behind the context, or in a file with --questions")
+    ctx, answering = _context(context, model, device, dtype, max_pixels, backend, tp=tp)
     if not asked and not sys.stdin.isatty():
         try:
             asked = _questions(sys.stdin)
@@ -223,6 +228,7 @@ def _context(
     max_pixels: int,
     backend: str,
     images: list[Path] | None = None,
+    tp: int | None = None,
 ) -> tuple[Context, str]:
     """Return a context and the name of its model: the one that is given, or else the one that the file names."""
     if not path.exists():
@@ -233,7 +239,7 @@ def _context(
     if model is None:
         model, made = read_origin(path)
         dtype = dtype or made  # a context belongs to its model's number type as well
-    vlm = load(model, device, dtype, max_pixels, backend)
+    vlm = load(model, device, dtype, max_pixels, backend, tp)
     return Context.load(path, vlm, images or []), model
 
 

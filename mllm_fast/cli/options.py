@@ -13,6 +13,7 @@ from rich.markup import escape
 from ..core.assets import EMBEDDED, SAMPLE
 from ..core.errors import InputError
 from .config import MODEL_VARIABLE
+from .ranks import divided
 
 if TYPE_CHECKING:
     from ..joint.model import JointModel
@@ -45,6 +46,15 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="The number type: float32, bfloat16 or float16. The default is float32 on the CPU.")
+]
+Tp = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        help="Divide the model between so many processes (tensor parallelism), each on a GPU of its own if there are"
+        " GPUs.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NewTokens = Annotated[
@@ -136,12 +146,20 @@ def embedded_note(option: str = "--model") -> str:
     return f"the embedded model knows coloured shapes alone; give your own with {option}"
 
 
-def load(model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> VLM:
-    """Load a model and show the progress on stderr."""
+def load(
+    model: str, device: str | None, dtype: str | None, max_pixels: int, backend: str, tp: int | None = None
+) -> VLM:
+    """Load a model and show the progress on stderr.
+
+    With `tp` above 1 the command goes on in so many processes, see `ranks.divided`.
+    """
+    several = divided(tp)
     with progress("loading the libraries"):
         from ..vlm import VLM
     with loading(model):
-        return VLM.from_pretrained(model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend)
+        return VLM.from_pretrained(
+            model, device=device, dtype=dtype, max_pixels=max_pixels, backend=backend, tp=tp if several else None
+        )
 
 
 def load_joint(name: str, device: str | None, dtype: str | None, max_pixels: int, backend: str) -> JointModel:

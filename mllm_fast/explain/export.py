@@ -61,9 +61,14 @@ def save(
         if kind != "png":
             raise InputError(f"positions are left out of a picture: save the explanation as .png, got {target.name}")
         drawn = draw_token(ex, token or 0, method=method, without=without)
-        write_whole(target, _encode(drawn, provenance(ex, method)))
-        return
-    write_whole(target, encoded(ex, kind, token, method, patch_words))
+        content = _encode(drawn, provenance(ex, method))
+    else:
+        content = encoded(ex, kind, token, method, patch_words)
+    split = ex.text_model.split
+    if split is None:
+        write_whole(target, content)
+    else:
+        split.by_first(lambda: write_whole(target, content))
 
 
 def encoded(

@@ -84,6 +84,8 @@ class JointModel:
     def __init__(self, owl: Detector, alignment: Alignment, vlm: VLM, view: str = WHOLE):
         check_choice("view", view, VIEWS)
         check_fixed_grid(vlm)
+        if vlm.text.split is not None:
+            raise InputError("the language model of a joint model lies in one process: load it without tp")
         width = vlm.text.width
         given = alignment.config.inputs, alignment.config.outputs
         if given != (owl.width, width):

@@ -1,0 +1,121 @@
+"""`--tp N`: the same command in N processes, of which the first one speaks.
+
+The processes run the command as torchrun would start it, each on a GPU of its own or with a share of the cores. When
+one ends, the others are ended too, so that none waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO, Any, NoReturn
+
+from ..core.errors import InputError
+
+_PARENT = "MLLM_FAST_PARENT"  # the id of the process that started this one
+_LOOK = 0.1  # seconds between two looks at the processes
+_LAST = 5.0  # seconds that the others have to end by themselves
+
+
+def divided(tp: int | None) -> bool:
+    """Return whether this process is one of those that a model is divided between; start them if they are not there.
+
+    Args:
+        tp: The number of processes, or None.
+
+    Raises:
+        InputError: The number is below 1.
+    """
+    if tp is None or tp == 1:
+        return False
+    if tp < 1:
+        raise InputError(f"--tp is at least 1, got {tp}")
+    if "RANK" not in os.environ:
+        _start(tp)
+    _follow_parent()
+    return True
+
+
+def _start(count: int) -> NoReturn:
+    """Run this command in several processes, and end as they do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or count
+    given = {
+        "OMP_NUM_THREADS": str(max(1, cores // count)),
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        _PARENT: str(os.getpid()),
+    }
+    processes: list[subprocess.Popen[bytes]] = []
+    said = [tempfile.TemporaryFile() for _ in range(count - 1)]  # noqa: SIM115 closed with this process
+    for rank in range(count):
+        # the others say what the first one does; what they say of an error is kept
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        silent = quiet | {"stderr": said[rank - 1]} if rank else {}
+        environment = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(
+            subprocess.Popen([sys.executable, "-m", "mllm_fast", *sys.argv[1:]], env=environment, **silent)
+        )
+    signal.signal(signal.SIGTERM, lambda *_: processes[0].terminate())  # the first one ends the others
+    sys.exit(_wait(processes, said))
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[bytes]]) -> int:
+    """Wait until all processes have ended, or one with an error, and return the exit code of the command."""
+    try:
+        while True:
+            codes = [process.poll() for process in processes]
+            bad = next((rank for rank, code in enumerate(codes) if code), None)
+            if bad is not None:
+                break
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(_LOOK)
+    except KeyboardInterrupt:  # which all processes got, too
+        bad = 0
+    _end(processes)
+    code = processes[bad].returncode
+    if bad and processes[0].returncode != code:  # else the first one has said it
+        said[bad - 1].seek(0)
+        lines = said[bad - 1].read().decode(errors="replace").strip().splitlines()
+        how = f"by the signal {-code}" if code < 0 else f"with code {code}"
+        why = f": {lines[-1]}" if lines else ""
+        print(f"mllm-fast: process {bad} of {len(processes)} ended {how}{why}", file=sys.stderr)
+    return code if code > 0 else 1
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes, by force where they do not end by themselves."""
+    until = time.monotonic() + _LAST
+    while time.monotonic() < until and any(process.poll() is None for process in processes):
+        time.sleep(_LOOK)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+
+
+def _follow_parent() -> None:
+    """End this process when the one that started it has ended."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
