@@ -143,11 +143,9 @@ def test_a_rank_that_stands_still_ends_the_others(folders, tmp_path):
 def test_a_model_that_does_not_fit_one_process(tmp_path, monkeypatch):
     """Weights of 196 MiB in float32, from a file of 98 MiB that counts while it is mapped, and a limit of 260 MiB."""
     model, processor = tiny.llava(heads=4, layers=3, width=1024)
-    model.bfloat16()
-    for part in (model, processor):
-        part.save_pretrained(tmp_path)
-    model.float()
     assert sum(weight.nbytes for weight in model.parameters()) > 196 << 20
+    for part in (model.bfloat16(), processor):
+        part.save_pretrained(tmp_path)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     small = ["sh", "-c", 'ulimit -s 512; exec "$0" "$@"']  # the stacks of the libraries' threads count as well
     program = [ranks.HERE / "split_large.py", tmp_path, 260]
@@ -157,6 +155,7 @@ def test_a_model_that_does_not_fit_one_process(tmp_path, monkeypatch):
     assert "memory" in json.loads(printed)["error"]
     with ranks.running(2, program, small) as processes:
         printed = ranks.finished(processes)
-    wanted = mf.VLM(model, processor).explain(split_cases.IMAGE, split_cases.QUESTION, "red").head_scores
+    whole = mf.VLM.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    wanted = whole.explain(split_cases.IMAGE, split_cases.QUESTION, "red").head_scores
     for found in printed:
         torch.testing.assert_close(torch.tensor(json.loads(found)["scores"]), wanted, rtol=1e-4, atol=1e-5)
