@@ -74,17 +74,18 @@ def _start(count: int) -> NoReturn:
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[bytes]]) -> int:
     """Wait until all processes have ended, or one with an error, and return the exit code of the command."""
-    try:
-        while True:
+    bad, interrupted = None, 0
+    while bad is None and interrupted < 2:
+        try:
             codes = [process.poll() for process in processes]
             bad = next((rank for rank, code in enumerate(codes) if code), None)
-            if bad is not None:
-                break
-            if all(code == 0 for code in codes):
+            if codes[0] == 0:  # it has said all there is to say
+                _end(processes)
                 return 0
             time.sleep(_LOOK)
-    except KeyboardInterrupt:  # which all processes got, too
-        bad = 0
+        except KeyboardInterrupt:  # which all processes got, too: the first one ends in its own time
+            interrupted += 1
+    bad = bad or 0
     _end(processes)
     code = processes[bad].returncode
     if bad and processes[0].returncode != code:  # else the first one has said it

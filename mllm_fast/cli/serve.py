@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from .options import (
     Dtype,
     MaxPixels,
     Model,
+    Tp,
     embedded_note,
     joint_of,
     load,
@@ -29,9 +32,12 @@ from .options import (
     progress,
     source,
 )
+from .ranks import divided
 
 if TYPE_CHECKING:
     from ..serving.logs import Log
+    from ..serving.settings import Settings
+    from ..vlm import VLM
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
 
@@ -91,6 +97,7 @@ def serve(  # long: the options of a command are its parameters
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    tp: Tp = None,
     max_pixels: MaxPixels = 25_000_000,
     quiet: Annotated[bool, typer.Option("--quiet", help="No log; one line tells that the server is ready.")] = False,
 ) -> None:
@@ -135,6 +142,11 @@ def serve(  # long: the options of a command are its parameters
         storage=storage,
         remote_hosts=tuple(one.lower() for one in allow_remote or []),
     )
+    if tp is not None and tp > 1 and (ui or joint is not None):
+        raise InputError("the tool in the browser needs a model in one process: leave --ui or --tp out")
+    if divided(tp) and os.environ["RANK"] != "0":
+        _follow(load(model, device, dtype, max_pixels, backend, tp), settings)
+        return
     keys = ApiKeys.find(api_keys)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         ERR.print("[yellow]no API keys are set: whoever reaches this address may ask[/]", highlight=False)
@@ -143,7 +155,7 @@ def serve(  # long: the options of a command are its parameters
         if ctx.find_root().params.get("verbose") and not (quiet or ERR.is_terminal):
             log.take_over()  # what -v shows are lines of the log then
         both = None if joint is None else load_joint(joint, device, dtype, max_pixels, backend)
-        vlm = load(model, device, dtype, max_pixels, backend) if both is None else both.vlm
+        vlm = load(model, device, dtype, max_pixels, backend, tp) if both is None else both.vlm
         app, service = application(vlm, settings, keys, served_name or joint or model, log, allow_origin or ())
         if ui:
             from ..serving.ui import mount
@@ -156,6 +168,15 @@ def serve(  # long: the options of a command are its parameters
         code = listen(app, service, log, bound, limits, own_process=True, ready=_ready_line(host, bound, ui))
     if code:
         raise typer.Exit(code)
+
+
+def _follow(vlm: VLM, settings: Settings) -> None:
+    """Run the engine as the first process tells it, which ends this one."""
+    from ..serving.service import follow
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    follow(vlm, settings)
 
 
 def _models(ctx: typer.Context, name: str | None, model: str, joint: str | None, ui: bool) -> tuple[str, str | None]:

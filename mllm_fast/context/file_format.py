@@ -31,7 +31,7 @@ from torch import Tensor
 from ..core.assets import EMBEDDED, SHAPES_WEIGHTS
 from ..core.errors import InputError, check_choice, first_line
 from ..core.files import check_target, whole_file
-from ..core.layout import ImageLayout, Tile, TokenLayout
+from ..core.layout import TokenLayout, images_of, plain_images
 from ..models.fingerprint import fingerprint
 from ..models.offload import home_of
 from ..models.provenance import model_name, now, versions
@@ -196,23 +196,16 @@ def unpack(description: dict[str, Any], tensors: dict[str, Tensor], vlm: ModelRu
         keys, values = (one[:, mine.start : mine.stop].contiguous() for one in (keys, values))
     input_ids = tensors["input_ids"].long()
     held = {name.removeprefix("state."): one.to(device) for name, one in tensors.items() if name.startswith("state.")}
-    layouts = tuple(
-        ImageLayout(
-            torch.tensor(image["positions"]),
-            tuple(image["size"]),
-            tuple(Tile(tile["rows"], tile["cols"], tuple(tile["box"])) for tile in image["tiles"]),
-            tuple(image["canvas"]),
-            image.get("first", 0),
-        )
-        for image in description["images"]
-    )
     return {
         "vlm": vlm,
         "keys": keys.to(device),
         "values": values.to(device),
         "positions": tensors["positions"].long(),
         "layout": TokenLayout(
-            len(input_ids), len(input_ids), layouts, torch.tensor(description.get("separators", []), dtype=torch.long)
+            len(input_ids),
+            len(input_ids),
+            images_of(description["images"]),
+            torch.tensor(description.get("separators", []), dtype=torch.long),
         ),
         "input_ids": input_ids,
         "state": state_from(description["state"], held, vlm.text) if held else None,
@@ -253,16 +246,6 @@ def checksum(text: str, tensors: dict[str, Tensor], copies: dict[str, Tensor] | 
 
 def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[str, Any]:
     config = fields["vlm"].model.config
-    images = [
-        {
-            "positions": image.positions.tolist(),
-            "size": image.size,
-            "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
-            "canvas": image.canvas,
-            "first": image.first,
-        }
-        for image in fields["layout"].images
-    ]
     return {
         "version": VERSION,
         "model": {
@@ -276,7 +259,7 @@ def _describe(fields: Fields, storage: str, errors: dict[str, float]) -> dict[st
         "dtype": str(fields["keys"].dtype).removeprefix("torch."),
         "storage": storage,
         "storage_error": errors,
-        "images": images,
+        "images": plain_images(fields["layout"].images),
         "separators": fields["layout"].separators.tolist(),
         "state": plain_of(fields.get("state") or {}),
         "first_token": fields.get("first_token"),

@@ -13,13 +13,14 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, check_choice
 from ..core.keep import parse_keep
 from ..models.fingerprint import fingerprint
+from ..runtime.hooks import model_lock
 from .compress import compress
 from .context import Context
 from .file_format import STORAGES, VERSION, pack, parse, unpack
@@ -180,7 +181,14 @@ class ContextStore:
         reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
         if settings.get("score") in _KEPT_NAMES:
             settings = {**settings, "score": _KEPT_NAMES[settings["score"]]}
-        about = [VERSION, self.storage, fingerprint(vlm.model), settings]
+        if vlm.text.split is not None and self._folder is not None:
+            raise InputError(
+                "a folder of contexts serves models that lie in one process: leave it out, or save contexts one by one"
+                " with Context.save, which all processes call"
+            )
+        # a divided model's weights are not in their places during a pass of another thread
+        with nullcontext() if vlm.text.split is None else model_lock(vlm.text):
+            about = [VERSION, self.storage, fingerprint(vlm.model), settings]
         try:
             text = json.dumps(about, sort_keys=True)
         except TypeError as error:

@@ -348,3 +348,31 @@ def _separators(
             mark[int(part[0]) : int(part[-1]) + 1] = True
             mark[image.positions] = False
     return mark.nonzero()[:, 0]
+
+
+def plain_images(images: Sequence[ImageLayout]) -> list[dict[str, Any]]:
+    """Return the layouts of images as data for JSON, from which `images_of` makes them again."""
+    return [
+        {
+            "positions": image.positions.tolist(),
+            "size": image.size,
+            "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
+            "canvas": image.canvas,
+            "first": image.first,
+        }
+        for image in images
+    ]
+
+
+def images_of(plain: Sequence[dict[str, Any]]) -> tuple[ImageLayout, ...]:
+    """Return the layouts of images that `plain_images` wrote down."""
+    return tuple(
+        ImageLayout(
+            torch.tensor(image["positions"]),
+            tuple(image["size"]),
+            tuple(Tile(tile["rows"], tile["cols"], tuple(tile["box"])) for tile in image["tiles"]),
+            tuple(image["canvas"]),
+            image.get("first", 0),
+        )
+        for image in plain
+    )

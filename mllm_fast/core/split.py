@@ -173,21 +173,28 @@ class Split:
                 found = f"+{act() or ''}"
             except Exception as error:  # which the other ranks have to hear of
                 found, raised = f"-{error}", error
-        found = self._told(found)
+        found = self.told(found.encode()).decode()
         if raised is not None:
             raise raised
         if found.startswith("-"):
             raise InputError(found[1:])
         return found[1:]
 
-    def _told(self, text: str) -> str:
-        """Return a text of the first rank on every rank."""
-        raw = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        size = torch.tensor([len(raw)])
+    def told(self, content: bytes = b"") -> bytes:
+        """Return the bytes that the first rank gives on every rank; the others wait for them up to a day."""
+        size = torch.tensor([len(content)])
         dist.broadcast(size, group=self.control, group_src=0)
-        raw = raw if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        raw = torch.empty(int(size), dtype=torch.uint8)
+        if self.rank == 0 and len(content):
+            raw.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(raw, group=self.control, group_src=0)
-        return bytes(raw.tolist()).decode()
+        return raw.numpy().tobytes()
+
+    def told_numbers(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers that the first rank gives on every rank, which all give as many."""
+        told = torch.tensor(numbers, dtype=torch.long)
+        dist.broadcast(told, group=self.control, group_src=0)
+        return told.tolist()
 
     def meet(self) -> None:
         """Wait until every rank makes this call; a rank that has ended makes it fail at once."""

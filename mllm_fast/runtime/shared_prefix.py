@@ -54,6 +54,7 @@ class SharedPrefixDecoder:
         self.text = text
         self.backend = backend
         self.keys, self.values = keys, values
+        self._device = keys[0].device  # of the first layer; others may lie elsewhere
         self.length = 0  # own positions of the longest question; shorter questions begin later
         self._next = torch.full((count,), position)
         self._start: Tensor | None = None
@@ -244,10 +245,6 @@ class SharedPrefixDecoder:
     def nbytes(self) -> int:
         """Bytes of the questions' own keys and values."""
         return sum(tensor.nbytes for pair in self._own for tensor in pair)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.keys[0].device
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return where the tokens of the pass lie, and where each question begins, for a layer on a device."""

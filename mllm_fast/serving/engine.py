@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
+from ..models.offload import device_of
+from .lockstep import WAIT, Lockstep, MakeTask
 from .requests import BusyError, FailureEvent, FinishEvent, Generation, SideTask, StoppingError, dropped
 from .scheduler import Scheduler
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from ..vlm import VLM
 
 
-class Engine:
+class Engine:  # long: a queue, and the steps of one process or of several
     """Runs generations and side tasks in one thread.
 
     Args:
@@ -33,6 +36,7 @@ class Engine:
             block. It returns the context in the form in which the store will return it later.
         held: Returns the stored context of a key, or None.
         at_once: Answer questions about a context that is being made from the whole prefix; otherwise they wait for it.
+        make_task: For a model that is divided between processes: makes the pieces of a side task from its order.
 
     Attributes:
         failure: The exception that ended the engine's thread, or None. Such an engine must be replaced.
@@ -51,6 +55,7 @@ class Engine:
         keep_context: Callable[[str, Context], Context] = lambda _, made: made,
         held: Callable[[str], Context | None] = lambda _: None,
         at_once: bool = False,
+        make_task: MakeTask | None = None,
     ):
         for name, given in (("max_batch", max_batch), ("max_queue", max_queue)):
             if given < 1:
@@ -58,7 +63,14 @@ class Engine:
         self.vlm = vlm
         self.max_queue = max_queue
         self._wake = threading.Condition()
-        self.scheduler = Scheduler(vlm, max_batch, self._wake, keep_context, held, at_once)
+        split = vlm.text.split
+        self._lockstep: Lockstep | None = None
+        if split is not None:
+            self._lockstep = Lockstep(split, make_task or _no_task, device_of(vlm.model))
+            keep_context, held = partial(self._keep_and_note, keep_context), lambda _: None
+        self._arrived: list[Generation | SideTask] = []  # which the other ranks have not heard of
+        self._cancelled: list[Generation | SideTask] = []
+        self.scheduler = Scheduler(vlm, max_batch, self._wake, keep_context, held, at_once, self._lockstep)
         self._tasks: deque[SideTask] = deque()
         self._forgotten: deque[str] = deque()
         self._stopping = False
@@ -78,7 +90,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """The number of generations that wait for a place in the batch, and of side tasks."""
-        return self.scheduler.waiting + len(self._tasks)
+        return self.scheduler.waiting + len(self._tasks) + len(self._arrived)
 
     @property
     def running(self) -> int:
@@ -102,16 +114,27 @@ class Engine:
                 raise StoppingError
             if self.waiting >= self.max_queue:
                 raise BusyError
-            if isinstance(wanted, Generation):
-                self.scheduler.add(wanted)
+            if self._lockstep is None:
+                self._add(wanted)
+            elif isinstance(wanted, SideTask) and wanted.order is None:
+                raise InputError("a model that is divided between processes does not run this; serve it without --tp")
             else:
-                self._tasks.append(wanted)
+                self._arrived.append(wanted)
             self._wake.notify()
+
+    def _add(self, wanted: Generation | SideTask) -> None:
+        if isinstance(wanted, Generation):
+            self.scheduler.add(wanted)
+        else:
+            self._tasks.append(wanted)
 
     def cancel(self, wanted: Generation | SideTask) -> None:
         """Cancel a generation or a side task. Its place is free before the next forward pass."""
-        wanted.cancelled = True
         with self._wake:
+            if self._lockstep is None:
+                wanted.cancelled = True
+            else:
+                self._cancelled.append(wanted)
             self._wake.notify()
 
     def forget(self, key: str) -> None:
@@ -131,6 +154,8 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         if not self._thread.ident:
+            if self._lockstep is not None:
+                self._lockstep.stop()
             return True
         self._thread.join(timeout)
         done = not self._thread.is_alive()
@@ -141,23 +166,62 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while True:
-                with self._wake:
-                    while not (self._tasks or self.scheduler.busy):
-                        if self._stopping:
-                            return
-                        self._wake.wait()
-                while self._forgotten:
-                    self.scheduler.batch.forget(self._forgotten.popleft())
-                self.scheduler.admit()
-                self.scheduler.run_pass()
-                self._run_task()
+            while self._next():
+                self._step()
+            if self._lockstep is not None:
+                self._lockstep.stop()
         except BaseException as error:  # nobody is left waiting, and no new request is taken
             self._stopping = True
             self.failure = error
-            self._fail_all(error)
             self.on_failure(error)
+            self._fail_all(error)
             raise
+
+    def _next(self) -> bool:
+        """Wait for work, and tell the other ranks of it; return False once the engine stops and nothing is left."""
+        with self._wake:
+            while not (self._tasks or self.scheduler.busy or self._arrived):
+                if self._stopping:
+                    return False
+                if not self._wake.wait(None if self._lockstep is None else WAIT):
+                    break  # the other ranks hear that this one is there
+            if self._lockstep is None:
+                return True
+            arrived, self._arrived = self._arrived, []
+            cancelled, self._cancelled = self._cancelled, []
+        forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+        arrived = self._lockstep.tell(arrived, cancelled, forgotten)  # outside the lock: a sink may be called
+        self._take(arrived, forgotten)
+        return True
+
+    def _take(self, arrived: list[Generation | SideTask], forgotten: list[str]) -> None:
+        """Take what all ranks have heard of."""
+        for key in forgotten:
+            self.scheduler.batch.forget(key)
+        with self._wake:
+            for wanted in arrived:
+                self._add(wanted)
+
+    def _step(self) -> None:
+        """Run one forward pass, and one piece of a side task."""
+        while self._lockstep is None and self._forgotten:
+            self.scheduler.batch.forget(self._forgotten.popleft())
+        self.scheduler.admit()
+        self.scheduler.run_pass()
+        self._run_task()
+
+    def follow(self) -> None:
+        """Run the same steps as the first rank, until it stops, in the thread that calls."""
+        assert self._lockstep is not None
+        while (heard := self._lockstep.hear()) is not None:
+            self._take(*heard)
+            self._step()
+
+    def _keep_and_note(self, keep: Callable[[str, Context], Context], key: str, made: Context) -> Context:
+        kept = keep(key, made)
+        assert self._lockstep is not None
+        self._lockstep.keep(kept)
+        return kept
 
     def _fail_all(self, error: BaseException) -> None:
         everyone: list[Generation | SideTask] = [*self.scheduler.everyone(), *self._tasks]
@@ -189,3 +253,7 @@ class Engine:
         task.sink(piece)
         with self._wake:
             self._tasks.append(task)
+
+
+def _no_task(order: dict[str, Any], files: list[bytes]) -> Iterator[Any]:
+    raise InputError(f"there is no side task for {order}")

@@ -12,6 +12,8 @@ from .errors import service_error
 from .event_queue import EventQueue
 from .requests import FailureEvent, FinishEvent, Generation, SideTask
 
+Order = tuple[dict[str, Any], list[bytes]]
+
 
 class EngineClient:
     """A client of the engine, for use in one event loop.
@@ -30,17 +32,18 @@ class EngineClient:
         self._events = EventQueue(asyncio.get_running_loop())
         self.engine.start()
 
-    async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
+    async def run(self, make: Callable[[], Iterator[Any]], order: Order | None = None) -> AsyncIterator[Any]:
         """Run a side task in the engine's thread, and yield what its iterator yields.
 
         Args:
             make: Makes the iterator. The engine's thread advances it by one piece between two forward passes.
+            order: See `SideTask`; a divided model runs no task without it.
 
         Raises:
             ServiceError: The task failed, too many requests wait, or the server is stopping.
         """
         queue, sink = self.open_queue()
-        work = SideTask(make, sink, time.monotonic() + self.time_limit)
+        work = SideTask(make, sink, time.monotonic() + self.time_limit, order=order)
         self.submit(work)
         try:
             while not isinstance(event := await queue.get(), FinishEvent):
@@ -50,10 +53,10 @@ class EngineClient:
         finally:
             self.engine.cancel(work)
 
-    async def last(self, make: Callable[[], Iterator[Any]]) -> Any:
+    async def last(self, make: Callable[[], Iterator[Any]], order: Order | None = None) -> Any:
         """Run a side task as `run` does, and return the last piece, or None if there was none."""
         found: Any = None
-        async for piece in self.run(make):
+        async for piece in self.run(make, order):
             found = piece
         return found
 

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.errors import InputError
+from ..core.images import load_image
 from ..explain.export import encoded
 from ..explain.registry import methods_without_detector
 from ..knockout.rule import Knockout
@@ -25,6 +27,7 @@ from .schema import ExplanationRequest
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from ..explain.explanation import Explanation
     from ..explain.scores import Scores
     from ..vlm import VLM
 
@@ -109,28 +112,21 @@ class Explainer:
 
         pictures, prepared = await self._preparer.run(prepare)
 
-        def pieces() -> Iterator[Any]:
-            answer: Any = request.answer
-            if answer is None:
-                with vlm.stream(pictures or None, question, knockout=rules, max_new_tokens=count) as stream:
-                    for _ in stream:
-                        yield None
-                    answer = stream.answer.token_ids
-            elif len(vlm.prompts.answer_ids(answer)) > settings.explain_tokens:
-                raise InputError(f"answers of at most {settings.explain_tokens} tokens are explained, this is longer")
-            yield vlm.explain(pictures or None, question, answer, knockout=rules, final_norm=request.norm)
-
+        order: dict[str, Any] = {
+            "question": question,
+            "answer": request.answer,
+            "knockout": request.knockout,
+            "count": count,
+            "most": settings.explain_tokens,
+            "norm": request.norm,
+        }
+        if vlm.text.split is not None:  # scores need all processes, so they are made in the engine's thread too
+            order |= {"format": request.format, "token": request.token, "method": request.method}
+            order["max_pixels"] = settings.max_pixels
+            return await self._engine.last(partial(encoded_pieces, vlm, order, pictures), (order, files))
         with vlm.prompts.ready.holding(pictures, question, prepared):
-            made = await self._engine.last(pieces)
-        if request.token is not None:
-            made.token_index(request.token)
-        if request.format in ("json", "html") and _number_count(made) > _NUMBERS:
-            raise ServiceError(
-                413,
-                f"this explanation has more than {_NUMBERS:,} numbers: ask for format 'safetensors', for a shorter"
-                " answer or for a smaller image",
-                param="format",
-            )
+            made = await self._engine.last(partial(_pieces, vlm, order, pictures, rules))
+        _check_size(made, request.format, request.token)
         return await self.scored(
             lambda check: encoded(
                 cast("Scores", Interruptible(made, check)), request.format, request.token, request.method
@@ -161,6 +157,50 @@ class Explainer:
             raise service_error(TimeoutError()) from None
         finally:
             given_up.set()
+
+
+def _pieces(
+    vlm: VLM, order: dict[str, Any], pictures: list[Any], rules: list[Knockout]
+) -> Iterator[Explanation | None]:
+    """Yield None while an answer is generated, and then its explanation."""
+    answer: Any = order["answer"]
+    if answer is None:
+        with vlm.stream(pictures or None, order["question"], knockout=rules, max_new_tokens=order["count"]) as stream:
+            for _ in stream:
+                yield None
+            answer = stream.answer.token_ids
+    elif len(vlm.prompts.answer_ids(answer)) > order["most"]:
+        raise InputError(f"answers of at most {order['most']} tokens are explained, this is longer")
+    yield vlm.explain(pictures or None, order["question"], answer, knockout=rules, final_norm=order["norm"])
+
+
+def encoded_pieces(vlm: VLM, order: dict[str, Any], pictures: list[Any]) -> Iterator[bytes | None]:
+    """Yield None while an explanation is made, and then the file of it: a side task of a divided model."""
+    rules = [Knockout.parse(text, most=vlm.prompts.window or _WINDOW) for text in order["knockout"]]
+    for made in _pieces(vlm, order, pictures, rules):
+        if made is None:
+            yield None
+            continue
+        _check_size(made, order["format"], order["token"])
+        yield encoded(made, order["format"], order["token"], order["method"])
+
+
+def ordered_pieces(vlm: VLM, order: dict[str, Any], files: list[bytes]) -> Iterator[bytes | None]:
+    """Yield what `encoded_pieces` does, for the files of the images."""
+    return encoded_pieces(vlm, order, [load_image(one, order["max_pixels"]) for one in files])
+
+
+def _check_size(made: Explanation, form: str, token: Any) -> None:
+    """Raise an error if an explanation has no such token, or too many numbers for its format."""
+    if token is not None:
+        made.token_index(token)
+    if form in ("json", "html") and _number_count(made) > _NUMBERS:
+        raise ServiceError(
+            413,
+            f"this explanation has more than {_NUMBERS:,} numbers: ask for format 'safetensors', for a shorter"
+            " answer or for a smaller image",
+            param="format",
+        )
 
 
 def _number_count(explanation: Any) -> int:

@@ -198,6 +198,8 @@ class SideTask:
         deadline: The time, by `time.monotonic`, after which the task is dropped.
         cancelled: Whether nobody waits for the task any more.
         pieces: The iterator, once it was made.
+        order: What the other processes of a divided model make the same iterator of: data for JSON, and the files of
+            images.
     """
 
     make: Callable[[], Iterator[Any]]
@@ -205,6 +207,7 @@ class SideTask:
     deadline: float = float("inf")
     cancelled: bool = False
     pieces: Iterator[Any] | None = None
+    order: tuple[dict[str, Any], list[bytes]] | None = None
 
 
 def dropped(wanted: Generation | SideTask) -> bool:

@@ -21,6 +21,7 @@ from .requests import FailureEvent, FinishEvent, Generation, PrefillEvent, dropp
 if TYPE_CHECKING:
     from ..context.context import Context
     from ..vlm import VLM
+    from .lockstep import Lockstep
 
 
 class Scheduler:
@@ -35,6 +36,7 @@ class Scheduler:
         keep_context: See `Engine`.
         held: See `Engine`.
         at_once: See `Engine`.
+        lockstep: What the ranks of a divided model agree by, or None.
 
     Attributes:
         passes: The number of forward passes so far.
@@ -52,8 +54,10 @@ class Scheduler:
         keep_context: Callable[[str, Context], Context],
         held: Callable[[str], Context | None],
         at_once: bool = False,
+        lockstep: Lockstep | None = None,
     ):
         self.vlm, self.max_batch = vlm, max_batch
+        self._lockstep = lockstep
         self.passes = self.tokens = 0
         self.batch = Batch(vlm.text, vlm.backend)
         self.members: list[Generation | ContextBuilder] = []
@@ -187,7 +191,7 @@ class Scheduler:
             return
         owner.sampler = self._samplers.make(first.input_ids.tolist(), owner.sampling)
         owner.sink(PrefillEvent(first.layout.length))
-        token = owner.choose(first.logits)
+        token = _chosen(self._lockstep, partial(owner.choose, first.logits))
         if owner.emit(token, first.logits):
             owner.row = self.batch.join(first.keys, first.values, first.position, [token])
             self.members.append(owner)
@@ -261,6 +265,8 @@ class Scheduler:
         if not members:
             return
         likeliest = logits.argmax(-1).tolist()
+        if self._lockstep is not None:
+            likeliest = self._lockstep.likeliest(likeliest)
         self.passes += 1
         self.tokens += len(members)
         for i, one in enumerate(members):
@@ -275,11 +281,18 @@ class Scheduler:
             else:
                 self._built(one)
             return
-        token = one.choose(logits, likeliest)
+        token = likeliest
+        if one.constraint is not None or not one.sampler.plain:  # type: ignore[union-attr]
+            token = _chosen(self._lockstep, partial(one.choose, logits, likeliest))
         if one.emit(token, logits):
             one.row.unread = [token]
         else:
             self._leave(one)
+
+
+def _chosen(lockstep: Lockstep | None, choose: Callable[[], int]) -> int:
+    """Return the token that a function chooses, on the first rank if there are several."""
+    return choose() if lockstep is None else lockstep.chosen(choose)
 
 
 _Members = list[Generation | ContextBuilder]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..context.store import ContextStore
+from ..core.errors import InputError
+from ..models.fingerprint import fingerprint
 from ..runtime.sampling import Sampling
 from .budgets import Lane, Place
 from .chunks import Closing, response_chunks
@@ -15,7 +18,7 @@ from .detokenizer import AnswerDetokenizer
 from .engine import Engine
 from .engine_client import EngineClient
 from .errors import ServiceError, service_error
-from .explainer import Explainer
+from .explainer import Explainer, ordered_pieces
 from .image_fetch import picture_files
 from .messages import check_length, conversation
 from .preparation import RequestPreparer, in_pool
@@ -62,6 +65,9 @@ class Service:
             held=self.store.held,
             at_once=self.settings.first_answer == "whole",
         )
+        if vlm.text.split is not None:
+            check_divided(self.settings)
+            fingerprint(vlm.model)  # which names contexts; it is known from now on without the other processes
         self.client = EngineClient(self.engine, self.settings.time_limit)
         self._preparer = RequestPreparer(vlm, self.settings, self.store, self.engine.scheduler.builders.announced)
         self.explainer = Explainer(vlm, self.settings, self.client, self._preparer)
@@ -265,6 +271,28 @@ class Service:
             self._unwritten.add(writing)
             writing.add_done_callback(self._unwritten.discard)
         return kept
+
+
+def check_divided(settings: Settings) -> None:
+    """Raise InputError for settings that a model cannot be served with that is divided between processes."""
+    if settings.store is not None or settings.storage != "full":
+        raise InputError(
+            "a model that is divided between processes keeps its contexts in memory, as they are: leave the store out"
+        )
+
+
+def follow(vlm: VLM, settings: Settings) -> None:
+    """Run the engine of a model that is divided between processes on another rank than the first, until that stops."""
+    check_divided(settings)
+    fingerprint(vlm.model)
+    engine = Engine(
+        vlm,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        at_once=settings.first_answer == "whole",
+        make_task=partial(ordered_pieces, vlm),
+    )
+    engine.follow()
 
 
 def _until_read(place: Place) -> Callable[[Any], None]:
