@@ -9,26 +9,32 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import openai
 import pytest
+import transformers
+from packaging.version import Version
 from served import asked, data_url
 from waiting import HANG, until
 
 from mllm_fast.core.errors import InputError
 from mllm_fast.shapes.scenes import generate_scene
 
+needs_new = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="this transformers divides no models by a config"
+)
 QUESTIONS = ["Describe the image.", "How many objects are there?", "is there a red circle?", "is there a blue star?"]
 
 
-@pytest.fixture(scope="module")
-def port(tmp_path_factory):
-    """The application, run by a process of its own."""
-    folder = tmp_path_factory.mktemp("ray")
+@contextmanager
+def running(folder: Path, options: str) -> Iterator[int]:
+    """The application with some options, run by a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,7 +44,7 @@ def port(tmp_path_factory):
         from mllm_fast.serving.ray_app import Options, app
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
         serve.start(http_options={{"host": "127.0.0.1", "port": {port}}})
-        options = Options(min_replicas=2, cpus=0.5, store={str(folder / "store")!r}, keep=0.2, log=False)
+        options = Options(min_replicas=2, cpus=0.5, keep=0.2, log=False, {options})
         serve.run(app(options), name="test{port}")
         print("running", flush=True)
         try:
@@ -67,6 +73,13 @@ def port(tmp_path_factory):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ray")
+    with running(folder, f"store={str(folder / 'store')!r}") as found:
+        yield found
 
 
 def replicas_of(port: int) -> list[int]:
@@ -263,3 +276,44 @@ def test_a_stream_that_is_left_gives_its_place_back(shapes):
         return lane._inside, len(lane._of)
 
     assert asyncio.run(run()) == (0, 0)
+
+
+def followers_of(replica: int) -> list[int]:
+    """The processes that a replica has started for the rest of its model."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(replica)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "mllm_fast.serving.follower" in line]
+
+
+@needs_new
+def test_a_process_of_a_divided_replica_dies(tmp_path, shapes):
+    """Two replicas of two processes each: one of the four is killed, its replica ends, and the other one answers."""
+    rng = np.random.default_rng(5)
+    pictures = [generate_scene(rng).image for _ in range(4)]
+    expected = [[a.text for a in shapes.compress(p, 0.2).ask_many(QUESTIONS)] for p in pictures]
+    urls = [data_url(p) for p in pictures]
+    with running(tmp_path, "tp=2, device='cpu'") as port:
+        replicas = replicas_of(port)
+        followers = [followers_of(one) for one in replicas]
+        assert [len(one) for one in followers] == [1, 1]
+
+        def one(number: int) -> str:
+            if number == 24:
+                os.kill(followers[0][0], signal.SIGKILL)
+            messages = asked(QUESTIONS[number % 4], urls[number // 4 % 4])
+            reply = client.chat.completions.create(model="shapes", messages=messages, max_tokens=32)
+            return reply.choices[0].message.content
+
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=HANG)
+        with client, ThreadPoolExecutor(6) as pool:
+            got = list(pool.map(one, range(64)))
+        assert got == [expected[number // 4 % 4][number % 4] for number in range(64)]
+        until(lambda: replicas[0] not in replicas_of(port))
+
+
+def test_options_of_a_divided_replica():
+    from mllm_fast.serving.ray_app import Options, app
+
+    with pytest.raises(InputError, match=r"tp=2 takes as many GPUs a replica, or none; got gpus=1"):
+        app({"tp": "2", "gpus": "1"})
+    with pytest.raises(InputError, match="keeps its contexts in memory"):
+        app(Options(tp=2, store="contexts"))

@@ -9,18 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
 from ..core.errors import InputError
+from ..core.ranks import follow_parent, of_rank, variables
 
-_PARENT = "MLLM_FAST_PARENT"  # the id of the process that started this one
 _LOOK = 0.1  # seconds between two looks at the processes
 _LAST = 5.0  # seconds that the others have to end by themselves
 
@@ -40,31 +38,20 @@ def divided(tp: int | None) -> bool:
         raise InputError(f"--tp is at least 1, got {tp}")
     if "RANK" not in os.environ:
         _start(tp)
-    _follow_parent()
+    follow_parent()
     return True
 
 
 def _start(count: int) -> NoReturn:
     """Run this command in several processes, and end as they do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or count
-    given = {
-        "OMP_NUM_THREADS": str(max(1, cores // count)),
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        _PARENT: str(os.getpid()),
-    }
+    shared = variables(count)
     processes: list[subprocess.Popen[bytes]] = []
     said = [tempfile.TemporaryFile() for _ in range(count - 1)]  # noqa: SIM115 closed with this process
     for rank in range(count):
         # the others say what the first one does; what they say of an error is kept
         quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         silent = quiet | {"stderr": said[rank - 1]} if rank else {}
-        environment = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, **of_rank(shared, rank)}
         processes.append(
             subprocess.Popen([sys.executable, "-m", "mllm_fast", *sys.argv[1:]], env=environment, **silent)
         )
@@ -106,17 +93,3 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.wait()
-
-
-def _follow_parent() -> None:
-    """End this process when the one that started it has ended."""
-    parent = os.environ.get(_PARENT)
-    if parent is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == int(parent):
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -18,11 +18,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
@@ -30,23 +27,23 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 
 from ..context.store import pictures_digest
-from ..core.errors import InputError
 from ..core.images import load_image
 from ..core.threads import spin_settings
-from ..vlm import VLM
 from .app import create_app
 from .auth import ApiKeys
 from .budgets import Lane
 from .errors import ServiceError, service_error
+from .follower import end_with, start_followers
 from .image_fetch import picture_files
 from .logs import Log
 from .messages import conversation
 from .metrics import Metrics
 from .preparation import check_pixels, in_pool
+from .ray_options import Options
 from .responses import CONTEXT_ID, ResponseChunk
 from .routes.state import Probes
 from .schema import ChatRequest, ContextInfo, ContextRequest, ExplanationRequest, ImageURL, Message
-from .service import Service
+from .service import Service, check_divided
 from .settings import Settings
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -54,62 +51,6 @@ _LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 _TRIES = 5
 _MEMO = 4096  # images whose digests are remembered
 _DIGITS = 24  # how many first digits of the id all contexts of the same images of a tenant share
-
-
-class Options(BaseModel):
-    """The arguments of the application. Besides those below, all fields of `Settings` are accepted.
-
-    Attributes:
-        model: The model, see `VLM.from_pretrained`.
-        name: The name by which requests call the model; `model` by default.
-        device: See `VLM.from_pretrained`.
-        dtype: See `VLM.from_pretrained`.
-        backend: See `VLM.from_pretrained`.
-        gpus: The number of GPUs of a replica.
-        cpus: The number of CPUs of a replica.
-        min_replicas: The smallest number of replicas.
-        max_replicas: The largest number of replicas.
-        target: How many requests in progress autoscaling aims at for each replica.
-        ingresses: The number of processes that serve HTTP.
-        api_keys: A file of API keys on the machines of the ingresses. The environment variable MLLM_FAST_API_KEYS may
-            have more.
-        log: Whether to log the requests.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str = "shapes"
-    name: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    backend: str = "auto"
-    gpus: float = 0
-    cpus: float = 1
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target: float = 32
-    ingresses: int = 1
-    api_keys: Path | None = None
-    log: bool = True
-
-    @property
-    def settings(self) -> Settings:
-        """The remaining arguments, as the settings of the service.
-
-        Raises:
-            InputError: An argument is unknown or out of range.
-        """
-        known = {one.name: one for one in fields(Settings)}
-        given = dict(self.model_extra or {})
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise InputError(
-                f"unknown options {', '.join(unknown)}; there are {', '.join([*type(self).model_fields, *known])}"
-            )
-        for name, value in given.items():
-            if isinstance(value, str):  # `serve run` passes texts
-                given[name] = _parsed(name, value)
-        return Settings(**given)
 
 
 def app(options: Options | dict[str, Any]) -> serve.Application:
@@ -120,6 +61,8 @@ def app(options: Options | dict[str, Any]) -> serve.Application:
     """
     options = options if isinstance(options, Options) else Options(**options)
     settings = options.settings
+    if options.tp > 1:
+        check_divided(settings)
     replicas = Replica.options(  # type: ignore[attr-defined]
         autoscaling_config={
             "min_replicas": options.min_replicas,
@@ -150,12 +93,12 @@ class Replica:
 
     def __init__(self, options: dict[str, Any]):
         given = Options(**options)
-        settings = given.settings
-        vlm = VLM.from_pretrained(
-            given.model, device=given.device, dtype=given.dtype, backend=given.backend, max_pixels=settings.max_pixels
-        )
-        self._service = Service(vlm, settings, given.name or given.model)
+        followers = start_followers(given.tp, options) if given.tp > 1 else []
+        self._service = Service(given.load(), given.settings, given.name or given.model)
         self._started = False
+        if followers:  # without one of them no request can be answered here
+            end_with(followers)
+            self._service.engine.on_failure = lambda _: os._exit(1)
 
     async def chat(
         self, request: dict[str, Any], tenant: str, client: str
@@ -369,13 +312,3 @@ def _with_urls(messages: list[Message], urls: tuple[str, ...]) -> list[dict[str,
 
 def _no_replica() -> ServiceError:
     return ServiceError(503, "no replica could answer; try again later", code="no_replica", retry_after=2)
-
-
-def _parsed(name: str, text: str) -> Any:
-    """Convert the text of a setting to its type."""
-    if name == "keep":
-        return None if text == "off" else (int(text) if text.isdigit() else float(text))
-    if name == "remote_hosts":
-        return tuple(one.strip().lower() for one in text.split(",") if one.strip())
-    default = next(one.default for one in fields(Settings) if one.name == name)
-    return type(default)(text) if isinstance(default, (int, float)) else text
