@@ -8,6 +8,7 @@ number, against the same model in one process, and what this rank holds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 import mllm_fast as mf
 from mllm_fast.core import split as split_module
@@ -123,10 +125,11 @@ def streams(vlm: mf.VLM) -> list[torch.Tensor]:
 @case
 def contexts(vlm: mf.VLM) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    for score in ("query", "generated", "key_norm", "random"):
-        ctx = vlm.compress(IMAGE, keep=0.4, score=score, max_new_tokens=4)
-        found += [ctx.positions, *map(ids, ctx.ask_many(["is the circle red ?", "yes ?"], max_new_tokens=4))]
-    found += [ids(ctx.describe(max_new_tokens=4)), ctx.explain("is the circle red ?", "no").head_scores]
+    for score in ("key_norm", "generated"):
+        ctx = vlm.compress(IMAGE, keep=0.4, score=score, max_new_tokens=2)
+        found.append(ctx.positions)
+    found += map(ids, ctx.ask_many(["is the circle red ?", "yes ?"], max_new_tokens=3))
+    found += [ids(ctx.describe(max_new_tokens=3)), ctx.explain("is the circle red ?", "no").head_scores]
     return [*found, *(step.heatmap() for step in ctx.stream("red ?", explain=True, max_new_tokens=2))]
 
 
@@ -155,18 +158,26 @@ def own_calls(vlm: mf.VLM) -> list[torch.Tensor]:
     return [recorded.explanation(IMAGE).head_scores]
 
 
-def saved(vlm: mf.VLM, other: mf.VLM) -> torch.Tensor:
-    """A context that one of two models saves, and the other one answers from."""
+def files(split: mf.VLM, whole: mf.VLM | None) -> dict[str, float]:
+    """Return the errors of answers from files of contexts, which go from one model to the other."""
     with tempfile.TemporaryDirectory() as folder:
-        path = [str(Path(folder) / "picture.safetensors")]
-        dist.broadcast_object_list(path)
-        ctx = vlm.compress(IMAGE, keep=0.4, score="query")
-        if vlm.text.split is not None or not dist.get_rank():
-            ctx.save(path[0])
+        paths = [[str(Path(folder) / name)] for name in ("split.safetensors", "whole.safetensors")]
+        for path in paths:
+            dist.broadcast_object_list(path)
+
+        def answer(path: list[str], vlm: mf.VLM) -> torch.Tensor:
+            return ids(mf.Context.load(path[0], vlm).ask("is the circle red ?", max_new_tokens=4))
+
+        split.compress(IMAGE, keep=0.4, score="query").save(paths[0][0])
+        if whole is not None:
+            whole.compress(IMAGE, keep=0.4, score="query").save(paths[1][0])
         dist.barrier()
-        found = mf.Context.load(path[0], other)
-        dist.barrier()
-        return ids(found.ask("is the circle red ?", max_new_tokens=4))
+        found = {"kept": answer(paths[0], split), "loaded": answer(paths[1], split)}
+        if whole is None:
+            return {}
+        wanted = answer(paths[1], whole)
+        found["saved"] = answer(paths[0], whole)
+        return {name: error(one, wanted) for name, one in found.items()}
 
 
 def result(run: Case, vlm: mf.VLM) -> Any:
@@ -227,21 +238,33 @@ def held(vlm: mf.VLM) -> tuple[int, int, int]:
     return sum(one.numel() for one in divided), sum(local(one).numel() for one in divided), whole
 
 
+def alike(found: Any) -> bool:
+    """Return whether every rank found the same, bit by bit."""
+    digest = hashlib.sha256()
+    for one in tree_leaves(found):
+        digest.update(one.numpy().tobytes() if isinstance(one, torch.Tensor) else str(one).encode())
+    every = [b""] * dist.get_world_size()
+    dist.all_gather_object(every, digest.digest())
+    return len(set(every)) == 1
+
+
 def main() -> None:
+    """The first rank compares with the whole model; the others have found the same as it."""
     torch.set_num_threads(1)
     for folder in sys.argv[1:]:
-        split = mf.VLM.from_pretrained(folder, device="cpu", dtype="float64", tp="auto")
-        whole = mf.VLM.from_pretrained(folder, device="cpu", dtype="float64")
-        errors = {name: error(result(run, split), result(run, whole)) for name, run in CASES.items()}
-        same = ids(whole.compress(IMAGE, keep=0.4, score="query").ask("is the circle red ?", max_new_tokens=4))
-        for name, pair in (("saved", (split, whole)), ("loaded", (whole, split)), ("kept", (split, split))):
-            errors[name] = error(saved(*pair), same)
-        errors["fingerprint"] = 0.0 if fingerprint(split.model) == fingerprint(whole.model) else 1.0
+        split, whole = mf.VLM.from_pretrained(folder, device="cpu", dtype="float64", tp="auto"), None
+        if not dist.get_rank():
+            whole = mf.VLM.from_pretrained(folder, device="cpu", dtype="float64")
+        got = {name: result(run, split) for name, run in CASES.items()}
+        same = {name: alike(one) for name, one in got.items()}
+        errors = {} if whole is None else {name: error(one, result(CASES[name], whole)) for name, one in got.items()}
+        dist.barrier()  # the others wait for no longer than a call may take
+        errors |= files(split, whole)
+        name = fingerprint(split.model)
+        errors["fingerprint"] = 0.0 if whole is None or name == fingerprint(whole.model) else 1.0
         torch.manual_seed(dist.get_rank())  # every rank another one
-        said = ids(split.generate(IMAGE, QUESTION, max_new_tokens=8, do_sample=True, temperature=3.0))
-        said = torch.cat([said, said.new_zeros(8 - len(said))])
-        errors["sampled"] = float(split.text.split.everyone(said).double().std(0, correction=0).max())
-        found = {"rank": dist.get_rank(), "model": Path(folder).name, "errors": errors, "held": held(split)}
+        same["sampled"] = alike(ids(split.generate(IMAGE, QUESTION, max_new_tokens=8, do_sample=True, temperature=3.0)))
+        found = {"model": Path(folder).name, "errors": errors, "alike": same, "held": held(split)}
         text = split.text
         found |= {"traffic": traffic(split), "write": len(text.sites) * len(text.heads) * text.width * 8}
         print(json.dumps(found), flush=True)

@@ -122,8 +122,7 @@ def processes_of(server) -> list[int]:
     return [int(one) for one in found.stdout.split()]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_ends_the_server(folder, url, victim):
+def test_a_process_that_is_killed_ends_the_server(folder, url):
     """In the middle of its load: every client gets an error or an answer, and all processes are gone."""
     server = served.Server("--tp", 2, "--device", "cpu", cwd=folder)
     try:
@@ -139,7 +138,7 @@ def test_a_process_that_is_killed_ends_the_server(folder, url, victim):
         with ThreadPoolExecutor(8) as pool:
             running = [pool.submit(one, i) for i in range(24)]
             running[2].result(HANG)
-            os.kill(children[victim], signal.SIGKILL)
+            os.kill(children[1], signal.SIGKILL)
             assert server.process.wait(30) != 0
             assert all(done.result(HANG) for done in running)
         for child in children:
@@ -150,15 +149,13 @@ def test_a_process_that_is_killed_ends_the_server(folder, url, victim):
 
 
 def test_what_a_divided_model_does_not_serve(folder):
-    for options in (["--store", "contexts"], ["--storage", "int8"]):
-        command = [sys.executable, "-m", "mllm_fast", "serve", "--port", "0", "--tp", "2", "--device", "cpu", *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=HANG)
-        assert done.returncode == 2
-        assert "keeps its contexts in memory" in done.stderr
+    command = [sys.executable, "-m", "mllm_fast", "serve", "--port", "0", "--tp", "2", "--device", "cpu"]
+    done = subprocess.run([*command, "--store", "contexts"], capture_output=True, text=True, cwd=folder, timeout=HANG)
+    assert done.returncode == 2
+    assert "keeps its contexts in memory" in done.stderr
 
 
-def test_the_first_process_ends_the_others(folder):
-    server = served.Server("--tp", 2, "--device", "cpu", cwd=folder)
+def test_the_first_process_ends_the_others(server):
     children = processes_of(server)
     assert server.stop() == 0
     for child in children:

@@ -15,14 +15,20 @@ import ranks
 import split_cases
 import tiny
 import torch
+import torch.distributed as dist
 import transformers
 from packaging.version import Version
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import mllm_fast as mf
 from mllm_fast.context.file_format import read
 from mllm_fast.core.errors import InputError
 from mllm_fast.core.files import TEMPORARY
 from mllm_fast.core.split import kv_shares, shares
+from mllm_fast.models.loading import load_pretrained
+from mllm_fast.models.tensor_parallel import distribution, split_of
 
 MODELS = {
     "llava": lambda: tiny.llava(heads=4),
@@ -32,6 +38,7 @@ MODELS = {
     "gemma3": families.BUILD["gemma3"],
     "gemma3_short": families.BUILD["gemma3_short"],
 }
+FIVE = [name for name in MODELS if name != "gemma3_short"]
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="this transformers divides no models by a config"
 )
@@ -50,22 +57,24 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=[2, 4])
 def compared(request, folders) -> list[list[dict[str, Any]]]:
     """What each rank found of each model."""
-    with ranks.running(request.param, [ranks.HERE / "split_cases.py", *folders.values()]) as processes:
+    models = [folder for name, folder in folders.items() if request.param == 2 or name != "gemma3_short"]
+    with ranks.running(request.param, [ranks.HERE / "split_cases.py", *models]) as processes:
         printed = ranks.finished(processes)
     return [[json.loads(line) for line in lines.splitlines()] for lines in printed]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FIVE)
 def test_every_number_is_that_of_the_whole_model(compared, name):
     """In float64; explanations are handed out in float32."""
     for found in compared:
-        errors = next(one["errors"] for one in found if one["model"] == name)
-        assert len(errors) > 15
-        assert errors.pop("logits") < 1e-13
-        assert {case: error for case, error in errors.items() if not error < 1e-6} == {}
+        assert all(next(one["alike"] for one in found if one["model"] == name).values())
+    errors = next(one["errors"] for one in compared[0] if one["model"] == name)
+    assert len(errors) > 15
+    assert errors.pop("logits") < 1e-13
+    assert {case: error for case, error in errors.items() if not error < 1e-6} == {}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FIVE)
 def test_each_rank_holds_its_part_alone(compared, name):
     """The words do not divide: the longest part has one more."""
     count = len(compared)
@@ -75,7 +84,7 @@ def test_each_rank_holds_its_part_alone(compared, name):
         assert held <= divided / count + words
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FIVE)
 def test_what_a_token_sends(compared, name):
     """Head scores: one gather of the writes of this rank's heads. Position scores: one exchange of what heads write."""
     for found in compared:
@@ -86,6 +95,12 @@ def test_what_a_token_sends(compared, name):
             assert [call for call, size in calls if size == sizes[-1]] == ["all_gather"]
             if kind == "heads":
                 assert sizes[-1] == one["write"]
+
+
+@pytest.mark.parametrize("compared", [2], indirect=True)
+def test_a_window_that_is_shorter_than_the_prompt(compared):
+    errors = next(one["errors"] for one in compared[0] if one["model"] == "gemma3_short")
+    assert {case: error for case, error in errors.items() if not error < 1e-6} == {}
 
 
 def test_shares():
@@ -107,8 +122,7 @@ def test_heads_that_do_not_divide(heads, kv_heads, count, message):
         kv_shares(heads, kv_heads, count)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("what", ["stream", "compress"])
+@pytest.mark.parametrize(("what", "victim"), [("stream", 0), ("compress", 1)])
 def test_a_rank_that_is_killed_ends_the_others(folders, tmp_path, what, victim):
     """At once, with an error that says so, and without half a file."""
     with ranks.running(2, [ranks.HERE / "split_endless.py", folders["llava"], what, tmp_path]) as processes:
@@ -159,3 +173,55 @@ def test_a_model_that_does_not_fit_one_process(tmp_path, monkeypatch):
     wanted = whole.explain(split_cases.IMAGE, split_cases.QUESTION, "red").head_scores
     for found in printed:
         torch.testing.assert_close(torch.tensor(json.loads(found)["scores"]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_is_divided_by_several_processes_only(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(
+        InputError, match=r"tp divides a model between processes, of which this is the only one.*torchrun"
+    ):
+        mf.VLM.from_pretrained("shapes", tp="auto")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="tp is 'auto' or the number of processes, 2; got 3"):
+        mf.VLM.from_pretrained("shapes", device="cpu", tp=3)
+    with pytest.raises(InputError, match="give one of them"):
+        mf.VLM.from_pretrained("shapes", device="auto", tp=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"load_in_4bit": True}}, "a quantised model is not divided between processes"),
+        ({"vocab_size": 5}, "5 words do not give each of 4 processes some"),
+        ({"num_attention_heads": 6}, "6 attention heads do not divide by 4 processes"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_before_it_is_loaded(change, message):
+    config = tiny.llava(heads=4)[0].config
+    for name, value in change.items():
+        setattr(config if name == "quantization_config" else config.text_config, name, value)
+    with pytest.raises(InputError, match=message):
+        distribution(config, 4)
+
+
+def test_adapters_are_merged_first(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="a model with adapters is not divided"):
+        load_pretrained(str(tmp_path), torch.device("cpu"), torch.float32, ranks=2)
+
+
+def test_other_divisions_are_refused(tmp_path):
+    """What another library's sharding leaves on this process would give wrong numbers."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        output, head = nn.Linear(8, 8), nn.Linear(8, 30)
+        output.weight = nn.Parameter(distribute_tensor(output.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(InputError, match=r"not divided by their heads alone"):
+            split_of([output], head, 4, 4)
+        head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(1)]))
+        with pytest.raises(InputError, match=r"the unembedding is not divided by words"):
+            split_of([nn.Linear(8, 8)], head, 4, 4)
+    finally:
+        dist.destroy_process_group()

@@ -144,6 +144,10 @@ def serve(  # long: the options of a command are its parameters
     )
     if tp is not None and tp > 1 and (ui or joint is not None):
         raise InputError("the tool in the browser needs a model in one process: leave --ui or --tp out")
+    if tp is not None and tp > 1:
+        from ..serving.service import check_divided
+
+        check_divided(settings)
     if divided(tp) and os.environ["RANK"] != "0":
         _follow(load(model, device, dtype, max_pixels, backend, tp), settings)
         return
