@@ -21,8 +21,6 @@ import mllm_fast as mf
 
 MODELS = {
     "llava": lambda: tiny.llava(heads=4),
-    "internvl": families.BUILD["internvl_qwen3"],
-    "qwen2_5_vl": tiny.qwen2_5_vl,
     "qwen3_vl": families.BUILD["qwen3_vl"],
     "gemma3": families.BUILD["gemma3"],
     "gemma3_short": families.BUILD["gemma3_short"],

@@ -26,7 +26,8 @@ import mllm_fast as mf
 from mllm_fast.context.file_format import read
 from mllm_fast.core.errors import InputError
 from mllm_fast.core.files import TEMPORARY
-from mllm_fast.core.split import kv_shares, shares
+from mllm_fast.core.split import Placed, kv_shares, shares
+from mllm_fast.models.fingerprint import _held_samples
 from mllm_fast.models.loading import load_pretrained
 from mllm_fast.models.tensor_parallel import distribution, split_of
 
@@ -225,3 +226,18 @@ def test_other_divisions_are_refused(tmp_path):
             split_of([nn.Linear(8, 8)], head, 4, 4)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_hashed_values_of_a_divided_weight(dim, blocks):
+    """Every value comes from the rank that has it, also where two projections lie in one tensor."""
+    whole = torch.arange(1.0, 1 + 12 * 20 * 44).reshape(12, 20, 44)
+    size, count = whole.shape[dim] // blocks, whole.numel()
+    total = torch.zeros(0)
+    for some in shares(size, 3):
+        rows = [block * size + row for block in range(blocks) for row in some]
+        held = whole.index_select(dim, torch.tensor(rows))
+        part = _held_samples(held, Placed(dim, some.start, tuple(whole.shape), blocks))
+        total = part if not len(total) else total + part
+    assert torch.equal(total, whole.reshape(-1)[:: max(1, count // 4096)])

@@ -153,7 +153,7 @@ def load(
 
     With `tp` above 1 the command goes on in so many processes, see `ranks.divided`.
     """
-    several = divided(tp)
+    several = divided(tp, device)
     with progress("loading the libraries"):
         from ..vlm import VLM
     with loading(model):

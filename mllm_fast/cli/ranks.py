@@ -23,11 +23,12 @@ _LOOK = 0.1  # seconds between two looks at the processes
 _LAST = 5.0  # seconds that the others have to end by themselves
 
 
-def divided(tp: int | None) -> bool:
+def divided(tp: int | None, device: str | None = None) -> bool:
     """Return whether this process is one of those that a model is divided between; start them if they are not there.
 
     Args:
         tp: The number of processes, or None.
+        device: The device that was asked for; "cpu" hides the GPUs, on which transformers divides models else.
 
     Raises:
         InputError: The number is below 1.
@@ -37,26 +38,27 @@ def divided(tp: int | None) -> bool:
     if tp < 1:
         raise InputError(f"--tp is at least 1, got {tp}")
     if "RANK" not in os.environ:
-        _start(tp)
+        _start(tp, device)
     follow_parent()
     return True
 
 
-def _start(count: int) -> NoReturn:
+def _start(count: int, device: str | None) -> NoReturn:
     """Run this command in several processes, and end as they do."""
-    shared = variables(count)
+    shared = variables(count) | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     processes: list[subprocess.Popen[bytes]] = []
-    said = [tempfile.TemporaryFile() for _ in range(count - 1)]  # noqa: SIM115 closed with this process
-    for rank in range(count):
-        # the others say what the first one does; what they say of an error is kept
-        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        silent = quiet | {"stderr": said[rank - 1]} if rank else {}
-        environment = {**os.environ, **of_rank(shared, rank)}
-        processes.append(
-            subprocess.Popen([sys.executable, "-m", "mllm_fast", *sys.argv[1:]], env=environment, **silent)
-        )
-    signal.signal(signal.SIGTERM, lambda *_: processes[0].terminate())  # the first one ends the others
-    sys.exit(_wait(processes, said))
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count - 1)]
+        for rank in range(count):
+            # the others say what the first one does; what they say of an error is kept
+            quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+            silent = quiet | {"stderr": said[rank - 1]} if rank else {}
+            command = [sys.executable, "-m", "mllm_fast", *sys.argv[1:]]
+            processes.append(subprocess.Popen(command, env={**os.environ, **of_rank(shared, rank)}, **silent))
+        before = signal.signal(signal.SIGTERM, lambda *_: processes[0].terminate())  # which ends the others
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        code = _wait(processes, said)
+    sys.exit(code)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[bytes]]) -> int:

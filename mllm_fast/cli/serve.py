@@ -148,7 +148,7 @@ def serve(  # long: the options of a command are its parameters
         from ..serving.service import check_divided
 
         check_divided(settings)
-    if divided(tp) and os.environ["RANK"] != "0":
+    if divided(tp, device) and os.environ["RANK"] != "0":
         _follow(load(model, device, dtype, max_pixels, backend, tp), settings)
         return
     keys = ApiKeys.find(api_keys)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,21 +31,40 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def place_of(tensor: Any) -> tuple[int, int, tuple[int, ...]] | None:
-    """Return where a divided tensor's part lies: the dimension, where it begins along it, and the shape of the whole.
+class Placed(NamedTuple):
+    """Where a divided tensor's part lies.
 
-    It is None for a tensor that this process holds as a whole.
+    Attributes:
+        dim: The dimension along which it is divided.
+        start: Where the part begins along it.
+        shape: The shape of the whole.
+        blocks: How many blocks lie behind one another along the dimension, each of which is divided for itself.
+    """
+
+    dim: int
+    start: int
+    shape: tuple[int, ...]
+    blocks: int = 1
+
+
+def place_of(tensor: Any) -> Placed | None:
+    """Return where a divided tensor's part lies, or None for a tensor that this process holds as a whole.
+
+    Raises:
+        InputError: The tensor is divided in another way than along one dimension.
     """
     rows = getattr(tensor, "held_rows", None)
     if rows is not None:
-        return 0, rows[0], (rows[1], *tensor.shape[1:])
+        return Placed(0, rows[0], (rows[1], *tensor.shape[1:]))
     if not is_sharded(tensor) or all(one.is_replicate() for one in tensor.placements):
         return None
-    if len(tensor.placements) > 1 or not tensor.placements[0].is_shard():
+    way, ranks = tensor.placements[0], tensor.device_mesh.size()
+    blocks = getattr(way, "split_factor", 1)  # gate and up projections in one tensor
+    if len(tensor.placements) > 1 or not (way.is_shard() or blocks > 1):
         raise InputError(f"a weight {tuple(tensor.shape)} is divided as {tensor.placements}, which is not supported")
-    dim = tensor.placements[0].dim % tensor.ndim
-    start = shares(tensor.shape[dim], tensor.device_mesh.size())[tensor.device_mesh.get_local_rank()].start
-    return dim, start, tuple(tensor.shape)
+    dim = way.dim % tensor.ndim
+    start = shares(tensor.shape[dim] // blocks, ranks)[tensor.device_mesh.get_local_rank()].start
+    return Placed(dim, start, tuple(tensor.shape), blocks)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..core.split import is_sharded, local, place_of
+from ..core.split import Placed, is_sharded, local, place_of
 from ..kernels import weight_state
 from .offload import stored_tensor
 
@@ -147,23 +147,31 @@ def _of_divided(weights: Sequence[tuple[str, torch.Tensor]]) -> dict[str, tuple[
     if not places:
         return {}
     parts, tensors = [], dict(weights)
-    for name, (dim, start, shape) in places.items():
-        held = local(tensors[name].detach())
-        behind, count = math.prod(shape[dim + 1 :]), math.prod(shape)
-        index = torch.arange(0, count, _step(count), device=held.device)
-        row = index // behind % shape[dim] - start
-        mine = (row >= 0) & (row < held.shape[dim])
-        at = (index // (behind * shape[dim]) * held.shape[dim] + row) * behind + index % behind
-        found = held.new_zeros(len(index))
-        found[mine] = held.reshape(-1)[at[mine]]
-        parts.append(found.view(torch.uint8))
+    for name, place in places.items():
+        parts.append(_held_samples(local(tensors[name].detach()), place).view(torch.uint8))
     whole = torch.cat(parts)
     group = next(one.device_mesh.get_group() for _, one in weights if is_sharded(one))  # type: ignore[attr-defined]
     dist.all_reduce(whole, dist.ReduceOp.MAX, group)  # bytes that others hold are 0 here
     every = whole.cpu().split([len(part) for part in parts])
     return {
-        name: (shape, part.numpy().tobytes()) for (name, (_, _, shape)), part in zip(places.items(), every, strict=True)
+        name: (place.shape, part.numpy().tobytes()) for (name, place), part in zip(places.items(), every, strict=True)
     }
+
+
+def _held_samples(held: torch.Tensor, place: Placed) -> torch.Tensor:
+    """Return the hashed values of a divided weight, 0 where another process has them."""
+    dim, start, shape, blocks = place
+    behind, count = math.prod(shape[dim + 1 :]), math.prod(shape)
+    index = torch.arange(0, count, _step(count), device=held.device)
+    block, mine_of_block = shape[dim] // blocks, held.shape[dim] // blocks
+    row = index // behind % shape[dim]
+    within = row % block - start
+    mine = (within >= 0) & (within < mine_of_block)
+    row = row // block * mine_of_block + within
+    at = (index // (behind * shape[dim]) * held.shape[dim] + row) * behind + index % behind
+    found = held.new_zeros(len(index))
+    found[mine] = held.reshape(-1)[at[mine]]
+    return found
 
 
 def _settings(value: Any) -> Any:

@@ -45,10 +45,13 @@ def join_ranks(tp: int | str, device: torch.device) -> int:
         raise InputError(f"tp is 'auto' or the number of processes, {ranks}; got {tp!r}")
     if device.type == "cpu" and torch.cuda.is_available():
         raise InputError("tp on the CPU needs CUDA_VISIBLE_DEVICES='', as transformers divides models on the GPUs else")
+    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.type == "cuda" and place >= count:
+        raise InputError(f"tp takes a GPU a process, and there are {count} for process {place + 1} on this machine")
     if not dist.is_initialized():
         cuda = device.type == "cuda"
         if cuda:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", place)
             torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if cuda else "gloo",

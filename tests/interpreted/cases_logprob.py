@@ -279,3 +279,29 @@ def test_broken_weights_give_nan():
     unembedding.weight[7] = float("nan")
     for way in ("direct", "factored"):
         assert logprob_increase(**arguments, unembedding=unembedding, way=way, backend="triton").isnan().all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["direct", "factored"])
+def test_the_token_is_no_word(way, dtype, size):
+    """As of a shard of the words: what is left is minus the logarithm of the sum, of small writes as well."""
+    arguments, unembedding = drawn(3, 9, 64, 32, 16, dtype=dtype)
+    arguments["values"] = arguments["values"] * size
+    arguments["tokens"] = torch.tensor([-1, 5, -1], device=DEVICE)
+    low, truth = (
+        logprob_increase(**given, unembedding=one, way=way, backend=backend)
+        for given, one, backend in (
+            (arguments, unembedding, "triton"),
+            (*(cast(*drawn_on_cpu(arguments, unembedding), torch.float64)), "torch"),
+        )
+    )
+    error = (low.cpu().double() - truth).abs().max()
+    rounding = 20 * torch.finfo(torch.float32).eps  # of logits in float32
+    assert error <= 8 * torch.finfo(dtype).eps * truth.abs().max() + rounding
+
+
+def drawn_on_cpu(arguments, unembedding):
+    """A problem on the CPU, for the definition in float64."""
+    fields = {name: value.cpu() for name, value in vars(unembedding).items() if isinstance(value, torch.Tensor)}
+    return {name: value.cpu() for name, value in arguments.items()}, replace(unembedding, **fields)
