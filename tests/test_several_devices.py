@@ -14,6 +14,7 @@ import split_cases
 import tiny
 import torch
 from accelerate import dispatch_model
+from torch.utils import backend_registration
 from torch.utils._pytree import tree_map
 from two_devices import placing
 
@@ -25,6 +26,9 @@ MODELS = {
     "gemma3": families.BUILD["gemma3"],
     "gemma3_short": families.BUILD["gemma3_short"],
 }
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch has no such device"
+)
 GRADIENTS = ("relevancy", "gradient-input")
 WITHOUT = tuple(method for method in split_cases.METHODS if method not in GRADIENTS)
 

@@ -224,7 +224,7 @@ class Engine:  # long: a queue, and the steps of one process or of several
         return kept
 
     def _fail_all(self, error: BaseException) -> None:
-        everyone: list[Generation | SideTask] = [*self.scheduler.everyone(), *self._tasks]
+        everyone: list[Generation | SideTask] = [*self.scheduler.everyone(), *self._tasks, *self._arrived]
         for one in everyone:
             one.cancelled = True
             one.sink(FailureEvent(error))
