@@ -206,6 +206,11 @@ def test_what_cannot_be_divided_is_refused_before_it_is_loaded(change, message):
         distribution(config, 4)
 
 
+def test_quantisation_that_is_asked_for_is_refused():
+    with pytest.raises(InputError, match="a quantised model is not divided"):
+        distribution(tiny.llava(heads=4)[0].config, 4, quantised=True)
+
+
 def test_adapters_are_merged_first(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="a model with adapters is not divided"):
@@ -224,6 +229,10 @@ def test_other_divisions_are_refused(tmp_path):
         head.weight = nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(1)]))
         with pytest.raises(InputError, match=r"the unembedding is not divided by words"):
             split_of([nn.Linear(8, 8)], head, 4, 4)
+        head.weight = nn.Parameter(distribute_tensor(head.weight.full_tensor().detach(), mesh, [Shard(0)]))
+        assert split_of([nn.Linear(8, 8)], head, 4, 4, 4).heads == (range(4),)
+        with pytest.raises(InputError, match="this model has 8 attention heads, and its processes show 4"):
+            split_of([nn.Linear(8, 8)], head, 4, 4, 8)  # heads of weights that do not say how they are divided
     finally:
         dist.destroy_process_group()
 

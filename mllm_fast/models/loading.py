@@ -133,7 +133,8 @@ def load_pretrained(
     with failures(name), quiet(bars):
         config = AutoConfig.from_pretrained(source, **_hub_options(options))
         if ranks:
-            options = {**options, "distributed_config": distribution(config, ranks)}
+            quantised = options.get("quantization_config") is not None
+            options = {**options, "distributed_config": distribution(config, ranks, quantised)}
         processor = processor_class(config).from_pretrained(source, **_hub_options(options))
         loader: Any = AutoModelForImageTextToText
         model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)

@@ -21,6 +21,7 @@ from ..core.errors import InputError
 from ..core.split import Split, control_group, is_sharded, kv_shares, shares
 
 TIMEOUT = 25.0  # seconds that a process waits for the others inside a call
+_UNKNOWN = "load it by VLM.from_pretrained(..., tp='auto'), without quantised weights"
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")
 
@@ -61,12 +62,13 @@ def join_ranks(tp: int | str, device: torch.device) -> int:
     return ranks
 
 
-def distribution(config: Any, ranks: int) -> Any:
+def distribution(config: Any, ranks: int, quantised: bool = False) -> Any:
     """Return transformers' `DistributedConfig` that divides a model between ranks.
 
     Args:
         config: The model's configuration.
         ranks: The number of processes.
+        quantised: Whether the caller asks for quantised weights.
 
     Raises:
         InputError: The installed transformers has none, the model's heads do not divide by the processes, or there are
@@ -78,7 +80,7 @@ def distribution(config: Any, ranks: int) -> Any:
     if "tp_plan" not in getattr(made, "__dataclass_fields__", {}):
         raise InputError("tensor parallelism needs a newer transformers: pip install -U transformers")
     text = config.get_text_config()
-    if getattr(config, "quantization_config", None):
+    if quantised or getattr(config, "quantization_config", None):
         raise InputError(
             "a quantised model is not divided between processes: load it with device_map over several GPUs"
         )
@@ -165,7 +167,7 @@ class _Summed(torch.autograd.Function):
         return total
 
 
-def split_of(outputs: Sequence[Any], head: Any, heads: int, kv_heads: int) -> Split | None:
+def split_of(outputs: Sequence[Any], head: Any, heads: int, kv_heads: int, every: int | None = None) -> Split | None:
     """Return how a text model is split, or None if this process holds all of it.
 
     Args:
@@ -173,6 +175,7 @@ def split_of(outputs: Sequence[Any], head: Any, heads: int, kv_heads: int) -> Sp
         head: The unembedding.
         heads: How many query heads this process holds.
         kv_heads: How many heads of keys and values the whole model has.
+        every: How many query heads the whole model has, if that is known.
 
     Raises:
         InputError: It is divided otherwise than by the heads of all layers and by words.
@@ -189,10 +192,7 @@ def split_of(outputs: Sequence[Any], head: Any, heads: int, kv_heads: int) -> Sp
     by_heads = bool(divided) and named.placements != (Replicate(),)
     alike = all(one.placements == (Shard(1),) and one.device_mesh == mesh for one in divided)  # type: ignore[union-attr]
     if mesh.ndim != 1 or (by_heads and not (alike and len(divided) == len(weights))):
-        raise InputError(
-            "the layers of this model are not divided by their heads alone: load it by tensor parallelism,"
-            " VLM.from_pretrained(..., tp='auto')"
-        )
+        raise InputError(f"the layers of this model are not divided by their heads alone: {_UNKNOWN}")
     whole = not is_sharded(words) or words.placements == (Replicate(),)  # type: ignore[union-attr]
     if not whole and words.placements != (Shard(0),):  # type: ignore[union-attr]
         raise InputError(
@@ -200,6 +200,8 @@ def split_of(outputs: Sequence[Any], head: Any, heads: int, kv_heads: int) -> Sp
         )
     ranks, group, vocabulary = mesh.size(), mesh.get_group(), len(words)  # type: ignore[arg-type]
     total = heads * ranks if by_heads else heads
+    if every is not None and every != total:
+        raise InputError(f"this model has {every} attention heads, and its processes show {total}: {_UNKNOWN}")
     return Split(
         group=group,
         control=control_group(group),

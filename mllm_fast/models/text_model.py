@@ -212,7 +212,10 @@ def text_model(model: Any, ids: Sequence[int]) -> TextModel:
     outputs = tuple(get(site.output) if site.output else None for site in found.sites)
     heads = max(site.num_heads for site in found.sites)
     kv_heads = getattr(decoder.config, "num_key_value_heads", None) or heads
-    split = split_of(outputs, head, heads, kv_heads)
+    every = getattr(decoder.config, "num_attention_heads", None)
+    split = split_of(outputs, head, heads, kv_heads, every)
+    if split is None and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise InputError("this model is divided between processes in a way that is not known: load it with tp='auto'")
     if split is not None and (found.others or len({(site.num_heads, site.num_kv_heads) for site in found.sites}) > 1):
         raise InputError(
             "a model that is split over processes has attention with the same number of heads in every layer; this one"
