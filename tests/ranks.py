@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from mllm_fast.core.ranks import of_rank, variables
 
 HERE = Path(__file__).parent
 
@@ -26,17 +27,13 @@ def running(ranks: int, arguments: Sequence[Any], before: Sequence[str] = ()) ->
 
     `before` is a command that runs another one.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    shared = variables(ranks) | environment()
     command = [*before, sys.executable, *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with ExitStack() as stack:
         found = []
         for rank in range(ranks):
-            own = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            found.append(stack.enter_context(subprocess.Popen(command, env=own, **pipes)))
+            found.append(stack.enter_context(subprocess.Popen(command, env=of_rank(shared, rank), **pipes)))
             stack.callback(found[-1].kill)
         yield found
 

@@ -23,19 +23,11 @@ from mllm_fast.shapes.scenes import generate_scene
 
 COLOR = "What color is the star?"
 DESCRIBE = "Describe the image."
+PICTURE = Image.open(SAMPLE).convert("RGB")
+URL = data_url(PICTURE)
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="this transformers divides no models by a config"
 )
-
-
-@pytest.fixture(scope="module")
-def sample():
-    return Image.open(SAMPLE).convert("RGB")
-
-
-@pytest.fixture(scope="module")
-def url(sample):
-    return data_url(sample)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +50,12 @@ def text(reply) -> str:
     return reply.choices[0].message.content
 
 
-def test_answers_are_those_of_the_library(server, url, sample, shapes):
-    context = shapes.compress(sample)
+def test_answers_are_those_of_the_library(server, shapes):
+    context = shapes.compress(PICTURE)
     for question in (COLOR, DESCRIBE):
-        assert text(chat(server, asked(question, url))) == context.ask(question, max_new_tokens=256).text
-    off = chat(server, asked(DESCRIBE, url), extra_body={"keep": "off"})
-    assert text(off) == shapes.generate(sample, DESCRIBE, max_new_tokens=256).text
+        assert text(chat(server, asked(question, URL))) == context.ask(question, max_new_tokens=256).text
+    off = chat(server, asked(DESCRIBE, URL), extra_body={"keep": "off"})
+    assert text(off) == shapes.generate(PICTURE, DESCRIBE, max_new_tokens=256).text
     assert text(chat(server, asked("what is there"))) == shapes.generate(None, "what is there").text
 
 
@@ -88,32 +80,32 @@ def test_many_at_once(server, shapes):
             assert answer == contexts[i % len(images)].ask((COLOR, DESCRIBE)[i % 2], max_new_tokens=256).text
 
 
-def test_sampling_is_the_first_process_s(server, url):
+def test_sampling_is_the_first_process_s(server):
     hot = {"temperature": 2.0, "seed": 7, "max_tokens": 12}
-    first = text(chat(server, asked(DESCRIBE, url), **hot))
-    assert text(chat(server, asked(DESCRIBE, url), **hot)) == first
-    chat(server, asked(DESCRIBE, url), temperature=2.0, max_tokens=12)  # a seed of its own
+    first = text(chat(server, asked(DESCRIBE, URL), **hot))
+    assert text(chat(server, asked(DESCRIBE, URL), **hot)) == first
+    chat(server, asked(DESCRIBE, URL), temperature=2.0, max_tokens=12)  # a seed of its own
 
 
-def test_explanations(server, url, sample, shapes):
-    body = {"model": "shapes", "messages": asked(COLOR, url), "format": "safetensors"}
+def test_explanations(server, shapes):
+    body = {"model": "shapes", "messages": asked(COLOR, URL), "format": "safetensors"}
     with server.http() as http:
         reply = http.post("/v1/explanations", json=body)
     assert reply.status_code == 200, reply.text
-    ex = shapes.explain(sample, COLOR)
+    ex = shapes.explain(PICTURE, COLOR)
     buffer = load(reply.content)
     assert (buffer["head_scores"] - ex.head_scores).abs().max() < 1e-4
     assert (buffer["head_scores"] - ex.head_scores).abs().max() < 1e-3 * ex.head_scores.abs().max()
 
 
-def test_contexts_may_be_deleted(server, url):
-    made = chat(server, asked(COLOR, url))
+def test_contexts_may_be_deleted(server):
+    made = chat(server, asked(COLOR, URL))
     with server.http() as http:
         names = http.get("/v1/contexts").json()["data"]
         assert names
         for one in names:
             assert http.delete(f"/v1/contexts/{one['id'] if isinstance(one, dict) else one}").status_code == 200
-    assert text(chat(server, asked(COLOR, url))) == text(made)
+    assert text(chat(server, asked(COLOR, URL))) == text(made)
 
 
 def processes_of(server) -> list[int]:
@@ -122,7 +114,7 @@ def processes_of(server) -> list[int]:
     return [int(one) for one in found.stdout.split()]
 
 
-def test_a_process_that_is_killed_ends_the_server(folder, url):
+def test_a_process_that_is_killed_ends_the_server(folder):
     """In the middle of its load: every client gets an error or an answer, and all processes are gone."""
     server = served.Server("--tp", 2, "--device", "cpu", cwd=folder)
     try:
@@ -131,7 +123,7 @@ def test_a_process_that_is_killed_ends_the_server(folder, url):
 
         def one(i: int) -> str:
             try:
-                return text(chat(server, asked(f"{DESCRIBE} {i}", url), max_tokens=40))
+                return text(chat(server, asked(f"{DESCRIBE} {i}", URL), max_tokens=40))
             except Exception as error:
                 return type(error).__name__
 

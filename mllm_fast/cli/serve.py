@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -36,8 +35,6 @@ from .ranks import divided
 
 if TYPE_CHECKING:
     from ..serving.logs import Log
-    from ..serving.settings import Settings
-    from ..vlm import VLM
 
 _NEEDED = {"fastapi": "serve", "uvicorn": "serve", "httptools": "serve", "prometheus_client": "serve", "httpx": "serve"}
 
@@ -149,7 +146,9 @@ def serve(  # long: the options of a command are its parameters
 
         check_divided(settings)
     if divided(tp, device) and os.environ["RANK"] != "0":
-        _follow(load(model, device, dtype, max_pixels, backend, tp), settings)
+        from ..serving.service import follow
+
+        follow(load(model, device, dtype, max_pixels, backend, tp), settings)  # until the first process stops
         return
     keys = ApiKeys.find(api_keys)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
@@ -172,15 +171,6 @@ def serve(  # long: the options of a command are its parameters
         code = listen(app, service, log, bound, limits, own_process=True, ready=_ready_line(host, bound, ui))
     if code:
         raise typer.Exit(code)
-
-
-def _follow(vlm: VLM, settings: Settings) -> None:
-    """Run the engine as the first process tells it, which ends this one."""
-    from ..serving.service import follow
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    follow(vlm, settings)
 
 
 def _models(ctx: typer.Context, name: str | None, model: str, joint: str | None, ui: bool) -> tuple[str, str | None]:

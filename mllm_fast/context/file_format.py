@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..core.assets import EMBEDDED, SHAPES_WEIGHTS
 from ..core.errors import InputError, check_choice, first_line
 from ..core.files import check_target, whole_file
 from ..core.layout import TokenLayout, images_of, plain_images
+from ..core.split import by_first
 from ..models.fingerprint import fingerprint
 from ..models.offload import home_of
 from ..models.provenance import model_name, now, versions
@@ -53,21 +54,15 @@ def save(fields: Fields, path: str | os.PathLike[str], storage: str = "full") ->
     """See `Context.save`."""
     target, split = Path(path), fields["vlm"].text.split
     check_choice("storage", storage, STORAGES)
-    first: Callable[[Callable[[], None]], Any] = by_itself if split is None else split.by_first
-    first(partial(check_target, target, ENDINGS))
+    by_first(split, partial(check_target, target, ENDINGS))
     tensors, metadata, errors = pack(fields, storage)
 
     def write() -> None:
         with whole_file(target) as name:
             save_file(tensors, name, metadata)
 
-    first(write)
+    by_first(split, write)
     return errors
-
-
-def by_itself(act: Callable[[], None]) -> None:
-    """Run a function in the only process."""
-    act()
 
 
 def load(path: str | os.PathLike[str], vlm: ModelRunner, images: Sequence[Any] = ()) -> Fields:

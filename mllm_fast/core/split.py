@@ -243,6 +243,14 @@ def control_group(group: Any) -> Any:
     return _controls[group]
 
 
+def by_first(split: Split | None, act: Callable[[], str | None]) -> None:
+    """Run a function in the only process, or on the first of several ranks; see `Split.by_first`."""
+    if split is None:
+        act()
+    else:
+        split.by_first(act)
+
+
 def mean_of_heads(values: Tensor, split: Split | None) -> Tensor:
     """Return the mean over all heads of values [H, ...] of the heads of this process."""
     mean = values.mean(0)

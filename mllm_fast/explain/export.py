@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..core.errors import InputError
 from ..core.files import check_target, write_whole
 from ..core.layout import ImageLayout
 from ..core.png_notes import png_notes
+from ..core.split import by_first
 from ..models.provenance import as_text
 from .box_weights import BoxWeights
 from .figure import draw_sheet, draw_token
@@ -64,11 +66,7 @@ def save(
         content = _encode(drawn, provenance(ex, method))
     else:
         content = encoded(ex, kind, token, method, patch_words)
-    split = ex.text_model.split
-    if split is None:
-        write_whole(target, content)
-    else:
-        split.by_first(lambda: write_whole(target, content))
+    by_first(ex.text_model.split, partial(write_whole, target, content))
 
 
 def encoded(

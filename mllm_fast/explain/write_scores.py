@@ -169,13 +169,7 @@ class WriteScores:
         work = 2.0 * rows * len(self.unembedding.weight) * text.head_dim
         plain = all(one.dtype == torch.float32 for one in (trace.residual, trace.output, trace.final))  # no autocast
         single = len(self.token_ids) == 1 and len(trace.residual) == 1 and plain
-        if (
-            text.split is not None
-            or not single
-            or work > _SMALL
-            or self.norm != "frozen"
-            or self.backend not in ("auto", "cpu")
-        ):
+        if not single or work > _SMALL or self.norm != "frozen" or self.backend not in ("auto", "cpu"):
             return None
         if trace.residual.device.type != "cpu" or trace.write_scale is not None:
             return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -56,8 +55,6 @@ def _end_with(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """Run the engine as the replica tells it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     follow_parent()
     options = Options(**json.loads(sys.stdin.buffer.read()))
     follow(options.load(), options.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -282,7 +283,12 @@ def check_divided(settings: Settings) -> None:
 
 
 def follow(vlm: VLM, settings: Settings) -> None:
-    """Run the engine of a model that is divided between processes on another rank than the first, until that stops."""
+    """Run the engine of a model that is divided between processes on another rank than the first, until that stops.
+
+    Signals are left to the first rank.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     check_divided(settings)
     fingerprint(vlm.model)
     engine = Engine(
