@@ -45,9 +45,11 @@ _HOME = {
     "ContextStore": ".context.store",
     "Explanation": ".explain.explanation",
     "Knockout": ".knockout.rule",
+    "Video": ".core.video",
     "TokenLayout": ".core.layout",
     "InputError": ".core.errors",
 }
+# the names that most users need; `Video` is beside them
 __all__ = ["VLM", "Answer", "Context", "ContextStore", "Explanation", "InputError", "Knockout", "TokenLayout"]
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from .context.store import ContextStore
     from .core.errors import InputError
     from .core.layout import TokenLayout
+    from .core.video import Video
     from .explain.explanation import Explanation
     from .knockout.rule import Knockout
     from .runtime.answer import Answer

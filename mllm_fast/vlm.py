@@ -28,6 +28,7 @@ from .knockout.attention_share import PAPER_TYPES, TYPES, AttentionShares
 from .knockout.rule import Knockout, as_rules
 from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
+from .models.media import shown
 from .models.processing import Images
 from .models.tensor_parallel import join_ranks
 from .runtime.answer import Answer, answer_of
@@ -235,7 +236,7 @@ class VLM(ModelRunner):
             make_trace(self.text, record, cache, len(said.token_ids), layout.prompt_length),
             said,
             prompt=prompt,
-            images=pictures,
+            images=shown(pictures, layout),
             final_norm=final_norm,
             replay=Replay(self.text, record, said.layout, as_rules(knockout), self.backend),
         )
@@ -286,7 +287,7 @@ class VLM(ModelRunner):
             vlm=self,
             layout=layout,
             prompt=prompt,
-            images=pictures,
+            images=shown(pictures, layout),
             explain=explain,
             final_norm=final_norm,
             knockout=knockout,

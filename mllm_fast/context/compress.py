@@ -18,6 +18,7 @@ from ..core.errors import InputError, check_choice
 from ..core.keep import parse_keep
 from ..core.layout import TokenLayout
 from ..kernels import Compaction, topk_compaction
+from ..models.media import shown
 from ..models.offload import home_of
 from ..runtime.direct_passes import passes
 from ..runtime.hooks import model_lock
@@ -290,7 +291,7 @@ def prefill_and_score(
         position=next_position(record, layout.length),
         prompt=prompt,
         description=description.strip(),
-        images=tuple(pictures),
+        images=tuple(shown(pictures, layout)),
         peak_nbytes=peak,
         first_token=int(output.sequences[0, layout.length]),
         state=state,

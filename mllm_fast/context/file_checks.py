@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.moments import Moment
+
 if TYPE_CHECKING:
     from ..runtime.model_runner import ModelRunner
 
@@ -31,7 +33,8 @@ def check_description(description: dict[str, Any], length: int, vlm: ModelRunner
     _check_settings(description["settings"], length)
     if description.get("first_token") is not None:
         _whole("first_token", description["first_token"], 0, text.head.out_features - 1)
-    _ascending("separators", description.get("separators", []), length)
+    for name in ("separators", "timestamps"):
+        _ascending(name, description.get(name, []), length)
     seen: set[int] = set()
     for image in description["images"]:
         _check_image(image, length)
@@ -59,10 +62,22 @@ def _check_settings(settings: Any, length: int) -> None:
             raise TypeError(f"{name} is a text")
 
 
+def _check_moment(moment: Any) -> None:
+    if not isinstance(moment, dict) or set(moment) != set(Moment._fields):
+        raise ValueError(f"a moment of a video has {', '.join(Moment._fields)}")
+    _whole("video of a moment", moment["video"], 0, _FAR)
+    _ascending("frames of a moment", moment["frames"], _FAR)
+    first, last = moment["seconds"]
+    if not moment["frames"] or not isinstance(moment["as_image"], bool) or not 0 <= first <= last < math.inf:
+        raise ValueError("a moment of a video has frames, and ends after it begins")
+
+
 def _check_image(image: dict[str, Any], length: int) -> None:
     _ascending("positions of an image", image["positions"], length)
     if not image["positions"]:
         raise ValueError("an image has no positions")
+    if image.get("moment") is not None:
+        _check_moment(image["moment"])
     for name in ("size", "canvas"):
         pair = image[name]
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:

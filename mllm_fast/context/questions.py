@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.layout import TokenLayout
+from ..models.media import parts_of_layout
 from ..models.offload import device_of
 from ..runtime.answer import Answer, answer_of
 from ..runtime.decoding import StepOutput, decode_loop, own_state
@@ -119,7 +120,7 @@ class Questions:
         Raises:
             InputError: the question is empty, or it and the longest answer do not fit the model's window.
         """
-        ids = self.runner.prompts.turn_ids(self.prompt, len(self.prefix.images), question)
+        ids = self.runner.prompts.turn_ids(self.prompt, parts_of_layout(self.prefix), question)
         self.check_window(len(ids) + settings.limit(len(self.input_ids) + len(ids)))
         return ids
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, check_choice
 from ..core.keep import parse_keep
+from ..core.video import LoadedVideo
 from ..models.fingerprint import fingerprint
+from ..models.media import clips, parts_of
 from ..runtime.hooks import model_lock
 from .compress import compress
 from .context import Context
@@ -177,8 +179,10 @@ class ContextStore:
         plain = {n: v for n, v in vars(processor).items() if v is None or isinstance(v, (bool, int, float, str))}
         ids = settings.get("ids")
         if ids is None:
-            ids = processor.tokenizer(vlm.prompts.text(len(images), settings["prompt"])).input_ids
+            ids = processor.tokenizer(vlm.prompts.text(parts_of(images), settings["prompt"])).input_ids
         reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
+        if clips(images):
+            reading.append(processor.video_processor.to_dict())
         if settings.get("score") in _KEPT_NAMES:
             settings = {**settings, "score": _KEPT_NAMES[settings["score"]]}
         if vlm.text.split is not None and self._folder is not None:
@@ -284,14 +288,19 @@ class _KeyLocks:
 
 
 def pictures_digest(pictures: list[Any], tenant: str = "") -> str:
-    """Return the SHA-256 of the images' pixels and the tenant, in hexadecimal.
+    """Return the SHA-256 of the tenant and of the pixels of images and videos, in hexadecimal.
 
     Keys of the same images and tenant begin with its first 24 digits.
     """
     digest = hashlib.sha256(tenant_digest(tenant).encode())
     for picture in pictures:
-        digest.update(f"{picture.mode} {picture.size} ".encode())
-        digest.update(picture.tobytes())
+        frames = [picture]
+        if isinstance(picture, LoadedVideo):
+            frames = list(picture.frames)
+            digest.update(f"video {picture.indices} {picture.seconds} {picture.duration} {picture.as_images} ".encode())
+        for frame in frames:
+            digest.update(f"{frame.mode} {frame.size} ".encode())
+            digest.update(frame.tobytes())
     return digest.hexdigest()
 
 

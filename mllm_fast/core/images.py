@@ -64,7 +64,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     if isinstance(source, str) and is_url(source):
         return _opened(io.BytesIO(url_bytes(source)), source[:100], max_pixels, _FROM_BYTES)
     if hasattr(source, "read"):
-        return _opened(io.BytesIO(_content(source)), "the file", max_pixels, _FROM_BYTES)
+        return _opened(io.BytesIO(file_content(source)), "the file", max_pixels, _FROM_BYTES)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             "an image is a path, a URL, a PIL image, an array, a tensor, bytes or an open file, got"
@@ -81,17 +81,21 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     return _opened(path, str(path), max_pixels)
 
 
-def _content(file: Any) -> bytes:
-    """Return all bytes of an open file, from its beginning if it can go there, as Pillow reads it."""
+def file_content(file: Any, what: str = "an image") -> bytes:
+    """Return all bytes of an open file, from its beginning if it can go there, as Pillow reads it.
+
+    Raises:
+        InputError: The file cannot be read, or is a file of text.
+    """
     try:
         if hasattr(file, "seek"):
             with suppress(io.UnsupportedOperation):
                 file.seek(0)
         content = file.read()
     except Exception as error:  # whatever the caller's object raises
-        raise InputError(f"the open file of an image cannot be read ({first_line(error)})") from None
+        raise InputError(f"the open file of {what} cannot be read ({first_line(error)})") from None
     if not isinstance(content, bytes):
-        raise InputError(f"an open file of an image is binary ('rb'), got one of {type(content).__name__}")
+        raise InputError(f"an open file of {what} is binary ('rb'), got one of {type(content).__name__}")
     return content
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .errors import InputError
+from .moments import Moment, moment_of, named_moments
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the original image
 
@@ -73,7 +75,7 @@ class Tiling(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """One image of a prompt.
+    """One image of a prompt, or one moment of a video.
 
     Attributes:
         positions: Positions of the image's tokens, int64 [n].
@@ -82,6 +84,7 @@ class ImageLayout:
         canvas: How many tiles lie side by side to form the image, (rows, cols). In some architectures a thumbnail
             precedes or follows them.
         first: Index of the first tile of the canvas.
+        moment: Which part of which video the tokens show; None for a still image.
     """
 
     positions: torch.Tensor
@@ -89,6 +92,7 @@ class ImageLayout:
     tiles: tuple[Tile, ...]
     canvas: tuple[int, int] = (1, 1)
     first: int = 0
+    moment: Moment | None = None
 
     def token_at(self, x: float, y: float) -> int | None:
         """Return the image token (its number in the image) whose box holds a pixel; of several the smallest box.
@@ -182,26 +186,32 @@ class TokenLayout:
     """The segments of one sequence.
 
     The segments are "system" (before the first image), "image" (with "image:0", "image:1", ... as its parts),
-    "image_separator" (row ends, tile marks, and tokens that open or close an image), "query" (prompt text after the
-    first image) and "generated".
+    "image_separator" (row ends, tile marks, and tokens that open or close an image), "timestamp" (text that a processor
+    writes beside the frames of a video), "query" (other prompt text after the first image) and "generated".
+
+    Each moment of a video is an image here. "video" are the image tokens of all videos, "video:0" those of one,
+    "frame:12" and "frame:12-20" those that show frames of the source, "time:3.0-5.5" and "time:3" those of moments.
+    "video:0/frame:12" is a frame of one video.
 
     Attributes:
         length: How many tokens the sequence has.
         prompt_length: How many tokens precede the answer.
-        images: The layout of each image.
+        images: The layout of each image, and of each moment of a video, in the order of their tokens.
         separators: Positions of the tokens that belong to an image but stand for no part of it, int64.
+        timestamps: Positions of the text that a processor writes beside the frames of a video, int64.
     """
 
     length: int
     prompt_length: int
     images: tuple[ImageLayout, ...]
     separators: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    timestamps: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     @classmethod
     def from_input_ids(
         cls,
         input_ids: torch.Tensor,
-        image_token_id: int,
+        image_token_id: int | Collection[int],
         images: Sequence[tuple[Any, ...]],
         prompt_length: int | None = None,
         separator_ids: Collection[int] = (),
@@ -212,22 +222,24 @@ class TokenLayout:
 
         Args:
             input_ids: int64 [N], one sequence without padding.
-            image_token_id: The processor's image token.
-            images: The size (width, height) of each image, followed by the parts of its `Tiling`.
+            image_token_id: The processor's image token; or several, if the frames of videos have another one.
+            images: The size (width, height) of each image, or moment of a video, followed by the parts of its `Tiling`
+                and, for a moment, by its `Moment`.
             prompt_length: How many tokens precede the answer; all by default.
             separator_ids: Tokens that open, close or divide an image.
 
         Raises:
             ValueError: The number of image tokens differs from that of the tiles.
         """
-        where = (input_ids == image_token_id).nonzero()[:, 0].cpu()
+        where = _tokens(input_ids, image_token_id)
         layouts, parts, at = [], [], 0
-        for size, *tiling in images:
-            tiles, canvas, first = Tiling(*tiling)
+        for size, *rest in images:
+            moment = rest.pop() if rest and isinstance(rest[-1], Moment) else None
+            tiles, canvas, first = Tiling(*rest)
             ends = torch.tensor([end for tile in tiles for end in _row_ends(tile)], dtype=torch.bool)
             parts.append(where[at : at + len(ends)])
             positions = parts[-1][~ends[: len(parts[-1])]]
-            layouts.append(ImageLayout(positions, size, tiles, canvas, first))
+            layouts.append(ImageLayout(positions, size, tiles, canvas, first, moment))
             at += len(ends)
         if at != len(where):
             raise ValueError(
@@ -237,13 +249,13 @@ class TokenLayout:
         length = len(input_ids)
         prompt_length = length if prompt_length is None else prompt_length
         separators = _separators(input_ids[:prompt_length].cpu(), layouts, parts, separator_ids)
-        return cls(length, prompt_length, tuple(layouts), separators)
+        return cls(length, prompt_length, tuple(layouts), separators, _between(layouts, parts, separators))
 
     @classmethod
     def from_prompt_ids(
         cls,
         input_ids: torch.Tensor,
-        image_token_id: int,
+        image_token_id: int | Collection[int],
         lengths: Sequence[int] | None = None,
         separator_ids: Collection[int] = (),
         sizes: Sequence[tuple[int, int]] | None = None,
@@ -252,7 +264,7 @@ class TokenLayout:
 
         Args:
             input_ids: int64 [N], one prompt without padding.
-            image_token_id: The processor's image token.
+            image_token_id: The processor's image token; or several, if the frames of videos have another one.
             lengths: How many tokens each image has. By default each run of image tokens and separators is one image.
             separator_ids: Tokens that open, close or divide an image.
             sizes: The size of each image, if it is known.
@@ -261,7 +273,9 @@ class TokenLayout:
             ValueError: There are not as many images as sizes.
         """
         ids = input_ids.cpu()
-        where = (ids == image_token_id).nonzero()[:, 0]
+        where = _tokens(ids, image_token_id)
+        outside = torch.ones(len(ids), dtype=torch.bool)
+        outside[where] = False
         if lengths is not None:
             parts: Sequence[torch.Tensor] = where.split(list(lengths))
         elif sizes is not None and len(sizes) == 1:
@@ -269,9 +283,9 @@ class TokenLayout:
         else:
             separator = torch.isin(ids, torch.tensor(sorted(separator_ids), dtype=ids.dtype))
             # runs of image tokens alone; or, where those are rows of an image, runs with the separators inside
-            parts = _runs(where, ids != image_token_id)
+            parts = _runs(where, outside)
             if sizes is not None and len(parts) != len(sizes):
-                parts = _runs(where, (ids != image_token_id) & ~separator)
+                parts = _runs(where, outside & ~separator)
         if sizes is not None and len(parts) != len(sizes):
             raise ValueError(
                 f"the sequence holds {len(parts)} runs of image tokens for {len(sizes)} images, so it is not known"
@@ -283,11 +297,11 @@ class TokenLayout:
 
     @property
     def segments(self) -> dict[str, torch.Tensor]:
-        """The positions of each segment, by name, int64.
+        """The positions of each segment, by name, int64; those of frames and times are found by `positions`.
 
-        Every position is in exactly one of "system", "image", "image_separator", "query" and "generated", and in
-        exactly one of "image_block", "text" and "generated": a block is an image with what lies between its tokens (row
-        ends, marks between tiles), and the text is the rest of the prompt.
+        Every position is in exactly one of "system", "image", "image_separator", "timestamp", "query" and "generated",
+        and in exactly one of "image_block", "text" and "generated": a block is an image with what lies between its
+        tokens (row ends, marks between tiles), and the text is the rest of the prompt.
         """
         image = torch.cat([i.positions for i in self.images]) if self.images else torch.empty(0, dtype=torch.long)
         first = int(image.min()) if len(image) else self.prompt_length
@@ -295,6 +309,7 @@ class TokenLayout:
         text = torch.ones(self.prompt_length, dtype=torch.bool)
         text[image] = False
         text[self.separators] = False
+        text[self.timestamps] = False
         named = {
             "system": prompt[:first][text[:first]],
             "image": image,
@@ -307,14 +322,68 @@ class TokenLayout:
             block[int(layout.positions.min()) : int(layout.positions.max()) + 1] = True
         named |= {"image_block": prompt[block], "text": prompt[~block]}
         named |= {f"image:{i}": layout.positions for i, layout in enumerate(self.images)}
+        if self.videos:
+            named["timestamp"] = self.timestamps
+            each = [torch.cat([self.images[i].positions for i in moments]) for moments in self.videos]
+            named |= {"video": torch.cat(each), **{f"video:{i}": one for i, one in enumerate(each)}}
         return named
 
+    def at_moments(self, moments: Sequence[Moment | None]) -> TokenLayout:
+        """Return the same layout with the moment of each image, and the text between those of a video."""
+        if not any(moments):
+            return self
+        images = [replace(image, moment=moment) for image, moment in zip(self.images, moments, strict=True)]
+        between = _between(images, [image.positions for image in images], self.separators)
+        return replace(self, images=tuple(images), timestamps=between)
+
+    @property
+    def videos(self) -> tuple[tuple[int, ...], ...]:
+        """The moments of each video, as indices of `images`, in the order of time."""
+        found: dict[int, list[int]] = {}
+        for i, image in enumerate(self.images):
+            if image.moment is not None:
+                found.setdefault(image.moment.video, []).append(i)
+        return tuple(tuple(found[video]) for video in sorted(found))
+
     def positions(self, segment: str) -> torch.Tensor:
-        """Return the positions of a segment, int64."""
+        """Return the positions of a segment, int64.
+
+        Raises:
+            InputError: There is no such segment, or no frame that the model read lies there.
+        """
         segments = self.segments
-        if segment not in segments:
-            raise ValueError(f"segment is one of {', '.join(segments)}, got {segment!r}")
-        return segments[segment]
+        if segment in segments:
+            return segments[segment]
+        if self.videos:
+            return torch.cat([self.images[i].positions for i in self.moments(segment)])
+        raise InputError(f"segment is one of {', '.join(segments)}, got {segment!r}")
+
+    def moments(self, segment: str) -> tuple[int, ...]:
+        """Return the moments of videos that a segment such as "frame:12" or "time:3.0-5.5" names.
+
+        Returns:
+            Indices of `images`.
+
+        Raises:
+            InputError: The text is no such segment, or no frame that the model read lies there.
+        """
+        return named_moments([image.moment for image in self.images], segment, self.segments)
+
+
+def _tokens(ids: torch.Tensor, image_token_id: int | Collection[int]) -> torch.Tensor:
+    """Return where the image tokens lie in the ids of a sequence."""
+    known = [image_token_id] if isinstance(image_token_id, int) else sorted(image_token_id)
+    return torch.isin(ids.cpu(), torch.tensor(known, dtype=ids.dtype)).nonzero()[:, 0]
+
+
+def _between(images: Sequence[ImageLayout], parts: Sequence[torch.Tensor], separators: torch.Tensor) -> torch.Tensor:
+    """Return the positions of the text between the moments of a video."""
+    found = [torch.empty(0, dtype=torch.long)]
+    for (image, part), (after, next_part) in pairwise(zip(images, parts, strict=True)):
+        if image.moment is not None and after.moment is not None and image.moment.video == after.moment.video:
+            found.append(torch.arange(int(part[-1]) + 1, int(next_part[0])))
+    every = torch.cat(found)
+    return every[~torch.isin(every, separators)]
 
 
 def _runs(where: torch.Tensor, outside: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -356,9 +425,12 @@ def plain_images(images: Sequence[ImageLayout]) -> list[dict[str, Any]]:
         {
             "positions": image.positions.tolist(),
             "size": image.size,
-            "tiles": [{"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles],
+            "tiles": [
+                {"rows": t.rows, "cols": t.cols, "box": [float(x) for x in t.box]} for t in image.tiles if t.cols
+            ],
             "canvas": image.canvas,
             "first": image.first,
+            **({} if image.moment is None else {"moment": image.moment._asdict()}),
         }
         for image in images
     ]
@@ -373,6 +445,7 @@ def images_of(plain: Sequence[dict[str, Any]]) -> tuple[ImageLayout, ...]:
             tuple(Tile(tile["rows"], tile["cols"], tuple(tile["box"])) for tile in image["tiles"]),
             tuple(image["canvas"]),
             image.get("first", 0),
+            moment_of(image.get("moment")),
         )
         for image in plain
     )

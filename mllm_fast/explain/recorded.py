@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..knockout.rule import Knockout
+from ..models.media import clips, shown
 from ..models.processing import Images, prompt_layout
 from ..runtime.answer import answer_of
 from ..runtime.model_runner import ModelRunner
@@ -57,9 +58,14 @@ class Recorded:
             raise InputError("the model ran without a KV cache, which an explanation reads: use_cache=True")
         pictures = runner.prompts.load(image)
         pad, length = call.padding[sequence], call.layouts[sequence].length
-        before = sum(len(layout.images) for layout in call.layouts[:sequence])
         ids = call.input_ids[sequence, pad : pad + length]
-        layout = prompt_layout(runner.prompts, ids, call.inputs, [one.size for one in pictures], before)
+        stills_before = sum(
+            int(call.input_ids[row, call.padding[row] + int(one.positions[0])]) == runner.prompts.image_tokens.image
+            for row, layout in enumerate(call.layouts[:sequence])
+            for one in layout.images
+        )
+        before = stills_before, sequence * len(clips(pictures))  # of a batch, whose prompts have as many videos each
+        layout = prompt_layout(runner.prompts, ids, call.inputs, pictures, before)
         tokenizer = runner.processor.tokenizer
         answer = answer_of(sequences[sequence, pad:], layout, tokenizer, runner.settings(None, call.inputs))
         if not answer.token_ids:
@@ -79,7 +85,7 @@ class Recorded:
             trace,
             answer,
             prompt=_question(layout.positions("query"), ids, tokenizer) if prompt is None else prompt,
-            images=pictures,
+            images=shown(pictures, layout),
             final_norm=self._final_norm,
             replay=Replay(runner.text, call.record, answer.layout, self._rules, runner.backend) if alone else None,
         )

@@ -233,14 +233,18 @@ def _mark(member: Tensor, one: Tokens | PerSequencePositions, sequence: int, lay
                 raise InputError(f"positions of a knockout are 0 or more, got {p}")
             member[p + pad] = True
         return
-    segments = layout.segments
     for name in (part.strip() for part in one.split("+")):
-        if name not in segments:
-            raise InputError(f"a knockout's segment is one of {', '.join(segments)}, or positions; got {name!r}")
         if name == "generated":
             member[layout.prompt_length + pad :] = True
         else:
-            member[segments[name] + pad] = True
+            try:
+                member[layout.positions(name) + pad] = True
+            except InputError as error:
+                text = str(error)
+                if text.startswith("segment is"):
+                    known, _, got = text.rpartition(", got ")
+                    text = f"a knockout's {known}, or positions; got {got}"
+                raise InputError(text) from None
 
 
 def _check_apart(both: Tensor, source, target, padding: Sequence[int]) -> None:

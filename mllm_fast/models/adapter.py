@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError
-from ..core.layout import Tiling
+from ..core.layout import Tile, Tiling
 
 
 class Adapter:
@@ -20,10 +20,12 @@ class Adapter:
     Attributes:
         model_types: The model types in config.json that this adapter is for.
         fixed_grid: Whether every image gets the same number of tokens, as a joint model needs.
+        mixes: Whether one prompt may hold images beside videos that the video processor reads.
     """
 
     model_types: tuple[str, ...] = ()
     fixed_grid: bool = False
+    mixes: bool = True
 
     @property
     def knows_tiles(self) -> bool:
@@ -44,6 +46,28 @@ class Adapter:
         """
         raise InputError(f"{type(self).__name__} does not say how image tokens lie: define tiles()")
 
+    @property
+    def knows_videos(self) -> bool:
+        """Whether the adapter says how the tokens of a video lie, which the model's video processor reads."""
+        return type(self).moments is not Adapter.moments
+
+    def moments(
+        self, processor: Any, inputs: Any, index: int, frames: int, size: tuple[int, int]
+    ) -> list[tuple[range, Tiling]]:
+        """Return which frames of a video each group of its tokens stands for, and the tiles that they cover.
+
+        Args:
+            processor: The model's processor.
+            inputs: The processor's output for the batch.
+            index: Index of the video in the batch.
+            frames: How many frames of the video the model reads.
+            size: (width, height) of the original frames in pixels.
+
+        Returns:
+            In the order of time: the frames, and the tiles in the order of their tokens.
+        """
+        raise InputError(f"{type(self).__name__} does not say how the tokens of videos lie: define moments()")
+
     def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
         """Return how many tokens each image has, or None if other tokens separate the images.
 
@@ -60,3 +84,9 @@ class Adapter:
         It is needed only for architectures with a fixed grid.
         """
         return embeddings
+
+
+def whole_frames(frames: int, rows: int, cols: int, size: tuple[int, int]) -> list[tuple[range, Tiling]]:
+    """Return the moments of a video of which each frame has one grid of tokens over all of it."""
+    tile = Tile(rows, cols, (0.0, 0.0, float(size[0]), float(size[1])))
+    return [(range(i, i + 1), Tiling((tile,))) for i in range(frames)]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .processing import Prompts, Turn
+from .media import Turn
+from .processing import Prompts
 
 
 def divided(prompts: Prompts, turns: Sequence[Turn]) -> tuple[str, str] | None:
-    """Return a conversation as the chat template formats it, up to and after the last image.
+    """Return a conversation as the chat template formats it, up to and after the last image or video.
 
     Returns:
         The two texts, or None if the text alone does not tell where the last image ends.
     """
     marks: list[str] = []
     turns = prompts.typed.hide_turns(turns, marks)
-    mark = prompts.processor.tokenizer.convert_ids_to_tokens(prompts.image_tokens.image)
-    before, found, after = prompts.spelled(turns).rpartition(mark)
-    return (before + found, after) if found and not marks else None
+    texts = {prompts.processor.tokenizer.convert_ids_to_tokens(prompts.image_tokens.image)}
+    texts |= {mark for mark in [getattr(prompts.processor, "video_token", None)] if mark}
+    spelled = prompts.spelled(turns)
+    end = max((at + len(mark) for mark in texts if (at := spelled.rfind(mark)) >= 0), default=0)
+    return (spelled[:end], spelled[end:]) if end and not marks else None
 
 
 def ids_after_image(prompts: Prompts, text: str) -> list[int] | None:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..core.layout import Tile, Tiling, side_by_side
-from .adapter import Adapter
+from .adapter import Adapter, whole_frames
 from .architectures import architecture
 
 
 @architecture
 class Idefics3(Adapter):
-    """Idefics3 and SmolVLM."""
+    """Idefics3."""
 
-    model_types = ("idefics3", "smolvlm")
+    model_types: tuple[str, ...] = ("idefics3",)
 
     def tiles(self, processor: Any, inputs: Any, index: int, size: tuple[int, int]) -> Tiling:
         side, (width, height) = math.isqrt(processor.image_seq_len), size
@@ -27,6 +27,20 @@ class Idefics3(Adapter):
             return Tiling((whole,))
         tiles = side_by_side(rows, cols, (side, side), size)
         return Tiling((*tiles, whole), (rows, cols))
+
+
+@architecture
+class SmolVLM(Idefics3):
+    """SmolVLM, which reads each frame of a video as one tile; its processor names both kinds of pixels alike."""
+
+    model_types = ("smolvlm",)
+    mixes = False
+
+    def moments(
+        self, processor: Any, inputs: Any, index: int, frames: int, size: tuple[int, int]
+    ) -> list[tuple[range, Tiling]]:
+        side = math.isqrt(processor.image_seq_len)
+        return whole_frames(frames, side, side, size)
 
 
 def _splits(images: Any, size: tuple[int, int]) -> tuple[int, int]:

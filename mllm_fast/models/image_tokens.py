@@ -12,6 +12,7 @@ _NAME = re.compile(
     r"(?=.*(boi|eoi|vision_|image|img|tile|visual_indicator)).*(token|tag|token_ids?|token_index)$|row_col_ids$"
 )
 _IMAGE = ("image_token_id", "image_token_index", "image_token")
+_VIDEO = ("video_token_id", "video_token_index")
 _NONE = -1  # the id of no token
 
 
@@ -22,10 +23,17 @@ class ImageTokens:
     Attributes:
         image: The token that stands for a piece of an image; -1 if the model has none.
         separators: The tokens that open, close or divide an image.
+        video: The token that stands for a piece of a video; that of images if the model has no other.
     """
 
     image: int
     separators: frozenset[int]
+    video: int = _NONE
+
+    @property
+    def both(self) -> frozenset[int]:
+        """The tokens that stand for pieces of images and of videos."""
+        return frozenset({self.image, self.video} - {_NONE}) or frozenset({self.image})
 
 
 def image_tokens(model: Any, processor: Any) -> ImageTokens:
@@ -34,7 +42,10 @@ def image_tokens(model: Any, processor: Any) -> ImageTokens:
     named = [value for name in _IMAGE for owner in owners for value in _ids(getattr(owner, name, None), processor)]
     image = named[0] if named else _NONE
     found = [value for owner in owners for name in _names(owner) for value in _ids(getattr(owner, name), processor)]
-    return ImageTokens(image, frozenset([*found, *named]) - {image, _NONE})
+    # a processor's video token may be a mark that becomes image tokens; the config names what the model replaces
+    videos = [value for name in _VIDEO for value in _ids(getattr(model.config, name, None), processor)]
+    video = videos[0] if videos else image
+    return ImageTokens(image, frozenset([*found, *named]) - {image, video, _NONE}, video)
 
 
 def _names(owner: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from ..core.layout import Tile, Tiling, side_by_side
-from .adapter import Adapter
+from .adapter import Adapter, whole_frames
 from .architectures import architecture
 
 
@@ -57,6 +57,12 @@ class InternVL(Canvas):
 
     def crops(self, processor: Any) -> bool:
         return _crops(processor, "internvl", "InternVLProcessorKwargs")
+
+    def moments(
+        self, processor: Any, inputs: Any, index: int, frames: int, size: tuple[int, int]
+    ) -> list[tuple[range, Tiling]]:
+        side = self.side(processor)
+        return whole_frames(frames, side, side, size)
 
 
 @architecture

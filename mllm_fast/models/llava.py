@@ -28,7 +28,7 @@ class Llava(Adapter):
             raise InputError("the processor pads images to squares (do_pad), which is not supported; set it to False")
         height, width = inputs["pixel_values"].shape[-2:]
         patch = processor.patch_size
-        box = _cropped_box(processor.image_processor, size, (width, height))
+        box = cropped_box(processor.image_processor, size, (width, height))
         return Tiling((Tile(height // patch, width // patch, box),))
 
     def image_lengths(self, processor: Any, inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
@@ -43,7 +43,7 @@ class Llava(Adapter):
         return list(embeddings)
 
 
-def _cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float, float, float]:
+def cropped_box(images: Any, size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return the part of the original image that remains after "resize the short edge, crop the centre"."""
     width, height = size
     edge = images.size.get("shortest_edge") if getattr(images, "do_resize", False) else None

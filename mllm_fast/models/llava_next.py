@@ -8,15 +8,16 @@ from typing import Any
 from transformers.image_processing_utils import select_best_resolution
 
 from ..core.layout import Tile, Tiling
-from .adapter import Adapter
+from .adapter import Adapter, whole_frames
 from .architectures import architecture
+from .llava import cropped_box
 
 
 @architecture
 class LlavaNext(Adapter):
-    """LLaVA-NeXT, and LLaVA-NeXT-Video for still images."""
+    """LLaVA-NeXT."""
 
-    model_types: tuple[str, ...] = ("llava_next", "llava_next_video")
+    model_types: tuple[str, ...] = ("llava_next",)
 
     def side(self, processor: Any, pixels: int) -> int:
         """Return how many tokens lie along a side of a view that is `pixels` wide."""
@@ -40,6 +41,21 @@ class LlavaNext(Adapter):
 
 
 @architecture
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: frames are cut to a square, and two by two tokens are pooled."""
+
+    model_types = ("llava_next_video",)
+
+    def moments(
+        self, processor: Any, inputs: Any, index: int, frames: int, size: tuple[int, int]
+    ) -> list[tuple[range, Tiling]]:
+        height, width = inputs["pixel_values_videos"].shape[-2:]
+        cell = 2 * processor.patch_size
+        tile = Tile(height // cell, width // cell, cropped_box(processor.video_processor, size, (width, height)))
+        return [(range(i, i + 1), Tiling((tile,))) for i in range(frames)]
+
+
+@architecture
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision, which makes the finer view smaller if it has more than a number of views' tokens."""
 
@@ -60,6 +76,16 @@ class LlavaOnevision(LlavaNext):
         # each of several images has its whole view alone, with one row end behind all rows
         side, box = self.side(processor, 0), (0.0, 0.0, float(size[0]), float(size[1]))
         return Tiling((Tile(side, side, box), Tile(1, 0, box, row_ends=True)))
+
+    def moments(
+        self, processor: Any, inputs: Any, index: int, frames: int, size: tuple[int, int]
+    ) -> list[tuple[range, Tiling]]:
+        side = math.ceil(self.side(processor, 0) / 2)
+        found = whole_frames(frames, side, side, size)
+        where, last = found[-1]
+        # one row end closes the video
+        found[-1] = where, Tiling((*last.tiles, Tile(1, 0, last.tiles[0].box, row_ends=True)))
+        return found
 
 
 def _kept(length: int, other: int, target: int, other_target: int, cells: int, patch: int) -> tuple[float, float, int]:

@@ -22,7 +22,7 @@ import torch
 from ..core.assets import EMBEDDED, SHAPES_JOINT, SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
 from ..core.extras import install_command
-from .architectures import check_vision
+from .architectures import ARCHITECTURES, check_vision
 from .tensor_parallel import distribution, keep_own_keys
 
 _log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def load_pretrained(
         if ranks:
             quantised = options.get("quantization_config") is not None
             options = {**options, "distributed_config": distribution(config, ranks, quantised)}
-        processor = processor_class(config).from_pretrained(source, **_hub_options(options))
+        processor = _load_processor(config, source, options)
         loader: Any = AutoModelForImageTextToText
         model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
@@ -192,6 +192,18 @@ def shows_bars(name: str, progress: bool | None) -> bool:
     if embedded or progress is not None:
         return bool(progress and not embedded)
     return sys.stderr.isatty() or hasattr(sys, "ps1")
+
+
+def _load_processor(config: Any, source: str, options: dict[str, Any]) -> Any:
+    """Load a model's processor, with its video side if the model's videos are known and transformers can load it."""
+    from transformers import AutoProcessor
+
+    knows_videos = config.model_type in ARCHITECTURES and ARCHITECTURES.get(config.model_type).knows_videos
+    if knows_videos and find_spec("torchvision") is not None:
+        # torchvision may not fit torch, and a folder may hold the image side alone
+        with contextlib.suppress(Exception):
+            return AutoProcessor.from_pretrained(source, **_hub_options(options))
+    return processor_class(config).from_pretrained(source, **_hub_options(options))
 
 
 def processor_class(config: Any) -> Any:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from .media import Part, Turn
 
-Turn = tuple[str, list[str | None]]  # a role and its parts: a text, or None for the next image
 _LETTER = "x"  # ordinary text before a mark, so that a tokenizer adds no space to it
 
 
@@ -59,7 +59,11 @@ class PlainText:
 
     def hide_turns(self, turns: Sequence[Turn], found: list[str]) -> list[Turn]:
         """Return the turns of a conversation with their marks replaced by the stand-in; see `hide`."""
-        return [(role, [part and self.hide(part, found) for part in parts]) for role, parts in turns]
+
+        def hidden(part: Part) -> Part:
+            return self.hide(part, found) if isinstance(part, str) else part
+
+        return [(role, [hidden(part) for part in parts]) for role, parts in turns]
 
     def restored(self, ids: Sequence[int], marks: Sequence[str]) -> list[int]:
         """Return token ids with the characters of the marks in place of the stand-ins."""

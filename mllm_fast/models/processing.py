@@ -11,14 +11,17 @@ from torch import Tensor
 from ..core.errors import InputError, first_line
 from ..core.images import ImageSource, load_image
 from ..core.layout import TokenLayout
+from ..core.video import LoadedVideo, Video, is_video
 from .adapter import Adapter
 from .image_tokens import image_tokens
+from .media import VIDEO, Part, Turn, as_parts, clips, parts_of, stills, words_of
 from .offload import device_of
-from .plain_text import PlainText, Turn
+from .plain_text import PlainText
 from .processor_settings import fill_settings
 from .ready_inputs import ReadyInputs
+from .video_inputs import VideoReader, check_order, video_arguments, with_timestamps
 
-Images = ImageSource | Sequence[ImageSource]
+Images = ImageSource | Video | Sequence[ImageSource | Video]
 _REMEMBERED_TURNS = 1024  # turns whose token ids are remembered
 _REMEMBERED_LETTERS = 4096  # longer ones are not
 _LEADS = 64  # how many beginnings of conversations are remembered with their token ids
@@ -49,15 +52,21 @@ class Prompts:
         self._further: dict[Any, list[int]] = {}  # services ask the same questions about many pictures
         self._further_template: Any = None
         self.typed = PlainText(processor, lambda: self.spelled(_SAMPLE))
+        self.videos = VideoReader(processor, adapter)
 
     def load(self, image: Images | None) -> list[Any]:
-        """Load the images of one prompt; None means a prompt of text alone and gives an empty list."""
+        """Load the images and videos of one prompt; None means a prompt of text alone and gives an empty list."""
         if image is None:
             return []
         many = image if isinstance(image, (list, tuple)) else [image]
         if not many:
             raise InputError("no image was given; give one, a list of them, or None for text alone")
-        return [one if self.ready.has(one) else load_image(one, self.max_pixels) for one in many]  # type: ignore
+        return [self._loaded(one) for one in many]
+
+    def _loaded(self, one: Any) -> Any:
+        if self.ready.has(one):
+            return one
+        return self.videos.load(one, self.max_pixels) if is_video(one) else load_image(one, self.max_pixels)
 
     def pictures(self, image: Any, prompt: str | list[str]) -> list[list[Any]]:
         """Load the images of each prompt."""
@@ -80,16 +89,15 @@ class Prompts:
         inputs = self.inputs(pictures, prompts, chat_template)
         mask = inputs["attention_mask"].bool()
         padding = (~mask).sum(1).tolist()
-        layouts, first = [], 0
-        for ids, pad, images in zip(inputs["input_ids"], padding, pictures, strict=True):
-            sizes = [image.size for image in images]
-            layouts.append(prompt_layout(self, ids[pad:], inputs, sizes, first))
-            first += len(images)
+        layouts, first = [], (0, 0)
+        for ids, pad, media in zip(inputs["input_ids"], padding, pictures, strict=True):
+            layouts.append(prompt_layout(self, ids[pad:], inputs, media, first))
+            first = first[0] + len(stills(media)), first[1] + len(clips(media))
         return inputs, layouts, padding
 
-    def text(self, num_images: int, prompt: str) -> str:
-        """Return a first turn with images as the chat template formats it."""
-        return self.spelled([("user", [None] * num_images + [prompt])])
+    def text(self, media: int | Sequence[Part], prompt: str) -> str:
+        """Return a first turn as the chat template formats it; `media` are as in `further_ids`."""
+        return self.spelled([("user", [*as_parts(media), prompt])])
 
     def inputs(self, pictures: list[list[Any]], prompts: list[str], chat_template: bool = True) -> Any:
         """Return the processor's inputs for a batch, on the model's device.
@@ -104,32 +112,41 @@ class Prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the image")
             _check_text(self.processor, prompt, "prompt", placeholders=not chat_template)
-        if any(pictures) and not all(pictures):
-            raise InputError("a batch has images for all of its prompts or for none")
-        pairs = zip(pictures, prompts, strict=True)
+        for some in ([stills(one) for one in pictures], [clips(one) for one in pictures]):
+            if any(some) and not all(some):
+                raise InputError("a batch has images (or videos) for all of its prompts or for none")
+        pairs = [(parts_of(media), prompt) for media, prompt in zip(pictures, prompts, strict=True)]
         if chat_template:
-            return self._inputs(pictures, [[("user", [None] * len(i) + [p])] for i, p in pairs])
-        return self._inputs(pictures, [image_text(self.spelled, self.processor, len(i)) + p for i, p in pairs])
+            return self._inputs(pictures, [[("user", [*media, prompt])] for media, prompt in pairs])
+        return self._inputs(
+            pictures, [image_text(self.spelled, self.processor, media) + prompt for media, prompt in pairs]
+        )
 
     def conversation(self, pictures: list[Any], turns: Sequence[Turn]) -> tuple[Any, TokenLayout]:
         """Return the processor's inputs for one conversation and its layout.
 
         Args:
-            pictures: The images, in the order in which the turns refer to them.
+            pictures: The images and videos, in the order in which the turns refer to them.
             turns: The turns of the conversation.
         """
         for _, parts in turns:
-            for part in parts:
-                _check_text(self.processor, part or "", "message")
+            for part in words_of(parts):
+                _check_text(self.processor, part, "message")
         inputs = self._inputs([pictures], [list(turns)])
-        sizes = [picture.size for picture in pictures]
-        return inputs, prompt_layout(self, inputs["input_ids"][0], inputs, sizes)
+        return inputs, prompt_layout(self, inputs["input_ids"][0], inputs, pictures)
 
     def _inputs(self, pictures: list[list[Any]], conversations: Sequence[str | Sequence[Turn]]) -> Any:
         """Return the processor's inputs for conversations, or for texts without the chat template."""
         spoken = not all(isinstance(one, str) for one in conversations)
         if spoken and not getattr(self.processor, "chat_template", None):
             raise InputError("the processor has no chat template; set processor.chat_template")
+        images = [stills(media) for media in pictures]
+        videos = video_arguments([one for media in pictures for one in clips(media)], self.processor)
+        if any(images) and videos and not self.adapter.mixes:
+            raise InputError(
+                "this model's processor takes no images beside videos; let it read the frames as images:"
+                " Video(..., as_images=True) (--frames-as-images)"
+            )
         several = len(conversations) > 1
         batch = {"padding": True, "padding_side": "left"} if several else {}
         marks: list[list[str]] = [[] for _ in conversations]
@@ -139,13 +156,21 @@ class Prompts:
         ]
         try:
             texts = [one if isinstance(one, str) else self.spelled(one) for one in conversations]
-            given = (pictures, texts) if several else (pictures[0], texts[0])
+            check_order(texts, pictures, self.processor)
             inputs = self.processor(
-                images=given[0] if any(pictures) else None, text=given[1], return_tensors="pt", **batch
+                images=(images if several else images[0]) if any(images) else None,
+                text=texts if several else texts[0],
+                return_tensors="pt",
+                **videos,
+                **batch,
             )
+        except InputError:
+            raise
         except Exception as error:  # a damaged template or an unusual image can make it raise anything
-            raise InputError(f"the processor cannot take this image and prompt: {first_line(error)}") from error
-        inputs.pop("labels", None)  # for training
+            what = "video" if any(map(clips, pictures)) else "image"
+            raise InputError(f"the processor cannot take this {what} and prompt: {first_line(error)}") from error
+        for name in ("labels", "video_metadata"):  # for training, and for transformers itself
+            inputs.pop(name, None)
         self.typed.restore(inputs, marks)
         for name, value in inputs.items():
             if isinstance(value, Tensor):
@@ -159,17 +184,17 @@ class Prompts:
         messages = [
             {
                 "role": role,
-                "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts],
+                "content": [_content(part) for part in parts],
             }
             for role, parts in turns
         ]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    def turn_ids(self, prompt: str, num_images: int, question: str) -> list[int]:
+    def turn_ids(self, prompt: str, media: int | Sequence[Part], question: str) -> list[int]:
         """Return the token ids of a further turn with one question; see `further_ids`."""
-        return self.further_ids(prompt, num_images, [("user", [question])])
+        return self.further_ids(prompt, media, [("user", [question])])
 
-    def further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
+    def further_ids(self, prompt: str, media: int | Sequence[Part], turns: Sequence[Turn]) -> list[int]:
         """Return the token ids of further turns in a conversation that began with images and `prompt`.
 
         These are the tokens that the chat template puts between the model's first reply and its next one. The end of
@@ -177,29 +202,30 @@ class Prompts:
 
         Args:
             prompt: The text of the first turn.
-            num_images: How many images the first turn has.
+            media: How many images the first turn has; or what stands for its images and videos, see `parts_of`.
             turns: The further turns, of text alone.
         """
         template = getattr(self.processor, "chat_template", None)
         if self._further_template is not template:
             self._further, self._further_template = {}, template
-        key = prompt, num_images, tuple((role, tuple(parts)) for role, parts in turns)
+        parts = as_parts(media)
+        key = prompt, tuple(parts), tuple((role, tuple(said)) for role, said in turns)
         known = self._further.get(key)
         if known is None:
-            known = self._further_ids(prompt, num_images, turns)
-            if len(prompt) + sum(len(part or "") for _, parts in turns for part in parts) <= _REMEMBERED_LETTERS:
+            known = self._further_ids(prompt, parts, turns)
+            if len(prompt) + sum(len(part) for _, said in turns for part in words_of(said)) <= _REMEMBERED_LETTERS:
                 if len(self._further) >= _REMEMBERED_TURNS:
                     self._further = {}
                 self._further[key] = known
         return list(known)
 
-    def _further_ids(self, prompt: str, num_images: int, turns: Sequence[Turn]) -> list[int]:
+    def _further_ids(self, prompt: str, media: Sequence[Part], turns: Sequence[Turn]) -> list[int]:
         for _, parts in turns:
-            question = "".join(part or "" for part in parts)
+            question = "".join(words_of(parts))
             if not question.strip():
                 raise InputError("the question is empty; ask something about the image")
             _check_text(self.processor, question, "question")
-        first: Turn = ("user", [None] * num_images + [prompt])
+        first: Turn = ("user", [*media, prompt])
         marks: list[str] = []
         spoken = self.typed.hide_turns([first], [])
         turns = self.typed.hide_turns(turns, marks)
@@ -228,7 +254,7 @@ class Prompts:
             ids = [int(one) for one in answer]
         if not ids:
             raise InputError("the answer to be explained is empty; give at least one word, or None to generate one")
-        if self.image_tokens.image in ids[:-1]:  # the model does not read the last one
+        if not self.image_tokens.both.isdisjoint(ids[:-1]):  # the model does not read the last one
             raise InputError("the answer to be explained holds the image token, which stands for a part of an image")
         return torch.tensor(ids, device=device_of(self.model))
 
@@ -241,20 +267,27 @@ class Prompts:
             )
 
 
-def image_text(spelled: Callable[[Sequence[Turn]], str], processor: Any, num_images: int) -> str:
+def _content(part: Part) -> dict[str, str]:
+    """Return a part of a turn as chat templates read it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "video" if part is VIDEO else "image"}
+
+
+def image_text(spelled: Callable[[Sequence[Turn]], str], processor: Any, media: Sequence[Part]) -> str:
     """Return the text that stands for images in front of a prompt: what the chat template adds for them.
 
     Args:
         spelled: A function that returns a conversation as the chat template formats it.
         processor: The processor. Without a chat template its image token stands for an image.
-        num_images: The number of images.
+        media: What stands for the images and videos, see `parts_of`.
     """
-    if not num_images:
+    if not media:
         return ""
     if not getattr(processor, "chat_template", None):
-        return processor.image_token * num_images
+        return "".join(processor.video_token if one is VIDEO else processor.image_token for one in media)
     try:
-        shown, plain = (spelled([("user", [*images, _REPLY])]) for images in ([None] * num_images, []))
+        shown, plain = (spelled([("user", [*images, _REPLY])]) for images in (media, []))
     except Exception as error:  # a template can raise anything
         raise InputError(f"the chat template takes no image: {first_line(error)}") from error
     with_images, without = shown.partition(_REPLY)[0], plain.partition(_REPLY)[0]
@@ -281,7 +314,7 @@ def ordinary_ids(processor: Any) -> list[int]:
 
 
 def prompt_layout(
-    prompts: Prompts, ids: Tensor, inputs: Any, sizes: Sequence[tuple[int, int]], first_image: int = 0
+    prompts: Prompts, ids: Tensor, inputs: Any, media: Sequence[Any], first: tuple[int, int] = (0, 0)
 ) -> TokenLayout:
     """Return the layout of one prompt of a batch.
 
@@ -289,20 +322,45 @@ def prompt_layout(
         prompts: What made the inputs.
         ids: Token ids of the prompt, without padding.
         inputs: The processor's output for the batch.
-        sizes: The size (width, height) of each image of the prompt.
-        first_image: Index of the prompt's first image among the images of the batch.
+        media: The images and videos of the prompt; of an image its size (width, height) is enough.
+        first: How many images and videos the processor read for the earlier prompts of the batch.
 
     Raises:
         InputError: It is not known which image tokens are whose.
     """
-    tokens, adapter = prompts.image_tokens, prompts.adapter
-    if not adapter.knows_tiles:
+    tokens, ids = prompts.image_tokens, ids.cpu()
+    placed = _placed(prompts, inputs, media, first)
+    if prompts.adapter.knows_tiles:
+        layout = TokenLayout.from_input_ids(ids, tokens.both, placed, len(ids), tokens.separators)
+    else:
+        sizes = [size for size, *_ in placed]
         try:
-            return TokenLayout.from_prompt_ids(ids, tokens.image, None, tokens.separators, sizes)
+            layout = TokenLayout.from_prompt_ids(ids, tokens.both, None, tokens.separators, sizes)
         except ValueError as error:
             raise InputError(f"{error}; give one image a prompt") from None
-    tilings = [(size, *adapter.tiles(prompts.processor, inputs, first_image + i, size)) for i, size in enumerate(sizes)]
-    return TokenLayout.from_input_ids(ids.cpu(), tokens.image, tilings, len(ids), tokens.separators)
+        layout = layout.at_moments([rest[-1] if rest else None for _, *rest in placed])
+    return with_timestamps(layout, ids, tokens.separators, prompts.processor.tokenizer)
+
+
+def _placed(prompts: Prompts, inputs: Any, media: Sequence[Any], first: tuple[int, int]) -> list[tuple[Any, ...]]:
+    """Return the size of each image and moment, followed by its tiles (if they are known) and its `Moment`."""
+    adapter, processor, (image, clip) = prompts.adapter, prompts.processor, first
+    placed: list[tuple[Any, ...]] = []
+    video = 0
+    for one in media:
+        is_video = isinstance(one, LoadedVideo)
+        if is_video and not one.as_images:
+            for frames, tiling in adapter.moments(processor, inputs, clip, len(one.frames), one.size):
+                placed.append((one.size, *tiling, one.moment(video, frames)))
+            clip += 1
+        else:
+            size = one if isinstance(one, tuple) else one.size
+            for i in range(len(one.frames) if is_video else 1):
+                tiles = adapter.tiles(processor, inputs, image, size) if adapter.knows_tiles else ()
+                placed.append((size, *tiles, *((one.moment(video, (i,)),) if is_video else ())))
+                image += 1
+        video += is_video
+    return placed
 
 
 def _lead_ids(tokenizer: Any, text: str, known: dict[str, list[int]]) -> list[int]:

@@ -23,6 +23,7 @@ from ..knockout.plan import Plan, plan_of
 from ..knockout.rule import Knockout
 from ..models.adapter import Adapter
 from ..models.architectures import find_adapter
+from ..models.media import stills
 from ..models.offload import device_of
 from ..models.part_checks import check_parts
 from ..models.processing import Images, Prompts, ordinary_ids
@@ -127,10 +128,11 @@ class ModelRunner(Displayed, NotPickled):
         """Prepare one sequence for the model.
 
         Returns:
-            The processor's inputs, on the model's device, and the size (width, height) of each image.
+            The processor's inputs, on the model's device, and the size (width, height) of each image, frames of videos
+            that are read as images among them.
         """
         pictures = self.prompts.load(image)
-        return self.prompts.inputs([pictures], [prompt]), [picture.size for picture in pictures]
+        return self.prompts.inputs([pictures], [prompt]), [picture.size for picture in stills(pictures)]
 
     def plan(
         self, knockout: Knockouts, layouts: Sequence[TokenLayout], padding: Sequence[int] | None = None

@@ -213,7 +213,7 @@ class _Patch:
         counts = [int((row == tokens.image).sum()) for row in rows]
         lengths = self.runner.adapter.image_lengths(self.runner.processor, inputs, sum(counts))
         if lengths is None:
-            return [TokenLayout.from_prompt_ids(row, tokens.image, None, tokens.separators) for row in rows]
+            return [TokenLayout.from_prompt_ids(row, tokens.both, None, tokens.separators) for row in rows]
         layouts, left = [], list(lengths)
         for row, count in zip(rows, counts, strict=True):
             mine: list[int] = []
@@ -224,7 +224,7 @@ class _Patch:
                     f"a prompt holds {count} image tokens, which its images' {lengths} tokens do not add up to: give"
                     " the model all images of the prompts"
                 )
-            layouts.append(TokenLayout.from_prompt_ids(row, tokens.image, mine, tokens.separators))
+            layouts.append(TokenLayout.from_prompt_ids(row, tokens.both, mine, tokens.separators))
         return layouts
 
 

@@ -15,6 +15,7 @@ from ..core.images import load_image
 from ..explain.export import encoded
 from ..explain.registry import methods_without_detector
 from ..knockout.rule import Knockout
+from ..models.media import words_of
 from .budgets import Lane
 from .engine_client import EngineClient
 from .errors import ServiceError, service_error
@@ -92,7 +93,7 @@ class Explainer:
 
     async def _explained(self, request: ExplanationRequest, asked: Conversation, count: int) -> bytes:
         settings = self.settings
-        question = "".join(part for part in asked.turns[0][1] if part is not None)
+        question = "".join(words_of(asked.turns[0][1]))
         files = await picture_files(asked.urls, settings)
         window = self.vlm.prompts.window or _WINDOW
         rules = await self._preparer.run(lambda: [Knockout.parse(text, most=window) for text in request.knockout])

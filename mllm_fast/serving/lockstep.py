@@ -285,11 +285,13 @@ def _inputs_of(written: dict[str, Any] | None, prefix: str, tensors: _Tensors) -
 def _layout(layout: TokenLayout | None) -> list[Any] | None:
     if layout is None:
         return None
-    return [layout.length, layout.prompt_length, plain_images(layout.images), layout.separators.tolist()]
+    places = layout.separators.tolist(), layout.timestamps.tolist()
+    return [layout.length, layout.prompt_length, plain_images(layout.images), *places]
 
 
 def _layout_of(written: list[Any] | None) -> TokenLayout | None:
     if written is None:
         return None
-    length, prompt_length, images, separators = written
-    return TokenLayout(length, prompt_length, images_of(images), torch.tensor(separators, dtype=torch.long))
+    length, prompt_length, images, *places = written
+    separators, timestamps = (torch.tensor(one, dtype=torch.long) for one in places)
+    return TokenLayout(length, prompt_length, images_of(images), separators, timestamps)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..models.processing import Turn
+from ..models.media import Part, Turn, words_of
 from .errors import ServiceError
 from .schema import Message, TextPart
 from .settings import Settings
@@ -36,12 +36,12 @@ class Conversation:
     @property
     def length(self) -> int:
         """The characters of all turns."""
-        return sum(len(part) for _, parts in self.turns for part in parts if part is not None)
+        return sum(len(part) for _, parts in self.turns for part in words_of(parts))
 
     @property
     def spoken(self) -> list[Turn]:
         """The turns without the images, as they follow a context that already contains the images."""
-        return [(role, [part for part in parts if part is not None]) for role, parts in self.turns]
+        return [(role, [*words_of(parts)]) for role, parts in self.turns]
 
 
 def check_length(length: int, settings: Settings) -> None:
@@ -66,10 +66,10 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
             message of the assistant or the system, or there are too many images or too much text.
     """
     system: list[str] = []
-    turns: list[tuple[str, list[str | None]]] = []
+    turns: list[Turn] = []
     urls: list[str] = []
     for i, message in enumerate(messages):
-        parts: list[str | None] = []
+        parts: list[Part] = []
         for part in [message.content] if isinstance(message.content, str) else message.content:
             if isinstance(part, (str, TextPart)):
                 parts.append(part if isinstance(part, str) else part.text)
@@ -79,7 +79,7 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
             urls.append(part.image_url.url)
             parts.append(None)
         if message.role in ("system", "developer"):
-            system += [part for part in parts if part]
+            system += [part for part in words_of(parts) if part]
         elif turns and turns[-1][0] == message.role:
             turns[-1][1].extend(["\n", *parts] if parts and parts[0] is not None else parts)
         else:
@@ -96,7 +96,7 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
     return found
 
 
-def _complete(turns: list[tuple[str, list[str | None]]], settings: Settings, last: int) -> None:
+def _complete(turns: list[Turn], settings: Settings, last: int) -> None:
     """Begin the turns with the user, and give each a text.
 
     Raises:
@@ -107,7 +107,7 @@ def _complete(turns: list[tuple[str, list[str | None]]], settings: Settings, las
     if turns[0][0] != "user":
         turns.insert(0, ("user", [_GREETING]))
     for role, parts in turns:
-        if not any(part and part.strip() for part in parts):
+        if not any(part.strip() for part in words_of(parts)):
             if None not in parts:
                 raise _refused(last, f"a message of the {role} has no text")
             parts.append(settings.prompt)

@@ -17,6 +17,7 @@ from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import image_size, load_image
 from ..models.divided_prompts import divided, ids_after_image
+from ..models.media import parts_of_layout
 from ..runtime.model_runner import ModelRunner
 from ..runtime.prefill import check_sliding
 from .errors import ServiceError, service_error
@@ -205,7 +206,7 @@ class RequestPreparer:
     ) -> PreparedRequest:
         """Tokenize the turns that follow a context."""
         source: Any = spec if context is None else context
-        ids = self.vlm.prompts.further_ids(source.prompt, len(source.layout.images), asked.spoken)
+        ids = self.vlm.prompts.further_ids(source.prompt, parts_of_layout(source.layout), asked.spoken)
         length = source.layout.length + len(ids) + count
         self._check_window(length, "the images, the conversation and the longest answer take")
         return PreparedRequest(key, context, spec, ids)

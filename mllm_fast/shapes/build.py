@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -16,11 +17,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .clip_questions import CLIP_WORDS, FRAME_NUMBERS
+from .clips import CANVAS as CLIP_CANVAS
 from .questions import WORDS
 from .scenes import CANVAS
 
 PATCH = 8
 GRID = CANVAS // PATCH
+CLIP_GRID = CLIP_CANVAS // PATCH
+CLIP_WINDOW = 2048
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _PUNCTUATION = (":", ",", ".", "?")
 # from the names that a release of transformers may save to the names of the LLaVA checkpoints on the hub
@@ -43,11 +48,21 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+# each frame of a clip is an image behind its number
+_NUMBERED = (
+    "{% set number = namespace(value=0) %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}"
+    "frame {{ " + repr(list(FRAME_NUMBERS)) + "[number.value] }}: <image>\n{% set number.value = number.value + 1 %}"
+    "{% endfor %}"
+)
+CLIP_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}", _NUMBERED
+)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(known: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer over the questions' words; text decodes to itself in lower case."""
-    words = [*SPECIAL_TOKENS, *_PUNCTUATION, *(_MARK + word for word in WORDS)]
+    words = [*SPECIAL_TOKENS, *_PUNCTUATION, *(_MARK + word for word in known)]
     vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
@@ -73,24 +88,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """Build the embedded model's processor, for 96 x 96 pixels and one token per patch of 8 x 8."""
+def build_processor(
+    known: Sequence[str] = WORDS, canvas: int = CANVAS, chat_template: str = CHAT_TEMPLATE
+) -> LlavaProcessor:
+    """Build an embedded model's processor, for images of `canvas` pixels a side and one token per patch of 8 x 8."""
     # this name is torchvision's class if torchvision is installed, otherwise Pillow's
     from transformers import CLIPImageProcessor
 
     image_processor = CLIPImageProcessor(
-        size={"height": CANVAS, "width": CANVAS},
+        size={"height": canvas, "width": canvas},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(known),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which "default" then drops
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
@@ -101,6 +118,8 @@ def build_model(
     num_attention_heads: int = 4,
     intermediate_size: int = 384,
     vision_layers: int = 3,
+    canvas: int = CANVAS,
+    window: int = 1024,
 ) -> LlavaForConditionalGeneration:
     """Build a LLaVA with random weights and tied embeddings, sized for the shapes."""
     vision = CLIPVisionConfig(
@@ -108,7 +127,7 @@ def build_model(
         intermediate_size=2 * hidden_size,
         num_hidden_layers=vision_layers,
         num_attention_heads=num_attention_heads,
-        image_size=CANVAS,
+        image_size=canvas,
         patch_size=PATCH,
         projection_dim=hidden_size,
         hidden_act="quick_gelu",
@@ -120,7 +139,7 @@ def build_model(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_attention_heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=window,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -130,12 +149,22 @@ def build_model(
         vision_config=vision,
         text_config=text,
         image_token_index=int(tokenizer.convert_tokens_to_ids("<image>")),  # type: ignore[arg-type]
-        image_seq_length=GRID * GRID,
+        image_seq_length=(canvas // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
     return LlavaForConditionalGeneration(config)
+
+
+def build_clip_processor() -> LlavaProcessor:
+    """Build the embedded video model's processor, which takes the frames of a clip as up to eight images."""
+    return build_processor(CLIP_WORDS, CLIP_CANVAS, CLIP_TEMPLATE)
+
+
+def build_clip_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """Build the embedded video model with random weights."""
+    return build_model(tokenizer, canvas=CLIP_CANVAS, window=CLIP_WINDOW)
 
 
 def hub_name(name: str) -> str:

@@ -77,7 +77,7 @@ def generate_scene(rng: np.random.Generator, min_objects: int = 2, max_objects: 
     if not 1 <= min_objects <= max_objects <= 4:
         raise ValueError(f"1 <= min_objects <= max_objects <= 4 is needed, got {min_objects} and {max_objects}")
     count = int(rng.integers(min_objects, max_objects + 1))
-    background = _background(rng)
+    background = draw_background(rng)
     smooth = rng.random() < 0.7  # some renderers do not antialias
     canvas = np.broadcast_to(background, (CANVAS, CANVAS, 3)).astype(np.float32)
     while True:
@@ -86,29 +86,36 @@ def generate_scene(rng: np.random.Generator, min_objects: int = 2, max_objects: 
             break
     objects = []
     for shape, coverage, left, top in placed:
-        color, rgb = _color(rng, background)
+        color, rgb = draw_color(rng, background)
         height, width = coverage.shape
         window = canvas[top : top + height, left : left + width]
         window += coverage[..., None] * (rgb - window)
         mask = np.zeros((CANVAS, CANVAS), bool)
         mask[top : top + height, left : left + width] = coverage >= 0.5
         objects.append(SceneObject(shape, color, _bounding_box(mask), mask))
-    if rng.random() < 0.6:
-        channels = 1 if rng.random() < 0.5 else 3
-        canvas += rng.standard_normal((CANVAS, CANVAS, channels), np.float32) * np.float32(rng.uniform(2, 12))
+    draw_noise(rng, canvas)
     pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     tone = tuple(int(c) for c in np.rint(background))
     return Scene(pixels, tuple(sorted(objects, key=lambda o: o.center[0])), tone)  # type: ignore[arg-type]
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def draw_noise(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Add grey or coloured noise to more than half of the canvases [..., H, W, 3]."""
+    if rng.random() < 0.6:
+        channels = 1 if rng.random() < 0.5 else 3
+        canvas += rng.standard_normal((*canvas.shape[:-1], channels), np.float32) * np.float32(rng.uniform(2, 12))
+
+
+def draw_background(rng: np.random.Generator) -> np.ndarray:
+    """Draw the tone of a background, float [3]."""
     if rng.random() < 0.5:
         return np.clip(rng.uniform(60, 205) + rng.uniform(-10, 10, 3), 0, 255)
     light = rng.uniform(170, 245)  # a pastel is one light tone with slightly different channels
     return np.clip(light - rng.uniform(0, 60, 3), 0, 255)
 
 
-def _color(rng: np.random.Generator, background: np.ndarray) -> tuple[str, np.ndarray]:
+def draw_color(rng: np.random.Generator, background: np.ndarray) -> tuple[str, np.ndarray]:
+    """Draw a colour that stands out from a background: its name, and its tone, float32 [3]."""
     while True:
         color = str(rng.choice(list(COLORS)))
         anchors = COLORS[color]

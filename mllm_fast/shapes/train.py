@@ -32,7 +32,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ from transformers import LlavaForConditionalGeneration
 from .batches import IGNORE, NUM_IMAGE_TOKENS, Batch, BatchMaker, Mix, PatchTargets, vision_batch
 from .build import build_model, build_processor, save
 from .scenes import COLORS, SHAPES
-from .training import PatchHeads, adamw, classify, cosine, set_rate
+from .training import PatchHeads, adamw, classify, cosine, next_token_loss, set_rate, vision_layers
 
 _LENS_LAYER = 1  # the lens reads the output of this layer
 
@@ -98,7 +98,7 @@ class Trainer:  # long: one training run, its stages in order
         self.alignment = Alignment(tokenizer, config.text_config.hidden_size)
         self.start = time.monotonic()
         if args.compile:
-            for layer in [*self.language.layers, *_vision_layers(self.vision)]:
+            for layer in [*self.language.layers, *vision_layers(self.vision)]:
                 layer.compile()
 
     def log(self, *words: object) -> None:
@@ -161,7 +161,7 @@ class Trainer:  # long: one training run, its stages in order
             visible = self.hide_picture(batch, args.blind_questions, args.blind_later)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, image, lens = self.forward(batch, visible)
-            answers = _next_token_loss(logits, batch.labels)
+            answers = next_token_loss(logits, batch.labels)
             loss = answers + 0.2 * self.alignment.loss(image, self.language.embed_tokens.weight, batch.targets)
             weight = 0.5 * min(1, max(0, 2 * (1 - progress / 0.6)))
             if weight > 0:
@@ -192,7 +192,7 @@ class Trainer:  # long: one training run, its stages in order
                 visible = self.compress(batch, visible)
             with torch.autocast("cpu", torch.bfloat16):
                 logits, _, _ = self.forward(batch, visible)
-            answers = _next_token_loss(logits, batch.labels)
+            answers = next_token_loss(logits, batch.labels)
             self.update(optimizer, answers)
             average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
             if step % 200 == 0:
@@ -318,14 +318,6 @@ class Trainer:  # long: one training run, its stages in order
         save(model.to(torch.bfloat16), self.processor, self.args.out)
         size = sum(entry.stat().st_size for entry in os.scandir(self.args.out))
         self.log(f"saved to {self.args.out}: {size / 2**20:.1f} MiB")
-
-
-def _vision_layers(vision: Any) -> Iterable[nn.Module]:
-    return getattr(vision, "vision_model", vision).encoder.layers  # older releases of transformers have one more module
-
-
-def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

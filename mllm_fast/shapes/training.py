@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,3 +54,11 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def cosine(step: int, steps: int, warm_up: int) -> float:
     ramp = min(1.0, (step + 1) / warm_up)
     return ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def vision_layers(vision: Any) -> Iterable[nn.Module]:
+    return getattr(vision, "vision_model", vision).encoder.layers  # older releases of transformers have one more module

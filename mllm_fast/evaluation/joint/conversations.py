@@ -28,7 +28,7 @@ from .bias import words_kept
 
 if TYPE_CHECKING:
     from ...joint.model import JointModel
-    from ...models.processing import Turn
+    from ...models.media import Turn
     from ...vlm import VLM
 
 GIVEN, OWN, JOINT = "the dataset", "the language model alone", "through the joint model"

@@ -1,0 +1,216 @@
+"""Train the embedded video model: `python -m mllm_fast.shapes.train_clips --out FOLDER`.
+
+It begins with the weights of the embedded model for pictures. The vision tower sees smaller frames, for which a part of
+its position embeddings is taken; words that are new are drawn at random. Then the whole model learns to answer
+questions about clips of four to eight frames, of which each is an image behind its number.
+
+As in `train`, image tokens stay aligned with the words for what they show, and early in the training the last prompt
+token after layer 2 must decode to the word that is asked about. Most question words cannot see the clip, and a part of
+the questions and answers sees what is asked about and a random part of the rest, so that the model reads an answer from
+the moment and the object that show it. Figures of maps and knockouts follow in part from this design.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from ..core.assets import SHAPES_WEIGHTS
+from .batches import GRID, IGNORE
+from .build import CLIP_GRID, build_clip_model, build_clip_processor, build_tokenizer, save
+from .clip_batches import ClipBatch, ClipBatches
+from .scenes import COLORS, SHAPES
+from .training import adamw, classify, cosine, next_token_loss, set_rate, vision_layers
+
+_LENS_LAYER = 1  # the lens reads the output of this layer
+_HELD_OUT = 10**6
+
+
+class Alignment(nn.Module):
+    """The loss that keeps image tokens aligned with words: each against the embeddings of shapes and colours."""
+
+    def __init__(self, tokenizer, width: int):
+        super().__init__()
+        self.none = nn.Parameter(torch.randn(2, width))
+        self.words = [
+            torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in group])
+            for group in (SHAPES, COLORS)
+        ]
+
+    def loss(self, image: torch.Tensor, embeddings: torch.Tensor, batch: ClipBatch) -> torch.Tensor:
+        image, table = F.normalize(image.float(), dim=-1), F.normalize(embeddings.float(), dim=-1)
+        none = F.normalize(self.none, dim=-1)
+        total = torch.zeros(())
+        for i, target in enumerate((batch.shape, batch.color)):
+            classes = torch.cat([none[i : i + 1], table[self.words[i]]])
+            total = total + classify(14 * (image @ classes.T), target)
+        return total
+
+
+class ClipTrainer:
+    """A training run with its model."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        torch.manual_seed(args.seed)
+        self.rng = np.random.default_rng(args.seed + 1)
+        self.processor = build_clip_processor()
+        tokenizer = self.processor.tokenizer
+        self.model = build_clip_model(tokenizer)
+        if args.start:
+            self.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(args.start).state_dict())
+        else:
+            begin_with_pictures(self.model, tokenizer)
+        self.model.set_attn_implementation("eager")
+        self.vision = self.model.model.vision_tower
+        self.projector = self.model.model.multi_modal_projector
+        self.language = self.model.model.language_model
+        self.batches = ClipBatches(tokenizer)
+        config: Any = self.model.config
+        self.alignment = Alignment(tokenizer, config.text_config.hidden_size)
+        self.began = time.monotonic()
+        if args.compile:
+            for layer in [*self.language.layers, *vision_layers(self.vision)]:
+                layer.compile(dynamic=True)
+
+    def log(self, *words: object) -> None:
+        print(f"[{time.monotonic() - self.began:7.1f} s]", *words, flush=True)
+
+    def run(self) -> None:
+        args = self.args
+        frozen = int(args.steps * args.frozen)
+        optimizer = adamw([self.model, self.alignment], args.rate, 0.05)
+        average = None
+        for step in range(args.steps):
+            progress = step / args.steps
+            set_rate(optimizer, args.rate * cosine(step, args.steps, 50))
+            most = 2 if progress < 0.1 else 3
+            seen = 1.0 if progress < 0.1 else args.seen
+            batch = self.batches.draw(self.rng, args.batch, most, seen, args.blind)
+            self.vision.requires_grad_(step >= frozen)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, image, lens = self.forward(batch)
+            answers = next_token_loss(logits, batch.labels)
+            loss = answers + 0.2 * self.alignment.loss(image, self.language.embed_tokens.weight, batch)
+            weight = 0.3 * min(1, max(0, 2 * (1 - progress / 0.4)))
+            if weight > 0:
+                spoken = F.log_softmax(lens[batch.last].float(), -1)
+                loss = loss - weight * spoken.gather(1, batch.keywords).mean()
+            self.update(optimizer, loss)
+            average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
+            if step % 100 == 0:
+                self.log(f"step {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(3))
+            if step % 500 == 499:
+                self.save()
+        self.log("held-out", self.accuracy(16))
+        self.save()
+
+    def forward(self, batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run a forward pass.
+
+        Returns:
+            The logits [B, L, V], the image tokens [B * frames, 64, d], and the logits of the lens [B, L, V].
+        """
+        image = self.projector(self.vision(batch.pixel_values).last_hidden_state[:, 1:])
+        hidden = self.language.embed_tokens(batch.input_ids)
+        slots = (batch.input_ids == self.batches.image_id)[..., None].expand_as(hidden)
+        hidden = hidden.masked_scatter(slots, image.to(hidden.dtype))
+        mask = torch.zeros(batch.visible.shape, dtype=torch.bfloat16).masked_fill(~batch.visible, -1e9)[:, None]
+        rotary = self.language.rotary_emb(hidden, batch.position_ids)
+        lens = hidden
+        for i, layer in enumerate(self.language.layers):
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            if i == _LENS_LAYER:
+                lens = hidden
+        read = lambda h: self.model.lm_head(self.language.norm(h))  # noqa: E731
+        return read(hidden), image, read(lens)
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        loss.backward()
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_([p for p in group["params"] if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def accuracy(self, batches: int) -> dict[str, float]:
+        """Return the share of held-out answers with every token right under teacher forcing, by task."""
+        self.model.eval()
+        rng = np.random.default_rng(_HELD_OUT)
+        right: dict[str, list[bool]] = {}
+        for _ in range(batches):
+            batch = self.batches.draw(rng, self.args.batch, 3, 1.0, 0.0)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, _, _ = self.forward(batch)
+            hit = (logits[:, :-1].argmax(-1) == batch.labels[:, 1:]) | (batch.labels[:, 1:] == IGNORE)
+            for b, tasks in enumerate(batch.tasks):
+                for turn, task in enumerate(tasks, 1):
+                    right.setdefault(task, []).append(bool(hit[b][batch.turn[b, 1:] == turn].all()))
+        self.model.train()
+        return {task: round(float(np.mean(hits)), 3) for task, hits in sorted(right.items())}
+
+    def save(self) -> None:
+        implementation = "eager"
+        self.model.set_attn_implementation("sdpa")
+        copy: Any = build_clip_model(self.processor.tokenizer)
+        copy.load_state_dict(self.model.state_dict())
+        save(copy.to(torch.bfloat16), self.processor, self.args.out)
+        self.model.set_attn_implementation(implementation)
+        size = sum(entry.stat().st_size for entry in os.scandir(self.args.out))
+        self.log(f"saved to {self.args.out}: {size / 2**20:.1f} MiB")
+
+
+def begin_with_pictures(model: LlavaForConditionalGeneration, tokenizer) -> None:
+    """Give a video model the weights of the embedded model, with those of known words and of a part of the patches."""
+    before = LlavaForConditionalGeneration.from_pretrained(SHAPES_WEIGHTS, dtype=torch.float32).state_dict()
+    known = build_tokenizer().get_vocab()
+    rows = {tokenizer.convert_tokens_to_ids(word): old for word, old in known.items()}
+    weights = model.state_dict()
+    for name, new in weights.items():
+        old = before[name]
+        if name.endswith("position_embedding.weight"):
+            patches = old[1:].view(GRID, GRID, -1)[:CLIP_GRID, :CLIP_GRID]
+            new.copy_(torch.cat([old[:1], patches.flatten(0, 1)]))
+        elif new.shape == old.shape:
+            new.copy_(old)
+        else:  # word embeddings
+            new[list(rows)] = old[list(rows.values())]
+    model.load_state_dict(weights)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the options of a training run, from the command line by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the weights and the processor")
+    parser.add_argument("--start", default=None, help="weights of an earlier run; by default those for pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's learning rate")
+    parser.add_argument("--frozen", type=float, default=0.1, help="share of the steps that leave the tower as it is")
+    parser.add_argument("--seen", type=float, default=0.5, help="share of the questions that see the whole clip")
+    parser.add_argument("--blind", type=float, default=0.8, help="share of the questions whose words see no image")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    os.makedirs(args.out, exist_ok=True)
+    ClipTrainer(args).run()
+
+
+if __name__ == "__main__":
+    main()
