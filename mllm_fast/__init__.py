@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .context.store import ContextStore
     from .core.errors import InputError
     from .core.layout import TokenLayout
-    from .core.video import Video
+    from .core.video import Video as Video
     from .explain.explanation import Explanation
     from .knockout.rule import Knockout
     from .runtime.answer import Answer

@@ -24,7 +24,7 @@ from .explain.replay import Replay
 from .explain.scores import check_norm
 from .explain.static_scores import StaticScores
 from .explain.stream import Stream
-from .knockout.attention_share import PAPER_TYPES, TYPES, AttentionShares
+from .knockout.attention_share import AttentionShares, types_of
 from .knockout.rule import Knockout, as_rules
 from .models.adapter import Adapter
 from .models.loading import load_pretrained, parse_device, parse_dtype
@@ -117,14 +117,15 @@ class VLM(ModelRunner):
         """Answer a prompt about one image or several, or a list of prompts in one batch.
 
         Args:
-            image: An image, several images for one prompt, or None for text alone. For a list of prompts it is a list
-                of the same length, with one of these for each prompt.
+            image: An image or a video (see `Video`), several of them for one prompt, or None for text alone. For a list
+                of prompts it is a list of the same length, with one of these for each prompt.
             prompt: The question, without the image placeholder, or a list of questions, which are answered in one
                 batch.
             knockout: One `Knockout` or several, which say which tokens may not attend to which; a text such as
                 "image->query@from 4" is parsed as `Knockout.parse` does.
             attention_share: Sum up where the generated tokens attend, see `Answer`: in five segments if True, in the
-                three of arXiv 2411.17491 ("image_block", "text", "generated") if "paper". It needs one answer a prompt.
+                three of arXiv 2411.17491 ("image_block", "text", "generated") if "paper". With "moments" each image, or
+                moment of a video, is a segment of its own ("image:0"). It needs one answer a prompt.
             prefix: Words (or token ids) with which every answer begins, such as "The color of the dog is". The answer
                 is what the model says after them; they count as part of the prompt.
             chat_template: Whether the prompt is the user's turn in the model's chat template. Without it the model
@@ -172,9 +173,7 @@ class VLM(ModelRunner):
         return answers[0] if isinstance(prompt, str) and several == 1 else answers
 
     def _shares(self, layouts: Sequence[TokenLayout], padding: Sequence[int], what: bool | str) -> AttentionShares:
-        if what not in (True, "paper"):
-            raise InputError(f'attention_share is True, False or "paper", got {what!r}')
-        types = TYPES if what is True else PAPER_TYPES
+        types = types_of(layouts, what)
         return AttentionShares(layouts, padding, len(self.text.layers), self.text.site_layers, types, self.text.split)
 
     @renamed_parameters(norm="final_norm")
@@ -194,7 +193,7 @@ class VLM(ModelRunner):
         """Generate an answer, or force `answer`, and explain every token of it from the same run.
 
         Args:
-            image: An image, several images for one prompt, or None for a prompt of text alone.
+            image: An image or a video (see `Video`), several of them, or None for a prompt of text alone.
             prompt: The question, without the image placeholder.
             answer: A text (or its token ids) to explain in place of the model's own answer.
             final_norm: "frozen" or "own", see `mllm_fast.kernels.logprob_increase`.
@@ -361,13 +360,14 @@ class VLM(ModelRunner):
         *,
         parts: str = "query+image",
         seed: int = 0,
+        budget: str = "all",
         max_new_tokens: int = 64,
         **options: Any,
     ) -> Context:
         """Read an image once and keep, in each layer, only the tokens that matter most (arXiv 2411.17491).
 
         Args:
-            image: An image, or several.
+            image: An image or a video, or several.
             keep: The share of the image tokens (0.05 or "5%"), or how many of them (29), that each
                 layer keeps.
             prompt: The first question to the model. Its tokens, which have seen the image, are kept.
@@ -377,10 +377,12 @@ class VLM(ModelRunner):
             parts: Which parts are kept: "query+image"; "query", no image token; "image", no token of the prompt. The
                 tokens before the image are always kept.
             seed: The seed for "random".
+            budget: What `keep` is a share of, or a count in: "all" image tokens together, or those of each "frame", so
+                that no moment of a video (and none of several images) is lost.
             max_new_tokens, options: For the answer to the prompt, as in `generate`. It is greedy unless they say
                 otherwise, whatever the checkpoint says, so that what is kept is no matter of chance.
 
         Returns:
             A `Context`.
         """
-        return compress(self, image, keep, prompt, score, parts, seed, max_new_tokens, **options)
+        return compress(self, image, keep, prompt, score, parts, seed, max_new_tokens, budget, **options)

@@ -29,7 +29,7 @@ from ..runtime.recurrent import State, check_state, state_of
 from ..runtime.trace import keys_and_values
 from .context import Context
 from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
-from .scores import PARTS, AttendedTokens, kept_count
+from .scores import PARTS, AttendedTokens, check_budget, counts_of_images, kept_count, within_each
 
 _EVERY = ("generated", "query", "key_norm", "random")
 _WITHOUT_KEYS = ("generated", "query", "random")  # scores that do not read keys and values
@@ -70,13 +70,20 @@ class ScoredPrefill:
     state: State | None = None
 
     def context(
-        self, keep: float | int | str = 0.05, score: str = "generated", parts: str = "query+image", seed: int = 0
+        self,
+        keep: float | int | str = 0.05,
+        score: str = "generated",
+        parts: str = "query+image",
+        seed: int = 0,
+        budget: str = "all",
     ) -> Context:
         """Make a context; see `VLM.compress`."""
         score, keep = score_name(score), parse_keep(keep)
         check_choice("parts", parts, PARTS)
+        check_budget(budget)
         image = self.layout.positions("image")
-        count = 0 if parts == "query" else kept_count(keep, len(image))
+        each = None if parts == "query" else counts_of_images(keep, self.layout, budget)
+        count = 0 if parts == "query" else kept_count(keep, len(image)) if each is None else sum(each)
         candidates = torch.zeros(self.layout.length, dtype=torch.bool)
         candidates[image] = True
         always = ~candidates
@@ -87,10 +94,14 @@ class ScoredPrefill:
         unread = count == len(image) and PRUNING_SCORES.get(score).observes not in ("", *self.masses)
         # a score that was not read is not needed where everything is kept
         scored = torch.zeros(len(keys), self.layout.length) if unread else self._score(score, seed)
+        if each is not None:
+            scored = within_each(scored, self.layout, each)
         compact = self._compacted(
             scored, _of_size(keys, max(sizes)), _of_size(values, max(sizes)), count, candidates, always
         )
         settings = {"keep": keep, "kept": count, "score": score, "parts": parts}
+        if each is not None:
+            settings["budget"] = budget
         if score == "random":
             settings["seed"] = seed
         return Context(
@@ -210,7 +221,7 @@ def _of_size(tensors: Sequence[Tensor], size: int) -> list[Tensor]:
     return [one if one.shape[-1] == size else pad(one, (0, size - one.shape[-1])) for one in tensors]
 
 
-def compress(
+def compress(  # noqa: PLR0913
     runner: ModelRunner,
     image: Any,
     keep: float | int | str = 0.05,
@@ -219,14 +230,16 @@ def compress(
     parts: str = "query+image",
     seed: int = 0,
     max_new_tokens: int = 64,
+    budget: str = "all",
     **options: Any,
 ) -> Context:
     """See `VLM.compress`."""
     score = score_name(score)
     check_choice("parts", parts, PARTS)
+    check_budget(budget)
     kept_count(parse_keep(keep), sys.maxsize)
     prefill = prefill_and_score(runner, image, prompt, [score], max_new_tokens, **options)
-    return prefill.context(keep, score, parts, seed)
+    return prefill.context(keep, score, parts, seed, budget)
 
 
 def prefill_and_score(

@@ -205,6 +205,14 @@ class Context(Displayed, NotPickled):  # long: what can be asked of it is a meth
             boxes.append(image.token_boxes()[here.numpy()])
         return Kept(torch.cat(chosen), torch.cat(owner), np.concatenate(boxes))
 
+    def kept_counts(self) -> Tensor:
+        """Return how many tokens of each image, or moment of a video, each layer keeps, int64 [S, images].
+
+        The columns are in the order of `layout.images`, whose `moment` says which frames they are.
+        """
+        counts = [torch.isin(self.positions, image.positions).sum(1) for image in self.layout.images]
+        return torch.stack(counts, 1)
+
     def describe(self, *, max_new_tokens: int = 300, **options: Any) -> Answer:
         """Answer the prompt of the first turn itself from what the context keeps.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ..core.files import check_target, whole_file
 from ..core.layout import TokenLayout
+from ..core.moments import time_label
 from ..core.png_notes import png_notes
 from ..drawing.heatmap import upsample
 from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text
@@ -54,20 +56,27 @@ def draw_kept(ctx: Drawable) -> Image.Image:
     """Draw the image tokens that a context keeps.
 
     Each layer has one cell, with the kept patches of the images lit. The last cell shows how often each patch is kept.
+    Of a video each moment has one cell instead, of all layers together.
     """
     layers = len(ctx.positions)
-    entries = [(f"layer {i}", _lit(ctx, [i])) for i in range(layers)]
-    entries.append((f"all {layers} layers together", _lit(ctx, range(layers))))
+    if ctx.layout.videos:
+        entries = []
+        for i, image in enumerate(ctx.layout.images):
+            kept = torch.isin(ctx.positions, image.positions).sum().item() / layers
+            label = f"image {i}" if image.moment is None else time_label(image.moment)
+            entries.append((f"{label}: {kept:.1f} of {len(image.positions)}", _lit(ctx, range(layers), [i])))
+    else:
+        entries = [(f"layer {i}", _lit(ctx, [i])) for i in range(layers)]
+        entries.append((f"all {layers} layers together", _lit(ctx, range(layers))))
     across = min(len(entries), max(3, math.ceil(math.sqrt(1.6 * len(entries)))))
     rows = math.ceil(len(entries) / across)
     width = across * (_SIDE + MARGIN) + MARGIN
     tall = max(cell.height for _, cell in entries) + 36
     text = Text(width - 2 * MARGIN)
     count = len(ctx.layout.positions("image"))
-    kept = ctx.settings["kept"]
-    head = text.wrap(
-        f"Kept: {kept} of {count} image tokens a layer, score \u201c{ctx.settings['score']}\u201d", 18, INK
-    )
+    what = "tokens of all moments" if ctx.layout.videos else "image tokens"
+    total = ctx.settings["kept"]
+    head = text.wrap(f"Kept: {total} of {count} {what} a layer, score \u201c{ctx.settings['score']}\u201d", 18, INK)
     head += text.wrap(f"Prompt: {ctx.prompt}", 14, FAINT)
     foot = text.wrap(
         "Lit: patches whose token the layer keeps. Together: the more layers keep it, the brighter.", 14, FAINT
@@ -83,10 +92,11 @@ def draw_kept(ctx: Drawable) -> Image.Image:
     return sheet
 
 
-def _lit(ctx: Drawable, layers) -> Image.Image:
-    """Draw the images below each other, each patch as bright as the share of these layers that keep it."""
+def _lit(ctx: Drawable, layers: Sequence[int], images: Sequence[int] | None = None) -> Image.Image:
+    """Draw images (all by default) below each other, each patch as bright as the share of these layers that keep it."""
     cells = []
-    for i, (picture, where) in enumerate(zip(ctx.canvases, ctx.layout.images, strict=True)):
+    for i in range(len(ctx.layout.images)) if images is None else images:
+        picture, where = ctx.canvases[i], ctx.layout.images[i]
         scale = _SIDE / max(picture.size)
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, check_choice
 from ..core.layout import TokenLayout
 from ..core.split import Split
 from .registry import Prefix, pruning_score
 
 PARTS = ("query+image", "query", "image")
+BUDGETS = ("all", "frame")
 
 
 @pruning_score("generated", "attention of the model's answer to the prompt (arXiv 2411.17491)", observes="generated")
@@ -79,6 +81,34 @@ class AttendedTokens:
         if self._split is not None:  # every process has the mean of its own heads
             sums = list(self._split.mean(torch.stack(sums)))
         return torch.stack([total.cpu() / rows for total, rows in zip(sums, self._rows, strict=True)])
+
+
+def check_budget(budget: str) -> None:
+    """Raise InputError for a budget that is none of `BUDGETS`."""
+    check_choice("budget", budget, BUDGETS)
+
+
+def counts_of_images(keep: float | int, layout: TokenLayout, budget: str) -> list[int] | None:
+    """Return how many tokens of each image, or moment of a video, are kept; None if they share one budget."""
+    if budget == "all":
+        return None
+    return [kept_count(keep, len(image.positions)) for image in layout.images]
+
+
+def within_each(scored: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Tensor:
+    """Return scores by which as many tokens of each image are the highest of all as `counts` says.
+
+    Args:
+        scored: The scores of all tokens, float32 [S, N].
+        layout: The layout of the prompt.
+        counts: How many tokens of each image are kept.
+    """
+    made = torch.zeros_like(scored)
+    for image, count in zip(layout.images, counts, strict=True):
+        mine = scored[:, image.positions]
+        best = mine.argsort(dim=1, descending=True, stable=True)[:, :count]
+        made[:, image.positions] = torch.zeros_like(mine).scatter_(1, best, 1.0)
+    return made
 
 
 def kept_count(keep: float | int, total: int) -> int:

@@ -70,6 +70,12 @@ def _shows(moment: Moment, kind: str, first: float, last: float) -> bool:
     return moment.seconds[0] <= last + _CLOCK and moment.seconds[1] >= first - _CLOCK
 
 
+def time_label(moment: Moment) -> str:
+    """Return when a moment is shown, as in "1.50 s" or "1.50\u20131.96 s"."""
+    ends = [f"{end:.2f}" for end in moment.seconds]
+    return "\u2013".join(dict.fromkeys(ends)) + " s"
+
+
 def _spelled(moment: Moment, kind: str) -> str:
     ends = moment.seconds if kind == "time" else (moment.frames[0], moment.frames[-1])
     texts = [f"{end:.2f}" if kind == "time" else str(end) for end in ends]

@@ -32,6 +32,7 @@ from .scores import Scores
 from .text_map import TextMap, sinks, text_map
 from .verification import Verification
 from .verify import verify
+from .video_maps import VideoMaps
 
 _DRAWN = 16  # most tokens whose maps a notebook shows by itself
 _LISTED = 64  # most tokens in the table that it shows otherwise
@@ -49,7 +50,7 @@ def _place(
     return logit_lens.Place(scores.token_index(token), layer, "residual" if head is None else head, position)
 
 
-class Explanation(Scores, Displayed, NotPickled):
+class Explanation(Scores, Displayed, NotPickled):  # long: what can be asked of it is a method each
     """Explains why each token of one answer was generated: scores, heatmaps, causal check, logit lens and files."""
 
     _INSTEAD = "save it, as .safetensors or .json, and read the numbers there"
@@ -159,6 +160,17 @@ class Explanation(Scores, Displayed, NotPickled):
         ax.set_title(self.labels[index])
         set_fonts(ax)
         return ax
+
+    def video(self, number: int = 0) -> VideoMaps:
+        """Return the maps of a video: of each moment, their curve over time, and where they are highest.
+
+        Args:
+            number: the index of the video in the prompt.
+
+        Raises:
+            InputError: there is no such video.
+        """
+        return VideoMaps(self, number)
 
     def to_frame(self) -> Any:
         """Return the scores of all heads as a pandas DataFrame, one row for each token, layer and head.
@@ -331,8 +343,9 @@ class Explanation(Scores, Displayed, NotPickled):
 
         Args:
             path: the file. A .png shows one token's map, or a sheet of all tokens. A .html is one page to click
-                through. A .json or .safetensors file contains all numbers.
-            token: the token that a .png shows alone, or that a .html shows first, by index or text.
+                through. A .json or .safetensors file contains all numbers. A .webp or .mp4 plays a video with the map
+                of one token, or once for each token.
+            token: the token that a picture or an animation shows alone, or that a .html shows first, by index or text.
             method: the method of the maps, as in `heatmap`. Pages and number files also contain the maps of "logprob"
                 and "attention".
             patch_words: whether a .html shows the words of each patch, layer by layer, under the pointer. It takes one

@@ -1,4 +1,4 @@
-"""Save explanations as .png, .html, .json or .safetensors files, each of which appears whole or not at all."""
+"""Save explanations as .png, .html, .json, .safetensors, .webp or .mp4 files, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.files import check_target, write_whole
 from ..core.layout import ImageLayout
+from ..core.moments import time_label
 from ..core.png_notes import png_notes
 from ..core.split import by_first
 from ..models.provenance import as_text
+from .animation import animated
 from .box_weights import BoxWeights
 from .figure import draw_sheet, draw_token
 from .patch_words import patch_words as words_of_patches
@@ -34,6 +36,7 @@ from .text_map import text_positions, words_at
 HEADS = 10  # the best heads of each token, whose maps are saved
 _ALWAYS = ("logprob", "attention")  # pages and number files always contain these maps
 _PAGE_SIDE = 1024  # longest side of an image in a page, in pixels
+_FRAME_SIDE = 512  # that of a frame of a video
 
 
 def save(
@@ -48,8 +51,8 @@ def save(
 
     Args:
         ex: the explanation.
-        path: the file, with the ending .png, .html, .json or .safetensors.
-        token: the token that a .png shows alone, or that a .html shows first.
+        path: the file, with the ending .png, .html, .json or .safetensors; for a video also .webp or .mp4.
+        token: the token that a picture or an animation shows alone, or that a .html shows first.
         method: the heatmap method of the maps.
         patch_words: whether a .html shows the words of each patch, layer by layer.
         without: positions that a second map of a .png leaves out.
@@ -76,7 +79,7 @@ def encoded(
 
     Args:
         ex, token, method, patch_words: as in `save`.
-        kind: "png", "html", "json" or "safetensors".
+        kind: "png", "html", "json", "safetensors", "webp" or "mp4".
     """
     if kind == "html":
         return _html(ex, token, method, patch_words)
@@ -98,6 +101,7 @@ def summary(ex: Scores, numbers: bool = True) -> dict[str, Any]:
         "tokens": [_token_summary(ex, i, numbers) for i in range(len(ex.tokens))],
         "images": [
             {"size": list(i.size), "grid": list(i.grid), "box": list(i.box), "tokens": len(i.positions)}
+            | ({} if i.moment is None else {"moment": i.moment._asdict()})
             for i in ex.layout.images
         ],
     }
@@ -215,7 +219,7 @@ def _html(ex: Scores, token: int | None, method: str, with_words: bool = False) 
         "norm": ex.final_norm,
         "provenance": as_text(provenance(ex, method)),
         "start": token or 0,
-        "images": [_page_image(picture, i.size, i.box) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
+        "images": [_page_image(picture, i) for picture, i in zip(ex.images, ex.layout.images, strict=True)],
         "tokens": [_page_token(ex, i, method) for i in range(len(ex.tokens))],
         "words": words_at(ex, text_positions(ex, len(ex.tokens) - 1)),
         "patches": [_page_words(ex, layout) for layout in ex.layout.images] if with_words else None,
@@ -229,13 +233,16 @@ def _html(ex: Scores, token: int | None, method: str, with_words: bool = False) 
     return re.sub("__TITLE__|__DATA__", lambda place: filled[place.group()], page).encode()
 
 
-def _page_image(picture: Image.Image, size: tuple[int, int], box: tuple[float, ...]) -> dict[str, Any]:
-    small = picture.copy()
-    small.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
+def _page_image(picture: Image.Image, layout: ImageLayout) -> dict[str, Any]:
+    small, moment = picture.copy(), layout.moment
+    side = _PAGE_SIDE if moment is None else _FRAME_SIDE
+    small.thumbnail((side, side))
     return {
         "source": "data:image/png;base64," + base64.b64encode(_encode(small)).decode(),
-        "size": list(size),
-        "box": list(box),
+        "size": list(layout.size),
+        "box": list(layout.box),
+        "video": None if moment is None else moment.video,
+        "time": "" if moment is None else time_label(moment),
     }
 
 
@@ -320,5 +327,13 @@ def _rounded(grid: torch.Tensor) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in grid.tolist()]
 
 
-_FORMATS = {".png": _png, ".html": _html, ".json": _json, ".safetensors": _safetensors}
+def _webp(ex: Scores, token: int | None, method: str) -> bytes:
+    return animated(ex, "webp", token, method, HEADS, provenance(ex, method))
+
+
+def _mp4(ex: Scores, token: int | None, method: str) -> bytes:
+    return animated(ex, "mp4", token, method, HEADS, provenance(ex, method))
+
+
+_FORMATS = {".png": _png, ".html": _html, ".json": _json, ".safetensors": _safetensors, ".webp": _webp, ".mp4": _mp4}
 ENDINGS = tuple(_FORMATS)

@@ -17,6 +17,8 @@ from ..drawing.text import FAINT, INK, MARGIN, PAPER, Text, put_text, shorten, t
 from .registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS, Heads
 from .scores import Scores
 from .text_map import DARK, FAINTEST, TextMap, text_map
+from .video_figure import contact_body, draw_video_sheet
+from .video_maps import VideoMaps
 
 
 def draw_token(  # long: one sheet, from top to bottom
@@ -38,39 +40,28 @@ def draw_token(  # long: one sheet, from top to bottom
     maps = [token_map(ex, token, method, heads, i) for i in range(len(ex.images))]
     top = max((float(grid.max()) for grid, _, _ in maps), default=0.0)
     side = 420
-    pairs = []
-    for picture, (grid, box, boxes), layout in zip(ex.images, maps, ex.layout.images, strict=True):
-        heated = overlay(picture, grid, box, top, side)
-        put_boxes(heated, boxes, side / max(picture.size))
-        row = [overlay(picture, np.zeros((1, 1)), layout.box, 0, side, faded=False), heated]
-        pairs.append(row if without is None else [*row, _without(ex, picture, (grid, box), layout, without)])
+    pairs = _pairs(ex, maps, top, without, side)
     bar = 90
     widest = max((sum(one.width + MARGIN for one in row) for row in pairs), default=0)
-    width = max(widest + MARGIN + bar, 640)
+    width = max(widest + MARGIN + bar, 1000 if ex.layout.videos else 640)
+    videos = [
+        contact_body(VideoMaps(ex, i), token, method, heads, top, width - 2 * MARGIN - bar)
+        for i in range(len(ex.layout.videos))
+    ]
     text = Text(width - 2 * MARGIN)
     lines = [
         *text.wrap(f"Question: {ex.prompt}", 18, INK),
         *text.wrap(f"Answer: {ex.text}", 18, INK),
         *text.wrap(f"Explained token: \u201c{ex.labels[token]}\u201d ({token + 1} of {len(ex.tokens)})", 22, INK),
     ]
-    note = _note(ex, method, heads)
-    if without is not None:
-        count = sum(int(torch.isin(layout.positions, without).sum()) for layout in ex.layout.images)
-        note += f" On the right, {count} patches are left out (crossed), and the scale is that of the others."
     lowest = min((float(grid.min()) for grid, _, _ in maps), default=0.0)
-    if lowest < 0:
-        note += f" Negative parts (down to {lowest:.3g}) are not drawn."
-    if method == ALIGNMENT:
-        found = ex.box_weights(token)
-        note += f" The detector looks for \u201c{found.query}\u201d; drawn are the five boxes of largest weight."
-        note += f" Note: {found.note}." if found.note else ""
-    foot = text.wrap(note, 14, FAINT)
+    foot = text.wrap(_token_note(ex, token, method, heads, lowest, without), 14, FAINT)
     check = ex.verified(token, method, heads)
     if check is not None:
         foot += text.wrap(f"Check: {check}.", 14, INK)
     head_height = sum(line.height for line in lines) + 2 * MARGIN
     foot_height = sum(line.height for line in foot) + MARGIN
-    body = sum(pair[0].height + MARGIN for pair in pairs)
+    body = sum(pair[0].height + MARGIN for pair in pairs) + sum(one.height + MARGIN for one in videos)
     words = colored_text(text_map(ex, token, heads), width - 2 * MARGIN) if method == DEFAULT else None
     if words is not None:
         body += words.height + MARGIN
@@ -84,13 +75,52 @@ def draw_token(  # long: one sheet, from top to bottom
             sheet.paste(one, (x, y))
             x += one.width + MARGIN
         y += row[0].height + MARGIN
-    if pairs:
-        right = MARGIN + sum(one.width + MARGIN for one in pairs[0])
-        color_bar(sheet, draw, (right, head_height, right + 20, head_height + pairs[0][0].height), top)
+    for one in videos:
+        sheet.paste(one, (MARGIN, y))
+        y += one.height + MARGIN
+    if pairs or videos:
+        right = MARGIN + sum(one.width + MARGIN for one in (pairs[0] if pairs else videos[:1]))
+        color_bar(sheet, draw, (right, head_height, right + 20, head_height + min(side, body - MARGIN)), top)
     if words is not None:
         sheet.paste(words, (MARGIN, y))
     text.put(sheet, foot, head_height + body)
     return sheet
+
+
+def _pairs(
+    ex: Scores,
+    maps: list[tuple[np.ndarray, Box, list[Labelled]]],
+    top: float,
+    without: Tensor | None,
+    side: int,
+) -> list[list[Image.Image]]:
+    """Return each still image, its map beside it, and that without some positions if they are given."""
+    if without is not None and ex.layout.videos:
+        raise InputError("positions are left out of the maps of still images, and this prompt has a video")
+    pairs = []
+    for picture, (grid, box, boxes), layout in zip(ex.images, maps, ex.layout.images, strict=True):
+        if layout.moment is not None:
+            continue
+        heated = overlay(picture, grid, box, top, side)
+        put_boxes(heated, boxes, side / max(picture.size))
+        row = [overlay(picture, np.zeros((1, 1)), layout.box, 0, side, faded=False), heated]
+        pairs.append(row if without is None else [*row, _without(ex, picture, (grid, box), layout, without)])
+    return pairs
+
+
+def _token_note(ex: Scores, token: int, method: str, heads: int, lowest: float, without: Tensor | None) -> str:
+    """Return the caption of one token's maps."""
+    note = _note(ex, method, heads)
+    if without is not None:
+        count = sum(int(torch.isin(layout.positions, without).sum()) for layout in ex.layout.images)
+        note += f" On the right, {count} patches are left out (crossed), and the scale is that of the others."
+    if lowest < 0:
+        note += f" Negative parts (down to {lowest:.3g}) are not drawn."
+    if method == ALIGNMENT:
+        found = ex.box_weights(token)
+        note += f" The detector looks for \u201c{found.query}\u201d; drawn are the five boxes of largest weight."
+        note += f" Note: {found.note}." if found.note else ""
+    return note
 
 
 def _without(
@@ -154,6 +184,8 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
         [token_map(ex, token, method, heads, i)[:2] for i in range(len(layouts))] for token in range(len(ex.tokens))
     ]
     top = max(float(grid.max()) for grids in maps for grid, _ in grids)
+    if ex.layout.videos:
+        return _video_sheet(ex, maps, top, method, heads)
     entries = [(overlay(p, np.zeros((1, 1)), (0, 0, 1, 1), 0, side, faded=False), "the image", "") for p in ex.images]
     for index, (token, grids) in enumerate(zip(ex.labels, maps, strict=True)):
         check = ex.verified(index, method, heads)
@@ -190,6 +222,31 @@ def draw_sheet(ex: Scores, heads: int = 10, method: str = "logprob") -> Image.Im
     right = MARGIN + across * (side + MARGIN)
     color_bar(sheet, draw, (right, head_height, right + 20, head_height + entries[0][0].height), top)
     text.put(sheet, foot, head_height + rows * tall)
+    return sheet
+
+
+def _video_sheet(
+    ex: Scores, maps: list[list[tuple[np.ndarray, Box]]], top: float, method: str, heads: int
+) -> Image.Image:
+    """Draw the maps of all tokens of an answer about a video, with the question above and the colour bar beside."""
+    notes = []
+    for index, grids in enumerate(maps):
+        check = ex.verified(index, method, heads)
+        notes.append(
+            f"up to {max(float(grid.max()) for grid, _ in grids):.2f}" + ("" if check is None else f", {check.verdict}")
+        )
+    body = draw_video_sheet(ex, [[grid for grid, _ in grids] for grids in maps], top, notes)
+    bar, width = 80, max(body.width, 520) + 2 * MARGIN + 80
+    text = Text(width - 2 * MARGIN)
+    lines = [*text.wrap(f"Question: {ex.prompt}", 18, INK), *text.wrap(f"Answer: {ex.text}", 18, INK)]
+    foot = text.wrap(_note(ex, method, heads) + " Shares are those of the whole map of a word.", 14, FAINT)
+    head = sum(line.height for line in lines) + 2 * MARGIN
+    sheet = Image.new("RGB", (width, head + body.height + sum(line.height for line in foot) + MARGIN), PAPER)
+    text.put(sheet, lines, MARGIN)
+    sheet.paste(body, (MARGIN, head))
+    right = width - MARGIN - bar + 14
+    color_bar(sheet, ImageDraw.Draw(sheet), (right, head, right + 20, head + min(220, body.height)), top)
+    text.put(sheet, foot, head + body.height)
     return sheet
 
 

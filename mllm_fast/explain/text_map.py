@@ -87,7 +87,7 @@ def text_map(scores: Scores, token: int, heads: Heads) -> TextMap:
     values = scores.position_scores(token, heads).sum(0)
     places = text_positions(scores, token)
     names: dict[int, str] = {}
-    for name in ("system", "query", "generated"):
+    for name in _text_segments(scores):
         names |= dict.fromkeys(scores.layout.positions(name).tolist(), name)
     return TextMap(
         scores.labels[token],
@@ -103,9 +103,13 @@ def text_map(scores: Scores, token: int, heads: Heads) -> TextMap:
 def text_positions(scores: Scores, token: int) -> Tensor:
     """Return the positions of the text tokens that an answer's token could see, int64, ascending."""
     row = scores.trace.rows[token]
-    names = ("system", "query", "generated")
-    places = torch.cat([scores.layout.positions(name) for name in names]).sort().values
+    places = torch.cat([scores.layout.positions(name) for name in _text_segments(scores)]).sort().values
     return places[places <= row]
+
+
+def _text_segments(scores: Scores) -> list[str]:
+    """Return the segments of text; "timestamp" is one of them beside videos."""
+    return ["system", *(["timestamp"] if scores.layout.videos else []), "query", "generated"]
 
 
 def words_at(scores: Scores, places: Tensor) -> list[str]:

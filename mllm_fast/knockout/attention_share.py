@@ -8,11 +8,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..core.errors import InputError
 from ..core.layout import TokenLayout
 from ..core.split import Split
 
 TYPES = ("system", "image", "image_separator", "query", "generated")
+VIDEO_TYPES = ("system", "image", "image_separator", "timestamp", "query", "generated")
 PAPER_TYPES = ("image_block", "text", "generated")  # marks around images, and the system's tokens, belong to the text
+
+
+def types_of(layouts: Sequence[TokenLayout], what: bool | str) -> tuple[str, ...]:
+    """Return the segments that shares are summed up in.
+
+    Args:
+        layouts: The layout of each sequence of the batch.
+        what: True for all kinds of tokens, "paper" for those of arXiv 2411.17491, "moments" for True's with each image,
+            or moment of a video, by itself.
+
+    Raises:
+        InputError: `what` is something else, or the sequences have different numbers of images.
+    """
+    if what not in (True, "paper", "moments"):
+        raise InputError(f'attention_share is True, False, "paper" or "moments", got {what!r}')
+    if what == "paper":
+        return PAPER_TYPES
+    types = VIDEO_TYPES if any(layout.videos for layout in layouts) else TYPES
+    if what is True:
+        return types
+    counts = {len(layout.images) for layout in layouts}
+    if len(counts) != 1 or counts == {0}:
+        raise InputError(
+            f'attention_share="moments" needs as many images and moments in every prompt, got {sorted(counts)}'
+        )
+    each = tuple(f"image:{i}" for i in range(counts.pop()))
+    return (types[0], *each, *types[2:])
 
 
 class AttentionObserver(Protocol):
@@ -44,7 +73,7 @@ class AttentionShares:
         padding: The left padding of each sequence.
         num_layers: How many layers the model has.
         site_layers: The layer of each attention site; by default every layer has one.
-        types: The segments to sum up, `TYPES` or `PAPER_TYPES`.
+        types: The segments to sum up, see `types_of`.
         split: What each process holds of a model that is split over processes.
     """
 
@@ -59,13 +88,14 @@ class AttentionShares:
     ):
         self._split = split
         self._names = tuple(types)
-        self._image = next(i for i, name in enumerate(types) if name in ("image", "image_block"))
+        self._image = next(i for i, name in enumerate(types) if name.startswith("image"))
         self.prompt_length = max(layout.prompt_length + pad for layout, pad in zip(layouts, padding, strict=True))
         made = torch.full((len(layouts), self.prompt_length), self._names.index("generated"))
         self._types = {made.device: made}  # by the device of the layers
         for row, layout, pad in zip(made, layouts, padding, strict=True):
             for i, name in enumerate(self._names[:-1]):
-                row[layout.positions(name) + pad] = i
+                if name != "timestamp" or layout.videos:
+                    row[layout.positions(name) + pad] = i
         self._separators = any(len(layout.separators) for layout in layouts)
         self._num_layers = num_layers
         self._site_layers = tuple(range(num_layers)) if site_layers is None else tuple(site_layers)
