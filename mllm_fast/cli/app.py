@@ -16,31 +16,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from .. import __version__
 from ..core.assets import EMBEDDED
 from ..core.errors import InputError
 from ..core.images import MAX_PIXELS
 from ..core.plugins import load_plugins
+from ..core.video import MAX_FRAMES
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from . import coco, context, convert, detect, evaluate, joint, machine, serve
 from .config import defaults
+from .explained import print_explanation, print_sinks
 from .options import (
     OUT,
+    AsImages,
     Backend,
     Block,
     Device,
     Dtype,
+    Fps,
+    Frames,
     Images,
     Json,
     Layers,
+    MaxFrames,
     MaxPixels,
     Model,
     NewTokens,
     Prefix,
     Question,
     Raw,
+    Reading,
     Tp,
     ZeroInputs,
     inputs,
@@ -129,7 +135,10 @@ def explain(  # long: the options of a command are its parameters
     ctx: typer.Context,
     images: Images = None,
     question: Question = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write .png, .html, .json or .safetensors; of a video also .webp or .mp4."),
+    ] = None,
     token: Annotated[str | None, typer.Option(help="The word to explain, by its text or its index.")] = None,
     answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
     prefix: Prefix = None,
@@ -180,6 +189,10 @@ def explain(  # long: the options of a command are its parameters
     dtype: Dtype = None,
     backend: Backend = "auto",
     tp: Tp = None,
+    fps: Fps = None,
+    frames: Frames = None,
+    frames_as_images: AsImages = False,
+    max_frames: MaxFrames = MAX_FRAMES,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -203,7 +216,7 @@ def explain(  # long: the options of a command are its parameters
         check_target(out, ENDINGS)
     if patch_words and (out is None or out.suffix.lower() != ".html"):
         raise InputError("--patch-words belong to a page: give --out, a .html")
-    pictures, prompt = inputs(images, question)
+    pictures, prompt = inputs(images, question, Reading(fps, frames, frames_as_images, max_frames), model)
     rules = _rules(block, layers, zero_inputs)
     options: dict[str, Any] = {"final_norm": final_norm, "knockout": rules, "prefix": prefix, "chat_template": not raw}
     if joint is None:
@@ -232,9 +245,9 @@ def explain(  # long: the options of a command are its parameters
         result["saved"] = None if out is None else str(out)
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        _print_explanation(ex, chosen, method)
+        print_explanation(ex, chosen, method)
         tell_cut([ex])
-        _print_sinks(found)
+        print_sinks(found)
         lenses.show(OUT)
         if out is not None:
             OUT.print(f"saved {escape(str(out))}", highlight=False)
@@ -253,13 +266,6 @@ def _save(ex: Explanation, out: Path, what: tuple[int | None, str, bool], withou
     ex.save(out, *what, without=without if out.suffix.lower() == ".png" else None)
 
 
-def _print_sinks(found: Tensor | None) -> None:
-    from ..knockout.rule import spans
-
-    if found is not None:
-        OUT.print(f"attention sinks: positions {spans(found.tolist())}" if len(found) else "no attention sinks")
-
-
 def generate(
     images: Images = None,
     question: Question = None,
@@ -274,11 +280,16 @@ def generate(
     dtype: Dtype = None,
     backend: Backend = "auto",
     tp: Tp = None,
+    fps: Fps = None,
+    frames: Frames = None,
+    frames_as_images: AsImages = False,
+    max_frames: MaxFrames = MAX_FRAMES,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
     """Answer a question about an image."""
-    pictures, prompt = inputs(images, question)
+    reading = Reading(fps, frames, frames_as_images, max_frames)
+    pictures, prompt = inputs(images, question, reading, model)
     rules = _rules(block, layers, zero_inputs)
     vlm = load(model, device, dtype, max_pixels, backend, tp)
     with progress("generating"):
@@ -313,6 +324,10 @@ def knockout(
     dtype: Dtype = None,
     backend: Backend = "auto",
     tp: Tp = None,
+    fps: Fps = None,
+    frames: Frames = None,
+    frames_as_images: AsImages = False,
+    max_frames: MaxFrames = MAX_FRAMES,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -326,7 +341,8 @@ def knockout(
 
     if out is not None:
         knockout_report.check_chart(out)
-    pictures, prompt = inputs(images, question)
+    reading = Reading(fps, frames, frames_as_images, max_frames)
+    pictures, prompt = inputs(images, question, reading, model)
     compared = configurations(_rules(block, layers, zero_inputs), layers, zero_inputs)
     vlm = load(model, device, dtype, max_pixels, backend, tp)
     rows = []
@@ -358,52 +374,6 @@ def _index_or_word(token: str) -> int | str:
         return int(token)
     except ValueError:
         return token
-
-
-def _print_explanation(ex: Explanation, chosen: int | None, method: str) -> None:
-    from ..explain.registry import map_name
-    from ..explain.verification import fall
-
-    OUT.print(f"[bold]question[/] {escape(ex.prompt)}", highlight=False)
-    OUT.print(f"[bold]answer[/]   {escape(ex.text)}", highlight=False)
-    table = Table(title="what made the model say each word", title_justify="left", title_style="bold")
-    table.add_column("token")
-    table.add_column("best heads: layer.head, increase of log p")
-    of_map = "" if method == DEFAULT else f" of {map_name(method)}"
-    table.add_column(f"best patch{of_map}, pixels", justify="right")
-    if ex.verification:
-        table.add_column("check: log p falls without these patches")
-    for i in range(len(ex.tokens)) if chosen is None else [chosen]:
-        heads = "  ".join(f"{layer}.{head} {score:+.2f}" for layer, head, score in ex.top_heads(i, 4))
-        row = [escape(ex.labels[i]), heads, _best_patch(ex, i, method)]
-        check = ex.verified(i, method)
-        if check is not None:
-            random = sum(check.random) / len(check.random)
-            falls = f"{fall(check.top)}, random {fall(random)}, lowest {fall(check.lowest)}"
-            color = {"holds": "green", "fails": "red", "open": "dim"}[check.verdict]
-            row.append(f"{falls}: [{color}]{check.verdict}[/]")
-        table.add_row(*row)
-    OUT.print(table, highlight=False)
-    if any(check.verdict == "fails" for check in ex.verification):
-        OUT.print("A map fails: knocking out other patches hurts its word as much.", style="red", highlight=False)
-
-
-def _best_patch(ex: Explanation, token: int, method: str) -> str:
-    """Return the patch where the map is highest, as "x 12-20, y 40-48" in pixels."""
-    best, words = float("-inf"), ""
-    for i, layout in enumerate(ex.layout.images):
-        grid = ex.heatmap(token, method, image=i)
-        if float(grid.max()) <= best:
-            continue
-        best = float(grid.max())
-        rows, cols = grid.shape
-        row, col = divmod(int(grid.argmax()), cols)
-        left, top, right, bottom = layout.box
-        x, y = (right - left) / cols, (bottom - top) / rows
-        words = f"x {left + col * x:.0f}-{left + (col + 1) * x:.0f}, y {top + row * y:.0f}-{top + (row + 1) * y:.0f}"
-        if len(ex.images) > 1:
-            words = f"image {i}: {words}"
-    return words
 
 
 _COMMANDS: tuple[Any, ...] = (

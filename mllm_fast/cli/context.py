@@ -17,18 +17,24 @@ from ..context.registry import PRUNING_SCORES
 from ..core.errors import InputError, check_choice
 from ..core.images import MAX_PIXELS
 from ..core.keep import parse_keep
+from ..core.video import MAX_FRAMES
 from .options import (
     ERR,
     OUT,
+    AsImages,
     Backend,
     ContextModel,
     Device,
     Dtype,
+    Fps,
+    Frames,
     Images,
     Json,
+    MaxFrames,
     MaxPixels,
     Model,
     NewTokens,
+    Reading,
     Tp,
     inputs,
     load,
@@ -56,6 +62,9 @@ def compress(  # long: the options of a command are its parameters
         str, typer.Option(help=f"What an image token is kept for: {', '.join(PRUNING_SCORES)}.")
     ] = "generated",
     parts: Annotated[str, typer.Option(help="What is kept: query+image, query or image.")] = "query+image",
+    budget: Annotated[
+        str, typer.Option(help="What --keep is a share of: all image tokens, or those of each frame.")
+    ] = "all",
     storage: Annotated[
         str, typer.Option(help="How the file stores numbers: full, or int8 at a quarter of the size.")
     ] = "full",
@@ -65,6 +74,10 @@ def compress(  # long: the options of a command are its parameters
     dtype: Dtype = None,
     backend: Backend = "auto",
     tp: Tp = None,
+    fps: Fps = None,
+    frames: Frames = None,
+    frames_as_images: AsImages = False,
+    max_frames: MaxFrames = MAX_FRAMES,
     max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
@@ -79,10 +92,10 @@ def compress(  # long: the options of a command are its parameters
     check_target(out, ENDINGS)
     share = parse_keep(keep)
     check_choice("--storage", storage, STORAGES)
-    pictures, _ = inputs(images, prompt)
+    pictures, _ = inputs(images, prompt, Reading(fps, frames, frames_as_images, max_frames), model)
     vlm = load(model, device, dtype, max_pixels, backend, tp)
     with progress("reading the image"):
-        ctx = vlm.compress(pictures, share, prompt, score, parts=parts, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
+        ctx = vlm.compress(pictures, share, prompt, score, parts=parts, budget=budget, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         errors = ctx.save(out, storage)
     facts = {
         "saved": str(out),

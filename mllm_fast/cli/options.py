@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..core.assets import EMBEDDED, SAMPLE
+from ..core.assets import EMBEDDED, EMBEDDED_VIDEO, SAMPLE, SAMPLE_VIDEO
 from ..core.errors import InputError
+from ..core.video import MAX_FRAMES, Video, is_video
 from .config import MODEL_VARIABLE
 from .ranks import divided
 
@@ -19,19 +20,74 @@ if TYPE_CHECKING:
     from ..joint.model import JointModel
     from ..vlm import VLM
 
+_ANIMATED = (".gif", ".webp", ".png")
 _SAMPLE_QUESTION = "What color is the star?"
-_QUESTION = "Describe the image."
+_SAMPLE_VIDEO_QUESTION = "What color is the star at the end?"
+_QUESTION, _VIDEO_QUESTION = "Describe the image.", "Describe the video."
 OUT = Console()
 ERR = Console(stderr=True)
 
+
+class Reading(NamedTuple):
+    """Which frames of videos are read; see `Video`."""
+
+    fps: float | None = None
+    frames: int | None = None
+    as_images: bool = False
+    most: int = MAX_FRAMES
+
+    def of(self, names: Sequence[str], every: bool = False) -> list[Any]:
+        """Return files and URLs as they are, and videos as `Video`s.
+
+        Args:
+            names: The files and URLs.
+            every: Whether all of them are videos; animated pictures are if frames are chosen.
+
+        Raises:
+            InputError: Frames are chosen, and there is no video.
+        """
+        chosen = self != Reading()
+        animated = every or (chosen and not any(map(is_video, names)))
+        if animated and not every and not all(name.lower().endswith(_ANIMATED) for name in names):
+            raise InputError("--fps, --frames, --max-frames and --frames-as-images are of videos, and none is given")
+        return [
+            Video(name, self.fps, self.frames, as_images=self.as_images or None, max_frames=self.most)
+            if animated or is_video(name)
+            else name
+            for name in names
+        ]
+
+
 Images = Annotated[
     list[str] | None,
-    typer.Argument(metavar="IMAGE", help="The images of one prompt, files or URLs; the sample image if there is none."),
+    typer.Argument(
+        metavar="IMAGE",
+        help="The images and videos of one prompt, files or URLs; the sample image if there is none.",
+    ),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        help="How many frames are read of a video (or of an animated picture); by default what the model's processor"
+        " says, or 8.",
+        show_default=False,
+    ),
+]
+Fps = Annotated[float | None, typer.Option("--fps", help="How many frames a second are read.", show_default=False)]
+AsImages = Annotated[
+    bool,
+    typer.Option(
+        "--frames-as-images", help="Read each frame as an image, as models without a video processor do anyway."
+    ),
+]
+MaxFrames = Annotated[int, typer.Option("--max-frames", help="The most frames that are read of a video.")]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
 Model = Annotated[
     str,
-    typer.Option(envvar=MODEL_VARIABLE, help="The model: 'shapes' (the embedded one), a folder, or a hub id."),
+    typer.Option(
+        envvar=MODEL_VARIABLE, help="The model: 'shapes' (the embedded one; 'clips' for videos), a folder, or a hub id."
+    ),
 ]
 ContextModel = Annotated[
     str | None,
@@ -88,11 +144,28 @@ ZeroInputs = Annotated[
 MaxPixels = Annotated[int, typer.Option(help="The largest image that is read, in pixels.")]
 
 
-def inputs(images: list[str] | None, question: str | None) -> tuple[list[str], str]:
-    """Return the images and the prompt, with defaults: the sample image and a question about it."""
+def inputs(
+    images: list[str] | None, question: str | None, frames: Reading | None = None, model: str = EMBEDDED
+) -> tuple[list[Any], str]:
+    """Return the images and videos and the prompt, with defaults: the sample and a question about it.
+
+    Args:
+        images: The files and URLs.
+        question: The prompt.
+        frames: Which frames of videos are read.
+        model: The model: that for videos has a sample of its own.
+
+    Raises:
+        InputError: Frames are chosen, and there is no video.
+    """
+    frames = frames or Reading()
     if not images:
-        return [str(SAMPLE)], _SAMPLE_QUESTION if question is None else question
-    return images, _QUESTION if question is None else question
+        clips = model == EMBEDDED_VIDEO
+        asked = (_SAMPLE_VIDEO_QUESTION if clips else _SAMPLE_QUESTION) if question is None else question
+        return frames.of([str(SAMPLE_VIDEO if clips else SAMPLE)], clips), asked
+    found = frames.of(images)
+    usual = _VIDEO_QUESTION if any(isinstance(one, Video) for one in found) else _QUESTION
+    return found, usual if question is None else question
 
 
 def tell_cut(answers: Sequence[Any]) -> None:
@@ -137,7 +210,7 @@ def tell_embedded(name: str, option: str = "--model") -> None:
         name: The name of the model that answered.
         option: The option that gives another one.
     """
-    if name == EMBEDDED:
+    if name in (EMBEDDED, EMBEDDED_VIDEO):
         ERR.print(embedded_note(option), style="dim", highlight=False, soft_wrap=True)
 
 
@@ -178,7 +251,7 @@ def loading(*names: str) -> Iterator[None]:
     stays, since a status that moves would overwrite them.
     """
     what = f"loading {' and '.join(dict.fromkeys(names))}"
-    if ERR.is_terminal and set(names) != {EMBEDDED}:
+    if ERR.is_terminal and not set(names) <= {EMBEDDED, EMBEDDED_VIDEO}:
         ERR.print(escape(what), style="dim", highlight=False, soft_wrap=True)
         yield
     else:

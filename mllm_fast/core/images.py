@@ -106,7 +106,7 @@ def _of_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
         if not name or not os.path.isfile(name):
             raise InputError("the image was closed before it was read; open it again, or call its `load` before")
         return _opened(Path(name), str(name), max_pixels)
-    with _reading("the image", None):
+    with reading("the image", None):
         return to_rgb(checked)
 
 
@@ -119,7 +119,7 @@ def image_size(file: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     if isinstance(file, Image.Image):
         return _checked(file, "the image", max_pixels).size
     if isinstance(file, bytes):
-        with _reading("the image", _FROM_BYTES), Image.open(io.BytesIO(file), formats=_FROM_BYTES) as image:
+        with reading("the image", _FROM_BYTES), Image.open(io.BytesIO(file), formats=_FROM_BYTES) as image:
             return _checked(image, "the image", max_pixels).size
     return load_image(file, max_pixels).size
 
@@ -130,7 +130,7 @@ def stored_orientation(path: Path) -> tuple[tuple[int, int], int]:
     Raises:
         InputError: The file is no image.
     """
-    with _reading(str(path), None), Image.open(path) as image:
+    with reading(str(path), None), Image.open(path) as image:
         return image.size, min(8, max(1, _orientation(image)))
 
 
@@ -146,17 +146,17 @@ def check_file(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> No
     Raises:
         InputError: The file is no image in a format that Pillow reads safely, or has too many pixels.
     """
-    with _reading("the image", _FROM_BYTES), Image.open(path, formats=_FROM_BYTES) as image:
+    with reading("the image", _FROM_BYTES), Image.open(path, formats=_FROM_BYTES) as image:
         _checked(image, "the image", max_pixels)
 
 
 def _opened(file: Path | io.BytesIO, name: str, max_pixels: int, formats: tuple[str, ...] | None = None) -> Image.Image:
-    with _reading(name, formats), Image.open(file, formats=formats) as image:
+    with reading(name, formats), Image.open(file, formats=formats) as image:
         return to_rgb(_checked(image, name, max_pixels))
 
 
 @contextmanager
-def _reading(name: str, formats: tuple[str, ...] | None) -> Iterator[None]:
+def reading(name: str, formats: tuple[str, ...] | None) -> Iterator[None]:
     """Turn the exceptions of Pillow's readers inside the block into an InputError, and keep its warnings quiet.
 
     Pillow warns of damaged metadata, which is no fault of the pixels.

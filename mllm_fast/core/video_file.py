@@ -1,4 +1,7 @@
-"""Frames of video files, decoded by PyAV: the chosen ones alone, each with the time at which the file shows it."""
+"""Frames of video files, decoded by PyAV: the chosen ones alone, each with the time at which the file shows it.
+
+Animated pictures are read by Pillow.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from .animated_images import is_animated, read_animation
 from .errors import InputError, first_line
 from .extras import install_command
 from .image_urls import is_url, url_bytes
@@ -35,15 +39,19 @@ class _Times(NamedTuple):
 
 def read_frames(video: Video, sampler: Sampler, max_pixels: int) -> LoadedVideo:
     """Read the chosen frames of a file; see `load_video`."""
+    name = source_name(video.source)
+    source = _opened(video.source)
+    if is_animated(_beginning(source)):
+        return read_animation(
+            video, source.removeprefix("file:") if isinstance(source, str) else source, name, sampler, max_pixels
+        )
     try:
         import av
     except ImportError:
         raise InputError(
             f"a video file is read with PyAV: {install_command('video')}, or give the frames as a list of images"
         ) from None
-    name = source_name(video.source)
     with _reading(name, av):
-        source = _opened(video.source)
         with _stream(av, source, name) as (container, stream):
             times = _times(container, stream, name)
             total, rate, unit = len(times.shown), _rate(stream, times), stream.time_base
@@ -62,7 +70,7 @@ def read_frames(video: Video, sampler: Sampler, max_pixels: int) -> LoadedVideo:
     return LoadedVideo(tuple(frames), tuple(picks), seconds, total, total / rate)
 
 
-def _opened(source: Any) -> Any:
+def _opened(source: Any) -> str | io.BytesIO:
     """Return what PyAV opens: a path, or a file in memory."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(bytes(source))
@@ -81,6 +89,17 @@ def _opened(source: Any) -> Any:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; give a video")
     return f"file:{path}"  # a name with a colon would otherwise be read as a protocol
+
+
+def _beginning(source: str | io.BytesIO) -> bytes:
+    """Return the first bytes of a file."""
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:16]
+    try:
+        with open(source.removeprefix("file:"), "rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise InputError(f"{source.removeprefix('file:')}: cannot be read ({first_line(error)})") from None
 
 
 @contextmanager

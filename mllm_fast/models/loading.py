@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..core.assets import EMBEDDED, SHAPES_JOINT, SHAPES_WEIGHTS
+from ..core.assets import CLIPS_WEIGHTS, EMBEDDED, EMBEDDED_VIDEO, SHAPES_JOINT, SHAPES_WEIGHTS
 from ..core.errors import InputError, first_line
 from ..core.extras import install_command
 from .architectures import ARCHITECTURES, check_vision
@@ -68,10 +68,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def model_folder(name: str) -> str:
-    """Return the folder of the embedded model for its name, and any other name unchanged ("./shapes" is a folder)."""
-    if name == EMBEDDED:
-        return str(SHAPES_WEIGHTS)
-    return name
+    """Return the folder of an embedded model for its name, and any other name unchanged ("./shapes" is a folder)."""
+    return str({EMBEDDED: SHAPES_WEIGHTS, EMBEDDED_VIDEO: CLIPS_WEIGHTS}.get(name, name))
 
 
 def load_pretrained(
@@ -188,7 +186,8 @@ def shows_bars(name: str, progress: bool | None) -> bool:
         progress: Whether the caller wants them; None shows them if a person sees stderr: in a terminal, an interactive
             Python or a notebook.
     """
-    embedded = name == EMBEDDED or {SHAPES_WEIGHTS, SHAPES_JOINT} & {Path(name), Path(name).parent}
+    folders = {SHAPES_WEIGHTS, SHAPES_JOINT, CLIPS_WEIGHTS}
+    embedded = name in (EMBEDDED, EMBEDDED_VIDEO) or folders & {Path(name), Path(name).parent}
     if embedded or progress is not None:
         return bool(progress and not embedded)
     return sys.stderr.isatty() or hasattr(sys, "ps1")

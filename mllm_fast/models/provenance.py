@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.assets import EMBEDDED, SHAPES_WEIGHTS
+from ..core.assets import CLIPS_WEIGHTS, EMBEDDED, EMBEDDED_VIDEO, SHAPES_WEIGHTS
 from .fingerprint import fingerprint
 from .offload import device_of
 
@@ -24,8 +24,9 @@ def model_name(model: Any) -> str:
     It is "shapes" for the embedded one, a whole path for a folder, and "" for one that was not loaded by name.
     """
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    if name and Path(name) == SHAPES_WEIGHTS:
-        return EMBEDDED
+    for folder, embedded in ((SHAPES_WEIGHTS, EMBEDDED), (CLIPS_WEIGHTS, EMBEDDED_VIDEO)):
+        if name and Path(name) == folder:
+            return embedded
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 

@@ -1,0 +1,49 @@
+"""Frames of animated pictures (GIF, WebP, PNG), which Pillow reads: videos that need no other library."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from PIL import Image
+
+from .images import reading, to_rgb
+from .video import LoadedVideo, Sampler, Video, check_size, chosen
+
+FORMATS = ("GIF", "WEBP", "PNG")
+_BEGINNINGS = (b"GIF8", b"RIFF", b"\x89PNG")
+_SHOWN = 100.0  # milliseconds that a frame is shown where the file does not say so
+
+
+def is_animated(beginning: bytes) -> bool:
+    """Return whether a file may be an animated picture, by its first bytes; RIFF holds AVI films as well."""
+    return beginning.startswith(_BEGINNINGS) and beginning[8:12] != b"AVI "
+
+
+def read_animation(video: Video, file: str | io.BytesIO, name: str, sampler: Sampler, max_pixels: int) -> LoadedVideo:
+    """Read the chosen frames of an animated picture; a still one has one frame.
+
+    Raises:
+        InputError: The file is damaged, or has too many frames or pixels.
+    """
+    with reading(name, FORMATS), Image.open(file, formats=FORMATS) as image:
+        total = int(getattr(image, "n_frames", 1))
+        check_size(image.size, 1, max_pixels)
+        begins, at = [], 0.0
+        for number in range(total):
+            image.seek(number)
+            begins.append(at / 1000)
+            at += _milliseconds(image)
+        rate = 1000 * total / at
+        picks = chosen(video, total, rate, sampler)
+        check_size(image.size, len(picks), max_pixels)
+        frames = []
+        for pick in picks:
+            image.seek(pick)
+            frames.append(to_rgb(image.copy()))
+    return LoadedVideo(tuple(frames), tuple(picks), tuple(begins[pick] for pick in picks), total, at / 1000)
+
+
+def _milliseconds(image: Any) -> float:
+    found = image.info.get("duration")
+    return float(found) if isinstance(found, (int, float)) and found > 0 else _SHOWN
