@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, check_choice
 from ..core.keep import parse_keep
-from ..core.video import LoadedVideo
+from ..core.video import LoadedVideo, Video
 from ..models.fingerprint import fingerprint
 from ..models.media import clips, parts_of
 from ..runtime.hooks import model_lock
@@ -295,6 +295,9 @@ def pictures_digest(pictures: list[Any], tenant: str = "") -> str:
     digest = hashlib.sha256(tenant_digest(tenant).encode())
     for picture in pictures:
         frames = [picture]
+        if isinstance(picture, Video):  # not read yet: who shares requests out by their pictures
+            digest.update(f"file {picture.num_frames} {picture.fps} ".encode() + bytes(picture.source))
+            continue
         if isinstance(picture, LoadedVideo):
             frames = list(picture.frames)
             digest.update(f"video {picture.indices} {picture.seconds} {picture.duration} {picture.as_images} ".encode())

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from .images import reading, to_rgb
-from .video import LoadedVideo, Sampler, Video, check_size, chosen
+from .video import LoadedVideo, PixelLimits, Sampler, Video, check_size, chosen
 
 FORMATS = ("GIF", "WEBP", "PNG")
 _BEGINNINGS = (b"GIF8", b"RIFF", b"\x89PNG")
@@ -20,7 +20,9 @@ def is_animated(beginning: bytes) -> bool:
     return beginning.startswith(_BEGINNINGS) and beginning[8:12] != b"AVI "
 
 
-def read_animation(video: Video, file: str | io.BytesIO, name: str, sampler: Sampler, max_pixels: int) -> LoadedVideo:
+def read_animation(
+    video: Video, file: str | io.BytesIO, name: str, sampler: Sampler, limits: PixelLimits
+) -> LoadedVideo:
     """Read the chosen frames of an animated picture; a still one has one frame.
 
     Raises:
@@ -28,7 +30,7 @@ def read_animation(video: Video, file: str | io.BytesIO, name: str, sampler: Sam
     """
     with reading(name, FORMATS), Image.open(file, formats=FORMATS) as image:
         total = int(getattr(image, "n_frames", 1))
-        check_size(image.size, 1, max_pixels)
+        check_size(image.size, 1, limits)
         begins, at = [], 0.0
         for number in range(total):
             image.seek(number)
@@ -36,7 +38,7 @@ def read_animation(video: Video, file: str | io.BytesIO, name: str, sampler: Sam
             at += _milliseconds(image)
         rate = 1000 * total / at
         picks = chosen(video, total, rate, sampler)
-        check_size(image.size, len(picks), max_pixels)
+        check_size(image.size, len(picks), limits)
         frames = []
         for pick in picks:
             image.seek(pick)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,7 +19,6 @@ from .moments import Moment
 MAX_FRAMES = 768  # callers can raise this limit
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".3gp")
 DEFAULT_FRAMES = 8  # how many are read where neither the caller nor the model's processor says so
-_PIXELS_IN_ALL = 20  # times the limit for one image: what the frames of one video may have together
 
 Sampler = Callable[[int, float, "int | None", "float | None"], Sequence[int]]
 """Chooses frames: from how many there are, their rate, and how many, or how many a second, are wanted."""
@@ -103,6 +102,13 @@ class LoadedVideo:
         return Moment(video, tuple(self.indices[i] for i in those), ends, bool(self.as_images))
 
 
+class PixelLimits(NamedTuple):
+    """How many pixels a frame, and all frames together, may have."""
+
+    frame: int
+    in_all: int
+
+
 def is_video(source: Any) -> bool:
     """Return whether a source is a video: a `Video`, a loaded one, or a path or URL that ends like one."""
     if isinstance(source, (Video, LoadedVideo)):
@@ -150,13 +156,13 @@ def check_frames(video: Video, count: int) -> None:
         )
 
 
-def check_size(size: tuple[int, int], count: int, max_pixels: int) -> None:
+def check_size(size: tuple[int, int], count: int, limits: PixelLimits) -> None:
     """Raise InputError if frames, each or together, have too many pixels."""
     width, height = size
-    limit, got = max_pixels, width * height
+    limit, got = limits.frame, width * height
     what = "a frame of the video has"
-    if got <= max_pixels:
-        limit, got, what = max_pixels * _PIXELS_IN_ALL, got * count, f"the {count} frames of the video have"
+    if got <= limit:
+        limit, got, what = limits.in_all, got * count, f"the {count} frames of the video have"
     if got > limit:
         raise InputError(
             f"{what} {got:,} pixels ({width} x {height} each), the limit is {limit:,}; read fewer frames, make them"

@@ -20,8 +20,17 @@ from .errors import InputError, first_line
 from .extras import install_command
 from .image_urls import is_url, url_bytes
 from .images import file_content
-from .video import LoadedVideo, Sampler, Video, check_size, chosen, source_name
+from .video import LoadedVideo, PixelLimits, Sampler, Video, check_size, chosen, source_name
 
+_FORMATS = (
+    (4, b"ftyp", "mov"),
+    (4, b"moov", "mov"),
+    (4, b"mdat", "mov"),
+    (4, b"wide", "mov"),
+    (0, b"\x1a\x45\xdf\xa3", "matroska"),
+    (8, b"AVI ", "avi"),
+    (0, b"FLV", "flv"),
+)
 _MAX_FRAMES = 10_000_000  # of a file, whose times are read before frames are chosen
 
 
@@ -37,13 +46,13 @@ class _Times(NamedTuple):
     keys: list[int]
 
 
-def read_frames(video: Video, sampler: Sampler, max_pixels: int) -> LoadedVideo:
+def read_frames(video: Video, sampler: Sampler, limits: PixelLimits) -> LoadedVideo:
     """Read the chosen frames of a file; see `load_video`."""
     name = source_name(video.source)
     source = _opened(video.source)
     if is_animated(_beginning(source)):
         return read_animation(
-            video, source.removeprefix("file:") if isinstance(source, str) else source, name, sampler, max_pixels
+            video, source.removeprefix("file:") if isinstance(source, str) else source, name, sampler, limits
         )
     try:
         import av
@@ -56,11 +65,11 @@ def read_frames(video: Video, sampler: Sampler, max_pixels: int) -> LoadedVideo:
             times = _times(container, stream, name)
             total, rate, unit = len(times.shown), _rate(stream, times), stream.time_base
             picks = chosen(video, total, rate, sampler)
-            check_size((stream.width, stream.height), len(picks), max_pixels)
-            frames = _decoded(container, stream, times, picks, jumps=True)
+            check_size((stream.width, stream.height), len(picks), limits)
+            frames = _decoded(container, stream, times, picks, limits, jumps=True)
         if len(frames) < len(picks):  # some formats do not jump to where they should
             with _stream(av, source, name) as (container, stream):
-                frames = _decoded(container, stream, times, picks, jumps=False)
+                frames = _decoded(container, stream, times, picks, limits, jumps=False)
     if len(frames) < len(picks):
         raise InputError(
             f"{name}: frame {picks[len(frames)]} cannot be decoded; the video is damaged or truncated: convert it"
@@ -102,12 +111,27 @@ def _beginning(source: str | io.BytesIO) -> bytes:
         raise InputError(f"{source.removeprefix('file:')}: cannot be read ({first_line(error)})") from None
 
 
+def _format(beginning: bytes, name: str) -> str:
+    """Return FFmpeg's name of a file's format.
+
+    Raises:
+        InputError: It is none of those that are read from memory.
+    """
+    for at, mark, found in _FORMATS:
+        if beginning[at : at + len(mark)] == mark:
+            return found
+    raise InputError(f"{name}: not a video in MP4, MOV, WebM, Matroska, AVI or FLV, nor an animated picture")
+
+
 @contextmanager
 def _stream(av: Any, source: Any, name: str) -> Iterator[tuple[Any, Any]]:
     """Open a file, and give its container and its first video stream."""
+    # playlists and the like name other files and hosts: none is opened, and a file in memory is what it begins as
+    options: dict[str, Any] = {"options": {"protocol_whitelist": "file"}}
     if isinstance(source, io.BytesIO):
         source.seek(0)
-    with av.open(source, metadata_errors="ignore") as container:
+        options["format"] = _format(source.getvalue()[:16], name)
+    with av.open(source, metadata_errors="ignore", **options) as container:
         if not container.streams.video:
             kinds = sorted({stream.type for stream in container.streams})
             raise InputError(f"{name}: holds no video, only {', '.join(kinds) or 'nothing'}; give a video or an image")
@@ -174,12 +198,15 @@ def _rate(stream: Any, times: _Times) -> float:
     return float(stream.average_rate or 24)
 
 
-def _decoded(container: Any, stream: Any, times: _Times, picks: list[int], jumps: bool) -> list[Image.Image]:
+def _decoded(
+    container: Any, stream: Any, times: _Times, picks: list[int], limits: PixelLimits, jumps: bool
+) -> list[Image.Image]:
     """Decode the chosen frames, as many of them as can be.
 
     Args:
         container, stream, times: The file.
         picks: The numbers of the frames.
+        limits: How many pixels they may have; the size may change within a stream.
         jumps: Whether the decoder jumps, between distant ones, to the last frame that it can begin with.
     """
     found: list[Image.Image] = []
@@ -192,8 +219,9 @@ def _decoded(container: Any, stream: Any, times: _Times, picks: list[int], jumps
             container.seek(key, stream=stream)
             frames = _timed(container.decode(stream), times)
         at, frame = next(((time, one) for time, one in frames if time >= wanted), (None, None))
-        if at != wanted:
+        if frame is None or at != wanted:
             return found
+        check_size((frame.width, frame.height), len(picks), limits)
         found.append(_upright(frame))
     return found
 

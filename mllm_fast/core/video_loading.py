@@ -10,18 +10,22 @@ import numpy as np
 from .errors import InputError
 from .image_values import is_tensor
 from .images import MAX_PIXELS, load_image
-from .video import LoadedVideo, Sampler, Video, check_frames, check_size, chosen, spaced
+from .video import LoadedVideo, PixelLimits, Sampler, Video, check_frames, check_size, chosen, spaced
 from .video_file import read_frames
 
+_PIXELS_IN_ALL = 20  # times the limit for one image: what the frames of one video may have together
 
-def load_video(video: Any, sampler: Sampler | None = None, max_pixels: int = MAX_PIXELS) -> LoadedVideo:
+
+def load_video(
+    video: Any, sampler: Sampler | None = None, max_pixels: int = MAX_PIXELS, in_all: int | None = None
+) -> LoadedVideo:
     """Read the frames of a video.
 
     Args:
         video: A `Video`, or its source.
         sampler: Chooses the frames; by default they are evenly spaced, the first and the last one among them.
-        max_pixels: The size of the largest frame that is accepted, in pixels; all frames together may have 20 times as
-            many.
+        max_pixels: The size of the largest frame that is accepted, in pixels.
+        in_all: How many pixels all frames may have together; 20 times `max_pixels` by default.
 
     Raises:
         InputError: The file does not exist, holds no video stream, is damaged or truncated, or has too many frames or
@@ -30,10 +34,11 @@ def load_video(video: Any, sampler: Sampler | None = None, max_pixels: int = MAX
     if isinstance(video, LoadedVideo):
         return video
     video = video if isinstance(video, Video) else Video(video)
+    limits = PixelLimits(max_pixels, _PIXELS_IN_ALL * max_pixels if in_all is None else in_all)
     frames = _listed(video.source)
     if frames is not None:
-        return _of_frames(video, frames, sampler or spaced, max_pixels)
-    return read_frames(video, sampler or spaced, max_pixels)
+        return _of_frames(video, frames, sampler or spaced, limits)
+    return read_frames(video, sampler or spaced, limits)
 
 
 def _listed(source: Any) -> Sequence[Any] | None:
@@ -50,7 +55,7 @@ def _listed(source: Any) -> Sequence[Any] | None:
     return source if isinstance(source, (list, tuple)) else None
 
 
-def _of_frames(video: Video, frames: Sequence[Any], sampler: Sampler, max_pixels: int) -> LoadedVideo:
+def _of_frames(video: Video, frames: Sequence[Any], sampler: Sampler, limits: PixelLimits) -> LoadedVideo:
     total, rate = len(frames), video.frame_rate or 24.0
     if not total:
         raise InputError("the video has no frame; give at least one")
@@ -61,10 +66,10 @@ def _of_frames(video: Video, frames: Sequence[Any], sampler: Sampler, max_pixels
         picks = chosen(video, total, rate, sampler)
     read = []
     for pick in picks:
-        read.append(load_image(frames[pick], max_pixels))
+        read.append(load_image(frames[pick], limits.frame))
         if read[-1].size != read[0].size:
             raise InputError(
                 f"the frames of a video have one size, got {read[0].size} and {read[-1].size} (frame {pick})"
             )
-        check_size(read[0].size, len(picks), max_pixels)
+        check_size(read[0].size, len(picks), limits)
     return LoadedVideo(tuple(read), tuple(picks), tuple(pick / rate for pick in picks), total, total / rate)

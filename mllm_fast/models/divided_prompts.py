@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .media import Turn
+from .media import VIDEO, Turn
 from .processing import Prompts
 
 
@@ -14,6 +14,8 @@ def divided(prompts: Prompts, turns: Sequence[Turn]) -> tuple[str, str] | None:
     Returns:
         The two texts, or None if the text alone does not tell where the last image ends.
     """
+    if any(part is VIDEO for _, parts in turns for part in parts) and not prompts.adapter.knows_videos:
+        return None  # how many images it stands for is known once it is read
     marks: list[str] = []
     turns = prompts.typed.hide_turns(turns, marks)
     texts = {prompts.processor.tokenizer.convert_ids_to_tokens(prompts.image_tokens.image)}

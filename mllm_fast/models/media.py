@@ -49,6 +49,22 @@ def parts_of(media: Sequence[Any]) -> list[Part]:
     return found
 
 
+def with_frames(turns: Sequence[Turn], media: Sequence[Any]) -> list[Turn]:
+    """Return turns in which a video stands as many images if its frames are read so.
+
+    Args:
+        turns: The turns, with `VIDEO` for each video.
+        media: The images and videos, in the order in which the turns refer to them.
+    """
+    left = iter(media)
+    found: list[Turn] = []
+    for role, parts in turns:
+        found.append((role, []))
+        for part in parts:
+            found[-1][1].extend([part] if isinstance(part, str) else parts_of([next(left)]))
+    return found
+
+
 def parts_of_layout(layout: TokenLayout) -> list[Part]:
     """Return what stood for the images and videos of a prompt in its turn."""
     found: list[Part] = []

@@ -14,7 +14,7 @@ from ..core.layout import TokenLayout
 from ..core.video import LoadedVideo, Video, is_video
 from .adapter import Adapter
 from .image_tokens import image_tokens
-from .media import VIDEO, Part, Turn, as_parts, clips, parts_of, stills, words_of
+from .media import VIDEO, Part, Turn, as_parts, clips, parts_of, stills, with_frames, words_of
 from .offload import device_of
 from .plain_text import PlainText
 from .processor_settings import fill_settings
@@ -129,6 +129,7 @@ class Prompts:
             pictures: The images and videos, in the order in which the turns refer to them.
             turns: The turns of the conversation.
         """
+        turns = with_frames(turns, pictures)
         for _, parts in turns:
             for part in words_of(parts):
                 _check_text(self.processor, part, "message")

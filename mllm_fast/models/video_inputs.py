@@ -35,7 +35,7 @@ class VideoReader:
     def __init__(self, processor: Any, adapter: Adapter):
         self._processor, self._adapter = processor, adapter
 
-    def load(self, video: Any, max_pixels: int) -> LoadedVideo:
+    def load(self, video: Any, max_pixels: int, in_all: int | None = None) -> LoadedVideo:
         """Load a video; see `load_video`. Frames are chosen as the model's own video processor chooses them.
 
         Raises:
@@ -56,7 +56,7 @@ class VideoReader:
                 f"this model reads videos by transformers' video processor, {why}: pip install torchvision, or let it"
                 " read the frames as images: Video(..., as_images=True) (--frames-as-images)"
             )
-        loaded = load_video(video, spaced if as_images else self._choose, max_pixels)
+        loaded = load_video(video, spaced if as_images else self._choose, max_pixels, in_all)
         return replace(loaded, as_images=as_images)
 
     def _choose(self, total: int, rate: float, num_frames: int | None, fps: float | None) -> Sequence[int]:

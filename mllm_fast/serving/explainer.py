@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..core.errors import InputError
 from ..core.images import load_image
+from ..core.video import Video
 from ..explain.export import encoded
 from ..explain.registry import methods_without_detector
 from ..knockout.rule import Knockout
@@ -103,9 +104,16 @@ class Explainer:
             return await self._of_files(request, question, files, rules, count)
 
     async def _of_files(
-        self, request: ExplanationRequest, question: str, files: list[bytes], rules: list[Knockout], count: int
+        self,
+        request: ExplanationRequest,
+        question: str,
+        files: list[Any],
+        rules: list[Knockout],
+        count: int,
     ) -> bytes:
         vlm, settings = self.vlm, self.settings
+        if vlm.text.split is not None and any(isinstance(one, Video) for one in files):
+            raise ServiceError(400, "a model divided between processes explains images, not videos", param="messages")
 
         def prepare() -> tuple[list[Any], Any]:  # the processor works on large images for a while
             found = self._preparer.images(files)

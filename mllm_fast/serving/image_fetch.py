@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 
 from ..core.errors import InputError
 from ..core.image_urls import data_bytes
+from ..core.video import Video
 from .errors import ServiceError
+from .schema import VideoURL
 from .settings import Settings
 
 _URL = 8192  # characters of a remote image's address
@@ -21,24 +23,50 @@ _SPECIAL = [
 ]
 
 
-async def picture_files(urls: Sequence[str], settings: Settings) -> list[bytes]:
-    """Return the bytes of the image files that the URLs of a request name.
+class VideoAddress(str):
+    """The URL of a video, with the choice of its frames; see `Video`."""
+
+    __slots__ = ("fps", "num_frames")
+    num_frames: int | None
+    fps: float | None
+
+
+def video_address(given: VideoURL) -> VideoAddress:
+    """Return the address of a video in a request."""
+    found = VideoAddress(given.url)
+    found.num_frames, found.fps = given.num_frames, given.fps
+    return found
+
+
+def choice_of(url: str) -> str:
+    """Return the choice of frames of a video's address as a text; an image's is empty."""
+    return f"video {url.num_frames} {url.fps} " if isinstance(url, VideoAddress) else ""
+
+
+async def picture_files(urls: Sequence[str], settings: Settings) -> list[bytes | Video]:
+    """Return the bytes of the image files that the URLs of a request name, and of its videos as `Video`s.
 
     Args:
-        urls: Data URLs, or https URLs of allowed hosts.
+        urls: Data URLs, or https URLs of allowed hosts; of videos `VideoAddress`es.
         settings: The allowed hosts, and the limits of size and time.
 
     Raises:
         ServiceError: A URL is no data URL of an image, its host is not allowed or not public, or the images are too
             large or take too long.
     """
-    left, files = settings.remote_bytes, []
-    for url in map(str.strip, urls):
+    left = settings.remote_bytes
+    files: list[bytes | Video] = []
+    for given in urls:
+        url = given.strip()
         if url[:5].lower() == "data:":
-            files.append(_from_data(url))
-            continue
-        files.append(await _remote(url, settings, left))
-        left -= len(files[-1])
+            found = _from_data(url, "video" if isinstance(given, VideoAddress) else "image")
+        else:
+            found = await _remote(url, settings, left)
+            left -= len(found)
+        if isinstance(given, VideoAddress):
+            files.append(Video(found, given.fps, given.num_frames, max_frames=settings.max_frames))
+        else:
+            files.append(found)
     return files
 
 
@@ -55,9 +83,9 @@ async def _remote(url: str, settings: Settings, most: int) -> bytes:
         raise _refused(f"the image was not fetched within {settings.remote_seconds:g} s") from None
 
 
-def _from_data(url: str) -> bytes:
+def _from_data(url: str, kind: str) -> bytes:
     try:
-        return data_bytes(url)
+        return data_bytes(url, kind)
     except InputError as error:
         raise _refused(str(error)) from None
 

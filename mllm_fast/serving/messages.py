@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..models.media import Part, Turn, words_of
+from ..models.media import VIDEO, Part, Turn, words_of
 from .errors import ServiceError
-from .schema import Message, TextPart
+from .image_fetch import choice_of, video_address
+from .schema import Message, TextPart, VideoPart
 from .settings import Settings
 
 _GREETING = "Hello."
@@ -22,7 +23,7 @@ class Conversation:
     Attributes:
         turns: The turns, alternately of the user and of the assistant. The last one is the user's. In a turn, None
             stands for the next image of `urls`.
-        urls: The URLs of the images, in the order in which they appear.
+        urls: The URLs of the images and videos, in the order in which they appear; of videos `VideoAddress`es.
     """
 
     turns: tuple[Turn, ...]
@@ -30,8 +31,10 @@ class Conversation:
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
-        """A hash of each URL."""
-        return tuple(hashlib.sha256(url.encode("utf-8", "surrogatepass")).digest() for url in self.urls)
+        """A hash of each URL, and of the choice of a video's frames."""
+        return tuple(
+            hashlib.sha256(f"{choice_of(url)}{url}".encode("utf-8", "surrogatepass")).digest() for url in self.urls
+        )
 
     @property
     def length(self) -> int:
@@ -75,21 +78,25 @@ def conversation(messages: Sequence[Message], settings: Settings) -> Conversatio
                 parts.append(part if isinstance(part, str) else part.text)
                 continue
             if message.role != "user":
-                raise _refused(i, f"images are the user's to send, not the {message.role}'s")
-            urls.append(part.image_url.url)
-            parts.append(None)
+                raise _refused(i, f"images and videos are the user's to send, not the {message.role}'s")
+            if isinstance(part, VideoPart):
+                urls.append(video_address(part.video_url))
+                parts.append(VIDEO)
+            else:
+                urls.append(part.image_url.url)
+                parts.append(None)
         if message.role in ("system", "developer"):
             system += [part for part in words_of(parts) if part]
         elif turns and turns[-1][0] == message.role:
-            turns[-1][1].extend(["\n", *parts] if parts and parts[0] is not None else parts)
+            turns[-1][1].extend(["\n", *parts] if parts and isinstance(parts[0], str) else parts)
         else:
             turns.append((message.role, parts))
     _complete(turns, settings, len(messages) - 1)
     if len(urls) > settings.max_pictures:
-        raise _refused(0, f"a request holds at most {settings.max_pictures} images, got {len(urls)}")
+        raise _refused(0, f"a request holds at most {settings.max_pictures} images and videos, got {len(urls)}")
     if system:
         first = turns[0][1]
-        at = next(i for i, part in enumerate(first) if part is not None)
+        at = next(i for i, part in enumerate(first) if isinstance(part, str))
         first.insert(at, "\n".join(system) + "\n")
     found = Conversation(tuple((role, parts) for role, parts in turns), tuple(urls))
     check_length(found.length, settings)
@@ -108,7 +115,7 @@ def _complete(turns: list[Turn], settings: Settings, last: int) -> None:
         turns.insert(0, ("user", [_GREETING]))
     for role, parts in turns:
         if not any(part.strip() for part in words_of(parts)):
-            if None not in parts:
+            if len(words_of(parts)) == len(parts):
                 raise _refused(last, f"a message of the {role} has no text")
             parts.append(settings.prompt)
 

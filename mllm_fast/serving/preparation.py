@@ -16,6 +16,7 @@ from ..context.context import Context
 from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import image_size, load_image
+from ..core.video import Video
 from ..models.divided_prompts import divided, ids_after_image
 from ..models.media import parts_of_layout
 from ..runtime.model_runner import ModelRunner
@@ -86,14 +87,22 @@ class RequestPreparer:
             await asyncio.sleep(_LOOK)
 
     def images(self, files: Sequence[Any]) -> list[Any]:
-        """Decode the image files of a request.
+        """Decode the images and videos of a request.
 
         Raises:
             ServiceError: The images together are too large.
-            InputError: A file is no image, or too large.
+            InputError: A file is no image or no video, or too large.
         """
-        check_pixels(files, self.settings)
-        return [load_image(one, self.settings.max_pixels) for one in files]
+        left = self.settings.max_request_pixels - check_pixels(files, self.settings)
+        found: list[Any] = []
+        for one in files:
+            if isinstance(one, Video):
+                found.append(self.vlm.prompts.videos.load(one, self.settings.max_pixels, left))
+                width, height = found[-1].size
+                left -= width * height * len(found[-1].frames)
+            else:
+                found.append(load_image(one, self.settings.max_pixels))
+        return found
 
     def generation(self, prepared: PreparedRequest, count: int, deadline: float) -> Generation:
         """Return the generation for the engine. The caller still has to set its sink."""
@@ -187,7 +196,7 @@ class RequestPreparer:
         """Return the name under which the context's key of these images is remembered."""
         return tenant, keep, type(keep), asked.digests
 
-    def of_images(self, files: list[bytes], keep: Any, prompt: str, score: str, tenant: str) -> PreparedRequest:
+    def of_images(self, files: Sequence[Any], keep: Any, prompt: str, score: str, tenant: str) -> PreparedRequest:
         """Find the context of some images, or return how to make it."""
         pictures = self.images(files)
         length = self.settings.describe_tokens
@@ -215,7 +224,7 @@ class RequestPreparer:
         self.vlm.prompts.check_window(length, what)
         check_sliding(self.vlm.text, length)
 
-    def _whole(self, asked: Conversation, files: list[bytes], count: int, tenant: str) -> PreparedRequest:
+    def _whole(self, asked: Conversation, files: Sequence[Any], count: int, tenant: str) -> PreparedRequest:
         """Prepare a prompt that is read word for word, its images' part from the store if it is there."""
         pictures, prompts = self.images(files), self.vlm.prompts
         inputs, layout = prompts.conversation(pictures, asked.turns)
@@ -257,12 +266,16 @@ class RequestPreparer:
 def check_pixels(files: Sequence[Any], settings: Settings) -> int:
     """Check the sizes of the image files of a request before any is decoded, and return their pixels.
 
+    Videos are checked when they are read.
+
     Raises:
         ServiceError: The images together are too large.
         InputError: A file is no image, or too large.
     """
     pixels = 0
     for one in files:
+        if isinstance(one, Video):
+            continue
         width, height = image_size(one, settings.max_pixels)
         pixels += width * height
     if pixels > settings.max_request_pixels:

@@ -29,12 +29,13 @@ from ray.serve.handle import DeploymentHandle
 from ..context.store import pictures_digest
 from ..core.images import load_image
 from ..core.threads import spin_settings
+from ..core.video import Video
 from .app import create_app
 from .auth import ApiKeys
 from .budgets import Lane
 from .errors import ServiceError, service_error
 from .follower import end_with, start_followers
-from .image_fetch import picture_files
+from .image_fetch import choice_of, picture_files, video_address
 from .logs import Log
 from .messages import conversation
 from .metrics import Metrics
@@ -178,8 +179,11 @@ class Remote:
 
     async def create(self, request: ContextRequest, tenant: str, client: str) -> ContextInfo:
         """See `Service.create`."""
-        session, urls = await self._session(tuple(one.url for one in request.images), tenant, client)
-        changed = request.model_copy(update={"images": [ImageURL(url=url) for url in urls]})
+        given = (*(one.url for one in request.images), *map(video_address, request.videos))
+        session, urls = await self._session(given, tenant, client)
+        count = len(request.images)
+        videos = [one.model_copy(update={"url": url}) for one, url in zip(request.videos, urls[count:], strict=True)]
+        changed = request.model_copy(update={"images": [ImageURL(url=url) for url in urls[:count]], "videos": videos})
         return await self._call(session, "create", changed, tenant, client)
 
     async def context(self, identity: str, tenant: str, kept: bool, client: str) -> ContextInfo:
@@ -202,7 +206,8 @@ class Remote:
         """Return the session id of all requests about these images, and the URLs with remote images as data URLs."""
         if not urls:
             return "", ()
-        key = tenant, hashlib.sha256("\n".join(urls).encode("utf-8", "surrogatepass")).digest()
+        named = "\n".join(choice_of(url) + url for url in urls)
+        key = tenant, hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()
         local = all(url[:5].lower() == "data:" for url in urls)
         if local and key in self._memo:
             self._memo.move_to_end(key)
@@ -215,11 +220,12 @@ class Remote:
             while len(self._memo) > _MEMO:
                 self._memo.popitem(last=False)
             return digest, urls
-        return digest, tuple("data:image/any;base64," + base64.b64encode(one).decode() for one in files)
+        return digest, tuple(map(_data_url, files))
 
-    def _digest(self, files: list[bytes], tenant: str) -> str:
+    def _digest(self, files: list[bytes | Video], tenant: str) -> str:
         check_pixels(files, self.settings)
-        return pictures_digest([load_image(one, self.settings.max_pixels) for one in files], tenant)[:_DIGITS]
+        read = [one if isinstance(one, Video) else load_image(one, self.settings.max_pixels) for one in files]
+        return pictures_digest(read, tenant)[:_DIGITS]
 
     async def _call(self, session: str, method: str, *arguments: Any) -> Any:
         for again in range(_TRIES):
@@ -289,6 +295,11 @@ async def _behind(first: ResponseChunk, rest: AsyncIterator[ResponseChunk]) -> A
         await rest.aclose()  # type: ignore[attr-defined]
 
 
+def _data_url(file: bytes | Video) -> str:
+    kind, content = ("video", file.source) if isinstance(file, Video) else ("image", file)
+    return f"data:{kind}/any;base64," + base64.b64encode(content).decode()
+
+
 def _sticky(session: str) -> dict[str, Any]:
     return {"session_id": session} if session else {}
 
@@ -305,8 +316,8 @@ def _with_urls(messages: list[Message], urls: tuple[str, ...]) -> list[dict[str,
     changed = [message.model_dump(exclude_none=True) for message in messages]
     for message in changed:
         for part in message["content"] if isinstance(message["content"], list) else ():
-            if part["type"] == "image_url" and left:
-                part["image_url"]["url"] = left.pop(0)
+            if part["type"] != "text" and left:
+                part[part["type"]]["url"] = left.pop(0)
     return changed
 
 

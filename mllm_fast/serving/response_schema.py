@@ -24,6 +24,7 @@ from .schema import (
     TextFormat,
     TextPart,
     Texts,
+    VideoPart,
     format_type,
     text_or_list,
     union,
@@ -224,7 +225,7 @@ def _format(request: ResponseRequest) -> ResponseFormat | None:
     return JsonSchemaFormat(type="json_schema", json_schema=schema)
 
 
-def _content(message: InputMessage) -> str | list[TextPart | ImagePart]:
+def _content(message: InputMessage) -> str | list[TextPart | ImagePart | VideoPart]:
     if isinstance(message.content, str):
         return message.content
     return [

@@ -66,6 +66,24 @@ class ImageURL(Strict):
     detail: Literal["auto", "low", "high"] = "auto"
 
 
+class VideoURL(Strict):
+    """The address of a video.
+
+    - `url`: a data URL (`data:video/mp4;base64,...`), or an https URL if the server allows its host.
+    - `num_frames`, `fps`: how many frames are read, or how many a second; by default what the model's processor says.
+    """
+
+    url: str
+    num_frames: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    fps: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> VideoURL:
+        if self.num_frames is not None and self.fps is not None:
+            raise PydanticCustomError("video_url", "num_frames or fps is expected, got both")
+        return self
+
+
 class TextPart(Strict):
     """A piece of text in a message."""
 
@@ -87,14 +105,30 @@ class ImagePart(Strict):
         return given
 
 
+class VideoPart(Strict):
+    """A video in a message. Only messages of the user may have videos."""
+
+    type: Literal["video_url"]
+    video_url: VideoURL
+
+    @field_validator("video_url", mode="before")
+    @classmethod
+    def _an_object(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise PydanticCustomError("video_url", 'an object {"url": "..."} is expected, got a text')
+        return given
+
+
 def _part_type(given: Any) -> str | None:
     kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
-    return f"={kind}" if kind in ("text", "image_url") else None
+    return f"={kind}" if kind in ("text", "image_url", "video_url") else None
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("=text")] | Annotated[ImagePart, Tag("=image_url")],
-    union(_part_type, 'an object with "type": "text" or "type": "image_url" is expected'),
+    Annotated[TextPart, Tag("=text")]
+    | Annotated[ImagePart, Tag("=image_url")]
+    | Annotated[VideoPart, Tag("=video_url")],
+    union(_part_type, 'an object with "type": "text", "type": "image_url" or "type": "video_url" is expected'),
 ]
 
 
@@ -102,7 +136,7 @@ class Message(Strict):
     """One message of a conversation.
 
     - `role`: who speaks. The conversation ends with a message of the user.
-    - `content`: a text, or a list of texts and images.
+    - `content`: a text, or a list of texts, images and videos.
     - `name`: accepted for OpenAI's clients; it has no effect.
     - `annotations`, `tool_calls`: accepted only if empty, as answers are sent back.
     """
@@ -292,7 +326,7 @@ def ignored(request: BaseModel, names: Sequence[str]) -> str:
 class ContextRequest(Strict):
     """A request to read images and store their context before any question about them.
 
-    - `images`: the images.
+    - `images`, `videos`: the images and, behind them, the videos; at least one.
     - `keep`: the image tokens to keep in each layer, as a share (0.05) or a count (29).
     - `prompt`: what the model is asked first about the images.
     - `score`: how the image tokens to keep are selected.
@@ -300,7 +334,8 @@ class ContextRequest(Strict):
     A missing `keep`, `prompt` or `score` takes the server's own setting.
     """
 
-    images: Annotated[list[ImageURL], Field(min_length=1, max_length=64)]
+    images: Annotated[list[ImageURL], Field(max_length=64)] = []
+    videos: Annotated[list[VideoURL], Field(max_length=64)] = []
     keep: Annotated[_Share | _Count, union(_number_type, "a share (0.05) or a count (29) is expected")] | None = None
     prompt: Annotated[str, Field(min_length=1, max_length=_TEXT)] | None = None
     score: ScoreName | None = None

@@ -20,7 +20,7 @@ from .engine import Engine
 from .engine_client import EngineClient
 from .errors import ServiceError, service_error
 from .explainer import Explainer, ordered_pieces
-from .image_fetch import picture_files
+from .image_fetch import picture_files, video_address
 from .messages import check_length, conversation
 from .preparation import RequestPreparer, in_pool
 from .requests import FailureEvent, FinishEvent, PrefillEvent
@@ -164,8 +164,11 @@ class Service:
             ServiceError: The images cannot be read, or the request or the server's limits do not allow it.
         """
         settings = self.settings
-        if len(request.images) > settings.max_pictures:
-            raise ServiceError(400, f"a context holds at most {settings.max_pictures} images", param="images")
+        urls = [*(one.url for one in request.images), *map(video_address, request.videos)]
+        if not 1 <= len(urls) <= settings.max_pictures:
+            raise ServiceError(
+                400, f"a context holds 1 to {settings.max_pictures} images and videos, got {len(urls)}", param="images"
+            )
         keep = request.keep if request.keep is not None else settings.keep
         if keep is None:
             raise ServiceError(400, "this server keeps no contexts by default: say how much to keep", param="keep")
@@ -173,7 +176,7 @@ class Service:
         check_length(len(prompt), settings)
         client = client or tenant
         async with self._requests.place(client, 0.0), self._images.place(client, settings.time_limit):
-            files = await picture_files([one.url for one in request.images], settings)
+            files = await picture_files(urls, settings)
             found, key = await self._made(files, keep, prompt, score, tenant)
         return info_of(key, found)
 

@@ -35,7 +35,8 @@ class Settings:
         max_text: The longest text of a request, in characters: its messages and prompts together.
         max_client_requests: How many requests of one client are taken at once.
         open_rate: How many requests a second an address may send without an accepted key, on a server that has keys.
-        max_pictures: The largest number of images in a request.
+        max_pictures: The largest number of images and videos in a request.
+        max_frames: The largest number of frames that are read of a video.
         max_pixels: The largest image, in pixels.
         max_request_pixels: How many pixels the images of one request have together.
         max_explanations: How many explanations may wait while two are made.
@@ -73,6 +74,7 @@ class Settings:
     max_client_requests: int = 128
     open_rate: float = 100.0
     max_pictures: int = 8
+    max_frames: int = 128
     max_pixels: int = 25_000_000
     max_request_pixels: int = 64_000_000
     max_explanations: int = 16
