@@ -19,7 +19,7 @@ from .animated_images import is_animated, read_animation
 from .errors import InputError, first_line
 from .extras import install_command
 from .image_urls import is_url, url_bytes
-from .images import file_content
+from .images import check_file, file_content
 from .video import LoadedVideo, PixelLimits, Sampler, Video, check_size, chosen, source_name
 
 _FORMATS = (
@@ -109,6 +109,17 @@ def _beginning(source: str | io.BytesIO) -> bytes:
             return file.read(16)
     except OSError as error:
         raise InputError(f"{source.removeprefix('file:')}: cannot be read ({first_line(error)})") from None
+
+
+def check_media(path: str | os.PathLike[str], max_pixels: int) -> None:
+    """Check a file from a stranger before any other library opens it: an image as `check_file` does, a video's format.
+
+    Raises:
+        InputError: The file is neither an image nor a video in a format that is read from memory, or too large.
+    """
+    beginning = _beginning(str(path))
+    if not any(beginning[at : at + len(mark)] == mark for at, mark, _ in _FORMATS):
+        check_file(path, max_pixels)
 
 
 def _format(beginning: bytes, name: str) -> str:

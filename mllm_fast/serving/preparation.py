@@ -16,7 +16,7 @@ from ..context.context import Context
 from ..context.scores import kept_count
 from ..context.store import ContextStore
 from ..core.images import image_size, load_image
-from ..core.video import Video
+from ..core.video import LoadedVideo, Video
 from ..models.divided_prompts import divided, ids_after_image
 from ..models.media import parts_of_layout
 from ..runtime.model_runner import ModelRunner
@@ -96,7 +96,7 @@ class RequestPreparer:
         left = self.settings.max_request_pixels - check_pixels(files, self.settings)
         found: list[Any] = []
         for one in files:
-            if isinstance(one, Video):
+            if isinstance(one, (Video, LoadedVideo)):
                 found.append(self.vlm.prompts.videos.load(one, self.settings.max_pixels, left))
                 width, height = found[-1].size
                 left -= width * height * len(found[-1].frames)
@@ -274,7 +274,7 @@ def check_pixels(files: Sequence[Any], settings: Settings) -> int:
     """
     pixels = 0
     for one in files:
-        if isinstance(one, Video):
+        if isinstance(one, (Video, LoadedVideo)):
             continue
         width, height = image_size(one, settings.max_pixels)
         pixels += width * height

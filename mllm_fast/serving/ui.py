@@ -132,7 +132,7 @@ def build(tool: UIBackend, log: Log) -> gr.Blocks:
 
 def _wire_controls(parts: Parts, page: Page) -> None:
     controls, results = parts.controls, parts.results
-    shown = [results.answer, results.other, results.small, results.words, results.trouble, results.map]
+    shown = [results.answer, results.other, results.small, results.words, results.trouble, results.map, results.moment]
     shown += [results.meaning, results.lens, results.method, results.layer, results.heads, results.check]
     shown += [results.report, results.numbers, results.verdict, results.kept]
     told = [controls.status, controls.problem, controls.notice, controls.forget, controls.ask, controls.stop]
@@ -142,13 +142,14 @@ def _wire_controls(parts: Parts, page: Page) -> None:
     gr.on(
         asking,
         page.ask,
-        [controls.picture, parts.wanted, *controls.values, results.method],
+        [controls.picture, controls.video, parts.wanted, *controls.values, results.method],
         [parts.answered, parts.running, parts.wanted, *told, *shown],
         **_GOING | {"trigger_mode": "always_last"},  # a click while an answer ends is not lost
     )
     controls.stop.click(page.stop, parts.running, controls.status, js="(one) => mllm.stopped(one)", **_LIVE)
     for button, question in zip(controls.examples, EXAMPLES, strict=True):
-        button.click(partial(_example, question), None, [controls.picture, controls.question], show_progress="hidden")
+        shown_there = [controls.picture, controls.video, controls.question]
+        button.click(partial(_example, question), None, shown_there, show_progress="hidden")
     controls.forget.click(None, None, None, js="() => mllm.forget()")
     query = gr.Textbox(visible=False)
     given = [controls.picture, *controls.values, results.method, results.words]
@@ -156,18 +157,25 @@ def _wire_controls(parts: Parts, page: Page) -> None:
     linked.success(None, query, controls.link, js="(query) => mllm.copy(query)")
 
 
-def _example(question: str) -> tuple[Image.Image, str]:
-    return sample_image(), question
+def _example(question: str) -> tuple[Image.Image, None, str]:
+    return sample_image(), None, question
 
 
 def _wire_results(parts: Parts, page: MapPage) -> None:
     results = parts.results
     chosen = [parts.answered, results.words, results.layer, results.heads, results.method]
     word = [parts.answered, results.words, results.method]
-    seen = [results.trouble, results.map, results.meaning, results.verdict]  # a verdict belongs to the map shown
+    seen = [
+        results.trouble,
+        results.map,
+        results.moment,
+        results.meaning,
+        results.verdict,
+    ]  # a verdict belongs to the map shown
     results.words.input(page.word, word, [results.heads, results.layer, *seen], **_LIVE)
     results.heads.input(page.head, chosen, [results.layer, *seen], **_LIVE)
     results.layer.release(page.layer, chosen, [results.heads, *seen], **_LIVE)
+    results.moment.release(page.moment, [*chosen, results.moment], seen, **_LIVE)
     results.method.input(page.method, word, [results.heads, results.layer, *seen], **_LIVE)
     gr.on(
         [results.words.input, results.method.input],

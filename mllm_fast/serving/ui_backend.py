@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from PIL import Image
 
 from ..context.figure import draw_kept
-from ..core.assets import SAMPLE, SHAPES_WEIGHTS
+from ..core.assets import CLIPS_WEIGHTS, SAMPLE, SHAPES_WEIGHTS
 from ..core.errors import InputError
 from ..core.images import load_image
+from ..core.moments import time_label
+from ..core.video import LoadedVideo, Video
 from ..drawing.boxes import put_boxes
 from ..drawing.heatmap import overlay
 from ..explain.explanation import Explanation
@@ -23,7 +24,9 @@ from ..explain.export import encoded
 from ..explain.figure import token_map
 from ..explain.patch_words import patch_words
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
+from ..explain.video_maps import VideoMaps
 from ..knockout.rule import Knockout
+from ..models.media import shown as pictures_of
 from .interruptible import Interruptible
 from .service import Service
 from .ui_inputs import ROUTES, Inputs, Limits
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from ..explain.stream import Stream
     from ..joint.model import JointModel
 
+Picture = Image.Image | LoadedVideo
 SIDE = 560  # the longer side of a drawn map, in pixels
 
 
@@ -45,12 +49,15 @@ class Shown:
         head: The (layer, head) whose map is shown.
         layer: The layer whose heads are shown together.
         method: The heatmap method.
+        moment: The image or the moment of a video, as an index of `Explanation.images`; None for that where the map is
+            highest.
     """
 
     token: int
     head: tuple[int, int] | None = None
     layer: int | None = None
     method: str = DEFAULT
+    moment: int | None = None
 
     def heads(self, ex: Explanation) -> Any:
         """Return the heads in the form that `Explanation.heatmap` accepts."""
@@ -64,22 +71,22 @@ class Answered:
     """An answer with its explanation.
 
     Attributes:
-        picture: The image.
         question: The question.
         explanation: The explanation of the answer.
         joint: Whether the joint model answered.
         note: Says that the answer was stopped or cut off; empty if it is whole.
         guard: A lock, so that only one thread at a time computes scores.
         shown: The map that the user looks at.
+        moment: The image, or the moment of a video, that it is drawn over.
     """
 
-    picture: Image.Image
     question: str
     explanation: Explanation
     joint: bool
     note: str = ""
     guard: asyncio.Lock = field(default_factory=asyncio.Lock)
     shown: Shown | None = None
+    moment: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,13 @@ class Drawn:
         image: The image with the map over it.
         meaning: What the colours mean.
         top: The value of the lightest colour.
+        moment: The index of the image, or of the moment of a video.
     """
 
     image: Image.Image
     meaning: str
     top: float
+    moment: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,8 @@ class UIBackend:
 
     @property
     def embedded(self) -> bool:
-        """Whether the model is the embedded one."""
-        return Path(self.vlm.model.name_or_path) == SHAPES_WEIGHTS
+        """Whether the model is an embedded one."""
+        return Path(self.vlm.model.name_or_path) in (SHAPES_WEIGHTS, CLIPS_WEIGHTS)
 
     def limits(self, methods: Iterable[str]) -> Limits:
         """Return what the controls accept, given the heatmap methods that are offered."""
@@ -142,16 +151,28 @@ class UIBackend:
         most = self.service.settings.max_pixels
         return await asyncio.to_thread(lambda: load_image(path.read_bytes(), most))
 
+    async def video(self, path: Path) -> LoadedVideo:
+        """Read an uploaded video, under the limits of the service."""
+        settings, videos = self.service.settings, self.vlm.prompts.videos
+
+        def read() -> LoadedVideo:
+            video = Video(path.read_bytes(), max_frames=settings.max_frames)
+            return videos.load(video, settings.max_pixels, settings.max_request_pixels)
+
+        return await asyncio.to_thread(read)
+
     async def is_sample(self, path: Path) -> bool:
         """Return whether an uploaded image has the pixels of the sample."""
         picture, sample = await self.picture(path), await self.picture(SAMPLE)
         return picture.size == sample.size and picture.tobytes() == sample.tobytes()
 
-    async def answer(self, picture: Image.Image, asked: Inputs, stop: threading.Event) -> AsyncIterator[Heard]:
+    async def answer(
+        self, picture: Image.Image | LoadedVideo, asked: Inputs, stop: threading.Event
+    ) -> AsyncIterator[Heard]:
         """Yield the answer token by token, each with its map, and at the end the whole explanation.
 
         Args:
-            picture: The image.
+            picture: The image, or the video.
             asked: The question, and how it is answered.
             stop: Set to end the answer; what was said until then is explained.
         """
@@ -162,8 +183,7 @@ class UIBackend:
                 tokens = []
                 for step in stream:
                     tokens.append(step.token)
-                    grid = step.heatmap().double().numpy()
-                    yield Heard(step.text, list(tokens), _over(picture, grid, step.explanation.layout.images[0].box))
+                    yield Heard(step.text, list(tokens), _drawn(step.explanation, Shown(0)).image)
                     if stop.is_set():
                         break
                 said = stream.answer
@@ -171,12 +191,14 @@ class UIBackend:
             if said.finish_reason == "length":
                 note = f"cut off after {len(said.token_ids)} tokens; a longer answer can be allowed under Answer"
             ex = source.explain(picture, asked.question, said.token_ids)
-            yield Heard(ex.text, ex.tokens, None, Answered(picture, asked.question, ex, asked.joint, note))
+            yield Heard(ex.text, ex.tokens, None, Answered(asked.question, ex, asked.joint, note))
 
         async for heard in self.service.client.run(pieces):
             yield heard
 
-    async def impaired(self, picture: Image.Image, asked: Inputs, stop: threading.Event) -> AsyncIterator[str]:
+    async def impaired(
+        self, picture: Image.Image | LoadedVideo, asked: Inputs, stop: threading.Event
+    ) -> AsyncIterator[str]:
         """Yield the growing answer of the model with attention knocked out; `stop` ends it."""
         rules = [Knockout(*ROUTES[route], layers=range(asked.first, asked.last + 1)) for route in asked.knockout]
         source = self._source(asked)
@@ -189,7 +211,7 @@ class UIBackend:
             yield text
 
     async def compressed(
-        self, picture: Image.Image, asked: Inputs, stop: threading.Event
+        self, picture: Image.Image | LoadedVideo, asked: Inputs, stop: threading.Event
     ) -> tuple[str, str, Image.Image]:
         """Answer from a context that keeps a share of the image tokens, of the model that answers.
 
@@ -213,7 +235,7 @@ class UIBackend:
             ctx = await self.service.client.last(read)
         else:
             found = await self.service.kept([picture], keep, tenant="browser")
-            ctx = replace(found, images=(picture,))
+            ctx = replace(found, images=tuple(pictures_of([picture], found.layout)))
 
         def pieces() -> Iterator[str]:
             with ctx.stream(asked.question, **asked.options) as stream:
@@ -234,9 +256,9 @@ class UIBackend:
         ex = answered.explanation
         answered.shown = shown
         async with answered.guard:
-            return await self._scored(
-                ex, lambda ex: _drawn(ex, shown.token, shown.heads(ex), shown.method), shown.method
-            )
+            drawn = await self._scored(ex, lambda ex: _drawn(ex, shown), shown.method)
+        answered.moment = drawn.moment
+        return drawn
 
     async def patch(self, answered: Answered, pixel: tuple[int, int]) -> list[tuple[str, list[str]]]:
         """Return the words that a patch stands for before each layer, as (layer, words).
@@ -248,8 +270,9 @@ class UIBackend:
         Raises:
             InputError: No image token lies there.
         """
-        ex, layout = answered.explanation, answered.explanation.layout.images[0]
-        width, height = answered.picture.size
+        ex, image = answered.explanation, answered.moment
+        layout = ex.layout.images[image]
+        width, height = ex.images[image].size
         scale = max(width, height) / SIDE  # the map's longer side is SIDE pixels
         token = layout.token_at(pixel[0] * scale, pixel[1] * scale)
         if token is None:
@@ -324,24 +347,33 @@ def _growing(stream: Stream, stop: threading.Event) -> Iterator[str]:
         yield "(nothing)"
 
 
-def _drawn(ex: Explanation, token: int, heads: Any, method: str) -> Drawn:
-    grid, box, boxes = token_map(ex, token, method, heads)
-    drawn = _over(ex.images[0], grid, box)
-    put_boxes(drawn, boxes, SIDE / max(ex.images[0].size))
+def _drawn(ex: Explanation, shown: Shown) -> Drawn:
+    token, heads, method, images = shown.token, shown.heads(ex), shown.method, range(len(ex.images))
+    maps = [token_map(ex, token, method, heads, image) for image in images]
+    top = max(0.0, *(float(grid.max()) for grid, _, _ in maps))
+    best = shown.moment if shown.moment is not None else max(images, key=lambda image: float(maps[image][0].max()))
+    grid, box, boxes = maps[best]
+    drawn = overlay(ex.images[best], grid, box, top, SIDE)
+    put_boxes(drawn, boxes, SIDE / max(ex.images[best].size))
     meaning = HEATMAP_METHODS.get(method).meaning
     if method == ALIGNMENT:
         meaning += f"; the detector looks for “{ex.box_weights(token).query}”"
     elif method == "logprob":
         which = f"the {heads} best heads" if isinstance(heads, int) else _named(heads)
         meaning = f"increase of log p(token) by each patch, through {which}"
-    return Drawn(drawn, meaning, max(0.0, float(np.max(grid))))
+    moment = ex.layout.images[best].moment
+    if moment is not None:
+        share = VideoMaps(ex, moment.video).shares(token, method, heads)
+        meaning += f"; at {time_label(moment)}, {100 * float(share[_place(ex, best)]):.0f} % of the video's part"
+    return Drawn(drawn, meaning, top, best)
+
+
+def _place(ex: Explanation, image: int) -> int:
+    """Return which moment of its video an image is."""
+    return next(moments.index(image) for moments in ex.layout.videos if image in moments)
 
 
 def _named(heads: list[tuple[int, int]]) -> str:
     if len(heads) == 1:
         return f"head {heads[0][1]} of layer {heads[0][0]}"
     return f"all heads of layer {heads[0][0]}"
-
-
-def _over(picture: Image.Image, grid: np.ndarray, box: tuple[float, float, float, float]) -> Image.Image:
-    return overlay(picture, grid, box, max(float(grid.max()), 0.0), SIDE)

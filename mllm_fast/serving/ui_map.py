@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ class MapPage:
     async def layer(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Changes:
         """Show the map of all heads of a layer."""
         return {self._results.heads: BEST, **await self._map(answered, token, layer, BEST, method)}
+
+    async def moment(self, answered: Answered | None, *values: Any) -> Changes:
+        """Show the same map at another moment of the video; the values are those of `check`, and the moment."""
+        *chosen, moment = values
+        shown = replace(_shown(*chosen), moment=int(moment))
+        return await self._told(lambda: self._drawn(_held(answered), shown))
 
     async def method(self, answered: Answered | None, token: int, method: str) -> Changes:
         """Show the map of the same word by another method, of the best heads if it takes heads."""
@@ -118,6 +125,7 @@ class MapPage:
         results = self._results
         return {
             results.map: gr.update(value=drawn.image, visible=True),
+            results.moment: _moments(answered, drawn.moment),
             results.meaning: legend_html(drawn.meaning, drawn.top),
             results.verdict: "",
         }
@@ -129,6 +137,14 @@ def problem(error: Exception, log: Log) -> str:
     if found.where:
         log("error", route="ui", error=found.where)
     return told_html(found.message)
+
+
+def _moments(answered: Answered, moment: int) -> Any:
+    """Return the slider of a video's moments, at the one that is shown; it is hidden for one image."""
+    last = len(answered.explanation.images) - 1
+    if last == 0:
+        return gr.update(visible="hidden")
+    return gr.update(minimum=0, maximum=last, value=moment, visible=True)
 
 
 def _takes(method: str) -> dict[str, Any]:

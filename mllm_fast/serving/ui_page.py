@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..core.assets import SAMPLE
 from ..core.errors import InputError
+from ..core.video import LoadedVideo
 from ..explain.registry import DEFAULT
 from .logs import Log
 from .ui_backend import Answered, Heard, UIBackend
@@ -46,11 +47,14 @@ class Page:
         self._maps, self._tool, self._limits, self._log = maps, tool, limits, log
         self._parts, self._controls, self._results = parts, parts.controls, parts.results
 
-    async def ask(self, file: str | None, wanted: tuple[str, int] | None, *values: Any) -> AsyncIterator[Changes]:
+    async def ask(
+        self, file: str | None, video: str | None, wanted: tuple[str, int] | None, *values: Any
+    ) -> AsyncIterator[Changes]:
         """Answer the question: normally, with attention knocked out, and from a context, as far as requested.
 
         Args:
             file: The path of the image.
+            video: The path of a video, in its place.
             wanted: The question and the word that a link or the browser's store names.
             values: The values of `Inputs`, up to the method.
         """
@@ -65,12 +69,14 @@ class Page:
             controls.stop: gr.update(visible=True),
         }
         try:
-            if file is None:
+            if file is None and video is None:
                 raise InputError("Give an image first: upload one, paste one, or take the sample.")
+            if file is not None and video is not None:
+                raise InputError("Give an image or a video, not both: remove one of them.")
             asked = Inputs.checked(_given(values), self._limits)
             if not asked.question.strip():
                 raise InputError("Ask something about the image.")
-            picture = await self._tool.picture(Path(file))
+            picture: Any = await (self._tool.picture(Path(file)) if file else self._tool.video(Path(str(video))))
             word = wanted[1] if wanted and wanted[0] == asked.question else -1
             async for changes in self._answers(picture, asked, word, stop):
                 yield changes
@@ -79,7 +85,7 @@ class Page:
         yield {controls.status: "", controls.stop: _HIDDEN}
 
     async def _answers(
-        self, picture: Image.Image, asked: Inputs, word: int, stop: threading.Event
+        self, picture: Image.Image | LoadedVideo, asked: Inputs, word: int, stop: threading.Event
     ) -> AsyncIterator[Changes]:
         results, tool, number = self._results, self._tool, next(_NUMBERS)
         found: Answered | None = None
@@ -111,7 +117,7 @@ class Page:
         """Return the page without the answer before."""
         results = self._results
         hidden = [results.other, results.small, results.kept, results.heads, results.layer, results.method]
-        hidden += [results.check, results.report, results.numbers]
+        hidden += [results.check, results.report, results.numbers, results.moment]
         texts = [results.trouble, results.meaning, results.lens, results.verdict]
         return {
             self._parts.answered: None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.video import VIDEO_ENDINGS
 from ..explain.registry import ALIGNMENT, DEFAULT, HEATMAP_METHODS
 from .ui_backend import UIBackend
 from .ui_inputs import HOTTEST, LEAST_P, ROUTES, Inputs, Limits
@@ -24,9 +25,9 @@ _METHODS = {
 }
 _BOXES = {ALIGNMENT: "gradient alignment, with the detector's boxes"}
 _ABOUT = """### Which patches made the model say it?
-Ask about an image. Every word comes with the patches that raised its probability; choose a word, a head or a layer to
-see its map. Light is high. Click on a patch to read the words that it stands for, layer by layer. Knock attention out,
-or keep a few patches only, and see what the model still knows."""
+Ask about an image, or a video. Every word comes with the patches that raised its probability; choose a word, a head or
+a layer to see its map. Light is high. Click on a patch to read the words that it stands for, layer by layer. Knock
+attention out, or keep a few patches only, and see what the model still knows."""
 
 
 def methods(joint: bool = False) -> list[tuple[str, str]]:
@@ -44,6 +45,7 @@ class Controls:
     notice: Any
     forget: Any
     picture: Any
+    video: Any
     examples: tuple[Any, ...]
     ask: Any
     stop: Any
@@ -78,6 +80,7 @@ class Results:
     words: Any
     trouble: Any
     map: Any
+    moment: Any
     meaning: Any
     lens: Any
     method: Any
@@ -137,6 +140,13 @@ def _controls(tool: UIBackend, limits: Limits) -> Controls:
         height=320,
         elem_id="image",
     )
+    video = gr.File(
+        type="filepath",
+        file_types=[*VIDEO_ENDINGS, ".gif", ".webp"],
+        label="Or a video",
+        height=110,
+        elem_id="video",
+    )
     gr.HTML('<p id="try">Or try the sample image:</p>', elem_classes="told")
     with gr.Row(elem_id="examples"):
         examples = tuple(
@@ -177,7 +187,7 @@ def _controls(tool: UIBackend, limits: Limits) -> Controls:
         elem_id="link",
     )
     return Controls(
-        notice, forget, picture, examples, ask, stop, status, problem,
+        notice, forget, picture, video, examples, ask, stop, status, problem,
         question, knockout, first, to, keep, joint, tokens, temperature, top_p, share, link,
     )  # fmt: skip
 
@@ -200,6 +210,7 @@ def _results(last: int) -> Results:
         visible="hidden",
         elem_id="map",
     )
+    moment = gr.Slider(0, 1, 0, step=1, label="Moment of the video", visible="hidden", elem_id="moment")
     meaning, lens = (
         gr.HTML("", elem_id="meaning", elem_classes="told"),
         gr.HTML("", elem_id="lens", elem_classes="told"),
@@ -226,6 +237,6 @@ def _results(last: int) -> Results:
         elem_id="kept",
     )
     return Results(
-        answer, other, small, words, trouble, seen, meaning, lens,
+        answer, other, small, words, trouble, seen, moment, meaning, lens,
         method, layer, heads, check, report, numbers, file, verdict, kept,
     )  # fmt: skip

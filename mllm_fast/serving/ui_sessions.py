@@ -22,7 +22,8 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from ..core.errors import InputError
-from ..core.images import MAX_PIXELS, check_file
+from ..core.images import MAX_PIXELS
+from ..core.video_file import check_media
 from .budgets import Rate
 from .connections import client_address
 from .errors import ServiceError
@@ -134,7 +135,7 @@ class UISessionMiddleware:
                 return
             try:
                 for one in files:  # before Gradio opens it
-                    await asyncio.to_thread(check_file, one, self._max_pixels)
+                    await asyncio.to_thread(check_media, one, self._max_pixels)
             except InputError as error:
                 await _refused(send, 400, str(error))
                 return
