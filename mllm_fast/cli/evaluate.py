@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.assets import EMBEDDED, EMBEDDED_VIDEO
 from ..core.errors import InputError
 from ..core.keep import parse_keep
 from ..evaluation.registry import EVALUATIONS
@@ -42,7 +43,12 @@ def evaluate(  # long: the options of a command are its parameters
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", "-d", help="A benchmark's folder: MME's for mme and redundancy, POPE's for pope."),
+        typer.Option(
+            "--data",
+            "-d",
+            help="A benchmark's folder: MME's for mme and redundancy, POPE's for pope; for moments one with videos and"
+            " events.json.",
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help='Shares of image tokens that mme, redundancy and pope keep: "5%"; several.')
@@ -175,7 +181,8 @@ def evaluate(  # long: the options of a command are its parameters
         from ..evaluation.run import run
         from ..evaluation.worker import ModelChoice
         from ..models.provenance import made_with
-    chosen = {one: EVALUATIONS.get(one) for one in (EVALUATIONS if name == "all" else (name,)) if one != "judges"}
+    chosen = _chosen(name)
+    model = _model_for(chosen, model)
     _check(name, chosen, images, masks, data, segmenter)
     check_charts()
     if ray:  # actors may run in another working directory
@@ -235,6 +242,18 @@ def evaluate(  # long: the options of a command are its parameters
         tell_embedded(model)
 
 
+def _chosen(name: str) -> dict[str, type[Evaluation]]:
+    """Return the evaluations that a name stands for; all are those of images, on which one model can run."""
+    if name == "all":
+        return {one: kind for one in EVALUATIONS if not (kind := EVALUATIONS.get(one)).of_videos}
+    return {} if name == "judges" else {name: EVALUATIONS.get(name)}
+
+
+def _model_for(chosen: dict[str, type[Evaluation]], model: str) -> str:
+    """Return the model that is evaluated: of the embedded ones that for videos, where videos are read."""
+    return EMBEDDED_VIDEO if model == EMBEDDED and any(kind.of_videos for kind in chosen.values()) else model
+
+
 def _check(
     name: str,
     chosen: dict[str, type[Evaluation]],
@@ -248,7 +267,10 @@ def _check(
         raise InputError("all runs on generated scenes; for your own images name one evaluation")
     kind = chosen.get(name)
     benchmark = kind.benchmark if kind is not None else ""
-    if data is not None and not benchmark:
+    videos = kind is not None and kind.of_videos
+    if videos and images is not None:
+        raise InputError(f"{name} reads videos: give a folder with them and events.json with --data")
+    if data is not None and not benchmark and not videos:
         asking = [one for one in EVALUATIONS if EVALUATIONS.get(one).benchmark]
         raise InputError(f"--data is a benchmark's folder, for {', '.join(asking)}, not for {name}")
     if benchmark and images is not None and (data is None or benchmark != "pope"):
@@ -341,6 +363,10 @@ def _samples(
     """Return the samples that an evaluation runs on."""
     from ..evaluation.datasets import mme, pope, scene_pairs
 
+    if kind.of_videos:
+        from ..evaluation import videos
+
+        return videos.clips(_SCENES if count is None else count, seed) if data is None else videos.videos(data, count)
     if sample and kind.benchmark:
         raise InputError("--sample takes images of a folder, not a benchmark's")
     if data is not None:

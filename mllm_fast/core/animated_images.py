@@ -34,6 +34,7 @@ def read_animation(
         begins, at = [], 0.0
         for number in range(total):
             image.seek(number)
+            image.load()  # WebP says only then how long the frame is shown
             begins.append(at / 1000)
             at += _milliseconds(image)
         rate = 1000 * total / at

@@ -72,6 +72,7 @@ class Evaluation(ABC):
         name: The name, as in `mllm-fast eval NAME`.
         title: The title of the report.
         needs_masks: Whether the evaluation must know where the objects of its images are.
+        of_videos: Whether the evaluation reads videos with events, in place of images.
         benchmark: The benchmark with the questions, "mme" or "pope"; "" for an evaluation of images alone.
         settings: The settings, as plain JSON. Together with the model and the sample they decide the rows.
     """
@@ -79,6 +80,7 @@ class Evaluation(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     needs_masks: ClassVar[bool] = False
+    of_videos: ClassVar[bool] = False
     benchmark: ClassVar[str] = ""
     settings: dict[str, Any] = {}  # noqa: RUF012
 

@@ -28,6 +28,7 @@ EVALUATIONS: Registry[type[Evaluation]] = Registry(
             ("mme", "yes_no"),
             ("redundancy", "yes_no"),
             ("pope", "yes_no"),
+            ("moments", "moments"),
         )
     },
 )

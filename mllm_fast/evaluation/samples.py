@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..core.errors import InputError
 from ..core.images import image_files
+from ..shapes.clips import Clip
 from ..shapes.scenes import Scene, generate_scene
 
 T = TypeVar("T")
@@ -55,23 +56,27 @@ class Sample:
 
     Attributes:
         name: A name that no other sample of the run has.
-        source: The file, or the generated scene.
+        source: The file, or the generated scene or clip.
         things: The known objects of the image, or None if nothing is known about them.
         questions: The questions of a benchmark.
         group: The group (task) of the benchmark that the questions belong to.
+        events: What is asked about a video, see `videos.Event`.
         problem: The reason why the sample cannot be used, as found when it was read; "" for none.
     """
 
     name: str
-    source: Path | Scene
+    source: Path | Scene | Clip
     things: tuple[Thing, ...] | None = None
     questions: tuple[YesNo, ...] = ()
     group: str = ""
+    events: tuple[Any, ...] = ()
     problem: str = ""
 
     @property
     def image(self) -> Image.Image | Path:
         """The image, in a form that `VLM.generate` takes."""
+        if isinstance(self.source, Clip):
+            raise InputError(f"{self.name} is a clip, not an image")
         return self.source.image if isinstance(self.source, Scene) else self.source
 
     @property

@@ -20,8 +20,8 @@ from .adapter import Adapter
 
 _TICKS = 1_000_000  # a second in the metadata: processors compute times as a frame's number over the rate
 _LABEL_TOKENS = 32
-# what processors and templates write before a frame: "<1.5 seconds>", "Frame3: ", "Frame from 00:07:", "frame one:"
-_LABEL = re.compile(r"<[\d.]+ seconds>|frame( ?[\w-]+| from [\d:]+)? ?:?\s*", re.IGNORECASE)
+# what processors and templates write before a frame: "<1.5 seconds>", "Frame3: ", "Frame from 00:07:", "frame one of six:"
+_LABEL = re.compile(r"<[\d.]+ seconds>|frame( ?[\w-]+( of [\w-]+)?| from [\d:]+)? ?:?\s*", re.IGNORECASE)
 
 
 class VideoReader:

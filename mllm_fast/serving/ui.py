@@ -142,7 +142,7 @@ def _wire_controls(parts: Parts, page: Page) -> None:
     gr.on(
         asking,
         page.ask,
-        [controls.picture, controls.video, parts.wanted, *controls.values, results.method],
+        [controls.picture, parts.wanted, *controls.values, results.method, controls.video],
         [parts.answered, parts.running, parts.wanted, *told, *shown],
         **_GOING | {"trigger_mode": "always_last"},  # a click while an answer ends is not lost
     )

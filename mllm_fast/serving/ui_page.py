@@ -47,17 +47,15 @@ class Page:
         self._maps, self._tool, self._limits, self._log = maps, tool, limits, log
         self._parts, self._controls, self._results = parts, parts.controls, parts.results
 
-    async def ask(
-        self, file: str | None, video: str | None, wanted: tuple[str, int] | None, *values: Any
-    ) -> AsyncIterator[Changes]:
+    async def ask(self, file: str | None, wanted: tuple[str, int] | None, *values: Any) -> AsyncIterator[Changes]:
         """Answer the question: normally, with attention knocked out, and from a context, as far as requested.
 
         Args:
             file: The path of the image.
-            video: The path of a video, in its place.
             wanted: The question and the word that a link or the browser's store names.
-            values: The values of `Inputs`, up to the method.
+            values: The values of `Inputs`, up to the method, and the path of a video in the place of the image.
         """
+        *values, video = values  # type: ignore[assignment]
         controls, stop = self._controls, threading.Event()
         yield {
             self._parts.running: stop,

@@ -50,9 +50,13 @@ CHAT_TEMPLATE = (
 )
 # each frame of a clip is an image behind its number
 _NUMBERED = (
-    "{% set number = namespace(value=0) %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}"
-    "frame {{ " + repr(list(FRAME_NUMBERS)) + "[number.value] }}: <image>\n{% set number.value = number.value + 1 %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% set words = " + repr(list(FRAME_NUMBERS)) + " %}"
+    "{% if images | length > words | length %}"
+    "{{ raise_exception('this model reads at most ' ~ words[-1] ~ ' frames') }}"
+    "{% endif %}"
+    "{% for part in images %}"
+    "frame {{ words[loop.index0] }} of {{ words[images | length - 1] }}: <image>\n"
     "{% endfor %}"
 )
 CLIP_TEMPLATE = CHAT_TEMPLATE.replace(

@@ -13,13 +13,14 @@ import torch
 
 from .batches import IGNORE
 from .build import CLIP_GRID, PATCH
-from .clip_questions import FRAME_NUMBERS, TASKS, ClipQuestion, ask
+from .clip_questions import FRAME_NUMBERS, TASKS, ClipQuestion, ask, half_of
 from .clips import FRAMES, Clip, generate_clip
 from .scenes import COLORS, SHAPES
 
 TOKENS = CLIP_GRID * CLIP_GRID  # of a frame
 _COLOR_NAMES = tuple(COLORS)
 _ROOM = 128  # tokens of the questions about one clip
+_BLIND_HALVES = 0.95
 _BARE = 0.3  # share of the questions with less to see that see what they ask about alone
 
 
@@ -36,6 +37,8 @@ class ClipBatch:
         keywords: The keywords of these questions, in the order of `last`, int64 [n, 2].
         tasks: One list of task names a sample.
         shape, color: What each patch shows, int64 [B * frames, 64]; 0 is background, `IGNORE` little of an object.
+        half: The word for the half in which the object of a patch appears, int64 [B * frames, 64]: in the frames from
+            its appearance to the end of that half, and `IGNORE` elsewhere.
     """
 
     pixel_values: torch.Tensor
@@ -49,6 +52,7 @@ class ClipBatch:
     tasks: list[list[str]]
     shape: torch.Tensor
     color: torch.Tensor
+    half: torch.Tensor
 
 
 def coverage(masks: np.ndarray) -> np.ndarray:
@@ -80,7 +84,7 @@ class ClipBatches:
         """Return the ids of a conversation's begin with a clip, up to its last frame."""
         ids = [self.tokenizer.bos_token_id, *self.encode("USER:")]
         for number in FRAME_NUMBERS[:frames]:
-            ids += [*self.encode(f"frame {number}:"), *[self.image_id] * TOKENS]
+            ids += [*self.encode(f"frame {number} of {FRAME_NUMBERS[frames - 1]}:"), *[self.image_id] * TOKENS]
         return ids
 
     def draw(self, rng: np.random.Generator, size: int, max_objects: int, seen: float, blind: float) -> ClipBatch:
@@ -92,7 +96,7 @@ class ClipBatches:
             max_objects: The most objects of a clip.
             seen: The share of the questions whose words and answers see all tokens of the clip. The others see those
                 of what is asked about, and a random part of the rest.
-            blind: The share of the questions whose words see nothing of the clip.
+            blind: The share of the questions whose words see nothing of the clip; of those about halves nearly all.
         """
         frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
         clips = [generate_clip(rng, frames, max_objects) for _ in range(size)]
@@ -112,6 +116,7 @@ class ClipBatches:
             tasks=[],
             shape=what,
             color=tone,
+            half=torch.from_numpy(np.concatenate([self._halves(clip) for clip in clips])),
         )
         batch.input_ids[:, : len(prefix)] = prefix
         batch.position_ids[:, : len(prefix)] = torch.arange(len(prefix))
@@ -129,12 +134,22 @@ class ClipBatches:
                     keep = 0.0 if rng.random() < _BARE else rng.random()
                     hidden = ~_evidence(clip, question) & (rng.random(len(places)) >= keep)
                     visible[b, rows.nonzero(), places[torch.from_numpy(hidden)]] = False
-                if question.target is not None and rng.random() < blind:
+                share = max(blind, _BLIND_HALVES * (blind > 0)) if question.task == "appears" else blind
+                if question.target is not None and rng.random() < share:
                     words = rows & (batch.labels[b] == IGNORE)
                     words[words.nonzero()[-1]] = False
                     visible[b, words.nonzero(), places] = False
         batch.visible = visible & torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
         return batch
+
+    def _halves(self, clip: Clip) -> np.ndarray:
+        found = np.full((len(clip.pixels), TOKENS), IGNORE)
+        for one in clip.objects:
+            if one.event == "appears":
+                half, last = half_of(clip, one)
+                shown = coverage(one.masks[one.at : last + 1]) >= 0.2
+                found[one.at : last + 1][shown] = self.encode(half)[0]
+        return found
 
     def _pack(self, batch: ClipBatch, b: int, questions: list[ClipQuestion], begin: int, keywords: list) -> list[str]:
         tasks: list[str] = []

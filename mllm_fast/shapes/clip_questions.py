@@ -60,6 +60,12 @@ def describe(clip: Clip) -> str:
     return ", ".join(f"a {one.colors[-1]} {one.shape}" for one in clip.objects)
 
 
+def half_of(clip: Clip, one: ClipObject) -> tuple[str, int]:
+    """Return the half in which an object appears, and the last frame of that half."""
+    last = len(clip.pixels) - 1
+    return ("first", last // 2) if 2 * one.at < last + 1 else ("second", last)
+
+
 def _ask(clip: Clip, rng: np.random.Generator, task: str, target: int) -> ClipQuestion:
     one, last = clip.objects[target], len(clip.pixels) - 1
     if task in ("start", "end"):
@@ -70,9 +76,8 @@ def _ask(clip: Clip, rng: np.random.Generator, task: str, target: int) -> ClipQu
     if task == "moves":
         return ClipQuestion(task, f"which {one.shape} moves?", one.colors[0], target, (0, last), (one.shape,))
     text = f"in which half does the {one.colors[0]} {one.shape} appear?"
-    first = 2 * one.at < last + 1
-    end = last // 2 if first else last
-    return ClipQuestion(task, text, "first" if first else "second", target, (one.at, end), (one.colors[0], one.shape))
+    half, end = half_of(clip, one)
+    return ClipQuestion(task, text, half, target, (one.at, end), (one.colors[0], one.shape))
 
 
 def _one_of_its_shape(clip: Clip, one: ClipObject) -> bool:

@@ -5,9 +5,11 @@ its position embeddings is taken; words that are new are drawn at random. Then t
 questions about clips of four to eight frames, of which each is an image behind its number.
 
 As in `train`, image tokens stay aligned with the words for what they show, and early in the training the last prompt
-token after layer 2 must decode to the word that is asked about. Most question words cannot see the clip, and a part of
-the questions and answers sees what is asked about and a random part of the rest, so that the model reads an answer from
-the moment and the object that show it. Figures of maps and knockouts follow in part from this design.
+token after layer 2 must decode to the word that is asked about. After layer 4, the tokens of an object that appears
+must decode to the half in which it does, since that answer is no word that a picture shows. Most question words cannot
+see the clip, and a part of the questions and answers sees what is asked about and a random part of the rest, so that
+the model reads an answer from the moment and the object that show it. Figures of maps and knockouts follow in part from
+this design.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .scenes import COLORS, SHAPES
 from .training import adamw, classify, cosine, next_token_loss, set_rate, vision_layers
 
 _LENS_LAYER = 1  # the lens reads the output of this layer
+_HALF_LAYER = 3  # after this layer, objects that appear decode to the half in which they do
 _HELD_OUT = 10**6
 
 
@@ -98,13 +101,15 @@ class ClipTrainer:
             batch = self.batches.draw(self.rng, args.batch, most, seen, args.blind)
             self.vision.requires_grad_(step >= frozen)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, image, lens = self.forward(batch)
+                logits, image, lens, halves = self.forward(batch)
             answers = next_token_loss(logits, batch.labels)
             loss = answers + 0.2 * self.alignment.loss(image, self.language.embed_tokens.weight, batch)
             weight = 0.3 * min(1, max(0, 2 * (1 - progress / 0.4)))
             if weight > 0:
                 spoken = F.log_softmax(lens[batch.last].float(), -1)
                 loss = loss - weight * spoken.gather(1, batch.keywords).mean()
+            if halves.numel():
+                loss = loss + 0.1 * classify(halves, batch.half[batch.half != IGNORE][None])
             self.update(optimizer, loss)
             average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
             if step % 100 == 0:
@@ -114,11 +119,12 @@ class ClipTrainer:
         self.log("held-out", self.accuracy(16))
         self.save()
 
-    def forward(self, batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run a forward pass.
 
         Returns:
-            The logits [B, L, V], the image tokens [B * frames, 64, d], and the logits of the lens [B, L, V].
+            The logits [B, L, V], the image tokens [B * frames, 64, d], the logits of the lens [B, L, V], and those of
+            the objects that appear, [tokens, V].
         """
         image = self.projector(self.vision(batch.pixel_values).last_hidden_state[:, 1:])
         hidden = self.language.embed_tokens(batch.input_ids)
@@ -126,13 +132,15 @@ class ClipTrainer:
         hidden = hidden.masked_scatter(slots, image.to(hidden.dtype))
         mask = torch.zeros(batch.visible.shape, dtype=torch.bfloat16).masked_fill(~batch.visible, -1e9)[:, None]
         rotary = self.language.rotary_emb(hidden, batch.position_ids)
-        lens = hidden
+        lens = appeared = hidden
         for i, layer in enumerate(self.language.layers):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
             if i == _LENS_LAYER:
                 lens = hidden
+            if i == _HALF_LAYER:
+                appeared = hidden[slots[..., 0]][batch.half.flatten() != IGNORE]
         read = lambda h: self.model.lm_head(self.language.norm(h))  # noqa: E731
-        return read(hidden), image, read(lens)
+        return read(hidden), image, read(lens), read(appeared).float()[None]
 
     def update(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
         loss.backward()
@@ -150,7 +158,7 @@ class ClipTrainer:
         for _ in range(batches):
             batch = self.batches.draw(rng, self.args.batch, 3, 1.0, 0.0)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, _, _ = self.forward(batch)
+                logits, *_ = self.forward(batch)
             hit = (logits[:, :-1].argmax(-1) == batch.labels[:, 1:]) | (batch.labels[:, 1:] == IGNORE)
             for b, tasks in enumerate(batch.tasks):
                 for turn, task in enumerate(tasks, 1):
