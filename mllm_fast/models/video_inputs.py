@@ -20,7 +20,7 @@ from .adapter import Adapter
 
 _TICKS = 1_000_000  # a second in the metadata: processors compute times as a frame's number over the rate
 _LABEL_TOKENS = 32
-# what processors and templates write before a frame: "<1.5 seconds>", "Frame3: ", "Frame from 00:07:", "frame one of six:"
+# written before a frame: "<1.5 seconds>", "Frame3: ", "Frame from 00:07:", "frame one of two:"
 _LABEL = re.compile(r"<[\d.]+ seconds>|frame( ?[\w-]+( of [\w-]+)?| from [\d:]+)? ?:?\s*", re.IGNORECASE)
 
 
