@@ -1,7 +1,7 @@
 """What explaining a word about a video costs in memory: `python benchmarks/video.py`.
 
-A LLaVA of random weights (4 layers of d = 256, 4 heads) reads 4, 8 and 16 frames of 28 x 37 = 1,036 tokens each and says
-one word. Three calls: the word is generated; it is generated and explained, with the map of every moment; and the
+A LLaVA of random weights (4 layers of d = 256, 4 heads) reads 4, 8 and 16 frames of 28 x 37 = 1,036 tokens each and
+says one word. Three calls: the word is generated; it is generated and explained, with the map of every moment; and the
 same sequence is run by transformers with `output_attentions`, on its eager attention, as a caller would who wants the
 attention of that word. Each runs in a process of its own, whose address space may grow by 8 GiB from where it begins;
 what does not fit is refused by the allocator, and named with the bytes that it asked for.

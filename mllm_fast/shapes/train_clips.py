@@ -113,10 +113,10 @@ class ClipTrainer:
             self.update(optimizer, loss)
             average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
             if step % 100 == 0:
-                self.log(f"step {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(3))
+                self.log(f"step {step} ({progress:.0%}) loss {average:.4f}", self.accuracy(min(3, args.held_out)))
             if step % 500 == 499:
                 self.save()
-        self.log("held-out", self.accuracy(16))
+        self.log("held-out", self.accuracy(args.held_out))
         self.save()
 
     def forward(self, batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -208,6 +208,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frozen", type=float, default=0.1, help="share of the steps that leave the tower as it is")
     parser.add_argument("--seen", type=float, default=0.5, help="share of the questions that see the whole clip")
     parser.add_argument("--blind", type=float, default=0.8, help="share of the questions whose words see no image")
+    parser.add_argument("--held-out", type=int, default=16, help="batches that the accuracy at the end is over")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     return parser.parse_args(arguments)
 
