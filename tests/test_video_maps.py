@@ -87,8 +87,8 @@ def test_shares_by_moment(clips, video):
     assert "timestamp" in whole
     moments = sum(each[f"image:{i}"] for i in range(8))
     torch.testing.assert_close(moments, whole["image"], rtol=0, atol=1e-5)
+    short = mf.Video(SAMPLE_VIDEO, num_frames=4)
     with pytest.raises(mf.InputError, match="as many images and moments in every prompt"):
-        short = mf.Video(SAMPLE_VIDEO, num_frames=4)
         clips.generate([video, short], [END, END], attention_share="moments")
 
 
@@ -257,7 +257,8 @@ def test_streams_explain_word_by_word(clips, video, ex):
 def test_a_model_without_a_video_processor_reads_images():
     """The embedded model for pictures was never taught clips, but takes their frames."""
     shapes = mf.VLM.from_pretrained("shapes")
-    said = shapes.generate(mf.Video([Image.open(SAMPLE)] * 2), "What color is the star?", max_new_tokens=2)
+    frame = SAMPLE.read_bytes()
+    said = shapes.generate(mf.Video([frame, frame]), "What color is the star?", max_new_tokens=2)
     assert [image.moment.as_image for image in said.layout.images] == [True, True]
     with pytest.raises(mf.InputError, match="how this model's processor lays out the tokens of a video is not known"):
-        shapes.generate(mf.Video([Image.open(SAMPLE)], as_images=False), "What color is the star?")
+        shapes.generate(mf.Video([frame], as_images=False), "What color is the star?")
