@@ -20,6 +20,7 @@ from mllm_fast.core.moments import Moment, time_label
 from mllm_fast.core.video import chosen, is_video, spaced
 from mllm_fast.core.video_file import check_media
 from mllm_fast.core.video_loading import load_video
+from mllm_fast.core.video_torchcodec import find_decoder
 
 movies = pytest.importorskip("movies", reason="PyAV is not installed")
 
@@ -128,6 +129,26 @@ def test_animated_pictures_need_no_other_library(tmp_path):
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0] == "5"
     assert said[1].startswith("a video file is read with PyAV: pip install")
+
+
+def test_torchcodec_reads_the_same(tmp_path, monkeypatch):
+    if find_decoder() is None:
+        pytest.skip("torchcodec, or FFmpeg's shared libraries, are not installed")
+    paths = [
+        movies.write(tmp_path / "a.mp4", codec="libx264"),
+        movies.write(tmp_path / "v.mp4", 10, shown=VARIABLE),
+        movies.write(tmp_path / "b.mkv"),
+    ]
+    ours = [load_video(mf.Video(path, num_frames=6)) for path in paths]
+    monkeypatch.setitem(sys.modules, "av", None)
+    for path, wanted in zip(paths, ours, strict=True):
+        for source in (path, path.read_bytes()):
+            found = load_video(mf.Video(source, num_frames=6))
+            assert (found.indices, found.total) == (wanted.indices, wanted.total)
+            assert found.seconds == pytest.approx(wanted.seconds, abs=2e-3)
+            assert greys(found) == greys(wanted)
+    with pytest.raises(mf.InputError, match="holds no video"):
+        load_video(_made(tmp_path, paths[0].read_bytes()[:1500]))
 
 
 BAD = [

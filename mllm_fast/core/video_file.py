@@ -1,6 +1,6 @@
 """Frames of video files, decoded by PyAV: the chosen ones alone, each with the time at which the file shows it.
 
-Animated pictures are read by Pillow.
+Where PyAV is not installed, torchcodec decodes them. Animated pictures are read by Pillow.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .extras import install_command
 from .image_urls import is_url, url_bytes
 from .images import check_file, file_content
 from .video import LoadedVideo, PixelLimits, Sampler, Video, check_size, chosen, source_name
+from .video_torchcodec import find_decoder, read_by_torchcodec
 
 _FORMATS = (
     (4, b"ftyp", "mov"),
@@ -54,9 +55,14 @@ def read_frames(video: Video, sampler: Sampler, limits: PixelLimits) -> LoadedVi
         return read_animation(
             video, source.removeprefix("file:") if isinstance(source, str) else source, name, sampler, limits
         )
+    if isinstance(source, io.BytesIO):
+        _format(_beginning(source), name)
     try:
         import av
     except ImportError:
+        decoder = find_decoder()
+        if decoder is not None:
+            return read_by_torchcodec(decoder, video, source, name, sampler, limits)
         raise InputError(
             f"a video file is read with PyAV: {install_command('video')}, or give the frames as a list of images"
         ) from None
@@ -143,10 +149,12 @@ def _stream(av: Any, source: Any, name: str) -> Iterator[tuple[Any, Any]]:
         source.seek(0)
         options["format"] = _format(source.getvalue()[:16], name)
     with av.open(source, metadata_errors="ignore", **options) as container:
-        if not container.streams.video:
-            kinds = sorted({stream.type for stream in container.streams})
+        # the cover of a piece of music is a video stream too
+        films = [one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic]
+        if not films:
+            kinds = sorted({one.type for one in container.streams} - {"video"})
             raise InputError(f"{name}: holds no video, only {', '.join(kinds) or 'nothing'}; give a video or an image")
-        stream = container.streams.video[0]
+        stream = films[0]
         stream.thread_type = "AUTO"
         yield container, stream
 
@@ -189,7 +197,7 @@ def _times(container: Any, stream: Any, name: str) -> _Times:
     if unknown or not keys:  # an old format that stores no times
         step = 1 / (float(stream.average_rate or 24) * unit)
         return _Times([round(i * step) for i in range(found)], [])
-    return _Times(sorted(shown), sorted(keys))
+    return _Times(sorted(set(shown)), sorted(set(keys)))
 
 
 def _declared(container: Any, stream: Any) -> float:
