@@ -119,7 +119,7 @@ def test_animated_pictures_need_no_other_library(tmp_path):
         assert greys(found) == list(range(5))
         assert found.seconds == pytest.approx([0, 0.1, 0.3, 0.6, 1.0])
     code = (
-        "import sys; sys.modules['av'] = None; import mllm_fast as mf\n"
+        "import sys; sys.modules['av'] = sys.modules['torchcodec'] = None; import mllm_fast as mf\n"
         "from mllm_fast.core.video_loading import load_video\n"
         f"print(len(load_video(mf.Video({str(tmp_path / 'a.gif')!r})).frames))\n"
         f"open({str(tmp_path / 'a.mp4')!r}, 'wb').write(b'0000ftyp' + bytes(20))\n"
