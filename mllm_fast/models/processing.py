@@ -112,9 +112,10 @@ class Prompts:
             if not prompt.strip():
                 raise InputError("the prompt is empty; ask a question about the image")
             _check_text(self.processor, prompt, "prompt", placeholders=not chat_template)
-        for some in ([stills(one) for one in pictures], [clips(one) for one in pictures]):
-            if any(some) and not all(some):
-                raise InputError("a batch has images (or videos) for all of its prompts or for none")
+        for what, some in (("images", map(stills, pictures)), ("videos", map(clips, pictures))):
+            found = [bool(one) for one in some]
+            if any(found) and not all(found):
+                raise InputError(f"a batch has {what} for all of its prompts or for none")
         pairs = [(parts_of(media), prompt) for media, prompt in zip(pictures, prompts, strict=True)]
         if chat_template:
             return self._inputs(pictures, [[("user", [*media, prompt])] for media, prompt in pairs])

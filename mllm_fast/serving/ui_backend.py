@@ -176,7 +176,7 @@ class UIBackend:
             asked: The question, and how it is answered.
             stop: Set to end the answer; what was said until then is explained.
         """
-        source = self._source(asked)
+        source = _source(self, asked)
 
         def pieces() -> Iterator[Heard]:
             with source.stream(picture, asked.question, explain=True, **asked.options) as stream:
@@ -201,7 +201,7 @@ class UIBackend:
     ) -> AsyncIterator[str]:
         """Yield the growing answer of the model with attention knocked out; `stop` ends it."""
         rules = [Knockout(*ROUTES[route], layers=range(asked.first, asked.last + 1)) for route in asked.knockout]
-        source = self._source(asked)
+        source = _source(self, asked)
 
         def pieces() -> Iterator[str]:
             with source.stream(picture, asked.question, knockout=rules, **asked.options) as stream:
@@ -226,7 +226,7 @@ class UIBackend:
         settings, keep = self.service.settings, asked.keep / 100
         ctx: Context
         if asked.joint:
-            source = self._source(asked)
+            source = _source(self, asked)
 
             def read() -> Iterator[Context]:
                 options = {"prompt": settings.prompt, "score": settings.score}
@@ -247,9 +247,6 @@ class UIBackend:
             f" {ctx.nbytes / 1024:.0f} of {ctx.full_nbytes / 1024:.0f} KiB"
         )
         return text, facts, draw_kept(ctx)
-
-    def _source(self, asked: Inputs) -> Any:
-        return self.joint if asked.joint else self.vlm
 
     async def map(self, answered: Answered, shown: Shown) -> Drawn:
         """Draw the selected map."""
@@ -333,6 +330,11 @@ class UIBackend:
 
             return await self.service.client.last(piece)
         return await self.service.explainer.scored(lambda check: do(cast("Explanation", Interruptible(ex, check))))
+
+
+def _source(tool: UIBackend, asked: Inputs) -> Any:
+    """Return the model that answers: the joint one if it is asked for."""
+    return tool.joint if asked.joint else tool.vlm
 
 
 def _growing(stream: Stream, stop: threading.Event) -> Iterator[str]:

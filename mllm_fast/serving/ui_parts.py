@@ -125,7 +125,7 @@ def page_parts(tool: UIBackend, limits: Limits) -> Parts:
     return Parts(answered, running, wanted, controls, results)
 
 
-def _controls(tool: UIBackend, limits: Limits) -> Controls:
+def _controls(tool: UIBackend, limits: Limits) -> Controls:  # long: the controls from top to bottom
     usual, last = Inputs.usual(limits), limits.layers - 1
     about = model_html(tool.service.name, limits.layers, tool.vlm.text.num_heads, tool.embedded)
     gr.HTML(about, elem_id="model", elem_classes="told")

@@ -35,6 +35,7 @@ class ClipBatch:
         turn: The question of each token, int64 [B, L]. 0 is the clip and -1 is padding.
         last: Marks the last prompt token of each question with keywords, bool [B, L].
         keywords: The keywords of these questions, in the order of `last`, int64 [n, 2].
+        evidence: Which image tokens show what these questions ask about, bool [n, frames * 64].
         tasks: One list of task names a sample.
         shape, color: What each patch shows, int64 [B * frames, 64]; 0 is background, `IGNORE` little of an object.
         half: The word for the half in which the object of a patch appears, int64 [B * frames, 64]: in the frames from
@@ -49,6 +50,7 @@ class ClipBatch:
     turn: torch.Tensor
     last: torch.Tensor
     keywords: torch.Tensor
+    evidence: torch.Tensor
     tasks: list[list[str]]
     shape: torch.Tensor
     color: torch.Tensor
@@ -113,6 +115,7 @@ class ClipBatches:
             turn=torch.full(shape, -1),
             last=torch.zeros(shape, dtype=torch.bool),
             keywords=torch.empty(0),
+            evidence=torch.empty(0),
             tasks=[],
             shape=what,
             color=tone,
@@ -126,6 +129,13 @@ class ClipBatches:
         for b, questions in enumerate(asked):
             batch.tasks.append(self._pack(batch, b, questions, len(prefix), keywords))
         batch.keywords = torch.tensor(keywords, dtype=torch.long).reshape(-1, 2)
+        named = [
+            _evidence(clip, question)
+            for clip, questions, tasks in zip(clips, asked, batch.tasks, strict=True)
+            for question in questions[: len(tasks)]
+            if question.keywords
+        ]
+        batch.evidence = torch.from_numpy(np.stack(named)) if named else torch.zeros(0, len(places), dtype=torch.bool)
         visible = (batch.turn[:, None, :] == 0) | (batch.turn[:, None, :] == batch.turn[:, :, None])
         for b, (clip, questions) in enumerate(zip(clips, asked, strict=True)):
             for turn, question in enumerate(questions[: len(batch.tasks[b])], 1):
