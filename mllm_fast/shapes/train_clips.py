@@ -6,14 +6,16 @@ questions about clips of four to eight frames, of which each is an image behind 
 
 As in `train`, image tokens stay aligned with the words for what they show, and early in the training the last prompt
 token after layer 2 must decode to the word that is asked about. After layer 4, the tokens of an object that appears
-must decode to the half in which it does, since that answer is no word that a picture shows, and one head of layer 5
-learns to point: the attention of its last prompt token to what is asked about is raised. Most question words cannot see
-the clip, and a part of the questions and answers sees what is asked about and a random part of the rest. So the model
-reads an answer from the moment and the object that show it, and figures of maps and knockouts follow in part from this
-design.
+must decode to the half in which it does, since that answer is no word that a picture shows. Attention is trained too:
+from layer 2 on the last prompt token is kept from other image tokens than those that show what is asked about, and one
+head of layer 5 learns to point to these and to write the answer. Most question words cannot see the clip, and a part of
+the questions and answers sees what is asked about and a random part of the rest. So the model reads an answer from the
+moment and the object that show it, and figures of maps and knockouts follow in part from this design.
 
-The weights in the package were made in two runs: the first with `--steps 1000 --point 0`, of which the weights after
-500 steps were kept, and the second with `--start` on these, `--steps 500 --rate 7e-4 --seed 1`.
+The weights in the package were made in four runs, each with `--start` on the result of the one before: `--steps 1000
+--point 0`, of which the weights after 500 steps were kept; `--steps 500 --rate 7e-4 --seed 1`, when a head pointed and
+nothing else was asked of attention; `--steps 300 --rate 6e-4 --seed 2`, when it did not write yet; and `--steps 220
+--rate 8e-4 --seed 3`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from .scenes import COLORS, SHAPES
 from .training import adamw, classify, cosine, next_token_loss, set_rate, vision_layers
 
 _LENS_LAYER = 1  # the lens reads the output of this layer
+_FIRST_READER = 1  # from this layer on last prompt tokens look at what is asked about
 _POINT_LAYER = 4  # a head of this layer points
 _HALF_LAYER = 3  # after this layer, objects that appear decode to the half in which they do
 _HELD_OUT = 10**6
@@ -107,7 +110,7 @@ class ClipTrainer:
             batch = self.batches.draw(self.rng, args.batch, most, seen, args.blind)
             self.vision.requires_grad_(step >= frozen)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, image, lens, halves, pointed = self.forward(batch)
+                logits, image, lens, halves, looked = self.forward(batch)
             answers = next_token_loss(logits, batch.labels)
             loss = answers + 0.2 * self.alignment.loss(image, self.language.embed_tokens.weight, batch)
             weight = 0.3 * min(1, max(0, 2 * (1 - progress / 0.4)))
@@ -116,8 +119,8 @@ class ClipTrainer:
                 loss = loss - weight * spoken.gather(1, batch.keywords).mean()
             if halves.numel():
                 loss = loss + 0.1 * classify(halves, batch.half[batch.half != IGNORE][None])
-            if pointed.numel():
-                loss = loss - args.point * pointed.mean()
+            if looked.numel():
+                loss = loss - args.point * looked.mean()
             self.update(optimizer, loss)
             average = answers.item() if average is None else 0.98 * average + 0.02 * answers.item()
             if step % 100 == 0:
@@ -132,7 +135,8 @@ class ClipTrainer:
 
         Returns:
             The logits [B, L, V], the image tokens [B * frames, 64, d], the logits of the lens [B, L, V], those of the
-            objects that appear, [1, tokens, V], and what `pointed` returns.
+            objects that appear, [1, tokens, V], and what `looked`
+            returns, summed over the layers.
         """
         image = self.projector(self.vision(batch.pixel_values).last_hidden_state[:, 1:])
         hidden = self.language.embed_tokens(batch.input_ids)
@@ -140,35 +144,56 @@ class ClipTrainer:
         hidden = hidden.masked_scatter(slots, image.to(hidden.dtype))
         mask = torch.zeros(batch.visible.shape, dtype=torch.bfloat16).masked_fill(~batch.visible, -1e9)[:, None]
         rotary = self.language.rotary_emb(hidden, batch.position_ids)
-        lens = appeared = pointed = hidden
+        lens = appeared = hidden
+        looked: list[torch.Tensor] = []
         for i, layer in enumerate(self.language.layers):
-            if i == _POINT_LAYER:
-                pointed = self.pointed(batch, layer, hidden, rotary)
+            if i >= _FIRST_READER:
+                looked.append(self.looked(batch, layer, hidden, rotary, i == _POINT_LAYER))
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
             if i == _LENS_LAYER:
                 lens = hidden
             if i == _HALF_LAYER:
                 appeared = hidden[slots[..., 0]][batch.half.flatten() != IGNORE]
         read = lambda h: self.model.lm_head(self.language.norm(h))  # noqa: E731
-        return read(hidden), image, read(lens), read(appeared).float()[None], pointed
+        return read(hidden), image, read(lens), read(appeared).float()[None], torch.stack(looked).sum(0)
 
-    def pointed(self, batch: ClipBatch, layer: Any, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
-        """Return log of the attention that a layer's first head gives to what each question asks about, [n].
+    def looked(self, batch: ClipBatch, layer: Any, hidden: torch.Tensor, rotary: Any, points: bool) -> torch.Tensor:
+        """Return how well a layer's last prompt tokens look at what is asked about, [n].
+
+        It is log of the attention that is not on other image tokens, a mean over the heads. For the layer that points,
+        log of its first head's attention to what is asked about is added, and log p of the answer by what that head
+        writes, under the statistics of the row.
 
         Args:
             batch: The batch.
             layer: The layer.
             hidden: What it reads, [B, L, d].
             rotary: The rotary embedding of the positions.
+            points: Whether the layer's first head points.
         """
-        normed, attention = layer.input_layernorm(hidden), layer.self_attn
-        width = attention.head_dim
-        query, key = (part(normed)[..., :width][:, None] for part in (attention.q_proj, attention.k_proj))
+        attention = layer.self_attn
+        width, lead = attention.head_dim, hidden.shape[:2]
+        normed = layer.input_layernorm(hidden)
+        query, key = (
+            part(normed).view(*lead, -1, width).transpose(1, 2) for part in (attention.q_proj, attention.k_proj)
+        )
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         rows, places = batch.last.nonzero()[:, 0], (batch.input_ids[0] == self.batches.image_id).nonzero()[:, 0]
-        scores = (query[:, 0][batch.last][:, None].float() @ key[rows, 0].float().transpose(1, 2))[:, 0] / width**0.5
-        logs = torch.log_softmax(scores.masked_fill(~batch.visible[batch.last], -1e9), -1)[:, places]
-        return logs.masked_fill(~batch.evidence, -1e9).logsumexp(-1)
+        query = query.transpose(1, 2)[batch.last][:, :, None].float()  # [n, H, 1, D]
+        scores = (query @ key[rows].float().transpose(2, 3))[:, :, 0] / width**0.5
+        alpha = torch.softmax(scores.masked_fill(~batch.visible[batch.last][:, None], -1e9), -1)
+        shown = alpha[..., places]
+        beside = (shown * ~batch.evidence[:, None]).sum(-1)
+        found = (1 - beside).clamp_min(1e-3).log().mean(1)
+        if points:
+            value = attention.v_proj(normed)[rows, :, :width].float()
+            write = (alpha[:, :1] @ value)[:, 0] @ attention.o_proj.weight[:, :width].float().T
+            scale = hidden[batch.last].detach().float().square().mean(-1, keepdim=True).rsqrt()
+            said = self.model.lm_head.weight.float() @ (self.language.norm.weight.float() * write * scale).T
+            answers = batch.labels[rows, batch.last.nonzero()[:, 1] + 1]
+            spoken = torch.log_softmax(said.T, -1).gather(1, answers[:, None])[:, 0]
+            found = found + (shown[:, 0] * batch.evidence).sum(-1).clamp_min(1e-6).log() + spoken
+        return found
 
     def update(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
         loss.backward()
