@@ -89,8 +89,8 @@ def file(path: str) -> dict:
 
 
 def asked(picture: dict | None, question: str = "What color is the star?") -> list:
-    """What the page sends with a question: an image, a state of the server's, the values of the controls, a video."""
-    return [picture, None, question, [], 0, 5, 0, False, 64, 0, 1, "logprob", None]
+    """What the page sends with a question: an image, a state of the server's, and the values of the controls."""
+    return [picture, None, question, [], 0, 5, 0, False, 64, 0, 1, "logprob"]
 
 
 def paths_in(events: str) -> list[str]:

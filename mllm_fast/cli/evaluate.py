@@ -179,10 +179,8 @@ def evaluate(  # long: the options of a command are its parameters
         from ..evaluation.report import check_charts, noted
         from ..evaluation.rows import SETTINGS, write_parquet
         from ..evaluation.run import run
-        from ..evaluation.worker import ModelChoice
         from ..models.provenance import made_with
-    chosen = _chosen(name)
-    model = _model_for(chosen, model)
+    chosen = {one: EVALUATIONS.get(one) for one in (EVALUATIONS if name == "all" else (name,)) if one != "judges"}
     _check(name, chosen, images, masks, data, segmenter)
     check_charts()
     if ray:  # actors may run in another working directory
@@ -225,33 +223,43 @@ def evaluate(  # long: the options of a command are its parameters
         segmenter=_segmenter(segmenter, device),
     )
     evaluations = {one: kind.from_options(options) for one, kind in chosen.items()}
-    choice = ModelChoice(model, device, dtype, backend)
-    with loading(model):
-        vlm = choice.load(progress=None)
+    models = _Models(model, device, dtype, backend)
     reports: list[tuple[Report, dict[str, Any]]] = []
     for one in chosen:
-        folder = out / one
+        folder, (choice, vlm) = out / one, models.of(chosen[one])
         with bar(one) as tell:
             rows = run(evaluations[one], samples[one], choice, folder, processes, tell, vlm, ray)
         if parquet:
             write_parquet(rows, folder / "rows.parquet")
         report = noted(evaluations[one].report(rows), samples[one].notes)
         reports.append((report, json.loads((folder / SETTINGS).read_text())))
-    publish(reports, out, as_json, made_with(vlm.model))
+    publish(reports, out, as_json, made_with(models.of(next(iter(chosen.values())))[1].model))
     if images is not None or data is not None:  # its own scenes are what it knows
         tell_embedded(model)
 
 
-def _chosen(name: str) -> dict[str, type[Evaluation]]:
-    """Return the evaluations that a name stands for; all are those of images, on which one model can run."""
-    if name == "all":
-        return {one: kind for one in EVALUATIONS if not (kind := EVALUATIONS.get(one)).of_videos}
-    return {} if name == "judges" else {name: EVALUATIONS.get(name)}
+class _Models:
+    """The models of a run, each loaded when it is first needed.
 
+    Args:
+        name: The model that is evaluated; of the embedded ones that for videos reads videos.
+        device, dtype, backend: As in `VLM.from_pretrained`.
+    """
 
-def _model_for(chosen: dict[str, type[Evaluation]], model: str) -> str:
-    """Return the model that is evaluated: of the embedded ones that for videos, where videos are read."""
-    return EMBEDDED_VIDEO if model == EMBEDDED and any(kind.of_videos for kind in chosen.values()) else model
+    def __init__(self, name: str, device: str | None, dtype: str | None, backend: str):
+        self._name, self._rest = name, (device, dtype, backend)
+        self._loaded: dict[str, tuple[Any, Any]] = {}
+
+    def of(self, kind: type[Evaluation]) -> tuple[Any, Any]:
+        """Return the choice of the model that an evaluation runs on, and the model."""
+        from ..evaluation.worker import ModelChoice
+
+        name = EMBEDDED_VIDEO if kind.of_videos and self._name == EMBEDDED else self._name
+        if name not in self._loaded:
+            choice = ModelChoice(name, *self._rest)
+            with loading(name):
+                self._loaded[name] = choice, choice.load(progress=None)
+        return self._loaded[name]
 
 
 def _check(

@@ -49,7 +49,7 @@ class Reading(NamedTuple):
         chosen = self != Reading()
         animated = every or (chosen and not any(map(is_video, names)))
         if animated and not every and not all(name.lower().endswith(_ANIMATED) for name in names):
-            raise InputError("--fps, --frames, --max-frames and --frames-as-images are of videos, and none is given")
+            raise InputError("--fps, --frames, --frame-limit and --frames-as-images are of videos, and none is given")
         return [
             Video(name, self.fps, self.frames, as_images=self.as_images or None, max_frames=self.most)
             if animated or is_video(name)
@@ -81,7 +81,7 @@ AsImages = Annotated[
         "--frames-as-images", help="Read each frame as an image, as models without a video processor do anyway."
     ),
 ]
-MaxFrames = Annotated[int, typer.Option("--max-frames", help="The most frames that are read of a video.")]
+MaxFrames = Annotated[int, typer.Option("--frame-limit", help="The most frames that are read of a video.")]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="The prompt.")]
 Model = Annotated[
     str,

@@ -152,7 +152,7 @@ def check_frames(video: Video, count: int) -> None:
     if count > video.max_frames:
         raise InputError(
             f"{count:,} frames of the video would be read, the limit is {video.max_frames:,}: read fewer with"
-            " num_frames= or fps= (--frames, --fps), or raise the limit with max_frames= (--max-frames)"
+            " num_frames= or fps= (--frames, --fps), or raise the limit with max_frames= (--frame-limit)"
         )
 
 

@@ -142,10 +142,11 @@ def _wire_controls(parts: Parts, page: Page) -> None:
     gr.on(
         asking,
         page.ask,
-        [controls.picture, parts.wanted, *controls.values, results.method, controls.video],
+        [controls.picture, parts.wanted, *controls.values, results.method],
         [parts.answered, parts.running, parts.wanted, *told, *shown],
         **_GOING | {"trigger_mode": "always_last"},  # a click while an answer ends is not lost
     )
+    controls.video.change(page.video, [controls.video, parts.wanted], parts.wanted, **_LIVE)
     controls.stop.click(page.stop, parts.running, controls.status, js="(one) => mllm.stopped(one)", **_LIVE)
     for button, question in zip(controls.examples, EXAMPLES, strict=True):
         shown_there = [controls.picture, controls.video, controls.question]

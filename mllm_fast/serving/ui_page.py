@@ -10,6 +10,7 @@ import itertools
 import json
 import threading
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ _HIDDEN: dict[str, Any] = gr.update(visible="hidden")
 _NUMBERS = itertools.count(1)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the page holds beside its controls.
+
+    Attributes:
+        question, word: The question and the word that a link or the browser's store names.
+        video: The path of the uploaded video, which is asked about in place of an image.
+    """
+
+    question: str = ""
+    word: int = -1
+    video: str | None = None
+
+
 class Page:
     """The event handlers.
 
@@ -47,15 +62,16 @@ class Page:
         self._maps, self._tool, self._limits, self._log = maps, tool, limits, log
         self._parts, self._controls, self._results = parts, parts.controls, parts.results
 
-    async def ask(self, file: str | None, wanted: tuple[str, int] | None, *values: Any) -> AsyncIterator[Changes]:
+    async def ask(self, file: str | None, wanted: Wanted | None, *values: Any) -> AsyncIterator[Changes]:
         """Answer the question: normally, with attention knocked out, and from a context, as far as requested.
 
         Args:
             file: The path of the image.
-            wanted: The question and the word that a link or the browser's store names.
-            values: The values of `Inputs`, up to the method, and the path of a video in the place of the image.
+            wanted: What the page holds beside its controls.
+            values: The values of `Inputs`, up to the method.
         """
-        *values, video = values  # type: ignore[assignment]
+        wanted = wanted or Wanted()
+        video = wanted.video
         controls, stop = self._controls, threading.Event()
         yield {
             self._parts.running: stop,
@@ -75,9 +91,10 @@ class Page:
             if not asked.question.strip():
                 raise InputError("Ask something about the image.")
             picture: Any = await (self._tool.picture(Path(file)) if file else self._tool.video(Path(str(video))))
-            word = wanted[1] if wanted and wanted[0] == asked.question else -1
+            word = wanted.word if wanted.question == asked.question else -1
             async for changes in self._answers(picture, asked, word, stop):
                 yield changes
+            yield {self._parts.wanted: Wanted(video=video)}
         except Exception as error:
             yield {controls.problem: problem(error, self._log)}
         yield {controls.status: "", controls.stop: _HIDDEN}
@@ -145,13 +162,16 @@ class Page:
             notes.append(f"there is no word {word + 1} in it, so the last one is shown")
         return {
             self._parts.answered: found,
-            self._parts.wanted: None,
             results.answer: answer_html("Answer", ex.text, "; ".join(notes), number),
             results.words: gr.update(choices=_numbered(ex.tokens), value=token, visible=True, interactive=True),
             results.method: gr.update(choices=offered, value=method, visible=True),
             **await self._maps.new_word(found, token, method),
             **dict.fromkeys([results.check, results.report, results.numbers], gr.update(visible=True)),
         }
+
+    def video(self, file: str | None, wanted: Wanted | None) -> Wanted:
+        """Take note of the video that was uploaded, or that it was removed."""
+        return replace(wanted or Wanted(), video=file)
 
     def stop(self, running: threading.Event | None) -> str:
         """End the answer in progress, and return what the page says meanwhile."""
@@ -194,7 +214,7 @@ class Page:
         values = [list(one) if isinstance(one, tuple) else one for one in values]
         changes = {
             **dict(zip(controls.values, values, strict=True)),
-            self._parts.wanted: (asked.question, asked.word),
+            self._parts.wanted: Wanted(asked.question, asked.word),
             self._results.method: gr.update(choices=offered, value=asked.method),
             controls.notice: told_html(_notice(from_link, sample, image)),
         }

@@ -101,7 +101,7 @@ class Parts:
     Attributes:
         answered: The state that holds the answer.
         running: The state that holds what stops the answer in progress.
-        wanted: The state that holds the question and the word that a link or the browser's store names.
+        wanted: The state that holds a `Wanted`: what a link or the browser's store names, and the video.
         controls: The left column.
         results: The right column.
     """
