@@ -69,7 +69,7 @@ Frames = Annotated[
     int | None,
     typer.Option(
         "--frames",
-        help="How many frames are read of a video (or of an animated picture); by default what the model's processor"
+        help="How many frames are read of a video (or of an animated image); by default what the model's processor"
         " says, or 8.",
         show_default=False,
     ),

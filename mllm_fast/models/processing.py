@@ -276,14 +276,15 @@ def _content(part: Part) -> dict[str, str]:
     return {"type": "video" if part is VIDEO else "image"}
 
 
-def image_text(spelled: Callable[[Sequence[Turn]], str], processor: Any, media: Sequence[Part]) -> str:
+def image_text(spelled: Callable[[Sequence[Turn]], str], processor: Any, media: int | Sequence[Part]) -> str:
     """Return the text that stands for images in front of a prompt: what the chat template adds for them.
 
     Args:
         spelled: A function that returns a conversation as the chat template formats it.
         processor: The processor. Without a chat template its image token stands for an image.
-        media: What stands for the images and videos, see `parts_of`.
+        media: How many images there are; or what stands for images and videos, see `parts_of`.
     """
+    media = as_parts(media)
     if not media:
         return ""
     if not getattr(processor, "chat_template", None):
