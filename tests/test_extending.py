@@ -222,8 +222,13 @@ def test_names_that_cannot_be_taken(name, message):
 def test_what_a_method_gives_is_checked(shapes, picture):
     heatmap_method("short", "too few numbers")(lambda *_: torch.zeros(3))
     ex = shapes.explain(picture, "what color is the star?")
-    with pytest.raises(mf.InputError, match=r"'short' gives one number an image token.*got \(3,\)"):
+    with pytest.raises(mf.InputError, match=r"'short' gives one number for an image token.*got \(3,\)"):
         ex.heatmap(0, "short")
+    heatmap_method("row", "too few positions", every_position=True)(lambda *_: torch.zeros(3))
+    with pytest.raises(
+        mf.InputError, match=r"'row' gives one number for every position up to .*at least \[\d+\]; got \(3,\)"
+    ):
+        ex.heatmap(0, "row")
 
 
 def test_plugins_that_cannot_be_loaded(tmp_path):

@@ -16,6 +16,7 @@ from knocked import Rule
 import mllm_fast as mf
 from mllm_fast.explain.methods.tam import less, rank_gaussian
 from mllm_fast.explain.registry import HEATMAP_METHODS, methods_without_detector
+from mllm_fast.explain.replay import Replay
 
 QUESTION, ANSWER = "what color is the circle ?", "red circle , red"
 RULES = {
@@ -158,7 +159,9 @@ def test_exhaustive(explained, picture):
 
 def test_random_is_the_same_again(explained):
     _, _, ex = explained
-    assert torch.equal(ex.attribution(1, "random"), ex.attribution(1, "random"))
+    first = ex.attribution(1, "random")
+    ex.forget()
+    assert torch.equal(ex.attribution(1, "random"), first)
     assert not torch.equal(ex.attribution(1, "random"), ex.attribution(2, "random"))
 
 
@@ -171,6 +174,7 @@ def test_the_model_is_left_as_it_was(explained, monkeypatch):
     for method in methods_without_detector():
         ex.heatmap(1, method)
     monkeypatch.setattr(vlm.text.layers[1].mlp, "forward", lambda hidden: 1 / 0)
+    ex.forget()
     for method in ("relevancy", "gradient-input", "rollout"):
         with pytest.raises(ZeroDivisionError):
             ex.heatmap(1, method)
@@ -182,6 +186,7 @@ def test_nothing_is_left_behind(explained):
     """No array of attention outlives its map."""
     _, _, ex = explained
     size = ex.layout.prompt_length + 1
+    ex.forget()
 
     def held() -> int:
         with warnings.catch_warnings():
@@ -245,5 +250,37 @@ def test_methods_say_whether_they_take_heads(shapes, picture):
     """One that takes them has another map for other heads, and one that does not has the same."""
     ex = shapes.explain(picture, "What color is the circle?", "red circle")
     for name in methods_without_detector():
-        one, other = (ex.heatmap(0, method=name, heads=heads) for heads in ([(3, 0)], [(0, 0)]))
-        assert HEATMAP_METHODS.get(name).takes_heads != torch.equal(one, other), name
+        method, image = HEATMAP_METHODS.get(name), ex.layout.images[0]
+        one, other = (method.attribution(ex, 0, image, heads) for heads in ([(3, 0)], [(0, 0)]))
+        assert method.takes_heads != torch.equal(one, other), name
+
+
+def test_methods_say_whether_they_give_every_position(shapes, picture):
+    """One that does gives the same numbers for each image; the model then runs once for all images."""
+    ex = shapes.explain([picture, picture.rotate(90)], "What color is the circle?", "red circle")
+    for name in methods_without_detector():
+        method = HEATMAP_METHODS.get(name)
+        one, other = (method.attribution(ex, 1, image, 3) for image in ex.layout.images)
+        assert method.every_position == (len(one) > len(ex.layout.images[0].positions)), name
+        assert not method.every_position or torch.equal(one, other), name
+        for number, image in enumerate(ex.layout.images):
+            own = method.attribution(ex, 1, image, 3)
+            own = own[image.positions] if method.every_position else own
+            assert torch.equal(ex.attribution(1, name, 3, number), own.float()), name
+    assert not torch.equal(ex.attribution(1, "random"), ex.attribution(1, "random", image=1))
+
+
+@pytest.mark.parametrize("name", ["rollout", "relevancy", "gradient-input"])
+def test_the_model_runs_once_for_all_images(shapes, picture, monkeypatch, name):
+    ex = shapes.explain([picture] * 3, "What color is the circle?", "red circle")
+    runs, run = [], Replay.hidden_states
+    monkeypatch.setattr(Replay, "hidden_states", lambda *given: runs.append(1) or run(*given))
+    first = [ex.heatmap(0, name, image=image) for image in range(3)]
+    ex.verify(tokens=[0], method=name)
+    assert len(runs) == 1
+    first[0].zero_()
+    assert ex.heatmap(0, name).any(), "what is given is the caller's own"
+    ex.heatmap(1, name)
+    ex.forget()
+    ex.heatmap(0, name)
+    assert len(runs) == 3

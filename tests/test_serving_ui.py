@@ -208,6 +208,19 @@ def test_a_verdict_goes_with_its_map(page):
     playwright.expect(verdict).to_have_text("")
 
 
+def test_the_keyboard_passes_the_sliders_by(page):
+    """Gradio reports a slider whose number the keyboard leaves as one that was moved."""
+    ask(page)
+    before = shown_map(page)
+    page.locator("#heads label").nth(1).click()
+    wait_for_another(page, before)
+    page.locator("#layer input[type=number]").focus()
+    page.keyboard.press("Tab")
+    page.locator("#check").click()
+    playwright.expect(page.locator("#verdict")).to_contain_text("log-probability map of head")
+    playwright.expect(page.locator("#heads input").nth(1)).to_be_checked()
+
+
 def test_the_keyboard_reaches_everything(page):
     """Ask with Enter; words are one stop of Tab, and so are heads, and arrows go between them. All have names."""
     page.locator("#question textarea").fill("Describe the image.")
@@ -231,7 +244,7 @@ def test_the_keyboard_reaches_everything(page):
         page.keyboard.press("Tab")
         stops.append(page.evaluate("document.activeElement.closest('[id]:not([id^=component]):not([id^=range])')?.id"))
     assert {"ask", "share", "tokens", "layer", "heads", "check", "report", "numbers"} <= set(stops)
-    assert stops.count("tokens") == stops.count("heads") == 1
+    assert stops.count("tokens") == stops.count("heads") == 1, stops
     tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     roles = {
         "button",

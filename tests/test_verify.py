@@ -154,6 +154,7 @@ def test_a_right_map_passes_and_a_wrong_one_does_not(shapes, monkeypatch):
     assert right.passed, str(right)
     honest = Explanation.position_scores
     monkeypatch.setattr(Explanation, "position_scores", lambda *args: -honest(*args))
+    ex.forget()
     (wrong,) = ex.verify()
     assert wrong.moved
     assert not wrong.passed, str(wrong)

@@ -6,13 +6,15 @@ import io
 import json
 import subprocess
 import sys
+import threading
+from http.server import HTTPServer
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import GifImagePlugin, Image
 
 import mllm_fast as mf
 from mllm_fast.core.layout import ImageLayout, Tile, TokenLayout, images_of, plain_images
@@ -131,6 +133,20 @@ def test_animated_pictures_need_no_other_library(tmp_path):
     assert said[1].startswith("a video file is read with PyAV: pip install")
 
 
+def test_animations_are_not_decoded_without_end(tmp_path, monkeypatch):
+    """Their times are known only once all frames are decoded, so that choosing few of them bounds nothing."""
+    frames = [Image.new("RGB", (30, 20), (8 * i,) * 3) for i in range(21)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    one = mf.Video(tmp_path / "a.gif", num_frames=1)
+    assert len(load_video(one, max_pixels=600, in_all=630).frames) == 1
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "load", lambda _: pytest.fail("a frame is decoded"))
+    with pytest.raises(mf.InputError, match=r"21 frames of 30 x 20 pixels.* convert it to MP4"):
+        load_video(one, max_pixels=600, in_all=629)
+    monkeypatch.setattr("mllm_fast.core.animated_images._MAX_FRAMES", 20)
+    with pytest.raises(mf.InputError, match="the limits are 20 frames"):
+        load_video(one)
+
+
 def test_torchcodec_reads_the_same(tmp_path, monkeypatch):
     if find_decoder() is None:
         pytest.skip("torchcodec, or FFmpeg's shared libraries, are not installed")
@@ -181,11 +197,18 @@ def test_bad_videos_are_told_in_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_playlist_opens_nothing(tmp_path):
+@pytest.mark.parametrize("ending", ["m3u8", "mp4"])
+def test_a_playlist_opens_nothing(tmp_path, ending):
     """A path is the caller's own, but what it names is not fetched."""
-    path = _made(tmp_path, b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n", "mp4")
-    with pytest.raises(mf.InputError):
-        load_video(path)
+    asked = []
+    with HTTPServer(("127.0.0.1", 0), lambda *connection: asked.append(connection)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.ts"
+        path = _made(tmp_path, f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n".encode(), ending)
+        with pytest.raises(mf.InputError):
+            load_video(path)
+        server.shutdown()
+    assert not asked
 
 
 def test_limits_can_be_raised(tmp_path):

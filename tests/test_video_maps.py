@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -258,7 +259,12 @@ def test_a_model_without_a_video_processor_reads_images():
     """The embedded model for pictures was never taught clips, but takes their frames."""
     shapes = mf.VLM.from_pretrained("shapes")
     frame = SAMPLE.read_bytes()
-    said = shapes.generate(mf.Video([frame, frame]), "What color is the star?", max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = shapes.generate(mf.Video([frame, frame]), "What color is the star?", max_new_tokens=2)
     assert [image.moment.as_image for image in said.layout.images] == [True, True]
     with pytest.raises(mf.InputError, match="how this model's processor lays out the tokens of a video is not known"):
         shapes.generate(mf.Video([frame], as_images=False), "What color is the star?")
+    shapes.processor.video_token = "<video>"
+    with pytest.warns(UserWarning, match="a way of its own to read videos"):
+        assert shapes.generate(mf.Video([frame, frame]), "What color is the star?", max_new_tokens=2).text == said.text

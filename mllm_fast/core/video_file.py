@@ -6,6 +6,7 @@ Where PyAV is not installed, torchcodec decodes them. Animated pictures are read
 from __future__ import annotations
 
 import io
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from .images import check_file, file_content
 from .video import LoadedVideo, PixelLimits, Sampler, Video, check_size, chosen, source_name
 from .video_torchcodec import find_decoder, read_by_torchcodec
 
+_log = logging.getLogger(__name__)
 _FORMATS = (
     (4, b"ftyp", "mov"),
     (4, b"moov", "mov"),
@@ -55,13 +57,14 @@ def read_frames(video: Video, sampler: Sampler, limits: PixelLimits) -> LoadedVi
         return read_animation(
             video, source.removeprefix("file:") if isinstance(source, str) else source, name, sampler, limits
         )
-    if isinstance(source, io.BytesIO):
-        _format(_beginning(source), name)
+    if isinstance(source, io.BytesIO) and _format(_beginning(source)) is None:
+        raise InputError(f"{name}: not a video in MP4, MOV, WebM, Matroska, AVI or FLV, nor an animated picture")
     try:
         import av
     except ImportError:
         decoder = find_decoder()
         if decoder is not None:
+            _log.info("PyAV is not installed: torchcodec decodes %s", name)
             return read_by_torchcodec(decoder, video, source, name, sampler, limits)
         raise InputError(
             f"a video file is read with PyAV: {install_command('video')}, or give the frames as a list of images"
@@ -123,21 +126,13 @@ def check_media(path: str | os.PathLike[str], max_pixels: int) -> None:
     Raises:
         InputError: The file is neither an image nor a video in a format that is read from memory, or too large.
     """
-    beginning = _beginning(str(path))
-    if not any(beginning[at : at + len(mark)] == mark for at, mark, _ in _FORMATS):
+    if _format(_beginning(str(path))) is None:
         check_file(path, max_pixels)
 
 
-def _format(beginning: bytes, name: str) -> str:
-    """Return FFmpeg's name of a file's format.
-
-    Raises:
-        InputError: It is none of those that are read from memory.
-    """
-    for at, mark, found in _FORMATS:
-        if beginning[at : at + len(mark)] == mark:
-            return found
-    raise InputError(f"{name}: not a video in MP4, MOV, WebM, Matroska, AVI or FLV, nor an animated picture")
+def _format(beginning: bytes) -> str | None:
+    """Return FFmpeg's name of a file's format; None if it is none of those that are read from memory."""
+    return next((found for at, mark, found in _FORMATS if beginning[at : at + len(mark)] == mark), None)
 
 
 @contextmanager
@@ -147,7 +142,7 @@ def _stream(av: Any, source: Any, name: str) -> Iterator[tuple[Any, Any]]:
     options: dict[str, Any] = {"options": {"protocol_whitelist": "file"}}
     if isinstance(source, io.BytesIO):
         source.seek(0)
-        options["format"] = _format(source.getvalue()[:16], name)
+        options["format"] = _format(_beginning(source))
     with av.open(source, metadata_errors="ignore", **options) as container:
         # the cover of a piece of music is a video stream too
         films = [one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic]

@@ -27,6 +27,8 @@ class HeatmapMethod:
         needs_rerun: whether it runs the model again, which is not possible for explanations by a stream or a context.
         needs_detector: whether it works only for explanations by a joint model.
         takes_heads: whether its map depends on `heads`; otherwise a token has one map for all heads and layers.
+        every_position: whether the function returns a number for every position, [positions], of which each image takes
+            its own.
     """
 
     name: str
@@ -35,6 +37,7 @@ class HeatmapMethod:
     needs_rerun: bool = False
     needs_detector: bool = False
     takes_heads: bool = True
+    every_position: bool = False
 
 
 HEATMAP_METHODS: Registry[HeatmapMethod] = Registry(
@@ -58,7 +61,13 @@ HEATMAP_METHODS: Registry[HeatmapMethod] = Registry(
 
 
 def heatmap_method(
-    name: str, meaning: str, *, needs_rerun: bool = False, needs_detector: bool = False, takes_heads: bool = True
+    name: str,
+    meaning: str,
+    *,
+    needs_rerun: bool = False,
+    needs_detector: bool = False,
+    takes_heads: bool = True,
+    every_position: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a heatmap method; use it as a decorator.
 
@@ -75,13 +84,15 @@ def heatmap_method(
         needs_rerun: whether it runs the model again, through `scores.replay`.
         needs_detector: whether it works only for explanations by a joint model.
         takes_heads: whether its map depends on `heads`.
+        every_position: whether the function returns a number for every position up to the token's row, whichever image
+            it is given. It is then called once for all images of a prompt and all moments of a video.
 
     Raises:
         InputError: the name is taken or malformed.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        method = HeatmapMethod(name, meaning, function, needs_rerun, needs_detector, takes_heads)
+        method = HeatmapMethod(name, meaning, function, needs_rerun, needs_detector, takes_heads, every_position)
         HEATMAP_METHODS.register(name, method, function.__module__)
         return function
 

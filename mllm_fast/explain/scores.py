@@ -24,7 +24,7 @@ from ..runtime.answer import Answer
 from ..runtime.static_step import StepScores
 from ..runtime.trace import Trace
 from .box_weights import BoxWeights
-from .registry import DEFAULT, HEATMAP_METHODS, Heads
+from .registry import DEFAULT, HEATMAP_METHODS, Heads, HeatmapMethod
 from .replay import Replay
 from .verification import Verification
 from .write_scores import WriteScores
@@ -127,6 +127,7 @@ class Scores:
         )
         self._head_scores: Tensor | None = None
         self._position_scores: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        self._attributions: dict[tuple[HeatmapMethod, int, int | None, str], Tensor] = {}
         if known is not None:
             self._head_scores, self._position_scores = _of_step(text_model, len(self.input_ids), *known)
 
@@ -245,14 +246,12 @@ class Scores:
         """
         found = HEATMAP_METHODS.get(method)
         where = self.image_layout(image)
-        values = found.attribution(self, self.token_index(token), where, heads)
-        if not isinstance(values, Tensor) or values.shape != where.positions.shape:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise InputError(
-                f"the heatmap method {method!r} gives one number an image token, a tensor [{len(where.positions)}];"
-                f" got {got}"
-            )
-        return values.float().cpu()
+        index = self.token_index(token)
+        # what is the same for all images, or for all heads, is computed once
+        key = found, index, None if found.every_position else image, repr(heads) if found.takes_heads else ""
+        if key not in self._attributions:
+            self._attributions[key] = found.attribution(self, index, where, heads)
+        return _of_image(found, self._attributions[key], where)
 
     def box_weights(self, token: int | str, query: str | None = None, image: int = 0) -> BoxWeights:
         """Return how far a detector's boxes agree with a token (gradient alignment, arXiv 2405.14612).
@@ -302,7 +301,7 @@ class Scores:
         """Drop all computed scores, so that they are computed again when needed."""
         self._head_scores = None
         self._writes.forget()
-        self._position_scores = {}
+        self._position_scores, self._attributions = {}, {}
 
     def token_index(self, token: int | str) -> int:
         """Return the index of a token that is given by its index (negative from the end) or by its text.
@@ -356,6 +355,23 @@ def _of_step(
     whole[:, : positions.shape[1]] = positions
     named = [(layers[i // each], i % each) for i in best.tolist()]
     return scores, {(0, head): row for head, row in zip(named, whole.unbind(), strict=True)}
+
+
+def _of_image(method: HeatmapMethod, values: Any, image: ImageLayout) -> Tensor:
+    """Return the numbers of an image's tokens from what a heatmap method returned, float32 [n], on the CPU.
+
+    Raises:
+        InputError: The method returned something else than it should.
+    """
+    own = image.positions
+    needed = 1 + max(own.tolist(), default=-1) if method.every_position else len(own)
+    fits = isinstance(values, Tensor) and values.dim() == 1
+    if not fits or (len(values) < needed if method.every_position else len(values) != needed):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        what = "every position up to the token's row, at least" if method.every_position else "an image token, a tensor"
+        raise InputError(f"the heatmap method {method.name!r} gives one number for {what} [{needed}]; got {got}")
+    own_values = values[own.to(values.device)] if method.every_position else values
+    return own_values.to("cpu", torch.float32, copy=True)
 
 
 def check_attention_everywhere(scores: Scores, method: str) -> None:

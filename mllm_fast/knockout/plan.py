@@ -236,15 +236,11 @@ def _mark(member: Tensor, one: Tokens | PerSequencePositions, sequence: int, lay
     for name in (part.strip() for part in one.split("+")):
         if name == "generated":
             member[layout.prompt_length + pad :] = True
+        elif name in layout.segments or layout.videos:
+            member[layout.positions(name) + pad] = True
         else:
-            try:
-                member[layout.positions(name) + pad] = True
-            except InputError as error:
-                text = str(error)
-                if text.startswith("segment is"):
-                    known, _, got = text.rpartition(", got ")
-                    text = f"a knockout's {known}, or positions; got {got}"
-                raise InputError(text) from None
+            known = ", ".join(layout.segments)
+            raise InputError(f"a knockout's segment is one of {known}, or positions; got {name!r}")
 
 
 def _check_apart(both: Tensor, source, target, padding: Sequence[int]) -> None:

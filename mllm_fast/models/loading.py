@@ -200,8 +200,10 @@ def _load_processor(config: Any, source: str, options: dict[str, Any]) -> Any:
     knows_videos = config.model_type in ARCHITECTURES and ARCHITECTURES.get(config.model_type).knows_videos
     if knows_videos and find_spec("torchvision") is not None:
         # torchvision may not fit torch, and a folder may hold the image side alone
-        with contextlib.suppress(Exception):
+        try:
             return AutoProcessor.from_pretrained(source, **_hub_options(options))
+        except Exception as error:
+            _log.warning("the model's video processor could not be loaded (%s); it reads images", first_line(error))
     return processor_class(config).from_pretrained(source, **_hub_options(options))
 
 

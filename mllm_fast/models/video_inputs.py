@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -45,16 +46,26 @@ class VideoReader:
         videos = getattr(self._processor, "video_processor", None)
         if as_images is None:
             as_images = not self._adapter.knows_videos
+            if as_images and getattr(self._processor, "video_token", None):
+                warnings.warn(
+                    "this model has a way of its own to read videos, whose token layout is not known here; it reads"
+                    " the frames as images, which may lower its accuracy. Video(..., as_images=True)"
+                    " (--frames-as-images) says that this is wanted",
+                    stacklevel=4,
+                )
         if not as_images and not self._adapter.knows_videos:
             raise InputError(
                 "how this model's processor lays out the tokens of a video is not known; let it read the frames as"
                 " images: Video(..., as_images=True) (--frames-as-images)"
             )
         if not as_images and videos is None:
-            why = "which its folder lacks" if find_spec("torchvision") else "which needs torchvision"
+            why = "needs torchvision: pip install torchvision"
+            if find_spec("torchvision"):
+                why = "could not be loaded: its folder lacks preprocessor settings for videos, or torchvision does not"
+                why += " fit torch (loading with --verbose says which)"
             raise InputError(
-                f"this model reads videos by transformers' video processor, {why}: pip install torchvision, or let it"
-                " read the frames as images: Video(..., as_images=True) (--frames-as-images)"
+                f"this model reads videos by transformers' video processor, which {why}; or let it read the frames as"
+                " images: Video(..., as_images=True) (--frames-as-images)"
             )
         loaded = load_video(video, spaced if as_images else self._choose, max_pixels, in_all)
         return replace(loaded, as_images=as_images)

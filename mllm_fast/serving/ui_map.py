@@ -44,12 +44,16 @@ class MapPage:
 
     async def layer(self, answered: Answered | None, token: int, layer: int, head: str, method: str) -> Changes:
         """Show the map of all heads of a layer."""
+        if _stays(answered, _shown(token, layer, head, method)):
+            return {self._results.trouble: ""}
         return {self._results.heads: BEST, **await self._map(answered, token, layer, BEST, method)}
 
     async def moment(self, answered: Answered | None, *values: Any) -> Changes:
         """Show the same map at another moment of the video; the values are those of `check`, and the moment."""
         *chosen, moment = values
         shown = replace(_shown(*chosen), moment=int(moment))
+        if answered is not None and moment == answered.moment and _stays(answered, shown):
+            return {self._results.trouble: ""}
         return await self._told(lambda: self._drawn(_held(answered), shown))
 
     async def method(self, answered: Answered | None, token: int, method: str) -> Changes:
@@ -156,6 +160,12 @@ def _takes(method: str) -> dict[str, Any]:
 def _shown(token: int, layer: int, head: str, method: str) -> Shown:
     one = None if head == BEST else (int(head.partition(".")[0]), int(head.partition(".")[2]))
     return Shown(token, one, None if layer == EVERY else int(layer), method)
+
+
+def _stays(answered: Answered | None, shown: Shown) -> bool:
+    """Return whether that map is shown, at any moment: a slider also reports that the keyboard leaves its number."""
+    shown_now = answered.shown if answered is not None else None
+    return shown_now is not None and replace(shown_now, moment=shown.moment) == shown
 
 
 def _held(answered: Answered | None) -> Answered:

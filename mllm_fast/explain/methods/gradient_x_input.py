@@ -15,9 +15,9 @@ from ..replay import gradient
 from ..scores import Scores
 
 
-@heatmap_method("gradient-input", "gradient times input", needs_rerun=True, takes_heads=False)
+@heatmap_method("gradient-input", "gradient times input", needs_rerun=True, takes_heads=False, every_position=True)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Return the gradient times input of each image token in nats, float32 [n]."""
+    """Return the gradient times input of each position up to the row, in nats, float32 [row + 1]."""
     row = scores.trace.rows[token]
     with scores.replay.differentiable(row + 1) as embeds:
         hidden = scores.replay.hidden_states(row + 1, lambda layer, alpha: None, embeds)
@@ -25,4 +25,4 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
         wide = wide_type(logits.dtype)
         log_prob = torch.log_softmax(logits.to(wide), -1)[scores.token_ids[token]]
         found = gradient(log_prob, embeds)
-    return (found.to(wide) * embeds.detach().to(wide)).sum(-1)[image.positions.to(embeds.device)]
+    return (found.to(wide) * embeds.detach().to(wide)).sum(-1)

@@ -9,7 +9,7 @@ from ..registry import Heads, heatmap_method
 from ..scores import Scores
 
 
-@heatmap_method("logprob", "increase of log p(token) by each patch, summed over the best heads")
+@heatmap_method("logprob", "increase of log p(token) by each patch, summed over the best heads", every_position=True)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Return the log-probability increase of each image token in nats, float32 [n]."""
-    return scores.position_scores(token, heads).sum(0)[image.positions]
+    """Return the log-probability increase of each position in nats, float32 [N]."""
+    return scores.position_scores(token, heads).sum(0)

@@ -17,4 +17,6 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     The numbers are the same for a token with the same index in the same sequence.
     """
     seed = hash((token, *scores.input_ids.tolist())) & (2**63 - 1)  # a hash of integers is the same in every process
-    return torch.rand(len(image.positions), generator=torch.Generator().manual_seed(seed))
+    number = next(i for i, one in enumerate(scores.layout.images) if one is image)
+    before = sum(len(one.positions) for one in scores.layout.images[:number])  # each image has numbers of its own
+    return torch.rand(before + len(image.positions), generator=torch.Generator().manual_seed(seed))[before:]

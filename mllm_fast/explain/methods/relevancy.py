@@ -17,9 +17,9 @@ from ..replay import gradient
 from ..scores import Scores, check_attention_everywhere
 
 
-@heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True, takes_heads=False)
+@heatmap_method("relevancy", "gradient-weighted attention", needs_rerun=True, takes_heads=False, every_position=True)
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Return the relevance of each image token, without a unit, float32 [n]."""
+    """Return the relevance of each position up to the row, without a unit, float32 [row + 1]."""
     check_attention_everywhere(scores, "relevancy")
     row, split = scores.trace.rows[token], scores.text_model.split
     flow: Tensor | None = None
@@ -41,7 +41,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
         logit = scores.replay.text.logits(hidden[-1])[scores.token_ids[token]]
         gradient(logit, embeds)
     assert flow is not None
-    return flow.detach()[image.positions.to(flow.device)]
+    return flow.detach()
 
 
 @without_autocast

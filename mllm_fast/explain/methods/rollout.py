@@ -15,10 +15,10 @@ from ..registry import Heads, heatmap_method
 from ..scores import Scores, check_attention_everywhere, in_inference
 
 
-@heatmap_method("rollout", "attention rollout", needs_rerun=True, takes_heads=False)
+@heatmap_method("rollout", "attention rollout", needs_rerun=True, takes_heads=False, every_position=True)
 @in_inference
 def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) -> Tensor:
-    """Return the share of 1 that reaches each image token, float32 [n]."""
+    """Return the share of 1 that reaches each position up to the row, float32 [row + 1]."""
     check_attention_everywhere(scores, "rollout")
     row = scores.trace.rows[token]
     layers: list[Tensor] = []
@@ -29,7 +29,7 @@ def attribution(scores: Scores, token: int, image: ImageLayout, heads: Heads) ->
     flow[row] = 1.0
     for mean in reversed(layers):
         flow = _further(flow.to(mean.device), mean)
-    return flow[image.positions.to(flow.device)]
+    return flow
 
 
 @without_autocast
