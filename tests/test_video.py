@@ -204,7 +204,8 @@ def test_a_playlist_opens_nothing(tmp_path, ending):
     with HTTPServer(("127.0.0.1", 0), lambda *connection: asked.append(connection)) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         address = f"http://127.0.0.1:{server.server_port}/a.ts"
-        path = _made(tmp_path, f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n".encode(), ending)
+        lines = ("#EXTM3U", "#EXT-X-TARGETDURATION:1", "#EXTINF:1,", address, "#EXT-X-ENDLIST", "")
+        path = _made(tmp_path, "\n".join(lines).encode(), ending)
         with pytest.raises(mf.InputError):
             load_video(path)
         server.shutdown()
