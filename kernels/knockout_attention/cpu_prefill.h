@@ -34,12 +34,11 @@ class Prefill {
     pack_open_chunks(task);
     for (int64_t first = task.first; first < task.last; first += BLOCKS) {
       const int64_t count = std::min<int64_t>(BLOCKS, task.last - first);
+      next_row = (first + BLOCKS) * ROWS;
+      last_row = std::min(next_row + BLOCKS * ROWS, task.last * ROWS);
       for (int64_t b = 0; b < count; ++b) begin(b, task, first + b);
       for (int64_t c = 0; c < views.chunks; c += HELD / CHUNK)
-        for (int64_t b = 0; b < count; ++b) {
-          if (c == 0) fetch(task, first + BLOCKS + b);
-          meet(b, first + b, c, std::min(c + HELD / CHUNK, views.chunks));
-        }
+        for (int64_t b = 0; b < count; ++b) meet(task, b, first + b, c, std::min(c + HELD / CHUNK, views.chunks));
       for (int64_t b = 0; b < count; ++b) finish(b, task);
     }
   }
@@ -63,6 +62,7 @@ class Prefill {
   Block blocks[BLOCKS];
   const Unit* value_base = nullptr;
   int64_t value_stride = 0;
+  int64_t next_row = 0, last_row = 0;  // of those that fetch() has not asked for, counted block by block
 
   void pack_open_chunks(const mllm::AttentionTask& task) {
     const T* k = static_cast<const T*>(p.key) + task.batch * p.key_strides.batch + task.kv_head * p.key_strides.head;
@@ -83,17 +83,24 @@ class Prefill {
     }
   }
 
-  // Asks for what a later block is the first to read: its rows' queries and values. Always inlined: GCC drops calls of a
-  // function that does nothing else.
-  __attribute__((always_inline)) void fetch(const mllm::AttentionTask& task, int64_t index) const {
-    if (index >= task.last) return;
-    const int64_t head = task.kv_head * p.group() + index / views.blocks, row = index % views.blocks * ROWS;
-    const T* q = static_cast<const T*>(p.query) + task.batch * p.query_strides.batch + head * p.query_strides.head;
-    for (int64_t r = row; r < std::min(row + ROWS, p.rows); ++r)
-      for (int64_t e = 0; e < p.width; e += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(q + r * p.query_strides.row + e, 0, 2);
-        if (in_place) __builtin_prefetch(value_base + sight.position(r) * value_stride + e, 0, 2);
-      }
+  // Asks for what the next blocks are the first to touch of one more row: its query, value and output. A row a chunk,
+  // since the processor has room for a dozen such wishes. Always inlined: GCC drops calls of a function that does
+  // nothing else.
+  __attribute__((always_inline)) void fetch(const mllm::AttentionTask& task) {
+    if (next_row >= last_row) return;
+    const int64_t block = next_row / ROWS, row = block % views.blocks * ROWS + next_row % ROWS;
+    ++next_row;
+    if (row >= p.rows) return;
+    const int64_t head = task.kv_head * p.group() + block / views.blocks;
+    const T* q = static_cast<const T*>(p.query) + task.batch * p.query_strides.batch + head * p.query_strides.head +
+                 row * p.query_strides.row;
+    const T* to = static_cast<const T*>(p.out) + ((task.batch * p.rows + row) * p.heads + head) * p.width;
+    const Unit* v = value_base + sight.position(row) * value_stride;
+    for (int64_t e = 0; e < p.width; e += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(q + e, 0, 2);
+      __builtin_prefetch(to + e, 1, 2);
+      if (in_place) __builtin_prefetch(v + e, 0, 2);
+    }
   }
 
   void begin(int64_t slot, const mllm::AttentionTask& task, int64_t index) {
@@ -120,7 +127,7 @@ class Prefill {
 
   // One block and its open ones of chunks [chunk, stop), at most HELD / CHUNK: the weights of neighbours are held, so
   // that sums of values are loaded and stored once.
-  void meet(int64_t slot, int64_t index, int64_t chunk, int64_t stop) {
+  void meet(const mllm::AttentionTask& task, int64_t slot, int64_t index, int64_t chunk, int64_t stop) {
     int64_t key = 0, held = 0;
     for (; chunk < stop; ++chunk) {
       const mllm::View view = views.of(index, chunk);
@@ -131,6 +138,7 @@ class Prefill {
         add_values(slot, key, held);
         key = from, held = 0;
       }
+      fetch(task);
       weigh(blocks[slot], slot, chunk, seen, view == mllm::View::SOME, held);
       held += seen;
     }

@@ -54,10 +54,14 @@ struct Singles {
     for (int64_t k = 0; k < count; ++k) weights[k] *= factor;
   }
 
-  // sum += weights [ROWS][HELD] . `count` values.
+  // sum += weights [ROWS][HELD] . `count` values. A strip of them is too far apart for the first cache to hold and for
+  // the processor to foresee: those AHEAD are asked for.
   template <int NV>
   static void add(const float* weights, const float* v, int64_t stride, int64_t count, vec (&sum)[ROWS][NV]) {
+    constexpr int64_t AHEAD = 8;
     for (int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(v + (k + AHEAD) * stride + j * LANES, 0, 3);
       vec x[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) x[j] = load(v + k * stride + j * LANES);
