@@ -14,6 +14,7 @@ struct PackedRows {
                       int lines, float (&out)[MOST][WEIGHTS]) {
     multiply(rows, x, weight, stride, depth, next, lines, out);
   }
+  static const float* wide(const T* weight, int64_t depth, int64_t blocks) { return widened(weight, depth, depth, blocks); }
 };
 
 #if defined(MLLM_PAIRS)
@@ -47,6 +48,7 @@ struct PackedRows<uint16_t> {
     uint16_t* to = reinterpret_cast<uint16_t*>(block) + channel / STEP * STEP * rows + row * STEP + channel % STEP;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
   }
+  static const float* wide(const uint16_t*, int64_t, int64_t) { return nullptr; }
   static void product(int64_t rows, const float* x, const uint16_t* weight, int64_t stride, int64_t depth,
                       const char* next, int lines, float (&out)[MOST][WEIGHTS]) {
     const uint16_t* pairs = reinterpret_cast<const uint16_t*>(x);

@@ -59,3 +59,17 @@ static void multiply(int64_t rows, const float* x, const T* weight, int64_t stri
 #endif
   }
 }
+
+// The tile [WEIGHTS][depth] of a weight, widened once, where several blocks of rows go against it: to widen as it is read
+// takes the units that multiply. Null where it is not to be had: numbers that are wide already, few blocks, or a tile
+// that the first cache could not hold. It lies there until the thread asks for another.
+constexpr int64_t WIDEN_FROM = 3, WIDEN_MOST = 1 << 13;  // blocks, and numbers
+
+static inline const float* widened(const float*, int64_t, int64_t, int64_t) { return nullptr; }
+static inline const float* widened(const uint16_t* weight, int64_t stride, int64_t depth, int64_t blocks) {
+  if (blocks < WIDEN_FROM || WEIGHTS * depth > WIDEN_MOST) return nullptr;
+  alignas(LINE) static thread_local float tile[WIDEN_MOST];
+  for (int j = 0; j < WEIGHTS; ++j)
+    for (int64_t k = 0; k < depth; k += LANES) store(tile + j * depth + k, load(weight + j * stride + k));
+  return tile;
+}

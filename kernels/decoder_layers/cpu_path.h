@@ -72,11 +72,16 @@ struct DecoderWork {
     const T* w = static_cast<const T*>(linear.weight) + n * depth;
     constexpr int64_t LINES = std::max<int64_t>(1, WEIGHTS * Rows::STEP * sizeof(T) / LINE);  // of a tile a step
     const int64_t sharing = std::min<int64_t>(to - from, LINES), lines = (LINES + sharing - 1) / sharing;
+    const float* wide = Rows::wide(w, depth, to - from);
     float sum[MOST][WEIGHTS];
     for (int64_t b = from; b < to; ++b) {
       const char* next = reinterpret_cast<const char*>(w + WEIGHTS * depth) + b * lines * LINE * (depth / Rows::STEP);
       // the first blocks of all fetch the next tile
-      Rows::product(blocks.size(b), rows_of(packed, b, depth), w, depth, depth, next, b < sharing ? lines : 0, sum);
+      const int fetched = b < sharing ? lines : 0;
+      if (wide)
+        multiply(blocks.size(b), rows_of(packed, b, depth), wide, depth, depth, next, fetched, sum);
+      else
+        Rows::product(blocks.size(b), rows_of(packed, b, depth), w, depth, depth, next, fetched, sum);
       for (int64_t r = blocks.first(b), i = 0; r < blocks.first(b + 1); ++r, ++i) {
         if (linear.bias)
           for (int j = 0; j < WEIGHTS; ++j) sum[i][j] += linear.bias[n + j];

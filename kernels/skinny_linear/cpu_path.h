@@ -5,6 +5,16 @@
 
 static inline void put(float* to, float x) { *to = x; }
 static inline void put(uint16_t* to, float x) { *to = mllm::float_to_bfloat16(x); }
+static inline void put(float* to, const float (&x)[WEIGHTS]) { std::memcpy(to, x, sizeof x); }
+static inline void put(uint16_t* to, const float (&x)[WEIGHTS]) {  // as float_to_bfloat16, all at once
+  typedef uint32_t bits __attribute__((vector_size(4 * WEIGHTS)));
+  typedef uint16_t halves __attribute__((vector_size(2 * WEIGHTS)));
+  bits one;
+  std::memcpy(&one, x, sizeof one);
+  const bits nearest = (one + 0x7fffu + (one >> 16 & 1u)) >> 16, quiet = one >> 16 | 0x40u;
+  const halves found = __builtin_convertvector((one & 0x7fffffffu) > 0x7f800000u ? quiet : nearest, halves);
+  std::memcpy(to, &found, sizeof found);
+}
 
 // Kept by the thread: a decoder calls this a hundred times a token.
 static mllm::Floats& scratch() {
@@ -49,14 +59,22 @@ struct Layer {
     const W* w = weight + n * p.depth;
     // the first blocks share the fetching of the next tile, so that memory is read while all of them multiply
     const int64_t sharing = std::min<int64_t>(blocks, 4), lines = (EACH + sharing - 1) / sharing;
+    const float* wide = widened(w, p.depth, whole, end - begin);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t from = first(b), count = first(b + 1) - from;
       const char* next = reinterpret_cast<const char*>(w + WEIGHTS * p.depth) + b * lines * LINE * (whole / LANES);
-      multiply(count, packed.data() + from * whole, w, p.depth, p.depth, next, b < sharing ? lines : 0, sum);
+      const float* rows = packed.data() + from * whole;
+      const int fetched = b < sharing ? lines : 0;
+      if (wide)
+        multiply(count, rows, wide, whole, whole, next, fetched, sum);
+      else
+        multiply(count, rows, w, p.depth, p.depth, next, fetched, sum);
       if (whole < p.depth) add_rest(from, count, n, sum);
-      for (int64_t r = 0; r < count; ++r)
-        for (int j = 0; j < WEIGHTS; ++j)
-          put(out + (from + r) * p.columns + n + j, bias ? sum[r][j] + widen(bias[n + j]) : sum[r][j]);
+      for (int64_t r = 0; r < count; ++r) {
+        if (bias)
+          for (int j = 0; j < WEIGHTS; ++j) sum[r][j] += widen(bias[n + j]);
+        put(out + (from + r) * p.columns + n, sum[r]);
+      }
     }
   }
   __attribute__((noinline)) void add_rest(int64_t from, int64_t count, int64_t n, float (&sum)[MOST][WEIGHTS]) const {
