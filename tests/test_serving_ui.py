@@ -244,7 +244,7 @@ def test_the_keyboard_reaches_everything(page):
         page.keyboard.press("Tab")
         stops.append(page.evaluate("document.activeElement.closest('[id]:not([id^=component]):not([id^=range])')?.id"))
     assert {"ask", "share", "tokens", "layer", "heads", "check", "report", "numbers"} <= set(stops)
-    assert stops.count("tokens") == stops.count("heads") == 1, stops
+    assert stops.count("tokens") == stops.count("heads") == 1, " ".join(map(str, stops))
     tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     roles = {
         "button",

@@ -75,7 +75,8 @@
       one(`#${id}`)?.setAttribute("role", role);
   }
   new MutationObserver(() => { named(); begun(); reported(); })
-    .observe(document.documentElement, { childList: true, subtree: true, characterData: true });
+    .observe(document.documentElement, { childList: true, subtree: true, characterData: true, attributeFilter: ["name"] });
+  window.addEventListener("keydown", named, { capture: true }); // a name that was just given back makes two groups
 
   // --- the last question, for a page that is loaded again: controls for this browser, the image for this tab alone
   const stored = (place, key) => { try { return place.getItem(key); } catch { return null; } };
