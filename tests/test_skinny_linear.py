@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mllm_fast.kernels import skinny_linear
 from mllm_fast.kernels.extension import cpu_extension
+from mllm_fast.kernels.paths import table
 from mllm_fast.kernels.skinny_linear import cpu_kernel, torch_kernel
 
 EXTENSION, _ = cpu_extension()
@@ -85,20 +88,24 @@ def test_nan_stays_in_its_row():
 
 @needs_extension
 @pytest.mark.parametrize(
-    ("rows", "size", "dtype", "served"),
+    ("maker", "rows", "size", "dtype", "served"),
     [
-        (1, 256, F32, True),
-        (64, 256, F32, True),
-        (65, 256, F32, False),
-        (8, 512, BF16, True),
-        (9, 512, BF16, False),
-        (1, 100, F32, False),  # stays in the caches
-        (1, 512, torch.float16, False),
-        (1, 512, torch.float64, False),
+        ("AMD", 1, 256, F32, True),
+        ("Intel", 2, 256, F32, False),
+        ("Intel", 3, 256, F32, True),
+        ("Intel", 64, 256, F32, True),
+        ("Intel", 65, 256, F32, False),
+        ("AMD", 8, 512, BF16, True),
+        ("Intel", 9, 512, BF16, False),
+        ("AMD", 1, 100, F32, False),  # stays in the caches
+        ("AMD", 1, 512, torch.float16, False),
+        ("AMD", 1, 512, torch.float64, False),
     ],
 )
-def test_auto_takes_the_kernel_for_few_rows_of_a_large_weight(monkeypatch, rows, size, dtype, served):
+def test_auto_takes_the_kernel_for_few_rows_of_a_large_weight(monkeypatch, maker, rows, size, dtype, served):
+    """As the table has it for the processors of a maker, on whatever processor."""
     used = []
+    monkeypatch.setattr(sys.modules["mllm_fast.kernels.skinny_linear"], "paths", lambda: table(SETS, maker))
     monkeypatch.setattr(cpu_kernel, "linear", lambda *_: used.append(True))
     skinny_linear(torch.zeros(rows, size, dtype=dtype), torch.zeros(size, size, dtype=dtype))
     assert bool(used) == served

@@ -176,6 +176,22 @@ def test_a_model_that_does_not_fit_one_process(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.tensor(json.loads(found)["scores"]), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_group_is_left_when_the_interpreter_ends(tmp_path, own):
+    """Before torch's threads meet an interpreter that is no more; the caller's group is left alone."""
+    program = tmp_path / "leaves.py"
+    lines = [
+        "import atexit, torch, torch.distributed as dist",
+        "from mllm_fast.models.tensor_parallel import join_ranks",
+        "atexit.register(lambda: print(dist.is_initialized() and (dist.destroy_process_group() or True)))",
+        "" if own else "dist.init_process_group('gloo')",
+        "print(join_ranks('auto', torch.device('cpu')))",
+    ]
+    program.write_text("\n".join(lines))
+    with ranks.running(2, [program]) as processes:
+        assert ranks.finished(processes) == [f"2\n{not own}\n"] * 2
+
+
 def test_a_model_is_divided_by_several_processes_only(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(

@@ -7,6 +7,7 @@ projections that its query heads read.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ _ROWS = ("o_proj", "down_proj")
 
 def join_ranks(tp: int | str, device: torch.device) -> int:
     """Join the process group that torchrun describes, and return the number of its ranks.
+
+    The group is left when the interpreter ends; one that the caller joined before is the caller's to leave.
 
     Args:
         tp: "auto", or the number of processes that the caller expects.
@@ -59,7 +62,14 @@ def join_ranks(tp: int | str, device: torch.device) -> int:
             timeout=timedelta(seconds=TIMEOUT),
             device_id=device if cuda else None,
         )
+        atexit.register(_leave_ranks)
     return ranks
+
+
+def _leave_ranks() -> None:
+    """Leave the group while the interpreter is whole: torch's threads abort the process now and then else."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def distribution(config: Any, ranks: int, quantised: bool = False) -> Any:
