@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import mllm_fast as mf
 from mllm_fast.core.assets import CLIPS_WEIGHTS, SAMPLE_VIDEO, SHAPES_WEIGHTS
 from mllm_fast.shapes.batches import GRID, IGNORE
 from mllm_fast.shapes.build import CLIP_GRID, build_clip_model, build_clip_processor, build_tokenizer
-from mllm_fast.shapes.clip_batches import TOKENS, ClipBatches, coverage
+from mllm_fast.shapes.clip_batches import TOKENS, ClipBatches, _clip, coverage
 from mllm_fast.shapes.clip_questions import TASKS, ask, describe, half_of
 from mllm_fast.shapes.clips import CANVAS, generate_clip
 from mllm_fast.shapes.evaluate import weights_digest
@@ -126,6 +127,16 @@ def test_what_is_hidden_in_training():
             words = rows[batch.labels[b, rows] == IGNORE][:-1]
             assert not batch.visible[b, words][:, image[b]].any()
             assert batch.visible[b, int(rows[-1])][image[b]].any()
+
+
+def test_clips_in_which_one_of_two_alike_moves():
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        objects = _clip(rng, 4, 3, moves=1.0).objects
+        alike = [{one.event == "moves" for one in objects if one.shape == shape} for shape in SHAPES]
+        assert {True, False} in alike
+    drawn, plain = (draw(np.random.default_rng(3), 4, 3) for draw in (partial(_clip, moves=0.0), generate_clip))
+    assert np.array_equal(drawn.pixels, plain.pixels)  # held-out clips are those of before
 
 
 def test_halves_are_those_of_the_objects():

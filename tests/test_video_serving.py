@@ -89,6 +89,23 @@ def test_a_context_of_a_video(http):
     assert found["choices"][0]["message"]["content"] == answer(http, START, keep=1.0)
 
 
+def test_a_budget_for_each_frame(http, clips):
+    """The tokens that the server keeps are those that the library keeps, as many of each frame."""
+    body = {"videos": [{"url": SAMPLE}], "keep": 3, "score": "query"}
+    for budget, more in (("all", {}), ("frame", {"budget": "frame"})):
+        made = http.post("/v1/contexts", json=body | more, timeout=HANG).json()
+        kept = http.get(f"/v1/contexts/{made['id']}?kept=true").json()["kept"]
+        wanted = clips.compress(mf.Video(SAMPLE_VIDEO), 3, score="query", budget=budget)
+        assert made["budget"] == budget
+        assert made["tokens"] == wanted.num_tokens
+        assert [one["positions"] for one in kept] == [
+            wanted.kept(layer).positions.tolist() for layer in range(len(kept))
+        ]
+    refused = http.post("/v1/contexts", json=body | {"budget": "second"}, timeout=HANG)
+    assert refused.status_code == 400
+    assert "'all' or 'frame'" in refused.json()["error"]["message"]
+
+
 def test_an_explanation_of_a_video(http):
     body = {"model": "clips", "messages": messages(END), "format": "json"}
     found = http.post("/v1/explanations", json=body, timeout=HANG)

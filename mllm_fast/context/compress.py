@@ -29,7 +29,7 @@ from ..runtime.recurrent import State, check_state, state_of
 from ..runtime.trace import keys_and_values
 from .context import Context
 from .registry import OBSERVED, PRUNING_SCORES, Prefix, score_name
-from .scores import PARTS, AttendedTokens, check_budget, counts_of_images, kept_count, within_each
+from .scores import PARTS, AttendedTokens, check_budget, count_of, counts_of_images, kept_count, within_each
 
 _EVERY = ("generated", "query", "key_norm", "random")
 _WITHOUT_KEYS = ("generated", "query", "random")  # scores that do not read keys and values
@@ -83,7 +83,7 @@ class ScoredPrefill:
         check_budget(budget)
         image = self.layout.positions("image")
         each = None if parts == "query" else counts_of_images(keep, self.layout, budget)
-        count = 0 if parts == "query" else kept_count(keep, len(image)) if each is None else sum(each)
+        count = 0 if parts == "query" else count_of(keep, self.layout, budget)
         candidates = torch.zeros(self.layout.length, dtype=torch.bool)
         candidates[image] = True
         always = ~candidates
@@ -180,11 +180,11 @@ class ContextSizes(NamedTuple):
     full_nbytes: int
 
 
-def context_sizes(first: Prefill, layout: TokenLayout, keep: float | int) -> ContextSizes:
+def context_sizes(first: Prefill, layout: TokenLayout, keep: float | int, budget: str = "all") -> ContextSizes:
     """Return the sizes of the context that will be made of a prefill."""
     keys, values = of_one_shape(first.keys), of_one_shape(first.values)
     image, length = len(layout.positions("image")), layout.length
-    kept = length - image + kept_count(keep, image)
+    kept = length - image + count_of(keep, layout, budget)
     each = sum(one.nbytes for one in (*keys, *values)) // length
     return ContextSizes(kept, length, kept * (each + len(keys) * torch.int64.itemsize), each * length)
 

@@ -95,6 +95,12 @@ def counts_of_images(keep: float | int, layout: TokenLayout, budget: str) -> lis
     return [kept_count(keep, len(image.positions)) for image in layout.images]
 
 
+def count_of(keep: float | int, layout: TokenLayout, budget: str = "all") -> int:
+    """Return how many image tokens of a prompt are kept in a layer."""
+    each = counts_of_images(keep, layout, budget)
+    return kept_count(keep, len(layout.positions("image"))) if each is None else sum(each)
+
+
 def within_each(scored: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Tensor:
     """Return scores by which as many tokens of each image are the highest of all as `counts` says.
 

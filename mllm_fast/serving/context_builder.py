@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..context.compress import ContextSizes, ScoredPrefill, context_sizes, whole_context
 from ..context.registry import PRUNING_SCORES
-from ..context.scores import AttendedTokens, kept_count
+from ..context.scores import AttendedTokens, count_of
 from ..core.errors import InputError
 from ..runtime.batch import Row
 from ..runtime.prefill import Prefill, PrefillInPieces, check_batches
@@ -90,7 +90,7 @@ class ContextBuilder:
         check_batches(vlm.text)
         image = len(spec.layout.positions("image"))
         # a prefix is held as it is, and where everything is kept its scores do not matter
-        if not spec.whole and kept_count(spec.keep, image) < image:
+        if not spec.whole and count_of(spec.keep, spec.layout, spec.budget) < image:
             self._observes = PRUNING_SCORES.get(spec.score).observes
         if self._observes == "query":
             self._watcher = AttendedTokens(spec.layout, "query", len(vlm.text.sites), vlm.text.split)
@@ -120,7 +120,7 @@ class ContextBuilder:
         """Continue as a row of the batch, which now stores the keys and values."""
         assert self._first is not None
         self.row, self.position = row, self._first.position
-        self.announced = context_sizes(self._first, self.spec.layout, self.spec.keep)
+        self.announced = context_sizes(self._first, self.spec.layout, self.spec.keep, self.spec.budget)
         self._first = replace(self._first, keys=(), values=())  # type: ignore[type-var]
 
     def take(self, token: int) -> bool:
@@ -162,7 +162,7 @@ class ContextBuilder:
             peak_nbytes=sum(tensor.nbytes for tensor in (*keys, *values)),
             first_token=self.said[0] if self.said else int(first.logits.argmax()),
         )
-        return prefill.context(spec.keep, spec.score)
+        return prefill.context(spec.keep, spec.score, budget=spec.budget)
 
 
 class ContextBuilders(dict[str, ContextBuilder]):

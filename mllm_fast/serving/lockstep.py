@@ -150,6 +150,7 @@ class Lockstep:
                 "score": spec.score,
                 "max_tokens": spec.max_tokens,
                 "whole": spec.whole,
+                "budget": spec.budget,
             },
         }
 
@@ -235,6 +236,7 @@ class Lockstep:
                 spec["score"],
                 spec["max_tokens"],
                 spec["whole"],
+                spec["budget"],
             ),
             ids=one["ids"],
             constraint=_Elsewhere() if one["constrained"] else None,

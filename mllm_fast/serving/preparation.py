@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..context.context import Context
-from ..context.scores import kept_count
+from ..context.scores import count_of
 from ..context.store import ContextStore
 from ..core.images import image_size, load_image
 from ..core.video import LoadedVideo, Video
@@ -196,19 +196,23 @@ class RequestPreparer:
         """Return the name under which the context's key of these images is remembered."""
         return tenant, keep, type(keep), asked.digests
 
-    def of_images(self, files: Sequence[Any], keep: Any, prompt: str, score: str, tenant: str) -> PreparedRequest:
+    def of_images(
+        self, files: Sequence[Any], keep: Any, prompt: str, score: str, tenant: str, budget: str = "all"
+    ) -> PreparedRequest:
         """Find the context of some images, or return how to make it."""
         pictures = self.images(files)
         length = self.settings.describe_tokens
         about = {"keep": keep, "prompt": prompt, "score": score, "parts": "query+image", "max_new_tokens": length}
+        if budget != "all":
+            about["budget"] = budget
         key = self.store.key(self.vlm, pictures, about, tenant)
         found = self.store.find(key, self.vlm)
         if found is not None:
             return PreparedRequest(key, found)
         inputs, (layout,), _ = self.vlm.prompts.prepare([pictures], [prompt])
-        kept_count(keep, len(layout.positions("image")))
+        count_of(keep, layout, budget)
         self._check_window(layout.length + length, "the images and their description take")
-        return PreparedRequest(key, spec=ContextSpec(inputs, layout, prompt, keep, score, length))
+        return PreparedRequest(key, spec=ContextSpec(inputs, layout, prompt, keep, score, length, budget=budget))
 
     def _after_context(
         self, key: str, context: Context | None, spec: ContextSpec | None, asked: Conversation, count: int

@@ -37,7 +37,7 @@ class ContextSpec:
     Attributes:
         inputs: The processor's output for the images and the prompt.
         layout: The layout of the prompt.
-        prompt, keep, score, max_tokens: See `VLM.compress`; `max_tokens` is its `max_new_tokens`.
+        prompt, keep, score, max_tokens, budget: See `VLM.compress`; `max_tokens` is its `max_new_tokens`.
         whole: Keep everything: `inputs` are a prompt's up to its last image token, and the prompt goes on behind it.
     """
 
@@ -48,6 +48,7 @@ class ContextSpec:
     score: str
     max_tokens: int
     whole: bool = False
+    budget: str = "all"
 
 
 @dataclass(frozen=True)

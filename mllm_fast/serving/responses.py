@@ -66,6 +66,7 @@ def info_of(key: str, context: Context | ContextSizes, kept: bool = False, brief
         return info
     info.prompt, info.description = context.prompt, context.description
     info.keep, info.score = context.settings["keep"], context.settings["score"]
+    info.budget = context.settings.get("budget", "all")
     info.images = [list(image.size) for image in context.layout.images]
     if kept:
         layers = [context.kept(layer) for layer in range(len(context.positions))]

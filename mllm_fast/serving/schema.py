@@ -330,6 +330,8 @@ class ContextRequest(Strict):
     - `keep`: the image tokens to keep in each layer, as a share (0.05) or a count (29).
     - `prompt`: what the model is asked first about the images.
     - `score`: how the image tokens to keep are selected.
+    - `budget`: what `keep` is a share of, or a count in: "all" image tokens together, or those of each "frame", so that
+      none is lost. A picture counts as a frame.
 
     A missing `keep`, `prompt` or `score` takes the server's own setting.
     """
@@ -339,6 +341,7 @@ class ContextRequest(Strict):
     keep: Annotated[_Share | _Count, union(_number_type, "a share (0.05) or a count (29) is expected")] | None = None
     prompt: Annotated[str, Field(min_length=1, max_length=_TEXT)] | None = None
     score: ScoreName | None = None
+    budget: Literal["all", "frame"] = "all"
 
 
 class ExplanationRequest(Strict):
@@ -409,7 +412,7 @@ class ContextInfo(BaseModel):
     - `prompt`: what the model was asked first about the images.
     - `description`: the model's reply to it, if the score needs one.
     - `keep`: the share or count of image tokens that was requested.
-    - `score`: how the image tokens to keep were selected.
+    - `score`, `budget`: how the image tokens to keep were selected.
     - `images`: the width and height of each image, in pixels.
     - `kept`: the image tokens that each layer keeps: their `positions` in the prompt, the index of the image of each
       (`images`), and its pixel box (`boxes`: left, top, right, bottom). Sent only if requested.
@@ -427,5 +430,6 @@ class ContextInfo(BaseModel):
     description: str | None = None
     keep: float | int | None = None
     score: str | None = None
+    budget: str | None = None
     images: list[list[int]] | None = None
     kept: list[dict[str, Any]] | None = None

@@ -177,7 +177,7 @@ class Service:
         client = client or tenant
         async with self._requests.place(client, 0.0), self._images.place(client, settings.time_limit):
             files = await picture_files(urls, settings)
-            found, key = await self._made(files, keep, prompt, score, tenant)
+            found, key = await self._made(files, keep, prompt, score, tenant, request.budget)
         return info_of(key, found)
 
     async def kept(self, pictures: list[Any], keep: float | int, tenant: str = "", client: str = "") -> Context:
@@ -185,9 +185,13 @@ class Service:
         async with self._images.place(client or tenant, self.settings.time_limit):
             return (await self._made(pictures, keep, self.settings.prompt, self.settings.score, tenant))[0]
 
-    async def _made(self, files: list[Any], keep: Any, prompt: str, score: str, tenant: str) -> tuple[Context, str]:
+    async def _made(
+        self, files: list[Any], keep: Any, prompt: str, score: str, tenant: str, budget: str = "all"
+    ) -> tuple[Context, str]:
         self._check_writing()
-        prepared = await self._preparer.run(lambda: self._preparer.of_images(files, keep, prompt, score, tenant))
+        prepared = await self._preparer.run(
+            lambda: self._preparer.of_images(files, keep, prompt, score, tenant, budget)
+        )
         wanted = self._preparer.generation(prepared, 0, time.monotonic() + self.settings.time_limit)
         queue, wanted.sink = self.client.open_queue()
         self.client.submit(wanted)

@@ -89,7 +89,9 @@ class ClipBatches:
             ids += [*self.encode(f"frame {number} of {FRAME_NUMBERS[frames - 1]}:"), *[self.image_id] * TOKENS]
         return ids
 
-    def draw(self, rng: np.random.Generator, size: int, max_objects: int, seen: float, blind: float) -> ClipBatch:
+    def draw(
+        self, rng: np.random.Generator, size: int, max_objects: int, seen: float, blind: float, moves: float = 0.0
+    ) -> ClipBatch:
         """Draw a batch.
 
         Args:
@@ -99,9 +101,11 @@ class ClipBatches:
             seen: The share of the questions whose words and answers see all tokens of the clip. The others see those
                 of what is asked about, and a random part of the rest.
             blind: The share of the questions whose words see nothing of the clip; of those about halves nearly all.
+            moves: The share of the clips that are drawn until an object moves beside one of its shape that does not;
+                some of the others have such objects too.
         """
         frames = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
-        clips = [generate_clip(rng, frames, max_objects) for _ in range(size)]
+        clips = [_clip(rng, frames, max_objects, moves) for _ in range(size)]
         prefix = torch.tensor(self.prefix(frames))
         shape = size, len(prefix) + _ROOM
         places = (prefix == self.image_id).nonzero()[:, 0]
@@ -181,6 +185,16 @@ class ClipBatches:
                 keywords.append((ids * 2)[:2])
             at = end
         return tasks
+
+
+def _clip(rng: np.random.Generator, frames: int, max_objects: int, moves: float) -> Clip:
+    """Draw a clip, by the share `moves` one whose question of what moves is about two objects of a shape."""
+    wanted = moves > 0 and rng.random() < moves
+    while True:
+        clip = generate_clip(rng, frames, max_objects)
+        events = [{one.event == "moves" for one in clip.objects if one.shape == shape} for shape in SHAPES]
+        if not wanted or {True, False} in events:
+            return clip
 
 
 def _questions(clip: Clip, rng: np.random.Generator) -> list[ClipQuestion]:
