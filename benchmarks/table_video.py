@@ -59,7 +59,7 @@ def moments(found: dict) -> list[str]:
         "",
         f"Without the event's moments {cell(closed['event']['changed'])} % of the answers change and log p of the word"
         f" falls by {closed['event']['fall']:.1f}; without all other moments {cell(closed['others']['changed'])} %"
-        f" change ({closed['others']['fall']:.1f}), without as many others at random"
+        f" change ({closed['others']['fall']:z.1f}), without as many others at random"
         f" {cell(closed['random']['changed'])} %.",
         "",
         "| image tokens kept a layer | one budget for all frames: right, % | one a frame: right, % |",
@@ -69,7 +69,7 @@ def moments(found: dict) -> list[str]:
             for one, other in zip(figures["contexts"][::2], figures["contexts"][1::2], strict=True)
         ),
         "",
-        f"Accuracy over {accuracy['clips']} questions a task, right to the letter: "
+        f"Accuracy over {accuracy['clips']:,} questions a task, right to the letter: "
         + ", ".join(f"{task} {value:.3f}" for task, value in accuracy["accuracy"].items())
         + ". Its training makes it read answers from the moment and the object that show them in part by construction"
         " (see `mllm_fast/shapes/train_clips.py`).",

@@ -12,11 +12,11 @@ head of layer 5 learns to point to these and to write the answer. Most question 
 the questions and answers sees what is asked about and a random part of the rest. So the model reads an answer from the
 moment and the object that show it, and figures of maps and knockouts follow in part from this design.
 
-The weights in the package were made in eight runs, each with `--start` on the result of the one before: `--steps 1000
+The weights in the package were made in seven runs, each with `--start` on the result of the one before: `--steps 1000
 --point 0`, of which the weights after 500 steps were kept; `--steps 500 --rate 7e-4 --seed 1`, when a head pointed and
 nothing else was asked of attention; `--steps 300 --rate 6e-4 --seed 2`, when it did not write yet; `--steps 220
 --rate 8e-4 --seed 3`; `--steps 140 --rate 5e-4 --seed 4`; and, with `--float32`, `--steps 600 --rate 7e-4 --seed 5
---moves 0.4`, `--steps 400 --rate 7e-4 --seed 6 --moves 0.2` and `--steps 220 --rate 5e-4 --seed 7`.
+--moves 0.4` and `--steps 400 --rate 7e-4 --seed 6 --moves 0.2`.
 """
 
 from __future__ import annotations
