@@ -59,7 +59,7 @@ def moments(found: dict) -> list[str]:
         "",
         f"Without the event's moments {cell(closed['event']['changed'])} % of the answers change and log p of the word"
         f" falls by {closed['event']['fall']:.1f}; without all other moments {cell(closed['others']['changed'])} %"
-        f" change ({closed['others']['fall']:z.1f}), without as many others at random"
+        f" change ({round(closed['others']['fall'], 1) + 0.0:.1f}), without as many others at random"
         f" {cell(closed['random']['changed'])} %.",
         "",
         "| image tokens kept a layer | one budget for all frames: right, % | one a frame: right, % |",
