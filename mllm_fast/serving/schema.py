@@ -331,7 +331,7 @@ class ContextRequest(Strict):
     - `prompt`: what the model is asked first about the images.
     - `score`: how the image tokens to keep are selected.
     - `budget`: what `keep` is a share of, or a count in: "all" image tokens together, or those of each "frame", so that
-      none is lost. A picture counts as a frame.
+      none is lost. An image counts as a frame.
 
     A missing `keep`, `prompt` or `score` takes the server's own setting.
     """
