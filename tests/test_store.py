@@ -89,6 +89,14 @@ def test_everything_that_matters_is_in_the_key(llava, built):
     assert store.key(llava, [first.copy()], dict(ASKED)) == keys[0]
 
 
+def test_a_default_that_is_named_is_the_same_context(llava):
+    store, (one, _) = ContextStore(), pictures(2)
+    plain = store.get(llava, one, **ASKED)
+    assert store.get(llava, one, **ASKED, budget="all").keys is plain.keys
+    assert store.get(llava, one, **ASKED, budget="frame").settings["budget"] == "frame"
+    assert (store.hits, store.misses) == (1, 2)
+
+
 def test_the_least_recently_used_goes_first(llava, tmp_path, monkeypatch):
     """In memory and on disk, whatever the clock does."""
     a, b, c = pictures(3)

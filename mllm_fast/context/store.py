@@ -183,6 +183,8 @@ class ContextStore:
         reading = [ids, plain, processor.image_processor.to_dict(), vlm.model.generation_config.to_dict()]
         if clips(images):
             reading.append(processor.video_processor.to_dict())
+        if settings.get("budget") == "all":  # the default has the key of a context that names none
+            settings = {name: given for name, given in settings.items() if name != "budget"}
         if settings.get("score") in _KEPT_NAMES:
             settings = {**settings, "score": _KEPT_NAMES[settings["score"]]}
         if vlm.text.split is not None and self._folder is not None:

@@ -202,9 +202,8 @@ class RequestPreparer:
         """Find the context of some images, or return how to make it."""
         pictures = self.images(files)
         length = self.settings.describe_tokens
-        about = {"keep": keep, "prompt": prompt, "score": score, "parts": "query+image", "max_new_tokens": length}
-        if budget != "all":
-            about["budget"] = budget
+        about = {"keep": keep, "budget": budget, "prompt": prompt, "score": score, "parts": "query+image"}
+        about["max_new_tokens"] = length
         key = self.store.key(self.vlm, pictures, about, tenant)
         found = self.store.find(key, self.vlm)
         if found is not None:

@@ -50,7 +50,7 @@ def _asked(rng: np.random.Generator, task: str) -> tuple[Clip, ClipQuestion]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="clips", help="'clips', or a folder that train_clips.py wrote")
-    parser.add_argument("--clips", type=int, default=500, help="questions a task")
+    parser.add_argument("--clips", type=int, default=1000, help="questions a task")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument(
         "--write", action="store_true", help=f"keep the table in {TABLE.name}, with the weights' digest"
