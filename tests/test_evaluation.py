@@ -316,7 +316,7 @@ def eval_command(*arguments: str, folder) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANG, env=environment)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, run, monkeypatch):
     done = eval_command("all", "--count", "2", "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -326,13 +326,15 @@ def test_the_command(tmp_path):
     rows = folder / "localisation" / "rows.jsonl"
     before = rows.stat().st_mtime_ns
     time.sleep(0.01)
-    again = eval_command("localisation", "--count", "2", "--parquet", folder=tmp_path)
-    assert "Does a word look at its object?" in again.stdout
+    monkeypatch.chdir(tmp_path)
+    code, again, told = run("eval", "localisation", "--count", 2, "--parquet")
+    assert code == 0, told
+    assert "Does a word look at its object?" in again
     assert rows.stat().st_mtime_ns == before
     assert rows.with_suffix(".parquet").exists()
-    other = eval_command("localisation", "--count", "2", "--seed", "3", folder=tmp_path)
-    assert other.returncode == 2
-    assert "other settings" in other.stderr
+    code, _, told = run("eval", "localisation", "--count", 2, "--seed", 3)
+    assert code == 2
+    assert "other settings" in told
     assert (folder / "report.html").read_text().count("<h2") == len(EVALUATIONS.names())
 
 

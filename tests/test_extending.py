@@ -137,7 +137,7 @@ def test_a_pruning_score_on_the_command_line(example, tmp_path):
 def test_an_evaluation(example, tmp_path):
     plugin = example("answer_length.py")
     arguments = ("--plugin", plugin, "eval", "answer-length", "--count", 3, "--out", tmp_path / "out", "--json")
-    done = command(*arguments, "--processes", 2, timeout=600)
+    done = command(*arguments, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["answer-length"]["tokens"] > 1
 

@@ -69,9 +69,23 @@ def page(browser, server):
 
 
 def ask(page, question: str = QUESTION) -> str:
+    """The whole answer of a question, once the page has done with it; what went wrong is told at once."""
+    state = """() => [document.querySelector('#answer .said')?.dataset.asked ?? null,
+      document.querySelector('#problem p')?.textContent ?? '']"""
+    before = page.evaluate(state)
     page.locator("#question textarea").fill(question)
     page.locator("#ask").click()
-    page.locator("#heads label").first.wait_for()
+    done = f"""([number, problem]) => {{
+      const [asked, wrong] = ({state})(), seen = (id) => document.querySelector(id)?.checkVisibility();
+      const whole = asked !== number && seen('#heads label') && !seen('#stop') && !seen('#status p');
+      return whole || wrong && wrong !== problem;
+    }}"""
+    try:
+        page.wait_for_function(done, arg=before)
+    except playwright.TimeoutError as error:
+        page.screenshot(path=ARTEFACTS / "ui-no-answer.png", full_page=True)
+        raise AssertionError(f"the page shows no answer:\n{page.locator('body').inner_text()}") from error
+    assert page.evaluate(state)[1] in ("", before[1])
     return said(page)
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from packaging.version import Version
+from sweep import also
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -39,7 +40,14 @@ MODELS = {
     "gemma3": families.BUILD["gemma3"],
     "gemma3_short": families.BUILD["gemma3_short"],
 }
-FIVE = [name for name in MODELS if name != "gemma3_short"]
+# of four processes, the first has as many heads of keys and values, the second has two
+COMPARED = {2: tuple(MODELS), 4: ("llava", "qwen2_5_vl", *also("internvl", "qwen3_vl", "gemma3"))}
+each_model = pytest.mark.parametrize(
+    ("compared", "name"),
+    [(count, name) for count, names in COMPARED.items() for name in names if name != "gemma3_short"],
+    indirect=["compared"],
+    scope="module",  # all of a number of processes follow each other
+)
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="this transformers divides no models by a config"
 )
@@ -55,16 +63,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module")
 def compared(request, folders) -> list[list[dict[str, Any]]]:
     """What each rank found of each model."""
-    models = [folder for name, folder in folders.items() if request.param == 2 or name != "gemma3_short"]
+    models = [folders[name] for name in COMPARED[request.param]]
     with ranks.running(request.param, [ranks.HERE / "split_cases.py", *models]) as processes:
         printed = ranks.finished(processes)
     return [[json.loads(line) for line in lines.splitlines()] for lines in printed]
 
 
-@pytest.mark.parametrize("name", FIVE)
+@each_model
 def test_every_number_is_that_of_the_whole_model(compared, name):
     """In float64; explanations are handed out in float32."""
     for found in compared:
@@ -75,7 +83,7 @@ def test_every_number_is_that_of_the_whole_model(compared, name):
     assert {case: error for case, error in errors.items() if not error < 1e-6} == {}
 
 
-@pytest.mark.parametrize("name", FIVE)
+@each_model
 def test_each_rank_holds_its_part_alone(compared, name):
     """The words do not divide: the longest part has one more."""
     count = len(compared)
@@ -85,7 +93,7 @@ def test_each_rank_holds_its_part_alone(compared, name):
         assert held <= divided / count + words
 
 
-@pytest.mark.parametrize("name", FIVE)
+@each_model
 def test_what_a_token_sends(compared, name):
     """Head scores: one gather of the writes of this rank's heads. Position scores: one exchange of what heads write."""
     for found in compared:

@@ -1,9 +1,11 @@
 """Every Triton kernel compiles for each chip generation, in each tile that `config` chooses: tensor cores where there
 is a product, no spilled register, no more shared memory than the chip has.
 
-Compiling costs about a second a kernel. Default: for each tile the widest head that it serves, full width with
-segments, padding and by-products, and padded width without; these need most registers. The narrowest heads once.
-`python tests/test_triton_attention_aot.py` compiles the whole product and prints a table.
+Compiling costs one to four seconds a kernel. Default: for each tile the widest head that it serves, with segments,
+padding, by-products, soft cap and sinks, which needs most registers; without cap and sinks where these change the tile.
+For each kind of kernel also the widest heads of padded width without any of these, and the narrowest ones. The sweep
+(see sweep.py) has each of them for each tile; `python tests/test_triton_attention_aot.py` compiles the whole product
+and prints a table.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("triton is a dependency on Linux x86_64 only", allow_module_level=True)
 
 from mllm_fast.kernels.knockout_attention import triton_attend, triton_kernel, triton_mass
+from sweep import also
 from triton_aot import SHARED, TENSOR_CORES, Compiled, ahead, compile_kernel, selected
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -92,11 +95,14 @@ def default_cases():
     for kind, dtype, capability in itertools.product(triton_kernel.KINDS, (torch.bfloat16, torch.float32), SHARED):
         widths = [d for d in BLOCKS_D if has_kind(kind, dtype, capability, d)]
         served = {triton_kernel.config(dtype, d, divmod(capability, 10), kind): d for d in widths}
-        for block_d in served.values():
-            yield kind, dtype, block_d, capability, True, True, False
-            yield kind, dtype, block_d, capability, False, False, False
-            if capability < 100:
+        for tile, block_d in served.items():
+            capped = capability < 100
+            if capped:
                 yield kind, dtype, block_d, capability, True, True, True
+            if not capped or tile != triton_kernel.config(dtype, block_d, divmod(capability, 10), kind, True):
+                yield kind, dtype, block_d, capability, True, True, False
+            for full in also(False, True) if block_d < max(widths) else (False, *also(True)):
+                yield kind, dtype, block_d, capability, full, full, False
         if widths:
             yield kind, dtype, 16, capability, True, True, False
     for capability in SHARED:

@@ -2,7 +2,8 @@
 
 What changes the code is the type of the operands, the tile that `config` picks for it, whether the depth fills the
 tile, and the two flags. bfloat16 and float16 differ in one letter of the product's instruction, so float16 is
-compiled at one depth; sizes of the problem are arguments, not constants.
+compiled at one depth; sizes of the problem are arguments, not constants. Both flags need most registers, so the flags
+alone and none are compiled at one depth; the sweep (see sweep.py) has them at more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 from mllm_fast.kernels.logprob_increase import triton_kernel, triton_moments, triton_rounding, triton_tiles
 from mllm_fast.kernels.topk_compaction import triton_kernel as topk
 from mllm_fast.kernels.weighted_values import triton_kernel as weighted
+from sweep import also
 from triton_aot import ahead, compile_kernel, selected
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -32,19 +34,21 @@ SCORES = {
 LISTED = {**dict.fromkeys(("first", "second"), "*fp32"), **dict.fromkeys(("order", "counts"), "*i32")}
 LISTED |= {"shares": "i32", "rounding": "fp32"}
 FACTORED = [
-    *((torch.bfloat16, depth, flags) for depth in (16, 32, 64, 128, 256) for flags in ("", "own cap")),
-    *((torch.bfloat16, depth, "own cap") for depth in (8, 40, 80, 200, 7, 129, 300, 512)),
-    *((torch.float16, 128, flags) for flags in ("", "own cap")),
-    *((torch.float32, depth, flags) for depth in (16, 32, 128, 40) for flags in ("", "own cap")),
-    *((torch.bfloat16, 128, flags) for flags in ("own", "cap")),
+    *((torch.bfloat16, depth, "own cap") for depth in (16, 32, 64, 128, 256, 7, 40, 300, *also(8, 80, 129, 200, 512))),
+    *((torch.bfloat16, 128, flags) for flags in ("", "own", "cap")),
+    *((torch.bfloat16, depth, "") for depth in also(16, 32, 64, 256)),
+    *((torch.float16, 128, flags) for flags in ("own cap", *also(""))),
+    *((torch.float32, depth, "own cap") for depth in (16, 32, 128, 40)),
+    *((torch.float32, depth, "") for depth in (128, *also(16, 32, 40))),
     *((torch.bfloat16, depth, "listed") for depth in (80, 128)),
 ]
 MOMENTS = [*((torch.bfloat16, depth) for depth in (16, 80, 128)), (torch.float16, 128)]
 DIRECT = [
     *((torch.bfloat16, 4096, flags) for flags in ("", "own", "cap", "own cap")),
-    *((torch.bfloat16, 200, flags) for flags in ("", "own cap")),
-    *((torch.float16, 4096, flags) for flags in ("", "own cap")),
-    *((torch.float32, depth, flags) for depth in (4096, 200) for flags in ("", "own cap")),
+    *((torch.bfloat16, 200, flags) for flags in ("own cap", *also(""))),
+    *((torch.float16, 4096, flags) for flags in ("own cap", *also(""))),
+    *((torch.float32, 4096, flags) for flags in ("", "own cap")),
+    *((torch.float32, 200, flags) for flags in ("own cap", *also(""))),
 ]
 
 

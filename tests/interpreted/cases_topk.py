@@ -7,6 +7,7 @@ import torch
 from mllm_fast.kernels import topk_compaction
 from mllm_fast.kernels.dispatch import interpreted
 from mllm_fast.kernels.topk_compaction import triton_kernel
+from sweep import also
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,7 +50,9 @@ def test_matches_the_definition(dtype, width):
     assert not got.keys.isnan().any()
 
 
-@pytest.mark.parametrize(("positions", "keep"), [(1, 0), (1, 1), (33, 5), (257, 100), (1100, 30), (2051, 900)])
+@pytest.mark.parametrize(
+    ("positions", "keep"), [(1, 0), (1, 1), (33, 5), (257, 100), (1100, 900), *also((1100, 30), (2051, 900))]
+)
 def test_lengths(positions, keep):
     problem = draw(layers=2, positions=positions, width=16)
     problem |= {"candidates": torch.ones(positions, dtype=torch.bool, device=DEVICE), "always": None}
