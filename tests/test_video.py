@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import types
 from http.server import HTTPServer
 
 import numpy as np
@@ -145,6 +146,14 @@ def test_animations_are_not_decoded_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("mllm_fast.core.animated_images._MAX_FRAMES", 20)
     with pytest.raises(mf.InputError, match="the limits are 20 frames"):
         load_video(one)
+
+
+@pytest.mark.parametrize(("said", "usable"), [({"ffmpeg_major_version": None}, False), ({}, True)])
+def test_torchcodec_without_ffmpeg_is_no_decoder(monkeypatch, said, usable):
+    """Recent releases are imported without FFmpeg's libraries, and fail at each video, which is not damaged."""
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace(**said))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=list))
+    assert find_decoder() is (list if usable else None)
 
 
 def test_torchcodec_reads_the_same(tmp_path, monkeypatch):

@@ -14,10 +14,12 @@ from .video import LoadedVideo, PixelLimits, Sampler, Video, check_size, chosen
 def find_decoder() -> Any | None:
     """Return torchcodec's decoder; None if it is not installed, or FFmpeg's libraries are not found."""
     try:
+        import torchcodec
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError):
         return None
-    return VideoDecoder
+    # recent releases are imported without the libraries too, and then name no version of them
+    return None if getattr(torchcodec, "ffmpeg_major_version", "") is None else VideoDecoder
 
 
 def read_by_torchcodec(
