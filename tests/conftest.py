@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-# read when torch loads OpenMP: a thread that waits for others leaves its core to the other workers of `pytest -n 2`
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import numpy as np
 import pytest
 import tiny
@@ -28,18 +25,6 @@ settings.load_profile("fixed")
 os.environ["MLLM_FAST_CONFIG"] = os.devnull
 os.environ.pop("MLLM_FAST_MODEL", None)
 os.environ["MLLM_FAST_TUNING"] = "off"  # the same paths on every run
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """With `-n`, a file's tests are one worker's, as its fixtures start servers and compile kernels for all of them. In
-    the order of their names: the last files are short ones or use every core."""
-    if config.option.dist != "load":  # another order was asked for
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

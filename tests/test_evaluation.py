@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -310,14 +309,10 @@ def test_without_matplotlib_nothing_is_begun(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def eval_command(*arguments: str, folder) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mllm_fast.cli", "eval", *arguments]
-    environment = os.environ | {"COLUMNS": "100"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANG, env=environment)
-
-
 def test_the_command(tmp_path, run, monkeypatch):
-    done = eval_command("all", "--count", "2", "--json", folder=tmp_path)
+    """In a process of its own, and again in this one."""
+    command = [sys.executable, "-m", "mllm_fast.cli", "eval", "all", "--count", "2", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert tuple(found) == EVALUATIONS.names()

@@ -26,7 +26,8 @@ def run_cases(file: Path, interpret: bool) -> subprocess.CompletedProcess:
     # some cases ask torch for its deterministic mode, which cuBLAS has with this setting
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     fixed = {"TRITON_INTERPRET": str(int(interpret)), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": path}
-    environment = os.environ | fixed | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # they use none, and each takes its time
+    fixed["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they use none, and loading them takes seconds
+    environment = os.environ | fixed
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={file.parent}", str(file)]
     return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
 

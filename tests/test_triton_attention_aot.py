@@ -96,13 +96,13 @@ def default_cases():
         widths = [d for d in BLOCKS_D if has_kind(kind, dtype, capability, d)]
         served = {triton_kernel.config(dtype, d, divmod(capability, 10), kind): d for d in widths}
         for tile, block_d in served.items():
-            capped = capability < 100
-            if capped:
-                yield kind, dtype, block_d, capability, True, True, True
-            if not capped or tile != triton_kernel.config(dtype, block_d, divmod(capability, 10), kind, True):
-                yield kind, dtype, block_d, capability, True, True, False
-            for full in also(False, True) if block_d < max(widths) else (False, *also(True)):
-                yield kind, dtype, block_d, capability, full, full, False
+            capped, full, bare = (
+                (kind, dtype, block_d, capability, *flags)
+                for flags in ((True, True, True), (True, True, False), (False, False, False))
+            )
+            same_tile = tile == triton_kernel.config(dtype, block_d, divmod(capability, 10), kind, capped=True)
+            yield from (full,) if capability == 100 else (capped, *also(full)) if same_tile else (capped, full)
+            yield from (bare,) if block_d == max(widths) else also(bare)
         if widths:
             yield kind, dtype, 16, capability, True, True, False
     for capability in SHARED:
