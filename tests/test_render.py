@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 import mllm_fast as mf
 from mllm_fast.drawing.heatmap import colors, upsample
+from mllm_fast.explain import figure
 from mllm_fast.explain.export import write_whole
 
 ANSWER = "red <b> blue"
@@ -155,3 +156,17 @@ def _wait_for_freeing():
     for thread in threading.enumerate():
         if thread.name == "mllm-fast-free":
             thread.join()
+
+
+def test_the_colour_bar_ends_above_the_words(ex, monkeypatch):
+    """Also where the picture is wide, so that the maps are lower than the bar may be."""
+    ends, mark = [], (255, 0, 255)
+    drawn = figure.color_bar
+    monkeypatch.setattr(
+        figure, "color_bar", lambda sheet, pen, box, top: (ends.append(box[3]), drawn(sheet, pen, box, top))
+    )
+    monkeypatch.setattr(figure, "colored_text", lambda found, width: Image.new("RGB", (width, 60), mark))
+    sheet = np.asarray(figure.draw_token(ex, 0))
+    words = np.flatnonzero((sheet == mark).all(-1).any(-1))
+    assert len(words) == 60
+    assert ends[0] + 7 < words[0]  # half a line of its lowest number

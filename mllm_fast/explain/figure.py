@@ -61,7 +61,7 @@ def draw_token(  # long: one sheet, from top to bottom
         foot += text.wrap(f"Check: {check}.", 14, INK)
     head_height = sum(line.height for line in lines) + 2 * MARGIN
     foot_height = sum(line.height for line in foot) + MARGIN
-    body = sum(pair[0].height + MARGIN for pair in pairs) + sum(one.height + MARGIN for one in videos)
+    body = drawn = sum(pair[0].height + MARGIN for pair in pairs) + sum(one.height + MARGIN for one in videos)
     words = colored_text(text_map(ex, token, heads), width - 2 * MARGIN) if method == DEFAULT else None
     if words is not None:
         body += words.height + MARGIN
@@ -80,7 +80,7 @@ def draw_token(  # long: one sheet, from top to bottom
         y += one.height + MARGIN
     if pairs or videos:
         right = MARGIN + sum(one.width + MARGIN for one in (pairs[0] if pairs else videos[:1]))
-        color_bar(sheet, draw, (right, head_height, right + 20, head_height + min(side, body - MARGIN)), top)
+        color_bar(sheet, draw, (right, head_height, right + 20, head_height + min(side, drawn - MARGIN)), top)
     if words is not None:
         sheet.paste(words, (MARGIN, y))
     text.put(sheet, foot, head_height + body)
